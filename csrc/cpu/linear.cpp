@@ -1,0 +1,1 @@
+// tab::linear_fwd and tab::linear_bwd on the CPU.

@@ -1,0 +1,1 @@
+// tab_cuda::linear_fwd and tab_cuda::linear_bwd.

@@ -1,0 +1,23 @@
+"""The twelve attention layers. Importing this package registers them, in this order."""
+
+from . import basic  # none, self, multi_head
+from . import linear
+
+from ._base import Attention, HeadsAttention
+from ._registry import (
+    attention_names,
+    attention_options,
+    build_attention,
+    get_attention,
+    register_attention,
+)
+
+__all__ = [
+    "Attention",
+    "HeadsAttention",
+    "attention_names",
+    "attention_options",
+    "build_attention",
+    "get_attention",
+    "register_attention",
+]

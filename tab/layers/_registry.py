@@ -1,0 +1,84 @@
+"""One registry: a mechanism's name -> its layer.
+
+A layer of your own joins by the decorator, or from an installed package by an entry point:
+
+    @register_attention("mine")                       [project.entry-points."tab.attentions"]
+    class Mine(tab.layers.Attention): ...             mine = "my_package.layers:Mine"
+
+and is then trained, compared and reported like the built-in twelve.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from ._base import Attention
+
+_layers: dict[str, type[Attention]] = {}
+
+
+def register_attention(name: str) -> Callable[[type[Attention]], type[Attention]]:
+    """Class decorator: makes a layer available under `name` (CLI, recipes, reports)."""
+
+    def register(layer: type[Attention]) -> type[Attention]:
+        if not (inspect.isclass(layer) and issubclass(layer, Attention)):
+            raise TypeError(
+                f"register_attention({name!r}) wants a tab.layers.Attention, got {layer!r}"
+            )
+        if _layers.setdefault(name, layer) is not layer:
+            raise ValueError(f"the attention {name!r} is already {_layers[name].__qualname__}")
+        return layer
+
+    return register
+
+
+def attention_names() -> list[str]:
+    """Every registered name: the built-in twelve in the order of the documentation, then others."""
+    return [*_layers, *sorted(set(_entry_points()) - set(_layers))]
+
+
+def get_attention(name: str) -> type[Attention]:
+    """The layer class called `name`, or a ValueError with the nearest name."""
+    if name not in _layers:
+        if name not in (found := _entry_points()):
+            near = difflib.get_close_matches(name, attention_names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(attention_names())
+            raise ValueError(f"unknown attention {name!r}{hint} Choose one of: {names}")
+        register_attention(name)(found[name].load())
+    return _layers[name]
+
+
+def attention_options(name: str) -> dict[str, object]:
+    """The layer's own options with their defaults, read off its signature."""
+    parameters = inspect.signature(get_attention(name).__init__).parameters.values()
+    common = {"self", "dim", "seq_len", "grid"}
+    return {
+        p.name: p.default for p in parameters if p.name not in common and p.kind != p.VAR_KEYWORD
+    }
+
+
+def build_attention(
+    name: str, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None, **options
+) -> Attention:
+    """The layer `name` for tokens (B, N, dim), N ≤ seq_len, with its own options.
+
+    grid (rows, cols): the tokens are the cells of an image, rows · cols = seq_len.
+    """
+    known = attention_options(name)
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
+        )
+    if dim < 1 or seq_len < 1:
+        raise ValueError(f"{name} wants dim ≥ 1 and seq_len ≥ 1, got dim {dim}, seq_len {seq_len}")
+    if grid is not None and grid[0] * grid[1] != seq_len:
+        raise ValueError(f"grid {grid} has {grid[0] * grid[1]} cells, but seq_len is {seq_len}")
+    return get_attention(name)(dim, seq_len=seq_len, grid=grid, **options)
+
+
+def _entry_points() -> dict:
+    return {point.name: point for point in entry_points(group="tab.attentions")}

@@ -1,0 +1,53 @@
+"""The control and the two softmax attentions that everything else is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._base import Attention, HeadsAttention
+from ._registry import register_attention
+
+
+@register_attention("none")
+class NoAttention(Attention):
+    """The control: y = x."""
+
+    def __init__(self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None):
+        super().__init__()
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return x
+
+    def attention_matrix(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        return torch.eye(n, device=x.device).expand(b, 1, n, n)
+
+
+def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(QKᵀ/√D), (B, H, N, N)"""
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+
+class _SoftmaxAttention(HeadsAttention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    weights = staticmethod(softmax_weights)
+
+
+@register_attention("self")
+class SelfAttention(_SoftmaxAttention):
+    """One head over the whole width, softmax(QKᵀ/√C)V, no output projection."""
+
+    def __init__(
+        self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None, rope: bool = False
+    ):
+        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=1, rope=rope, output=False)
+
+
+@register_attention("multi_head")
+class MultiHeadAttention(_SoftmaxAttention):
+    """H heads of softmax(QKᵀ/√D)V, concatenated and projected (Vaswani et al. 2017, eq. 1)."""

@@ -1,0 +1,10 @@
+"""The operators, one a file. Importing this package defines them all and loads their kernels."""
+
+from ._op import BACKENDS, OPS, load_kernels, use_backend
+from .linear import linear_attention
+
+TRITON_MODULES: tuple[str, ...] = ()  # files of kernels/ that register ops
+
+load_kernels(TRITON_MODULES)
+
+__all__ = ["BACKENDS", "OPS", "linear_attention", "use_backend"]

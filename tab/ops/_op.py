@@ -1,0 +1,144 @@
+"""What every operator shares: its schema, its reference, the kernels beside it, and who runs when.
+
+A mechanism called `x` declares ops such as `tab::x_fwd` and `tab::x_bwd`. The PyTorch reference is
+their CompositeExplicitAutograd kernel: fallback, fake kernel (it runs on meta tensors) and test
+oracle in one. Faster kernels register themselves for a device:
+
+    cpp      C++      tab::x_fwd        "CPU"    from tab._C
+    triton   Triton   tab::x_fwd        "CUDA"   from tab.kernels.x
+    cuda     CUDA C++ tab_cuda::x_fwd   "CUDA"   from tab._C_cuda (same schema, own namespace)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+_DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+OPS: dict[str, Op] = {}
+
+
+class Op:
+    """One operator under every backend; call it with the backend's name first."""
+
+    def __init__(self, name: str, schema: str, reference: Callable):
+        self.name, self.reference = name, reference
+        for namespace in ("tab", "tab_cuda"):
+            torch.library.define(f"{namespace}::{name}", schema)
+            torch.library.impl(f"{namespace}::{name}", "CompositeExplicitAutograd", reference)
+        self.overload = getattr(torch.ops.tab, name).default
+        self.cuda_overload = getattr(torch.ops.tab_cuda, name).default
+        OPS[name] = self
+
+    def __call__(self, backend: str, *args):
+        if backend == "reference":
+            return self.reference(*args)
+        return self.cuda_overload(*args) if backend == "cuda" else self.overload(*args)
+
+    def why_not(self, backend: str) -> str | None:
+        """None when this backend can run here, else the reason why it cannot."""
+        if backend in ("auto", "reference"):
+            return None
+        if backend == "cpp" and "_C" in _missing:
+            return _missing["_C"]
+        if _DEVICE[backend] == "cuda" and not torch.cuda.is_available():
+            return "no CUDA GPU is visible to torch"
+        if backend == "cuda" and "_C_cuda" in _missing:
+            return _missing["_C_cuda"]
+        if backend == "triton" and "triton" in _missing:
+            return _missing["triton"]
+        name = f"tab_cuda::{self.name}" if backend == "cuda" else f"tab::{self.name}"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE[backend].upper()):
+            return None
+        return f"{self.name} has no {backend} kernel"
+
+
+# --- which backend --------------------------------------------------------------------------------
+
+_default = os.environ.get("TAB_BACKEND", "auto")
+if _default not in BACKENDS:
+    raise ValueError(f"TAB_BACKEND={_default!r} is none of {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, ops called with backend="auto" use `name`. Process-wide."""
+    global _default
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend({name!r}): choose one of {', '.join(BACKENDS)}")
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def choose(backend: str, op: Op, x: Tensor, auto: str = "auto") -> str:
+    """The backend that will run `op` on `x`: the caller's, else the default, else `auto`.
+
+    `auto` is the op's own measured preference at this size ("auto" is the dispatcher). An explicit
+    backend that cannot run raises a RuntimeError that says why; it never falls back.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = _default
+    if backend == "auto":
+        return auto
+    device = x.device.type
+    if device == "meta" or backend == "reference":
+        return backend
+    if _DEVICE[backend] != device:
+        raise RuntimeError(
+            f"backend={backend!r} of {op.name} runs on {_DEVICE[backend]} tensors, these are on "
+            f'{device}; move them, or use backend="auto"'
+        )
+    reason = op.why_not(backend)
+    if reason:
+        raise RuntimeError(
+            f'backend={backend!r} of {op.name} is not available: {reason}; use backend="auto"'
+        )
+    return backend
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+_missing: dict[str, str] = {}  # extension -> why it is not there
+
+
+def _load(extension: str) -> None:
+    """Loads tab/_C*.so. Not built is noted; built and broken raises: silence would hide it."""
+    found = sorted(Path(__file__).parents[1].glob(f"{extension}.*so"))
+    if not found:
+        _missing[extension] = f"the extension tab.{extension} was not built"
+        return
+    torch.ops.load_library(str(found[0]))
+
+
+def load_kernels(triton_modules: tuple[str, ...]) -> None:
+    """Called once by tab.ops, after every op is defined."""
+    _load("_C")
+    if "_C" in _missing:
+        warnings.warn(
+            "TAB's C++ kernels were not built; CPU tensors use the slower PyTorch references. "
+            "`tab doctor` says more, `pip install .` builds them.",
+            stacklevel=2,
+        )
+    if not torch.cuda.is_available():
+        _missing["_C_cuda"] = _missing["triton"] = "no CUDA GPU is visible to torch"
+        return
+    _load("_C_cuda")
+    if importlib.util.find_spec("triton") is None:
+        _missing["triton"] = "triton is not installed"
+        return
+    for module in triton_modules:
+        importlib.import_module(f"tab.kernels.{module}")
