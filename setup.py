@@ -64,7 +64,7 @@ extensions = [
         "tab._host",
         ["csrc/host.cpp"],
         cxx_std=17,
-        extra_compile_args={"cxx": ["-O3", "-pthread", "-Wall"]},
+        extra_compile_args=["-O3", "-pthread", "-Wall"],
     ),
 ]
 if with_cuda:
