@@ -1,0 +1,76 @@
+"""How a kernel is proven: float64 truth, each gradient, odd layouts, memory that starts as NaN."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "token_major", "sliced", "expanded")
+
+
+def layout(x: Tensor, how: str) -> Tensor:
+    """The values of x (B, H, N, D) under another stride pattern ("expanded" repeats batch entry 0)."""
+    if how == "token_major":  # what a layer's projection gives
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "sliced":  # one of three, as from a fused projection
+        return torch.cat([x, x + 1, x - 1], -1)[..., : x.shape[-1]]
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    return x.contiguous()
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN inside: whatever a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def outputs_and_gradients(f: Callable, inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """f's floating outputs, then the gradient of each floating input under random cotangents."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = f(*leaves)
+    flat = [out] if isinstance(out, Tensor) else [o for o in _flatten(out) if o.is_floating_point()]
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        for o in flat
+    ]
+    wanted = [x for x in leaves if x.requires_grad]
+    grads = torch.autograd.grad(flat, wanted, cotangents, allow_unused=True)
+    return [*flat, *(g if g is not None else torch.zeros_like(x) for g, x in zip(grads, wanted))]
+
+
+def assert_accurate(
+    f: Callable, naive: Callable, inputs: Sequence[Tensor], *, floor: float = 2e-6, names: str = ""
+) -> None:
+    """‖f − truth‖∞ ≤ 2·‖naive in the same precision − truth‖∞ + floor·max(1, ‖truth‖∞), for each
+    output and gradient; truth is `naive` in float64. `naive` is the textbook formula."""
+    truth = outputs_and_gradients(naive, [_as(x, torch.float64) for x in inputs])
+    plain = outputs_and_gradients(naive, inputs)
+    with poisoned():
+        given = outputs_and_gradients(f, inputs)
+    assert len(given) == len(truth), f"{len(given)} results, {len(truth)} expected"
+    labels = names.split() or [f"result {i}" for i in range(len(truth))]
+    for label, x, low, exact in zip(labels, given, plain, truth, strict=False):
+        assert x.shape == exact.shape, f"{label}: shape {tuple(x.shape)}, not {tuple(exact.shape)}"
+        error = (x.double() - exact).abs().max().item()
+        bound = 2 * (low.double() - exact).abs().max().item()
+        bound += floor * max(1.0, exact.abs().max().item())
+        assert error <= bound, f"{label}: error {error:.3g} over the bound {bound:.3g}"
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _flatten(tree) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else [x for part in tree for x in _flatten(part)]
