@@ -12,7 +12,7 @@ LAYOUTS = ("contiguous", "token_major", "sliced", "expanded")
 
 
 def layout(x: Tensor, how: str) -> Tensor:
-    """The values of x (B, H, N, D) under another stride pattern ("expanded" repeats batch entry 0)."""
+    """The values of x (B, H, N, D) in other strides ("expanded" repeats batch entry 0)."""
     if how == "token_major":  # what a layer's projection gives
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if how == "sliced":  # one of three, as from a fused projection
@@ -46,7 +46,10 @@ def outputs_and_gradients(f: Callable, inputs: Sequence[Tensor], seed: int = 1) 
     ]
     wanted = [x for x in leaves if x.requires_grad]
     grads = torch.autograd.grad(flat, wanted, cotangents, allow_unused=True)
-    return [*flat, *(g if g is not None else torch.zeros_like(x) for g, x in zip(grads, wanted))]
+    return [
+        *flat,
+        *(g if g is not None else torch.zeros_like(x) for g, x in zip(grads, wanted, strict=True)),
+    ]
 
 
 def assert_accurate(
