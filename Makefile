@@ -1,0 +1,52 @@
+# Each target does all its own set-up: `make compare` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.PHONY: setup compare test lint bench kernels two-torch clean
+
+setup: $(READY)
+
+# torch comes first, so that the extensions are built against the one that runs them.
+$(READY): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch>=2.11" "torchvision>=0.26" "setuptools>=64" wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench]"
+	touch $@
+
+# The main job: twelve mechanisms × two models, trained, compared and reported.
+compare: setup
+	$(BIN)/tab compare --recipe quick --data shapes
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Throughput of the ops against what you could run instead; SIZES and OPS as in bench/conftest.py.
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# Compiles every Triton kernel for sm_80, sm_90, sm_100 and prints what each needs; no GPU needed.
+kernels: setup
+	$(BIN)/tab doctor --kernels
+
+# One wheel, built on the installed torch, must pass the op tests on the oldest torch it is for.
+OLD := .venv-oldest
+two-torch: setup
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --upgrade pip
+	$(OLD)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" pytest hypothesis expecttest
+	$(OLD)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(OLD)/bin/python -m pip install --quiet dist/*.whl
+	$(OLD)/bin/python -P -m pytest tests/test_linear.py
+
+clean:
+	rm -rf $(VENV) $(OLD) build dist *.egg-info tab/*.so

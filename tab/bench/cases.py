@@ -1,0 +1,175 @@
+"""What is measured: an op at a size, its inputs, its work in FLOPs and bytes.
+
+The work is the least that any implementation must do: `bytes` counts each input read once and each
+output written once, `flops` the multiply-adds of the formula, nothing recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import tab
+
+SIZES: dict[str, dict[str, int]] = {
+    "cifar": {"B": 512, "H": 4, "N": 64, "D": 64},
+    "vision": {"B": 32, "H": 8, "N": 1024, "D": 64},
+    "long": {"B": 1, "H": 8, "N": 8192, "D": 64},
+    "window": {"B": 4, "H": 8, "N": 2048, "D": 64},
+    "bigbird": {"B": 1, "H": 8, "N": 4096, "D": 64},
+    "tiny": {"B": 2, "H": 2, "N": 65, "D": 16},
+}
+FEATURES = 256  # M of performer
+WINDOW = 128  # tokens on each side in local
+BLOCK = 64  # sparse
+RANK, ROPE = 64, 16  # R and Dr of mla
+CIFAR_WINDOW, CIFAR_BLOCK = 8, 8  # at 64 tokens the wider ones would be dense
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size. The name, "linear/vision/causal/float32", identifies it across runs."""
+
+    op: str
+    size: str
+    causal: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        kind = "causal" if self.causal else "full"
+        return f"{self.op}/{self.size}/{kind}/{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        size = SIZES[self.size]
+        return size["B"], size["H"], size["N"], size["D"]
+
+    @property
+    def window(self) -> int:
+        return WINDOW if self.shape[2] > 2 * WINDOW else CIFAR_WINDOW
+
+    @property
+    def block(self) -> int:
+        return BLOCK if self.shape[2] > 4 * BLOCK else CIFAR_BLOCK
+
+    def with_dtype(self, dtype: torch.dtype) -> Case:
+        return replace(self, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case. `inputs` carry gradients, `fixed` are what the op needs besides."""
+
+    case: Case
+    inputs: tuple[Tensor, ...]
+    fixed: dict[str, object]
+
+    def sliced(self, dtype: torch.dtype) -> Problem:
+        """One batch entry and all heads, in another type: for the check against float64."""
+        first = self.inputs[0].shape[0]
+        cut = tuple(
+            (x[:1] if x.shape[0] == first and x.dim() > 2 else x).detach().to(dtype)
+            for x in self.inputs
+        )
+        fixed = {
+            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in self.fixed.items()
+        }
+        return Problem(self.case.with_dtype(dtype), cut, fixed)
+
+
+def problem(case: Case, seed: int = 0) -> Problem:
+    """Random tensors, unit variance, (B, H, N, D) contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    b, h, n, d = case.shape
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=generator) * scale
+        return x.to(case.device, case.dtype)
+
+    if case.op == "mla":
+        nope, value = d // 2, d // 2
+        inputs = (
+            randn(b, h, n, nope),
+            randn(b, h, n, ROPE),
+            randn(b, n, RANK),
+            randn(b, n, ROPE),
+            randn(h, nope, RANK, scale=RANK**-0.5),
+            randn(h, value, RANK, scale=RANK**-0.5),
+        )
+        return Problem(case, inputs, {})
+    inputs = (randn(b, h, n, d), randn(b, h, n, d), randn(b, h, n, d))
+    fixed: dict[str, object] = {}
+    if case.op == "performer":
+        projection = tab.orthogonal_projection(FEATURES, d, generator=generator)
+        fixed["projection"] = projection.to(case.device, case.dtype)
+    if case.op == "sparse":
+        pattern = tab.BlockPattern.bigbird(n, heads=h, block_size=case.block)
+        fixed["pattern"] = pattern.to(case.device)
+    return Problem(case, inputs, fixed)
+
+
+def ours(p: Problem, backend: str) -> Callable[..., Tensor]:
+    """TAB's own op on the inputs of `p`."""
+    causal = p.case.causal
+    if p.case.op == "linear":
+        return lambda q, k, v: tab.linear_attention(q, k, v, causal=causal, backend=backend)
+    if p.case.op == "performer":
+        w = p.fixed["projection"]
+        return lambda q, k, v: tab.performer_attention(q, k, v, w, causal=causal, backend=backend)
+    if p.case.op == "local":
+        window = p.case.window
+        return lambda q, k, v: tab.local_attention(
+            q, k, v, window=window, causal=causal, backend=backend
+        )
+    if p.case.op == "sparse":
+        pattern = p.fixed["pattern"]
+        return lambda q, k, v: tab.sparse_attention(
+            q, k, v, pattern, causal=causal, backend=backend
+        )
+    form = "auto" if backend == "auto" else "fused"
+    return lambda *x: tab.mla_attention(*x, causal=causal, form=form, backend=backend)
+
+
+def work(p: Problem) -> dict[str, tuple[float, float]]:
+    """{"forward": (FLOPs, bytes), "backward": …, "both": …}"""
+    b, h, n, d = p.case.shape
+    element = p.inputs[0].element_size()
+    tokens = b * h * n
+    moved = sum(x.numel() for x in p.inputs) * element
+    if p.case.op == "linear":
+        out, forward, backward = d, 4 * d * d * tokens, 8 * d * d * tokens
+    elif p.case.op == "performer":
+        out, forward, backward = d, 8 * d * FEATURES * tokens, 16 * d * FEATURES * tokens
+    elif p.case.op == "mla":
+        nope, value = p.inputs[0].shape[-1], d // 2
+        pairs = b * h * n * (n + 1) // 2 if p.case.causal else b * h * n * n
+        expand = 2 * RANK * (nope + value) * tokens
+        score, weigh = 2 * (nope + ROPE) * pairs, 2 * value * pairs
+        out, forward, backward = value, expand + score + weigh, 2 * (expand + score + weigh)
+    else:
+        pairs = b * _pairs(p)
+        out, forward, backward = d, 4 * d * pairs, 8 * d * pairs
+    written = tokens * out * element
+    # backward: inputs, output and its gradient read, input gradients written
+    return {
+        "forward": (forward, moved + written),
+        "backward": (backward, 2 * moved + 2 * written),
+        "both": (forward + backward, 3 * moved + 3 * written),
+    }
+
+
+def _pairs(p: Problem) -> int:
+    """Query-key pairs of one batch entry that the pattern holds, over all heads."""
+    _, h, n, _ = p.case.shape
+    if p.case.op == "local":
+        left, right = p.case.window, 0 if p.case.causal else p.case.window
+        i = torch.arange(n)
+        return h * int(((i + right).clamp(max=n - 1) - (i - left).clamp(min=0) + 1).sum())
+    density = p.fixed["pattern"].density
+    return int(h * n * n * density * (0.5 if p.case.causal else 1.0))

@@ -1,0 +1,241 @@
+"""Who competes: TAB's backends, what PyTorch offers, and peers that are found installed.
+
+A contestant is (name, function of the case's inputs) or the reason why it is not there. The eager
+versions are what a user would write by hand; `compile` is torch.compile of the same function.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import OPS
+from .cases import Problem, ours
+
+FORWARD_OP = {name: f"{name}_fwd" for name in ("linear", "performer", "local", "sparse", "mla")}
+
+
+@dataclass
+class Contestant:
+    name: str
+    build: Callable[[Problem], Callable[..., Tensor]]
+    why_not: str | None = None
+    differentiable: bool = True
+
+
+def contestants(p: Problem) -> Iterator[Contestant]:
+    """TAB first, then PyTorch, then peers; those that cannot run here carry the reason."""
+    op = OPS[FORWARD_OP[p.case.op]]
+    device = p.case.device.split(":")[0]
+    yield Contestant("tab", lambda p: ours(p, "auto"))
+    for backend in ("reference", "cpp") if device == "cpu" else ("reference", "triton", "cuda"):
+        yield Contestant(
+            f"tab {backend}", lambda p, b=backend: ours(p, b), why_not=op.why_not(backend)
+        )
+    yield from PYTORCH[p.case.op](p)
+    yield from _peers(p)
+
+
+# --- what a user would write ---------------------------------------------------------------------
+
+
+def _linear(p: Problem) -> Iterator[Contestant]:
+    def full(q, k, v):
+        fq, fk = F.elu(q) + 1, F.elu(k) + 1
+        return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
+
+    def causal(q, k, v):
+        scores = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+        return (scores @ v) / scores.sum(-1, keepdim=True)
+
+    yield from _eager_and_compiled(causal if p.case.causal else full)
+
+
+def _performer(p: Problem) -> Iterator[Contestant]:
+    w = p.fixed["projection"]
+
+    def features(x, shift_over):
+        y = (x * x.shape[-1] ** -0.25) @ w.mT - 0.5 * x.shape[-1] ** -0.5 * (x * x).sum(
+            -1, keepdim=True
+        )
+        return (y - y.amax(shift_over, keepdim=True)).exp()
+
+    def full(q, k, v):
+        fq, fk = features(q, -1), features(k, (-1, -2))
+        return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
+
+    def causal(q, k, v):
+        scores = (features(q, -1) @ features(k, (-1, -2)).mT).tril()
+        return (scores @ v) / scores.sum(-1, keepdim=True)
+
+    yield from _eager_and_compiled(causal if p.case.causal else full)
+
+
+def _banded(p: Problem) -> Iterator[Contestant]:
+    """local and sparse: a dense mask under SDPA, or FlexAttention with the same pattern."""
+    n = p.case.shape[2]
+    if p.case.op == "local":
+        w, c, device = p.case.window, p.case.causal, p.case.device
+        i, j = torch.arange(n, device=device)[:, None], torch.arange(n, device=device)
+        mask = (i - j <= w) & (j - i <= (0 if c else w))
+        yield from _eager_and_compiled(_chunked_window(p), name="chunked")
+
+        def rule(b, h, qi, kj):
+            return (qi - kj <= w) & (kj - qi <= (0 if c else w))
+    else:
+        mask = p.fixed["pattern"].to_dense().to(p.case.device)
+        if p.case.causal:
+            mask = mask.tril()
+        dense = mask.expand(p.case.shape[1], n, n)
+
+        def rule(b, h, qi, kj):
+            return dense[h, qi, kj]
+
+    yield Contestant(
+        "sdpa+mask",
+        lambda _: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+    )
+    for block in (64, 128):
+        yield _flex(p, rule, block)
+
+
+def _flex(p: Problem, rule: Callable, block: int) -> Contestant:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def build(p: Problem):
+        _, h, n, _ = p.case.shape
+        mask = create_block_mask(rule, None, h, n, n, device=p.case.device, BLOCK_SIZE=block)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+    cpu = p.case.device == "cpu"
+    return Contestant(f"flex-{block}", build, differentiable=not cpu)
+
+
+def _chunked_window(p: Problem) -> Callable[..., Tensor]:
+    """Blocks of w queries against three blocks of keys: the usual PyTorch sliding window."""
+    w, causal = p.case.window, p.case.causal
+
+    def attend(q, k, v):
+        n = q.shape[2]
+        pad = -n % w
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        blocks = (n + pad) // w
+        around = [F.pad(x, (0, 0, w, w)).unfold(2, 3 * w, w) for x in (k, v)]
+        kb, vb = (x.transpose(-1, -2) for x in around)  # (B, H, blocks, 3w, D)
+        qb = q.unflatten(2, (blocks, w))
+        i = torch.arange(blocks, device=q.device)[:, None, None] * w
+        i = i + torch.arange(w, device=q.device)[:, None]
+        j = torch.arange(blocks, device=q.device)[:, None, None] * w - w
+        j = j + torch.arange(3 * w, device=q.device)
+        keep = (i - j <= w) & (j - i <= (0 if causal else w)) & (j >= 0) & (j < n)
+        keep = keep | (i >= n)  # padding rows: any key, thrown away below
+        o = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=keep)
+        return o.flatten(2, 3)[:, :, :n]
+
+    return attend
+
+
+def _mla(p: Problem) -> Iterator[Contestant]:
+    causal = p.case.causal
+
+    def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+        h, scale = q_nope.shape[1], (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
+        k = torch.cat(
+            [torch.einsum("bnr,hdr->bhnd", c_kv, w_uk), k_rope[:, None].expand(-1, h, -1, -1)], -1
+        )
+        v = torch.einsum("bnr,hdr->bhnd", c_kv, w_uv)
+        q = torch.cat([q_nope, q_rope], -1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+    yield from _eager_and_compiled(expand, name="expand+sdpa")
+
+
+def _eager_and_compiled(f: Callable, name: str = "eager") -> Iterator[Contestant]:
+    yield Contestant(name, lambda _: f)
+    label = "compile" if name == "eager" else f"{name} compile"
+    yield Contestant(label, lambda _: torch.compile(f, dynamic=False))
+
+
+PYTORCH = {
+    "linear": _linear,
+    "performer": _performer,
+    "local": _banded,
+    "sparse": _banded,
+    "mla": _mla,
+}
+
+# --- peers: never a dependency, found when installed ----------------------------------------------
+
+
+def _peers(p: Problem) -> Iterator[Contestant]:
+    for op, name, module, gpu_only, build in PEERS:
+        if op != p.case.op:
+            continue
+        reason = None
+        if gpu_only and not p.case.device.startswith("cuda"):
+            reason = "runs on CUDA GPUs only"
+        elif importlib.util.find_spec(module) is None:
+            reason = f"{module} is not installed (pip install transformer-attention-bench[peers])"
+        yield Contestant(name, build, why_not=reason)
+
+
+def _performer_pytorch(p: Problem):
+    module = importlib.import_module("performer_pytorch")
+    _, _, _, d = p.case.shape
+    attention = module.FastAttention(
+        d, nb_features=p.fixed["projection"].shape[0], causal=p.case.causal, no_projection=False
+    ).to(p.case.device, p.case.dtype)
+    attention.projection_matrix.copy_(p.fixed["projection"])
+    return attention
+
+
+def _local_attention(p: Problem):
+    module = importlib.import_module("local_attention")
+    return module.LocalAttention(
+        window_size=p.case.window,
+        look_backward=1,
+        look_forward=0 if p.case.causal else 1,
+        causal=p.case.causal,
+        exact_windowsize=True,
+        use_rotary_pos_emb=False,
+        autopad=True,
+    ).to(p.case.device)
+
+
+def _fla_linear(p: Problem):
+    module = importlib.import_module("fla.ops.linear_attn")
+
+    def attend(q, k, v):
+        fq, fk = (F.elu(x.transpose(1, 2)) + 1 for x in (q, k))
+        o, _ = module.chunk_linear_attn(fq, fk, v.transpose(1, 2), scale=1.0, normalize=True)
+        return o.transpose(1, 2)
+
+    return attend
+
+
+def _flash_attn_window(p: Problem):
+    module = importlib.import_module("flash_attn")
+    w = p.case.window
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        window = (w, 0 if p.case.causal else w)
+        o = module.flash_attn_func(q, k, v, causal=p.case.causal, window_size=window)
+        return o.transpose(1, 2)
+
+    return attend
+
+
+# op, contestant, module that must be importable, GPU only, builder
+PEERS = [
+    ("performer", "performer-pytorch", "performer_pytorch", False, _performer_pytorch),
+    ("local", "local-attention", "local_attention", False, _local_attention),
+    ("linear", "flash-linear-attention", "fla", True, _fla_linear),
+    ("local", "flash-attn", "flash_attn", True, _flash_attn_window),
+]

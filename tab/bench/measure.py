@@ -1,0 +1,215 @@
+"""Correct first, then timed: contestants take turns, so that noise hits all of them alike."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Problem, ours, problem, work
+from .contestants import Contestant, contestants
+from .roofline import Roofline, synchronize
+
+DIRECTIONS = ("forward", "backward", "both")
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of max|truth|
+
+
+@dataclass
+class Row:
+    """One contestant at one case: its error, then seconds per call for each direction."""
+
+    case: str
+    contestant: str
+    error: float | None = None
+    gradient_error: float | None = None
+    skipped: str | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    floor: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+
+
+def measure(
+    case: Case,
+    roofline: Roofline,
+    *,
+    directions: tuple[str, ...] = DIRECTIONS,
+    budget: float = 4.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    cold: bool = False,
+    only: Callable[[str], bool] = lambda name: True,
+    seed: int = 0,
+) -> list[Row]:
+    """All contestants at one case. budget: seconds of timing per contestant and direction.
+
+    cold: each call is preceded by a pass over a buffer larger than the last-level cache.
+    """
+    p = problem(case, seed)
+    entrants = [c for c in contestants(p) if only(c.name)]
+    rows = {c.name: Row(case.name, c.name, skipped=c.why_not) for c in entrants}
+    needs_gradient = any(d != "forward" for d in directions)
+    runners: dict[str, Callable] = {}
+    for c in entrants:
+        if c.why_not is None:
+            _admit(c, p, rows[c.name], runners, gradient=needs_gradient and c.differentiable)
+    for direction in directions:
+        able = {
+            name: call(f, p, direction)
+            for name, f in runners.items()
+            if direction == "forward" or _differentiable(entrants, name)
+        }
+        flush = _flusher(case.device) if cold else None
+        for name, times in _take_turns(
+            able, case.device, budget, min_rounds, max_rounds, flush, seed
+        ).items():
+            rows[name].seconds[direction] = times
+    for name, f in runners.items():
+        rows[name].peak_bytes = _peak(call(f, p, directions[-1]), case.device)
+    for row in rows.values():
+        for direction, (flops, moved) in work(p).items():
+            row.floor[direction] = roofline.floor(flops, moved)
+            row.flops[direction], row.moved[direction] = flops, moved
+    return list(rows.values())
+
+
+def _differentiable(entrants: list[Contestant], name: str) -> bool:
+    return next(c.differentiable for c in entrants if c.name == name)
+
+
+# --- correct first -------------------------------------------------------------------------------
+
+
+def _admit(c: Contestant, p: Problem, row: Row, runners: dict, gradient: bool) -> None:
+    """Checks c against float64; the wrong and the broken are told apart and not timed."""
+    exact, small = p.sliced(torch.float64), p.sliced(p.case.dtype)
+    truth = _run(ours(exact, "reference"), exact, gradient)
+    try:
+        result = _run(c.build(small), small, gradient)
+        runners[c.name] = c.build(p)
+    except Exception as error:  # a peer may fail in any way; the table says how
+        row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return
+    errors = [_relative(x, t) for x, t in zip(result, truth, strict=True)]
+    row.error, row.gradient_error = errors[0], max(errors[1:], default=None)
+    # Each peer's own approximation differs for performer, so its error is shown, not judged.
+    judged = p.case.op != "performer" or c.name.startswith("tab")
+    worst = max(errors)
+    if judged and not worst <= TOLERANCE[p.case.dtype]:
+        row.skipped = f"wrong: error {worst:.1e} of the largest value"
+        del runners[c.name]
+
+
+def _run(f: Callable, p: Problem, gradient: bool) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_(gradient) for x in p.inputs]
+    out = f(*leaves)
+    if not gradient:
+        return [out.detach()]
+    weight = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+def _relative(x: Tensor, truth: Tensor) -> float:
+    return ((x.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+# --- then timed ----------------------------------------------------------------------------------
+
+
+def call(f: Callable, p: Problem, direction: str) -> tuple[Callable, Callable]:
+    """(prepare, timed): `prepare` runs before each timed call and its result is passed on."""
+    leaves = [x.detach().requires_grad_(direction != "forward") for x in p.inputs]
+    if direction == "forward":
+        return lambda: None, lambda _: f(*leaves)
+    with torch.no_grad():
+        do = torch.randn_like(f(*leaves))
+    if direction == "backward":
+        return lambda: f(*leaves), lambda out: torch.autograd.grad(out, leaves, do)
+    return lambda: None, lambda _: torch.autograd.grad(f(*leaves), leaves, do)
+
+
+def _take_turns(calls, device, budget, min_rounds, max_rounds, flush, seed) -> dict:
+    """Rounds in which everyone runs once, in shuffled order; slow ones stop at their budget."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, (prepare, timed) in calls.items():  # warm up, and see who is slow
+        for _ in range(2):
+            _timed(prepare, timed, device, None)
+        del name
+    order, shuffle = list(calls), random.Random(seed)
+    gc.collect()
+    for done in range(max_rounds):
+        shuffle.shuffle(order)
+        active = [n for n in order if done < min_rounds or sum(times[n]) < budget]
+        if not active:
+            break
+        for name in active:
+            times[name].append(_timed(*calls[name], device, flush))
+    return times
+
+
+def _timed(prepare: Callable, timed: Callable, device: str, flush: Callable | None) -> float:
+    state = prepare()
+    if flush:
+        flush()
+    synchronize(device)
+    start = time.perf_counter()
+    result = timed(state)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    del result, state
+    return seconds
+
+
+def _flusher(device: str) -> Callable:
+    buffer = torch.zeros(2**26, device=device)  # 256 MB
+    return lambda: buffer.add_(1)
+
+
+def _peak(call: tuple[Callable, Callable], device: str) -> int | None:
+    """Bytes that one call holds above what was there before; None where the system cannot tell."""
+    prepare, timed = call
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(prepare())
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
+        timed(prepare())
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as f:
+        line = next(line for line in f if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+# --- what the times say --------------------------------------------------------------------------
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """p10, p50, p90"""
+    if len(times) < 2:
+        return (times[0],) * 3
+    q = statistics.quantiles(times, n=10, method="inclusive")
+    return q[0], statistics.median(times), q[8]
+
+
+def speedup(theirs: list[float], ours_: list[float]) -> tuple[float, float, float]:
+    """How many times faster we are: p10, p50, p90 of the ratio within each round."""
+    return percentiles([t / o for t, o in zip(theirs, ours_, strict=False)])

@@ -1,0 +1,173 @@
+"""What a run leaves: one JSON, a table for the terminal, a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from .. import __version__
+from .measure import DIRECTIONS, Row, percentiles, speedup
+from .roofline import Roofline
+
+
+def environment(device: str) -> dict[str, object]:
+    """What a figure depends on: machine, versions, threads, commit."""
+    facts: dict[str, object] = {
+        "tab": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "commit": _commit(),
+    }
+    if device.startswith("cuda"):
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def save(path: Path, rows: Iterable[Row], roofline: Roofline, device: str, command: str) -> None:
+    """Writes the run atomically: everything that the tables are made of, each single time."""
+    record = {
+        "command": command,
+        "environment": environment(device),
+        "roofline": roofline.to_dict(),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, path)
+
+
+def load(path: Path) -> tuple[dict, list[Row]]:
+    """The record and its rows; a ValueError when the file is not one of ours."""
+    try:
+        record = json.loads(path.read_text())
+        return record, [Row(**row) for row in record["rows"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result of `tab bench`: {error}") from error
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One table a case: milliseconds (median, p10–p90), our speed-up over it, rates, % of floor."""
+    return [_table(case, group) for case, group in _grouped(rows).items()]
+
+
+def _table(case: str, rows: list[Row]) -> Table:
+    table = Table(title=case, title_justify="left")
+    table.add_column("contestant")
+    directions = [d for d in DIRECTIONS if any(d in row.seconds for row in rows)]
+    for d in directions:
+        table.add_column(f"{d} ms", justify="right")
+        table.add_column("tab is ×", justify="right")
+    for title in ("GFLOP/s", "GB/s", "% of floor", "peak MB", "error", "gradient"):
+        table.add_column(title, justify="right")
+    base = rows[0]
+    for row in rows:
+        if row.skipped:
+            continue
+        cells = [row.contestant]
+        for d in directions:
+            if d not in row.seconds:
+                cells += ["–", "–"]
+                continue
+            low, mid, high = (1e3 * x for x in percentiles(row.seconds[d]))
+            cells += [f"{mid:.2f} ({low:.2f}–{high:.2f})", _ratio(row, base, d)]
+        last = directions[0]
+        seconds = percentiles(row.seconds[last])[1] if last in row.seconds else float("nan")
+        cells += [
+            f"{row.flops[last] / seconds / 1e9:.1f}",
+            f"{row.moved[last] / seconds / 1e9:.1f}",
+            f"{100 * row.floor[last] / seconds:.0f}",
+            "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+            _number(row.error),
+            _number(row.gradient_error),
+        ]
+        table.add_row(*cells)
+    absent = [f"{row.contestant}: {row.skipped}" for row in rows if row.skipped]
+    table.caption, table.caption_justify = "\n".join(absent), "left"
+    return table
+
+
+def _ratio(row: Row, base: Row, direction: str) -> str:
+    if row is base or direction not in base.seconds:
+        return ""
+    low, mid, high = speedup(row.seconds[direction], base.seconds[direction])
+    return f"{mid:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _number(x: float | None) -> str:
+    return "–" if x is None else f"{x:.0e}"
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Horizontal bars: time over the floor of the machine, a panel per case, shorter is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = {
+        case: [row for row in group if row.seconds and not row.skipped]
+        for case, group in _grouped(rows).items()
+    }
+    heights = [len(group) for group in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(8, 0.9 + sum(0.36 * h + 0.7 for h in heights)),
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (case, group) in zip(axes[:, 0], groups.items(), strict=True):
+        direction = "both" if any("both" in row.seconds for row in group) else "forward"
+        timed = [row for row in group if direction in row.seconds]
+        over = [percentiles(row.seconds[direction])[1] / row.floor[direction] for row in timed]
+        colours = ["#0072B2" if r.contestant.startswith("tab") else "#999999" for r in timed]
+        axis.barh([row.contestant for row in timed], over, color=colours)
+        for y, (row, x) in enumerate(zip(timed, over, strict=True)):
+            ms = 1e3 * percentiles(row.seconds[direction])[1]
+            axis.text(x, y, f" {ms:.3g} ms, {x:.1f}× floor", va="center", fontsize=8)
+        axis.set(
+            xscale="log",
+            title=f"{case}, {'forward + ' * (direction == 'both')}"
+            f"{'backward' if direction == 'both' else 'forward'}",
+            xlim=(1, max(over) * 3),
+        )
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("time over the floor of this machine (log)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _grouped(rows: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case, []).append(row)
+    return groups
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
