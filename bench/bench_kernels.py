@@ -1,8 +1,8 @@
 """Throughput of each op against what a user could run instead: `pytest bench/bench_kernels.py`.
 
-Every contestant is checked against float64 and raced in turns with the others, once per case: that
-race is what `extra_info` reports (tab_speedup: p10, p50, p90). pytest-benchmark then times it alone,
-which serves `--benchmark-save` and `--benchmark-compare`.
+Every contestant is checked against float64 and raced in turns with the others, once per case: the
+race fills `extra_info` (tab_speedup: p10, p50, p90). pytest-benchmark then times it alone, which
+serves `--benchmark-save` and `--benchmark-compare`.
 """
 
 import functools

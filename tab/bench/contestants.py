@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from ..ops import OPS
 from .cases import Problem, ours
 
-FORWARD_OP = {name: f"{name}_fwd" for name in ("linear", "performer", "local", "sparse", "mla")}
-
 
 @dataclass
 class Contestant:
@@ -30,7 +28,7 @@ class Contestant:
 
 def contestants(p: Problem) -> Iterator[Contestant]:
     """TAB first, then PyTorch, then peers; those that cannot run here carry the reason."""
-    op = OPS[FORWARD_OP[p.case.op]]
+    op = OPS[f"{p.case.op}_fwd"]
     device = p.case.device.split(":")[0]
     yield Contestant("tab", lambda p: ours(p, "auto"))
     for backend in ("reference", "cpp") if device == "cpu" else ("reference", "triton", "cuda"):

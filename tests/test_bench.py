@@ -1,0 +1,117 @@
+"""The benchmark itself: the wrong is not timed, noise is no regression, work is counted right."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tab.bench import contestants as entrants
+from tab.bench.cases import Case, problem, work
+from tab.bench.cli import app
+from tab.bench.measure import Row, measure, percentiles, speedup
+from tab.bench.regress import compare
+from tab.bench.results import load, save
+from tab.bench.roofline import Roofline
+
+ROOF = Roofline(flops=1e11, bandwidth=1e10)
+TINY = Case("linear", "tiny")
+
+
+def race(monkeypatch, f):
+    monkeypatch.setitem(entrants.PYTORCH, "linear", lambda p: iter([entrants.Contestant("x", f)]))
+    only = {"tab reference", "x"}.__contains__
+    rows = measure(TINY, ROOF, directions=("forward", "both"), budget=0.01, only=only)
+    return {row.contestant: row for row in rows}
+
+
+def test_the_wrong_is_not_timed(monkeypatch):
+    rows = race(monkeypatch, lambda p: lambda q, k, v: q * k * v)
+    assert rows["x"].skipped.startswith("wrong") and not rows["x"].seconds
+    assert rows["tab reference"].error < 1e-5 and rows["tab reference"].seconds["both"]
+
+
+def test_the_broken_says_how(monkeypatch):
+    def broken(q, k, v):
+        raise TypeError("no such thing")
+
+    rows = race(monkeypatch, lambda p: broken)
+    assert rows["x"].skipped == "TypeError: no such thing"
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    def detached(p):
+        right = entrants.ours(p, "reference")
+        return lambda q, k, v: right(q, k.detach() + 0 * k, v)
+
+    assert race(monkeypatch, detached)["x"].skipped.startswith("wrong")
+
+
+@pytest.mark.parametrize("op", ["linear", "performer", "local", "sparse", "mla"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_contestant_of_every_op_is_right(op, causal):
+    rows = measure(
+        Case(op, "tiny", causal=causal),
+        ROOF,
+        directions=("both",),
+        budget=0.0,
+        min_rounds=1,
+        max_rounds=1,
+        only=lambda name: "compile" not in name and "flex" not in name,
+    )
+    wrong = {row.contestant: row.skipped for row in rows if row.skipped}
+    absent = ("not built", "not installed", "GPU", "has no")
+    assert not {n: why for n, why in wrong.items() if not any(a in why for a in absent)}
+
+
+def test_window_pairs_are_counted():
+    p = problem(Case("local", "tiny"))
+    _, h, n, d = p.case.shape
+    i = torch.arange(n)
+    dense = ((i[:, None] - i).abs() <= p.case.window).sum().item()
+    assert work(p)["forward"][0] == 4 * d * p.case.shape[0] * h * dense
+
+
+def test_percentiles_and_paired_ratio():
+    assert percentiles([1.0, 2.0, 3.0])[1] == 2.0
+    assert speedup([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, 2.0, 2.0)
+
+
+def row(times, contestant="tab"):
+    return Row("case", contestant, error=1e-7, seconds={"forward": times})
+
+
+def test_regression_needs_rank_and_size():
+    base = [1.0 + 0.001 * i for i in range(30)]
+    verdict = lambda new: compare([row(base)], [row(new)])[0].verdict  # noqa: E731
+    assert verdict([1.2 * x for x in base]) == "slower"
+    assert verdict([0.8 * x for x in base]) == "faster"
+    assert verdict([1.02 * x for x in base]) == "same"  # sure, but too small to matter
+    assert verdict([5.0, 0.9]) == "same"  # large, but two runs prove nothing
+    with pytest.raises(ValueError, match="in common"):
+        compare([row(base)], [row(base, "other")])
+
+
+def test_saved_runs_come_back_and_others_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    save(path, [row([1.0, 2.0])], ROOF, "cpu", "tab bench")
+    record, rows = load(path)
+    assert rows == [row([1.0, 2.0])] and record["environment"]["torch"] == torch.__version__
+    path.write_text(json.dumps({"rows": [{"nonsense": 1}]}))
+    with pytest.raises(ValueError, match="not a result"):
+        load(path)
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "new.json"
+    options = "--ops linear --sizes tiny --contestants eager --directions forward --budget 0.01"
+    done = CliRunner().invoke(app, [*options.split(), "--out", str(out)])
+    assert done.exit_code == 0 and "eager" in done.output, done.output
+    assert out.with_suffix(".png").stat().st_size > 1000
+    record = json.loads(out.read_text())
+    for entry in record["rows"]:
+        entry["seconds"] = {d: [t / 10 for t in ts] for d, ts in entry["seconds"].items()}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(record))
+    done = CliRunner().invoke(app, ["compare", str(old), str(out)])
+    assert done.exit_code == 1 and "slower" in done.output
