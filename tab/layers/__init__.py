@@ -2,6 +2,7 @@
 
 from . import basic  # none, self, multi_head
 from . import linear
+from . import local
 
 from ._base import Attention, HeadsAttention
 from ._registry import (

@@ -2,9 +2,10 @@
 
 from ._op import BACKENDS, OPS, load_kernels, use_backend
 from .linear import linear_attention
+from .local import local_attention
 
 TRITON_MODULES: tuple[str, ...] = ()  # files of kernels/ that register ops
 
 load_kernels(TRITON_MODULES)
 
-__all__ = ["BACKENDS", "OPS", "linear_attention", "use_backend"]
+__all__ = ["BACKENDS", "OPS", "linear_attention", "local_attention", "use_backend"]

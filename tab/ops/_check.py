@@ -40,13 +40,15 @@ def shapes(**tensors: Tensor | None) -> str:
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k (B, H, N, D) and v (B, H, N, Dv): one floating dtype, one device, N ≥ 1."""
-    given = shapes(q=q, k=k, v=v)
+    rule = None
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"{op} wants q, k (B, H, N, D) and v (B, H, N, Dv), got {given}")
-    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{op} wants q and k of one shape, v with the same B, H, N; got {given}")
-    if 0 in q.shape or 0 in v.shape:
-        raise ValueError(f"{op} wants no empty dimension, got {given}")
+        rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
+    elif q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        rule = "q and k of one shape, v with the same B, H, N"
+    elif 0 in q.shape or 0 in v.shape:
+        rule = "no empty dimension"
+    if rule:
+        raise ValueError(f"{op} wants {rule}; got {shapes(q=q, k=k, v=v)}")
     same(op, q=q, k=k, v=v)
 
 

@@ -1,0 +1,191 @@
+"""Local attention: softmax over a window of keys around each query.
+
+    o_i = Σ_{j∈W(i)} exp(s_ij − L_i) v_j,  s_ij = scale·q_iᵀk_j,  L_i = log Σ_{j∈W(i)} exp s_ij
+    line:  W(i) = {j : i − left ≤ j ≤ i + right}
+    grid:  W(i) = {j : −left ≤ row(j) − row(i) ≤ right and −left ≤ col(j) − col(i) ≤ right},
+           row(i) = ⌊i/cols⌋, col(i) = i mod cols
+
+Edges truncate. Beltagy et al. 2020, "Longformer", sec. 3.1 (line); Ramachandran et al. 2019,
+"Stand-Alone Self-Attention in Vision Models", eq. 2 (grid). W(i) always holds i itself.
+
+The reference walks over chunks of queries. Their keys lie in one contiguous band with closed-form
+ends (on a grid: whole rows), so it holds CHUNK × band scores at a time and never N × N.
+Read top to bottom: reference → ops → autograd → public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._check import accumulate, autocast, check_qkv, token_major
+from ._op import Op, choose
+from ._tile import empty_heads, empty_outputs, tile_backward, tile_forward
+
+CHUNK = 64  # queries whose scores the reference holds at once
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def in_window(i: Tensor, j: Tensor, left: int, right: int, cols: int, causal: bool) -> Tensor:
+    """Whether query i sees key j (tensors that broadcast). cols 0: the tokens are a line."""
+    if cols:
+        down, across = j // cols - i // cols, j % cols - i % cols
+        seen = (down >= -left) & (down <= right) & (across >= -left) & (across <= right)
+    else:
+        seen = (j - i >= -left) & (j - i <= right)
+    return seen & (j <= i) if causal else seen
+
+
+def tiles(
+    q: Tensor, left: int, right: int, cols: int, causal: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Per chunk of queries: the queries, the band of keys that they can see, who sees whom."""
+    n, width = q.shape[2], cols or 1  # on a line every token is its own row
+    for start in range(0, n, CHUNK):
+        stop = min(start + CHUNK, n)
+        first = max(0, (start // width - left) * width)
+        last = stop if causal else min(n, ((stop - 1) // width + right + 1) * width)
+        i = torch.arange(start, stop, device=q.device)[:, None]
+        j = torch.arange(first, last, device=q.device)
+        seen = in_window(i, j, left, right, cols, causal)  # (≤ CHUNK, band)
+        yield slice(start, stop), slice(first, last), seen
+
+
+def forward_reference(q, k, v, left, right, rows, cols, causal, scale):
+    """-> o (B, H, N, Dv), lse (B, H, N) in the accumulation type."""
+    acc = accumulate(q)
+    o, lse = empty_outputs(q, v, acc)
+    if q.is_meta:  # shapes need no walk
+        return o, lse
+    q, k, v = q.to(acc), k.to(acc), v.to(acc)
+    for i, j, seen in tiles(q, left, right, cols, causal):
+        o[:, :, i], lse[:, :, i] = tile_forward(q[:, :, i], k[:, :, j], v[:, :, j], seen, scale)
+    return o, lse
+
+
+def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, scale):
+    """-> dq, dk, dv. P is recomputed tile by tile from lse; Δ = Σ do∘o."""
+    if q.is_meta:
+        return empty_heads(q), empty_heads(k), empty_heads(v)
+    acc, dtype = accumulate(q), q.dtype
+    do, q, k, v = do.to(acc), q.to(acc), k.to(acc), v.to(acc)
+    delta = (do * o.to(acc)).sum(-1)  # (B, H, N)
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for i, j, seen in tiles(q, left, right, cols, causal):
+        tile = do[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], lse[:, :, i], delta[:, :, i]
+        dq[:, :, i], dk_tile, dv_tile = tile_backward(*tile, seen, scale)
+        dk[:, :, j] += dk_tile
+        dv[:, :, j] += dv_tile
+    return tuple(token_major(x.to(dtype)) for x in (dq, dk, dv))
+
+
+# --- ops ------------------------------------------------------------------------------------------
+
+# rows = cols = 0: a line. 0 ≤ left, right < N (grid: < max(rows, cols)): no kernel overflows.
+# causal: only j ≤ i. On a line the public function has set right = 0 instead, and causal is False.
+local_fwd = Op(
+    "local_fwd",
+    "(Tensor q, Tensor k, Tensor v, int left, int right, int rows, int cols, bool causal, "
+    "float scale) -> (Tensor o, Tensor lse)",
+    forward_reference,
+)
+local_bwd = Op(
+    "local_bwd",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, int left, int right, "
+    "int rows, int cols, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    backward_reference,
+)
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class _Local(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, left, right, rows, cols, causal, scale, backend):
+        ctx.options = left, right, rows, cols, causal, scale
+        ctx.backend = backend
+        o, lse = local_fwd(backend, q, k, v, *ctx.options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        grads = local_bwd(ctx.backend, do, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None, None, None, None, None
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | tuple[int, int],
+    causal: bool = False,
+    grid: tuple[int, int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention within a window: query i sees keys i − left ≤ j ≤ i + right.
+
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        window: (left, right), both inclusive, or one number for both; 0 sees only itself. Any size:
+            edges truncate.
+        causal: only keys j ≤ i. On a line that is right = 0. On a grid the order is the raster's:
+            the rows above within the window, whole, and the row itself up to i.
+        grid: (rows, cols), rows · cols = N: the tokens are the cells of an image in raster order,
+            and the window is two-dimensional: left upwards and to the left, right downwards and to
+            the right. Without it a window wraps around the edges of an image.
+        scale: of the scores, 1/√D unless given.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        o (B, H, N, Dv) in the input's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, window or grid do not fit; the message says how.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    check_qkv("local_attention", q, k, v)
+    q, k, v = autocast(q, k, v)
+    n = q.shape[2]
+    left, right = check_window("local_attention", window)
+    rows, cols = check_grid("local_attention", grid, n) if grid is not None else (0, 0)
+    reach = (max(rows, cols) or n) - 1  # further than any two tokens lie apart
+    left, right = left if left < reach else reach, right if right < reach else reach
+    if causal and not cols:
+        right, causal = 0, False
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = choose(backend, local_fwd, q)
+    return _Local.apply(q, k, v, left, right, rows, cols, bool(causal), scale, backend)
+
+
+def check_window(op: str, window: int | tuple[int, int]) -> tuple[int, int]:
+    """-> (left, right), both ≥ 0, or a ValueError with the nearest valid window."""
+    pair = (window, window) if isinstance(window, int) else window
+    whole = isinstance(pair, (tuple, list)) and [type(w) for w in pair] == [int, int]
+    if not whole or min(pair) < 0:
+        near = f"; nearest: {tuple(max(w, 0) for w in pair)}" if whole else ""
+        raise ValueError(
+            f"{op} wants window ≥ 0 or (left, right) ≥ 0, whole numbers of tokens; "
+            f"got window={window!r}{near}"
+        )
+    return pair[0], pair[1]
+
+
+def check_grid(op: str, grid: tuple[int, int], n: int) -> tuple[int, int]:
+    """-> (rows, cols), or a ValueError that names both numbers of tokens."""
+    pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+    if not pair or min(grid) < 1 or grid[0] * grid[1] != n:
+        near = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - n**0.5))
+        raise ValueError(
+            f"{op} wants grid (rows, cols) with rows · cols = N = {n}, got grid={grid}; "
+            f"the squarest grid of {n} tokens is {(near, n // near)}"
+        )
+    return int(grid[0]), int(grid[1])

@@ -1,0 +1,235 @@
+"""local_attention against its formula with a dense mask, and the layer "local"."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import LAYOUTS, assert_accurate, layout
+
+from tab import local_attention
+from tab.layers import build_attention
+from tab.ops import OPS
+
+DOUBLE = {"dtype": torch.float64}
+NAMES = "o dq dk dv"
+
+
+def dense_mask(n, left, right, causal=False, cols=0):
+    """Who sees whom, (N, N), cell by cell."""
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(n):
+            steps = (j // cols - i // cols, j % cols - i % cols) if cols else (j - i,)
+            seen[i, j] = all(-left <= d <= right for d in steps) and not (causal and j > i)
+    return seen
+
+
+def naive(mask, scale=None):
+    def attention(q, k, v):
+        s = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return s.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    return attention
+
+
+def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(b, h, n, w, generator=g, **kwargs) for w in (d, d, dv or d)]
+
+
+@pytest.mark.parametrize("n", [1, 63, 65, 150])
+@pytest.mark.parametrize("window", [0, 1, 7, 200, (0, 5), (70, 3)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_line(n, window, causal):
+    left, right = (window, window) if isinstance(window, int) else window
+    assert_accurate(
+        lambda *x: local_attention(*x, window=window, causal=causal),
+        naive(dense_mask(n, left, right, causal)),
+        qkv(2, 3, n, 8, 12),
+        names=NAMES,
+    )
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (8, 8), (3, 21), (65, 1), (1, 65), (11, 10)], ids=str)
+@pytest.mark.parametrize("window", [0, 1, (2, 1), 100], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_grid(grid, window, causal):
+    left, right = (window, window) if isinstance(window, int) else window
+    n = grid[0] * grid[1]
+    assert_accurate(
+        lambda *x: local_attention(*x, window=window, causal=causal, grid=grid),
+        naive(dense_mask(n, left, right, causal, grid[1])),
+        qkv(1, 2, n, 4),
+        names=NAMES,
+    )
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_layouts(how, heads):
+    inputs = [layout(x, how) for x in qkv(2, heads, 65, 4)]
+    attend = naive(dense_mask(65, 3, 3))
+    assert_accurate(lambda *x: local_attention(*x, window=3), attend, inputs, names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    inputs = [x.to(dtype) for x in qkv(1, 2, 66, 8)]
+    out = local_attention(*inputs, window=2)
+    assert out.dtype == dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert_accurate(
+        lambda *x: local_attention(*x, window=2), naive(dense_mask(66, 2, 2)), inputs, names=NAMES
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(1, 3), h=st.integers(1, 3), n=st.integers(1, 140), d=st.integers(1, 9),
+    dv=st.integers(1, 9), left=st.integers(0, 150), right=st.integers(0, 150),
+    causal=st.booleans(), scale=st.sampled_from([None, 0.3, -1.0]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_shape(b, h, n, d, dv, left, right, causal, scale, seed):
+    assert_accurate(
+        lambda *x: local_attention(*x, window=(left, right), causal=causal, scale=scale),
+        naive(dense_mask(n, left, right, causal), scale),
+        qkv(b, h, n, d, dv, seed),
+        names=NAMES,
+    )
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = qkv(1, 1, 65, 8)
+    inputs, mask = [q, k + 200, v], dense_mask(65, 4, 4)  # scores of some hundreds: exp is inf
+    assert_accurate(lambda *x: local_attention(*x, window=4), naive(mask), inputs, names=NAMES)
+
+
+@pytest.mark.parametrize("grid", [None, (11, 7)])
+def test_gradcheck(grid, monkeypatch):
+    monkeypatch.setattr("tab.ops.local.CHUNK", 16)
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 77, 2, 3, **DOUBLE)]
+    assert torch.autograd.gradcheck(
+        lambda *x: local_attention(*x, window=(2, 1), grid=grid), inputs, fast_mode=True
+    )
+
+
+def test_lse():
+    q, k, v = qkv(1, 2, 65, 4)
+    o, lse = OPS["local_fwd"]("reference", q, k, v, 5, 2, 0, 0, False, 0.5)
+    scores = (q @ k.mT * 0.5).masked_fill(~dense_mask(65, 5, 2), -torch.inf)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(o, (scores - lse[..., None]).exp() @ v)
+
+
+@pytest.mark.parametrize("grid", [None, (10, 10)])
+def test_causal_never_looks_ahead(grid):
+    q, k, v = qkv(1, 2, 100, 4)
+    before = local_attention(q, k, v, window=30, causal=True, grid=grid)
+    for x in (q, k, v):
+        x[:, :, 67:] += 5
+    after = local_attention(q, k, v, window=30, causal=True, grid=grid)
+    assert torch.equal(before[:, :, :67], after[:, :, :67])
+    assert not torch.equal(before[:, :, 67:], after[:, :, 67:])
+
+
+def test_scores_are_never_n_by_n():
+    """At N = 10,000 they would take 400 MB; no allocation is over 1 MB."""
+    q, k, v = qkv(1, 1, 10_000, 2)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = local_attention(q, k, v, window=4)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
+    torch.testing.assert_close(out[:, :, :60], naive(dense_mask(64, 4, 4))(
+        q[:, :, :64], k[:, :, :64], v[:, :, :64])[:, :, :60])  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [(3, 2, 0, 0, False), (1, 1, 5, 13, True)])
+def test_opcheck(options):
+    q, k, v = qkv(2, 2, 65, 4)
+    args = (q, k, v, *options, 0.5)
+    o, lse = OPS["local_fwd"]("auto", *args)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS["local_fwd"].overload, args, test_utils=tests)
+    torch.library.opcheck(OPS["local_bwd"].overload, (o, q, k, v, o, lse, *args[3:]),
+                          test_utils=tests)  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    def loss(q, k, v):
+        return local_attention(q, k, v, window=(3, 1), causal=True).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 65, 4)]
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    for x, y in zip(eager, torch.autograd.grad(compiled(*inputs), inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_meta_and_autocast():
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv(2, 3, 70, 4, 6))
+    out = local_attention(q, k, v, window=2)
+    out.sum().backward()
+    assert (out.shape, out.device.type, q.grad.shape) == ((2, 3, 70, 6), "meta", q.shape)
+    inputs = qkv(1, 1, 9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert local_attention(*inputs, window=2).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": -1}, r"window ≥ 0.*window=-1; nearest: \(0, 0\)"),
+        ({"window": (2, -3)}, r"\(2, -3\); nearest: \(2, 0\)"),
+        ({"window": 1.5}, "whole numbers.*1.5"),
+        ({"window": (1, 2, 3)}, "whole numbers"),
+        ({"grid": (3, 5)}, r"N = 12, got grid=\(3, 5\).*\(3, 4\)"),
+        ({"grid": 12}, "got grid=12"),
+        ({"backend": "fast"}, "choose one of"),
+    ],
+)
+def test_bad_options(change, message):
+    with pytest.raises(ValueError, match=message):
+        local_attention(*qkv(1, 2, 12, 4), **{"window": 1, **change})
+
+
+def test_bad_tensors():
+    q, k, v = qkv(1, 2, 12, 4)
+    for bad in ((q[0], k, v), (q, k[:, :1], v), (q, k, v[:, :, :5]), (q, k, v.double()),
+                (q, k, v.to("meta")), (q.long(), k.long(), v.long())):  # fmt: skip
+        with pytest.raises(ValueError, match=r"local_attention wants .*\(1, 2, 12, 4\)|2, 12, 4"):
+            local_attention(*bad, window=1)
+
+
+# --- layer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("two_dimensional", [False, True])
+def test_layer_is_its_attention_matrix(two_dimensional, generator):
+    layer = build_attention("local", 12, seq_len=30, grid=(5, 6), num_heads=3, window_size=4,
+                            two_dimensional=two_dimensional)  # fmt: skip
+    x = torch.randn(2, 30, 12, generator=generator)
+    matrix = layer.attention_matrix(x)  # (B, H, N, N)
+    assert torch.equal(matrix[0, 0] > 0, dense_mask(30, 2, 2, cols=6 * two_dimensional))
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, 30))
+    _, _, v = layer.project(x)
+    torch.testing.assert_close(layer(x), layer.out((matrix @ v).transpose(1, 2).flatten(2)))
+
+
+def test_layer_obeys_a_key_mask(generator):
+    """Padding is invisible: the real tokens come out as if they were alone."""
+    layer = build_attention("local", 8, seq_len=20, num_heads=2, window_size=6)
+    x = torch.randn(2, 20, 8, generator=generator, requires_grad=True)
+    mask = torch.arange(20).expand(2, 20) < 13
+    out = layer(x, mask)
+    torch.testing.assert_close(out[:, :13], layer(x[:, :13]))
+    torch.testing.assert_close(out[:, 17:], layer.out.bias.expand(2, 3, 8))  # sees padding only
+    (grad,) = torch.autograd.grad(out[:, :13].sum(), x)
+    assert grad[:, 13:].abs().max() == 0
+
+
+def test_layer_errors():
+    with pytest.raises(ValueError, match="window_size=-1 must be ≥ 0"):
+        build_attention("local", 8, seq_len=4, window_size=-1)
+    with pytest.raises(ValueError, match="two_dimensional=True needs tokens on a grid"):
+        build_attention("local", 8, seq_len=4, two_dimensional=True)
