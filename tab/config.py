@@ -1,0 +1,176 @@
+"""What one run is: the options of a recipe, resolved and checked; values stand in tab/recipes.
+
+No option has a default here: a recipe states each one, or inherits it from its `base`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Train:
+    epochs: int
+    batch_size: int
+    lr: float  # the constant rate, or the peak of the cycle
+    weight_decay: float
+    schedule: Literal["constant", "one_cycle"]
+    label_smoothing: float
+    amp: bool  # bfloat16 autocast, on a GPU only: CPUs often emulate it
+
+    def __post_init__(self):
+        positive(self, "train", "epochs", "batch_size", "lr")
+        between(self, "train", "label_smoothing", 0, 0.999)
+        between(self, "train", "weight_decay", 0, 1)
+
+
+@dataclass(frozen=True)
+class Data:
+    images: int  # training images used, stratified; 0: all
+    validation: int  # held out of the training set, stratified
+    normalise: Literal["train", "each"]  # test images by training statistics, or by their own
+    translate: int  # pixels, at most, in each direction
+    flip: bool
+    drop_last: bool
+
+    def __post_init__(self):
+        between(self, "data", "images", 0, 10**9)
+        between(self, "data", "validation", 0, 10**9)
+        between(self, "data", "translate", 0, 31)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    split: Literal["test", "validation"]  # scored each epoch; validation: test once, at the end
+    batch_size: int
+
+    def __post_init__(self):
+        positive(self, "evaluate", "batch_size")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    hidden: int  # C, the width of a token
+    parameters: int  # choose `hidden` so that the model has this many parameters; 0: as given
+    tokens: int  # the Linear's outputs are split into this many tokens
+    block: Literal["replace", "residual"]  # y = A(x), or y = x + γ·A(norm(x)) with γ = 0 at first
+    position: Literal["none", "learned", "rope"]
+    head_layers: int  # hidden layers between the attention and the logits
+
+    def __post_init__(self):
+        positive(self, "model", "hidden", *(["tokens"] if self.tokens != "grid" else []))
+        between(self, "model", "parameters", 0, 10**12)
+        between(self, "model", "head_layers", 0, 16)
+
+
+@dataclass(frozen=True)
+class Cnn(Mlp):
+    tokens: int | Literal["grid"]  # "grid": one token a cell of the last feature map
+    stem: Literal["pool", "stride"]  # conv-BN-ReLU-maxpool twice, or two convolutions of stride 2
+    channels: int  # of the first convolution; the second has C on the grid, else twice as many
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive(self, "model", "channels")
+
+
+MODELS: dict[str, type[Mlp]] = {"mlp": Mlp, "cnn": Cnn}
+SECTIONS = {"train": Train, "data": Data, "evaluate": Evaluate}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of one variant with one seed; nothing is left to look up."""
+
+    recipe: str
+    model: str
+    attention: str
+    seed: int
+    train: Train
+    data: Data
+    evaluate: Evaluate
+    model_options: Mlp
+    attention_options: dict[str, object]
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}-{self.attention}-s{self.seed}"
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> RunConfig:
+        """The inverse of `to_dict`, with every check of a recipe."""
+        check_keys("a run", d, [f.name for f in dataclasses.fields(cls)], complete=True)
+        sections = {name: options(kind, name, d[name]) for name, kind in SECTIONS.items()}
+        model = options(model_class(d["model"]), f"model.{d['model']}", d["model_options"])
+        return cls(**{**d, **sections, "model_options": model})
+
+
+_UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def model_class(name: str) -> type[Mlp]:
+    check_keys("the models", [name], MODELS)
+    return MODELS[name]
+
+
+def options(kind: type, where: str, given: dict):
+    """`kind(**given)` after checking names, types and completeness."""
+    hints = typing.get_type_hints(kind)
+    check_keys(where, given, hints, complete=True)
+    return kind(**{key: check_type(f"{where}.{key}", given[key], hints[key]) for key in hints})
+
+
+def check_keys(
+    where: str, given: Iterable[str], known: Iterable[str], *, complete: bool = False
+) -> None:
+    """Unknown names raise a ValueError with the nearest known one; so do missing ones."""
+    given, known = list(given), list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown {key!r}{hint} It takes: {', '.join(known)}")
+    if complete and (missing := [key for key in known if key not in given]):
+        raise ValueError(f'{where}: {", ".join(missing)} missing; give it, or a base = "fair"')
+
+
+def check_type(where: str, value: object, hint: object) -> object:
+    """`value` if it is a `hint` (an int passes for a float), else a ValueError."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    for kind in choices:
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif kind is float and type(value) in (int, float):
+            return float(value)
+        elif type(value) is kind:
+            return value
+    wanted = " or ".join(
+        ", ".join(map(repr, typing.get_args(kind)))
+        if typing.get_origin(kind) is Literal
+        else kind.__name__
+        for kind in choices
+    )
+    raise ValueError(f"{where} = {value!r}: give {wanted}")
+
+
+def positive(section: object, where: str, *keys: str) -> None:
+    for key in keys:
+        if not getattr(section, key) > 0:
+            raise ValueError(f"{where}.{key} = {getattr(section, key)!r}: must be above 0")
+
+
+def between(section: object, where: str, key: str, low: float, high: float) -> None:
+    if not low <= getattr(section, key) <= high:
+        raise ValueError(f"{where}.{key} = {getattr(section, key)!r}: must be from {low} to {high}")

@@ -1,0 +1,366 @@
+"""Training one model: the loop, its rows, and a state on disk that survives anything.
+
+A run directory holds run.json (config, status, environment, summary), rows.jsonl (one line an
+epoch), checkpoint.pt while it runs (all that the next epoch needs) and at the end model.pt.
+
+Everything random is a function of (seed, epoch): a run that was stopped and resumed continues to
+the same numbers as an unbroken one, on a CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import checkpoint
+from .batches import Batches
+from .config import RunConfig
+from .data import Dataset, Split, hold_out, statistics
+from .flops import forward_flops
+from .models import ImageModel, build_model, parameter_count
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status: "done", "diverged" (a loss was not finite), "running" (stopped before its end)."""
+
+    config: RunConfig
+    rows: list[dict]
+    status: str
+    summary: dict
+
+
+def train(
+    config: RunConfig,
+    dataset: Dataset,
+    out: Path,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    on_epoch: Callable[[dict], None] | None = None,
+    stop_after: int | None = None,
+) -> Outcome:
+    """Trains `config` on `dataset` in the directory `out`.
+
+    resume: continue what is in `out` (a finished run is returned as it is); without it a directory
+    with a run in it is an error. stop_after: return after that many epochs in all, to be resumed.
+    on_epoch: called with each new row once it is on disk.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.locked(out):
+        found = _found(config, dataset, out, resume)
+        if found and found["status"] != "running":
+            return Outcome(config, _read_rows(out), found["status"], found["summary"])
+        run = _Run(config, dataset, torch.device(device), out)
+        if found:
+            run.restore()
+        last = min(config.train.epochs, stop_after or config.train.epochs)
+        while run.status == "running" and len(run.rows) < last:
+            run.epoch()
+            run.save()
+            if on_epoch:
+                on_epoch(run.rows[-1])
+        return run.outcome()
+
+
+def load_trained(out: Path, device: str | torch.device = "cpu") -> tuple[ImageModel, RunConfig]:
+    """The model of a finished run, in eval mode, and its config."""
+    out = Path(out)
+    if not (out / "run.json").is_file():
+        raise ValueError(f"{out} holds no run: there is no run.json in it")
+    run = json.loads((out / "run.json").read_text())
+    if run["status"] != "done":
+        raise ValueError(f"the run in {out} is {run['status']}, it has no trained model")
+    config = RunConfig.from_dict(run["config"])
+    model = build_model(config, len(run["classes"]))
+    model.load_state_dict(checkpoint.load(out / "model.pt"))
+    return _place(model, torch.device(device)).eval(), config
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+class _Run:
+    """The state of a run between two epochs."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device, out: Path):
+        self.config, self.dataset, self.device, self.out = config, dataset, device, out
+        self.status, self.rows = "running", []
+        self.batches, self.validation, self.test = splits(config, dataset, device)
+        model = build_model(config, len(dataset.classes))
+        self.flops = forward_flops(model)
+        self.model = _place(model, device)
+        options = config.train
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay
+        )
+        steps = options.epochs * len(self.batches)
+        if options.schedule == "one_cycle":  # Smith & Topin 2018; PyTorch's shape of it
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer, max_lr=options.lr, total_steps=steps
+            )
+        else:
+            self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        self._describe()
+
+    def epoch(self) -> None:
+        """One pass over the training images, then the scores of this epoch: a new row."""
+        epoch, last = len(self.rows), len(self.rows) + 1 == self.config.train.epochs
+        row = {"epoch": epoch + 1, "learning_rate": self.schedule.get_last_lr()[0]}
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.random.fork_rng([self.device] if cuda else []):
+            # A layer with noise of its own draws from here: a function of (seed, epoch).
+            torch.manual_seed(self.config.seed * 1_000_003 + epoch)
+            start = time.perf_counter()
+            loss, accuracy = self._pass(epoch)
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - start
+        before = self.rows[-1]["cumulative_training_time"] if self.rows else 0.0
+        row |= {"train_loss": loss, "train_accuracy": accuracy, "seconds": seconds}
+        row |= {"cumulative_training_time": before + seconds}
+        row |= {"images_per_second": self.batches.samples / seconds}
+        row |= {"peak_memory_bytes": _peak_memory(self.device)}
+        each = self.config.evaluate.split == "test"
+        row |= self._score("validation", self.validation)
+        row |= self._score("test", self.test if each or last else None)
+        self.rows.append({key: row[key] for key in ROW})
+        losses = [row[f"{part}_loss"] for part in ("train", "validation", "test")]
+        if not all(math.isfinite(x) for x in losses if x is not None):
+            self.status = "diverged"
+        elif last:
+            self.status = "done"
+
+    def _pass(self, epoch: int) -> tuple[float, float]:
+        """Mean loss and accuracy over the epoch, in training mode, as the weights move."""
+        self.model.train()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        smoothing = self.config.train.label_smoothing
+        for x, y in self.batches.epoch(epoch):  # (B, 3, 32, 32), (B,)
+            with self._autocast():
+                logits = self.model(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+                extra = self.model.attention.auxiliary_loss()
+            self.optimizer.zero_grad(set_to_none=True)
+            (loss if extra is None else loss + extra).backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.model.attention.after_step()
+            # Sums stay on the device: no step waits for the host.
+            loss_sum += loss.detach().double() * len(y)
+            correct += (logits.argmax(-1) == y).sum()
+        samples = self.batches.samples
+        return loss_sum.item() / samples, correct.item() / samples
+
+    def _score(self, part: str, batches: Batches | None) -> dict:
+        loss, accuracy = (None, None) if batches is None else self._evaluate(batches)
+        return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Batches) -> tuple[float, float]:
+        self.model.eval()
+        loss_sum, correct = 0.0, 0
+        for x, y in batches.epoch(0):
+            with self._autocast():
+                logits = self.model(x)
+            loss_sum += F.cross_entropy(logits.float(), y, reduction="sum").item()
+            correct += (logits.argmax(-1) == y).sum().item()
+        return loss_sum / batches.samples, correct / batches.samples
+
+    def _autocast(self):
+        enabled = self.config.train.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    # --- disk ---
+
+    def save(self) -> None:
+        """After an epoch. Each file is replaced whole; the order makes any crash between harmless:
+        the rows are also in the checkpoint, and run.json says "done" last."""
+        if self.status == "running":
+            state = {"rows": self.rows, "model": self.model.state_dict()}
+            state |= {"optimizer": self.optimizer.state_dict()}
+            state |= {"schedule": self.schedule.state_dict()}
+            checkpoint.save(self.out / "checkpoint.pt", state)
+        if self.status == "done":
+            checkpoint.save(self.out / "model.pt", self.model.state_dict())
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        checkpoint.write_bytes(self.out / "rows.jsonl", lines.encode())
+        if self.status != "running":
+            self._describe()
+            (self.out / "checkpoint.pt").unlink(missing_ok=True)
+
+    def restore(self) -> None:
+        """Back to the last complete epoch; to the start if there is none, or it is damaged."""
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            state = checkpoint.load(path, self.device)
+        except checkpoint.Corrupt as error:
+            warnings.warn(f"{error}; this run starts again from its first epoch", stacklevel=3)
+            return
+        self.rows = state["rows"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def _describe(self) -> None:
+        run = {
+            "config": self.config.to_dict(),
+            "status": self.status,
+            "data": {k: getattr(self.dataset, k) for k in ("name", "note", "fingerprint")},
+            "classes": list(self.dataset.classes),
+            "environment": environment(self.device),
+            "summary": self.outcome().summary,
+        }
+        checkpoint.write_bytes(self.out / "run.json", json.dumps(run, indent=1).encode())
+
+    def outcome(self) -> Outcome:
+        rows, last = self.rows, self.rows[-1] if self.rows else dict.fromkeys(ROW)
+        scores = [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
+        seconds = last["cumulative_training_time"]
+        summary = {
+            "final_test_accuracy": last["test_accuracy"],
+            "max_test_accuracy": max(scores, default=None),
+            "final_train_accuracy": last["train_accuracy"],
+            "final_train_loss": last["train_loss"],
+            "min_train_loss": min((row["train_loss"] for row in rows), default=None),
+            "total_training_time": seconds,
+            "num_epochs": len(rows),
+            "parameters": parameter_count(self.model),
+            "attention_parameters": parameter_count(self.model.attention),
+            "flops": self.flops,
+            "images_per_second": self.batches.samples * len(rows) / seconds if rows else None,
+            "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+            "status": self.status,
+        }
+        return Outcome(self.config, rows, self.status, summary)
+
+
+ROW = (
+    *("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *("test_loss", "test_accuracy", "seconds", "cumulative_training_time", "images_per_second"),
+    *("peak_memory_bytes", "learning_rate"),
+)
+
+
+# --- around it ------------------------------------------------------------------------------------
+
+
+def splits(
+    config: RunConfig, dataset: Dataset, device: torch.device
+) -> tuple[Batches, Batches | None, Batches]:
+    """Training, validation (None if nothing is held out) and test batches of a run.
+
+    Which images are held out, and which are used, is one choice for all models and seeds.
+    """
+    data, labels = config.data, dataset.train.labels
+    if config.evaluate.split == "validation" and not data.validation:
+        raise ValueError(
+            'evaluate.split = "validation" needs data.validation above 0, images to hold out'
+        )
+    index, held = torch.arange(len(labels)), None
+    if data.validation:
+        index, held = hold_out(labels, data.validation, seed=0)
+    if data.images and data.images < len(index):
+        _, chosen = hold_out(labels[index], data.images, seed=0)
+        index = index[chosen]
+    mean, std = statistics(dataset.train.images[index])
+    common = {"mean": mean, "std": std, "device": device}
+    batches = Batches(
+        dataset.train,
+        index=index,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        shuffle=True,
+        translate=data.translate,
+        flip=data.flip,
+        drop_last=data.drop_last,
+        **common,
+    )
+    size = config.evaluate.batch_size
+    validation = None
+    if held is not None:
+        validation = Batches(dataset.train, index=held, batch_size=size, **common)
+    return batches, validation, test_batches(config, dataset.test, batch_size=size, **common)
+
+
+def test_batches(config: RunConfig, test: Split, *, mean, std, **options) -> Batches:
+    """The test images, normalised as the recipe says."""
+    if config.data.normalise == "each":
+        mean, std = statistics(test.images)
+    return Batches(test, mean=mean, std=std, **options)
+
+
+def environment(device: str | torch.device = "cpu") -> dict:
+    """What the numbers were measured with."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _place(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device, memory_format=torch.channels_last)  # of the convolutions' weights
+
+
+def _found(config: RunConfig, dataset: Dataset, out: Path, resume: bool) -> dict | None:
+    """The run.json in `out`, which must be of this very run."""
+    path = out / "run.json"
+    if not path.is_file():
+        return None
+    if not resume:
+        raise ValueError(f"{out} already holds a run: resume it, or give another directory")
+    found = json.loads(path.read_text())
+    if found["data"]["fingerprint"] != dataset.fingerprint:
+        raise ValueError(
+            f"the run in {out} was trained on {found['data']['name']} "
+            f"({found['data']['fingerprint']}), not on {dataset.name} ({dataset.fingerprint})"
+        )
+    old, new = _flat(found["config"]), _flat(config.to_dict())
+    if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
+        was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
+        raise ValueError(f"the run in {out} is another one: {was}; give another directory")
+    return found
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _read_rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on a GPU; of the whole process, from its start, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

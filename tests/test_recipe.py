@@ -1,0 +1,139 @@
+"""Recipes: what the shipped ones say, layers of a recipe, and errors that name the way out."""
+
+import dataclasses
+
+import pytest
+
+from tab.config import RunConfig
+from tab.layers import attention_names
+from tab.models import build_model, model_names, parameter_count
+from tab.recipe import load_recipe, parse_override, recipe_names
+
+
+def write(folder, text, name="mine.toml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_names():
+    assert {"document", "fair", "quick"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("model", model_names())
+def test_every_shipped_recipe_resolves_for_every_attention(recipe, model):
+    for attention in attention_names():
+        config = load_recipe(recipe).run(model, attention, seed=3)
+        assert config.id == f"{model}-{attention}-s3"
+        assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_document_holds_the_published_configurations():
+    recipe = load_recipe("document")
+    assert recipe.run("mlp", "none", 0).model_options.hidden == 512
+    assert recipe.run("mlp", "multi_head", 0).model_options.hidden == 256
+    assert recipe.run("cnn", "multi_head", 0).model_options.hidden == 512
+    assert recipe.run("cnn", "linear", 0).model_options.hidden == 256
+    assert recipe.run("mlp", "linear", 0).attention_options == {"num_heads": 4, "kernel_size": 128}
+    train = recipe.run("cnn", "none", 0).train
+    assert (train.lr, train.batch_size, train.epochs) == (0.001, 512, 100)
+    assert recipe.run("cnn", "none", 0).evaluate.split == "test"
+
+
+def test_base_file_and_overrides_are_layers(tmp_path):
+    write(tmp_path, 'base = "document"\n[train]\nepochs = 7\n', "below.toml")
+    path = write(tmp_path, 'base = "below.toml"\n[attention.linear.mlp]\nkernel_size = 16\n')
+    recipe = load_recipe(path, {"train.lr": 1, "attention.linear.mlp.hidden": 64})
+    config = recipe.run("mlp", "linear", 0)
+    assert recipe.name == "mine"
+    assert (config.train.epochs, config.train.lr, config.train.batch_size) == (7, 1.0, 512)
+    assert config.attention_options == {"num_heads": 4, "kernel_size": 16}
+    assert config.model_options.hidden == 64
+    assert recipe.run("cnn", "linear", 0).attention_options["kernel_size"] == 128
+
+
+def test_an_override_of_a_model_reaches_every_attention():
+    recipe = load_recipe("document", {"model.cnn.hidden": 64})
+    assert {recipe.run("cnn", a, 0).model_options.hidden for a in attention_names()} == {64}
+    assert recipe.run("mlp", "none", 0).model_options.hidden == 512
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_toml_comes_back_as_it_is(tmp_path, name):
+    recipe = load_recipe(name, {"train.lr": 1e-5})
+    again = load_recipe(write(tmp_path, recipe.to_toml(), f"{name}.toml"))
+    assert again == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.leraning_rate": 1}, "learning_rate|label_smoothing|did you mean"),
+        ({"train.epoch": 1}, "did you mean 'epochs'"),
+        ({"trian.epochs": 1}, "did you mean 'train'"),
+        ({"model.cn.hidden": 1}, "did you mean 'cnn'"),
+        ({"model.cnn.hiden": 1}, "did you mean 'hidden'"),
+        ({"attention.linaer.num_heads": 1}, "did you mean 'linear'"),
+        ({"attention.linear.kernel_sise": 1}, "did you mean 'kernel_size'"),
+        ({"attention.linear.cnn.hiden": 1}, "did you mean 'hidden'"),
+        ({"train.epochs": 2.5}, "train.epochs = 2.5: give int"),
+        ({"train.epochs": True}, "train.epochs = True: give int"),
+        ({"train.epochs": 0}, "must be above 0"),
+        ({"train.lr": "fast"}, "train.lr = 'fast': give float"),
+        ({"train.schedule": "cosine"}, "'constant', 'one_cycle'"),
+        ({"model.cnn.tokens": "all"}, "give int or 'grid'"),
+        ({"model.mlp.tokens": "grid"}, "give int"),
+        ({"attention.linear.num_heads": "two"}, "give int"),
+        ({"train": 3}, "give dict"),
+        ({"data.translate": 32}, "from 0 to 31"),
+    ],
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("fair", overrides)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'fair'"):
+        load_recipe("fiar")
+    with pytest.raises(ValueError, match="no recipe file"):
+        load_recipe(tmp_path / "absent.toml")
+    with pytest.raises(ValueError, match="not TOML"):
+        load_recipe(write(tmp_path, "train ="))
+    with pytest.raises(ValueError, match=r"train: epochs.* missing"):
+        load_recipe(write(tmp_path, "[data]\nflip = true\n"))
+    with pytest.raises(ValueError, match="leads back to itself"):
+        load_recipe(write(tmp_path, 'base = "mine.toml"'))
+
+
+def test_unknown_variants():
+    recipe = load_recipe("fair")
+    with pytest.raises(ValueError, match="did you mean 'mlp'"):
+        recipe.run("mpl", "none", 0)
+    with pytest.raises(ValueError, match="did you mean 'linear'"):
+        recipe.run("mlp", "liner", 0)
+
+
+def test_override_texts():
+    assert parse_override("train.lr=0.01") == ("train.lr", 0.01)
+    assert parse_override("data.flip = true") == ("data.flip", True)
+    assert parse_override("model.cnn.stem=stride") == ("model.cnn.stem", "stride")
+    with pytest.raises(ValueError, match="KEY=VALUE"):
+        parse_override("train.lr")
+
+
+@pytest.mark.parametrize("model", model_names())
+def test_width_is_matched_to_a_number_of_parameters(model):
+    target = {"mlp": 6_000_000, "cnn": 150_000}[model]
+    recipe = load_recipe("fair", {f"model.{model}.parameters": target})
+    widths = set()
+    for attention in ("none", "self", "multi_head"):
+        config = recipe.run(model, attention, 0)
+        count = parameter_count(build_model(config, 10))
+        assert abs(count / target - 1) < 0.02, (attention, count)
+        widths.add(config.model_options.hidden)
+        assert dataclasses.replace(config, model_options=None) == dataclasses.replace(
+            load_recipe("fair").run(model, attention, 0), model_options=None
+        )
+    assert len(widths) > 1
