@@ -2,7 +2,7 @@
 
 An archive is read in memory and never unpacked to disk, so nothing in it can reach outside.
 Any JPEG or PNG is taken: turned as its EXIF says, transparency laid over white, grey, palette, CMYK
-and 16-bit grey converted to RGB, and stretched to 32×32 whatever its proportions.
+and 16-bit grey converted to RGB, and stretched to a square whatever its proportions.
 """
 
 from __future__ import annotations
@@ -23,37 +23,76 @@ from PIL import Image, ImageOps
 SPLITS = ("train", "test")
 BLOCK = 250  # pictures decoded by a thread between two reports of progress
 LAYOUT = "wanted are pictures train/<class>/* and test/<class>/*"
-BROKEN_TAR = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError)
+Pair = tuple[np.ndarray, np.ndarray]  # images uint8 (N, side, side, 3), labels int64 (N,)
+Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
-def listing(path: Path) -> tuple[str, dict[str, list[str]]]:
-    """(key, {"train/cat": [file names]}) of a folder; the key changes when any file does."""
-    digest, found = hashlib.sha256(), {}
+def key(path: Path) -> str:
+    """Another string as soon as a file comes, goes, or changes its size or time."""
+    if path.is_file():
+        stat = path.stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    digest = hashlib.sha256()
+    for folder, entries in _scan(path).items():
+        for entry in entries:
+            stat = entry.stat()
+            digest.update(f"{folder}/{entry.name}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def read(
+    path: Path, order: tuple[str, ...], side: int, progress: Progress | None
+) -> tuple[tuple[str, ...], Pair, Pair, str]:
+    """(classes, train, test, note); classes in `order` if they are just those, else sorted."""
+    if path.is_dir():
+        found = {folder: [entry.name for entry in part] for folder, part in _scan(path).items()}
+
+        def fetch(name: str) -> bytes:
+            return (path / name).read_bytes()
+    else:
+        found, fetch = _read_archive(path)
+    classes = _classes(path, found, order)
+    names, labels = [], []
+    for split in SPLITS:
+        for label, name in enumerate(classes):
+            files = sorted(found[f"{split}/{name}"])
+            names += [f"{split}/{name}/{file}" for file in files]
+            labels += [label] * len(files)
+    images, resized = _decode_all(path, names, fetch, side, progress)  # (train + test, side, side)
+    n = sum(name.startswith("train/") for name in names)
+    note = f"pictures from {path.name}: {n:,} train, {len(names) - n:,} test"
+    if resized:
+        note += f", {resized:,} of them resized to {side}×{side}"
+    if any(name.lower().endswith((".jpg", ".jpeg")) for name in names):
+        note += "; lossy JPEG: accuracy can differ a little from that on the original pixels"
+    both = np.asarray(labels, np.int64)
+    return classes, (images[:n], both[:n]), (images[n:], both[n:]), note
+
+
+def _scan(path: Path) -> dict[str, list[os.DirEntry]]:
+    """{"train/cat": its files} of a folder."""
+    found = {}
     for split in SPLITS:
         if not (path / split).is_dir():
-            here = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            here = ", ".join(entry.name for entry in _visible(path)[:8]) or "nothing"
             raise ValueError(f"{path} has no folder {split!r}, it holds {here}; {LAYOUT}")
         for folder in _visible(path / split):
             if not folder.is_dir():
                 raise ValueError(f"{folder.path} is no class folder; remove it: {LAYOUT}")
-            name = f"{split}/{folder.name}"
-            found[name] = []
-            for entry in _visible(folder.path):
+            found[f"{split}/{folder.name}"] = _visible(folder.path)
+            for entry in found[f"{split}/{folder.name}"]:
                 if entry.is_dir():
                     raise ValueError(f"{entry.path} is a folder within a class; {LAYOUT}")
-                stat = entry.stat()
-                digest.update(f"{name}/{entry.name}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
-                found[name].append(entry.name)
-    return digest.hexdigest(), found
+    return found
 
 
-def archive_key(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+def _visible(folder: str | Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
-def read_archive(path: Path) -> tuple[dict[str, list[str]], Callable[[str], bytes]]:
-    """({"train/cat": [file names]}, name -> bytes) of a tar archive, plain or compressed."""
+def _read_archive(path: Path) -> tuple[dict[str, list[str]], Callable[[str], bytes]]:
+    """({"train/cat": file names}, name -> bytes); folders above train and test do not matter."""
     found: dict[str, list[str]] = {}
     contents: dict[str, bytes] = {}
     try:
@@ -64,20 +103,19 @@ def read_archive(path: Path) -> tuple[dict[str, list[str]], Callable[[str], byte
                     found.setdefault("/".join(parts[-2:]), [])
                 if not member.isfile() or parts[-1].startswith("."):
                     continue
-                if len(parts) > 3 and any(split in parts[:-3] for split in SPLITS):
+                if any(part in SPLITS for part in parts[:-3]):
                     raise ValueError(f"{path}: {member.name} lies too deep; {LAYOUT}")
                 if len(parts) > 2 and parts[-3] in SPLITS:
                     contents["/".join(parts[-3:])] = archive.extractfile(member).read()
                     found.setdefault("/".join(parts[-3:-1]), []).append(parts[-1])
-    except BROKEN_TAR as error:
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         raise ValueError(
             f"{path} is no whole tar archive ({error}); copy or fetch it again"
         ) from error
     return found, contents.__getitem__
 
 
-def class_names(path: Path, found: dict[str, list[str]], order: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes: in the given order if they are just these, else sorted."""
+def _classes(path: Path, found: dict[str, list[str]], order: tuple[str, ...]) -> tuple[str, ...]:
     train, test = (
         {name.split("/")[1] for name in found if name.startswith(f"{split}/")} for split in SPLITS
     )
@@ -88,19 +126,19 @@ def class_names(path: Path, found: dict[str, list[str]], order: tuple[str, ...])
                 "both need the same class folders"
             )
     if len(train) < 2:
-        raise ValueError(f"{path} has {len(train)} class(es), needed are 2 or more; {LAYOUT}")
+        raise ValueError(f"{path} has {len(train)} classes, but 2 or more are needed; {LAYOUT}")
     for name, files in found.items():
         if not files:
             raise ValueError(f"{path / name} is empty; add pictures, or remove the class from both")
     return order if train == set(order) else tuple(sorted(train))
 
 
-def decode_all(
+def _decode_all(
     path: Path,
     names: list[str],
     fetch: Callable[[str], bytes],
     side: int,
-    progress: Callable[[int, int, str], None] | None,
+    progress: Progress | None,
 ) -> tuple[np.ndarray, int]:
     """(images uint8 (len(names), side, side, 3), how many had another size)."""
     images = np.empty((len(names), side, side, 3), np.uint8)
@@ -110,6 +148,7 @@ def decode_all(
         for i, name in enumerate(names[start : start + BLOCK], start):
             try:
                 images[i], other = _decode(fetch(name), side)
+            # Pillow raises SyntaxError for a broken PNG.
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(
                     f"{path / name} is no whole JPEG or PNG ({error}); replace or remove it"
@@ -117,8 +156,7 @@ def decode_all(
             resized += other
         return resized
 
-    total = 0
-    starts = range(0, len(names), BLOCK)
+    total, starts = 0, range(0, len(names), BLOCK)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start, resized in zip(starts, pool.map(block, starts), strict=True):
             total += resized
@@ -128,8 +166,8 @@ def decode_all(
 
 
 def _decode(data: bytes, side: int) -> tuple[np.ndarray, bool]:
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-        image = ImageOps.exif_transpose(image)
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
+        image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
             image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -140,8 +178,3 @@ def _decode(data: bytes, side: int) -> tuple[np.ndarray, bool]:
         if other:
             image = image.resize((side, side), Image.Resampling.BICUBIC)
         return np.asarray(image), other
-
-
-def _visible(folder: str | Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)

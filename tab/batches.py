@@ -1,6 +1,6 @@
-"""Batches: order, augmentation and normalisation of a uint8 image set, as functions of (seed, epoch).
+"""Batches of a uint8 image set: order and augmentation are functions of (seed, epoch) only.
 
-    x[b, c, y, x'] = (image[c, y − dy, x' − dx] − mean_c) / std_c,   then mirrored left-right or not
+    x[b, c, row, col] = (image[row − dy, col − dx, c] − mean_c) / std_c,   then mirrored or not
 
 dy, dx uniform in −translate … translate pixels, mirrored with probability ½. Pixels that the moved
 image leaves uncovered take the mean colour, which is 0 after normalisation. On the CPU one pass in
@@ -61,7 +61,7 @@ class Batches:
                 f"index must be int64 (M,), got {index.dtype} {tuple(index.shape)}; "
                 "for a mask, give mask.nonzero().flatten()"
             )
-        if len(index) and not (0 <= int(index.min()) and int(index.max()) < count):
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= count):
             raise ValueError(
                 f"index runs from {int(index.min())} to {int(index.max())}, "
                 f"but the images are numbered 0…{count - 1}"

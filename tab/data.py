@@ -1,8 +1,7 @@
 """Image sets in memory: CIFAR-10, a folder or archive of pictures, or the built-in `shapes`.
 
-Everything is uint8 (N, 32, 32, 3) in RGB. What took time to read is cached as one .npz file without
-pickles under the data root: `root`, else $TAB_DATA, else ./data. A .npz carries checksums, so an
-altered cache is noticed.
+Everything is uint8 (N, 32, 32, 3) in RGB. What took time to read is cached under the data root:
+`root`, else $TAB_DATA, else ./data.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ import hashlib
 import os
 import re
 import tarfile
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import _pictures, shapes
+from . import _cache, _pictures, shapes
+from . import _cifar10 as _cifar10_files
 
-CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 SIDE = 32
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 
@@ -88,9 +84,10 @@ def load_dataset(
     """The data set that `spec` names.
 
     "cifar10": the official files, fetched and checksummed by torchvision (download=False: only if
-    already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. A folder or
-    a .tar archive of it (.tar.gz, .tar.xz, …): pictures train/<class>/* and test/<class>/*, JPEG or
-    PNG, stretched to 32×32. ValueError or OSError name the file at fault and the way out.
+    already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. A folder,
+    or a tar archive of one (.tar, .tar.gz, .tar.xz, …): pictures train/<class>/*, test/<class>/*,
+    JPEG or PNG, stretched to 32×32; read in memory, never unpacked to disk.
+    ValueError or OSError name the file at fault and the way out.
     """
     root = Path(root or os.environ.get("TAB_DATA") or "data")
     spec = str(spec)
@@ -184,7 +181,7 @@ def _shapes(spec: str, seed: int = 0) -> Dataset:
             f"{spec!r}: give 'shapes' or 'shapes:TRAIN/TEST' with two numbers of images of at "
             f"least {len(shapes.CLASSES)}, e.g. 'shapes:4000/1000'"
         )
-    train, test = (int(n) if n else default for n, default in zip(sizes.groups(), (10000, 2000)))
+    train, test = (int(n) for n in sizes.groups()) if ":" in spec else (10000, 2000)
     return _dataset(
         spec,
         shapes.CLASSES,
@@ -194,126 +191,47 @@ def _shapes(spec: str, seed: int = 0) -> Dataset:
     )
 
 
+def _cached(file: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
+    """The data set from the cache, if that was made of `key`; else made, and cached."""
+    if (found := _cache.load(file, key)) is None:
+        dataset = make()
+        _cache.save(
+            file,
+            key,
+            **{name: getattr(dataset, name) for name in ("name", "classes", "note", "fingerprint")},
+            train_images=dataset.train.images.numpy(),
+            train_labels=dataset.train.labels.numpy(),
+            test_images=dataset.test.images.numpy(),
+            test_labels=dataset.test.labels.numpy(),
+        )
+        return dataset
+    train, test = (
+        Split(*(torch.from_numpy(found[f"{split}_{part}"]) for part in ("images", "labels")))
+        for split in ("train", "test")
+    )
+    name, note, fingerprint = (str(found[key]) for key in ("name", "note", "fingerprint"))
+    return Dataset(name, tuple(found["classes"].tolist()), train, test, note, fingerprint)
+
+
 def _cifar10(root: Path, download: bool) -> Dataset:
-    file, key = root / "cache" / "cifar10.npz", "cifar10"
-    if (cached := _from_cache(file, key)) is not None:
-        return cached
-    from torchvision.datasets import CIFAR10  # slow to import, and needed once
+    def make() -> Dataset:
+        train, test = _cifar10_files.read(root, download)
+        note = "CIFAR-10, the official files"
+        return _dataset("cifar10", _cifar10_files.CLASSES, train, test, note)
 
-    way_out = "use --data shapes (built in), or --data DIR for pictures of your own"
-    try:
-        # Checks the MD5 sum of every file before it unpickles any.
-        train, test = (CIFAR10(root, train=t, download=download) for t in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"CIFAR-10 is not whole in {root / CIFAR10.base_folder}: {_cifar10_fault(root)} "
-            f"({error}). Fetch {CIFAR10.url} on a machine that can, and put the file in {root}; "
-            f"or {way_out}"
-        ) from error
-    pairs = ((s.data, np.asarray(s.targets, np.int64)) for s in (train, test))
-    note = "CIFAR-10, the official files"
-    return _to_cache(_dataset("cifar10", CIFAR10_CLASSES, *pairs, note), file, key)
-
-
-def _cifar10_fault(root: Path) -> str:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list):
-        file = root / CIFAR10.base_folder / name
-        if not check_integrity(str(file), md5):
-            return f"{file} is {'truncated or altered' if file.exists() else 'missing'}"
-    return "its class list is missing or altered"
+    return _cached(root / "cache" / "cifar10.npz", "cifar10", make)
 
 
 def _from_pictures(path: Path, root: Path, progress: Progress | None) -> Dataset:
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    file = root / "cache" / f"{path.resolve().name}-{place}.npz"
-    if path.is_dir():
-        key, found = _pictures.listing(path)
-    else:
-        key = _pictures.archive_key(path)
-    if (cached := _from_cache(file, key)) is not None:
-        return cached
-    if path.is_dir():
+    path = path.resolve()
 
-        def fetch(name: str) -> bytes:
-            return (path / name).read_bytes()
-    else:
-        found, fetch = _pictures.read_archive(path)
-    classes = _pictures.class_names(path, found, CIFAR10_CLASSES)
-    names = {
-        split: [f"{split}/{c}/{name}" for c in classes for name in sorted(found[f"{split}/{c}"])]
-        for split in _pictures.SPLITS
-    }
-    images, resized = _pictures.decode_all(
-        path, names["train"] + names["test"], fetch, SIDE, progress
-    )
-    labels = [
-        np.repeat(np.arange(len(classes)), [len(found[f"{split}/{c}"]) for c in classes])
-        for split in _pictures.SPLITS
-    ]
-    n = len(names["train"])
-    note = f"pictures from {path.resolve().name}: {n:,} train, {len(images) - n:,} test"
-    if resized:
-        note += f", {resized:,} of them resized to {SIDE}×{SIDE}"
-    if any(name.lower().endswith((".jpg", ".jpeg")) for part in names.values() for name in part):
-        note += "; lossy JPEG: accuracy can differ a little from that on the original pixels"
-    dataset = _dataset(
-        f"folder:{path.resolve().name}",
-        classes,
-        (images[:n], labels[0]),
-        (images[n:], labels[1]),
-        note,
-    )
-    return _to_cache(dataset, file, key)
+    def make() -> Dataset:
+        read = _pictures.read(path, _cifar10_files.CLASSES, SIDE, progress)
+        return _dataset(f"folder:{path.name}", *read)
 
-
-def _from_cache(file: Path, key: str) -> Dataset | None:
-    """The cached data set, or None where there is none or it was made of other files."""
-    if not file.exists():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as npz:  # the zip inside carries CRC-32 sums
-            if str(npz["key"]) != key:
-                return None
-            train, test = (
-                Split(*(torch.from_numpy(npz[f"{split}_{part}"]) for part in ("images", "labels")))
-                for split in ("train", "test")
-            )
-            name, note, fingerprint = (str(npz[k]) for k in ("name", "note", "fingerprint"))
-            return Dataset(name, tuple(npz["classes"].tolist()), train, test, note, fingerprint)
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-        raise OSError(
-            f"the cache {file} is truncated or altered ({error}); delete it and load again"
-        ) from error
-
-
-def _to_cache(dataset: Dataset, file: Path, key: str) -> Dataset:
-    """Writes the cache atomically: a reader sees the whole file or none."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            np.savez(
-                part,
-                key=key,
-                name=dataset.name,
-                note=dataset.note,
-                fingerprint=dataset.fingerprint,
-                classes=np.array(dataset.classes),
-                train_images=dataset.train.images.numpy(),
-                train_labels=dataset.train.labels.numpy(),
-                test_images=dataset.test.images.numpy(),
-                test_labels=dataset.test.labels.numpy(),
-            )
-            part.flush()
-            os.fsync(part.fileno())
-        os.replace(part.name, file)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {file} ({error}); set TAB_DATA to a folder that can be written"
-        ) from error
-    return dataset
+    place = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    file = root / "cache" / f"{path.name}-{place}.npz"
+    return _cached(file, _pictures.key(path), make)
 
 
 def _unknown(spec: str, path: Path) -> str:
