@@ -4,7 +4,8 @@ from ._op import BACKENDS, OPS, load_kernels, use_backend
 from .linear import linear_attention
 from .local import local_attention
 
-TRITON_MODULES: tuple[str, ...] = ()  # files of kernels/ that register ops
+# Files of kernels/ that register ops.
+TRITON_MODULES: tuple[str, ...] = ("linear", "linear_backward")
 
 load_kernels(TRITON_MODULES)
 

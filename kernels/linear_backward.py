@@ -1,0 +1,298 @@
+"""tab::linear_bwd for CUDA in Triton. With inv = 1/den, g = inv·do, r = -g·o (tab/ops/linear.py):
+
+    dφ(q_i) = T_i [g_i r_i],  dT_j = dT_N + Σ_{i≥j} φ(q_i) [g_i r_i]ᵀ
+    dφ(k_j) = dT_j [v_j 1],   dv_j = dS_jᵀ φ(k_j)
+
+φ is computed again, never stored. Bidirectional with few tokens or many heads: one launch.
+Otherwise states and scan of T, the scalars inv and r of every token, states and scan of dT, then
+dq, dk and dv; inside a token's own segment they use scores, as the forward does.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tab.ops.linear import backward_reference
+
+from ._common import dot, head, launch, put, rows, tile, token_major_empty
+from .linear import (
+    TOKENS,
+    features,
+    fits_fused,
+    inverse,
+    mask_bytes,
+    meta,
+    scanned,
+    segments,
+    takes,
+)
+
+FUSED_SIZE = 64  # S and dS are both in registers
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def slope(x, MAP: tl.constexpr):
+    """φ'(x)"""
+    if MAP == 0:
+        return tl.where(x > 0, 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
+    elif MAP == 1:
+        return tl.where(x > 0, 1.0, 0.0)
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def scalars(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n, mask,
+    z, z_bh, t_seg, inv, r, N, H, segment, eps,
+    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """inv and r (B·H, N)"""
+    bh, start = tl.program_id(0), tl.program_id(1) * BN
+    q, k = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h)
+    do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    part = start // segment
+    z += bh.to(tl.int64) * z_bh + part.to(tl.int64) * t_seg
+    at = start + tl.arange(0, BN)
+    den = tl.zeros((BN,), tl.float32)
+    for d0 in range(0, D, BD):
+        f, d = features(q, q_n, None, at, N, d0, MAP, D, BD), d0 + tl.arange(0, BD)
+        den += tl.sum(f * tl.load(z + d, mask=d < D, other=0.0)[None, :], 1)
+        if CAUSAL:
+            for j0 in range(part * segment, start + BN, BN):
+                j = j0 + tl.arange(0, BN)
+                p = dot(f, tl.trans(features(k, k_n, mask, j, N, d0, MAP, D, BD)), PRECISION)
+                den += tl.sum(tl.where(at[:, None] >= j[None, :], p, 0.0), 1)
+    i = inverse(den + eps)
+    product = tl.zeros((BN,), tl.float32)
+    for v0 in range(0, DV, BV):
+        product += tl.sum(tile(do, g_n, at, N, v0, DV, BV) * tile(o, o_n, at, N, v0, DV, BV), 1)
+    tl.store(inv + bh.to(tl.int64) * N + at, i, mask=at < N)
+    tl.store(r + bh.to(tl.int64) * N + at, -i * product, mask=at < N)
+
+
+@triton.jit
+def grad_q(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, mask, inv, r,
+    s, z, s_bh, z_bh, t_seg, dq, dq_b, dq_h, dq_n, N, H, segment,
+    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of tokens, BD of its columns."""
+    bh, start, d0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BD
+    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
+    do = head(do, bh, H, g_b, g_h)
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    part = start // segment
+    s += bh.to(tl.int64) * s_bh + part.to(tl.int64) * t_seg
+    z += bh.to(tl.int64) * z_bh + part.to(tl.int64) * t_seg
+    at, d = start + tl.arange(0, BN), d0 + tl.arange(0, BD)
+    i = tl.load(inv + bh.to(tl.int64) * N + at, mask=at < N, other=0.0)[:, None]
+    r_i = tl.load(r + bh.to(tl.int64) * N + at, mask=at < N, other=0.0)[:, None]
+    x = r_i * tl.load(z + d, mask=d < D, other=0.0)[None, :]  # (BN, BD)
+    for v0 in range(0, DV, BV):
+        g = i * tile(do, g_n, at, N, v0, DV, BV)
+        x += dot(g, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
+    if CAUSAL:
+        for j0 in range(part * segment, start + BN, BN):
+            j = j0 + tl.arange(0, BN)
+            p = r_i + tl.zeros((BN, BN), tl.float32)  # g_i·v_j + r_i
+            for v0 in range(0, DV, BV):
+                g = i * tile(do, g_n, at, N, v0, DV, BV)
+                p += dot(g, tl.trans(tile(v, v_n, j, N, v0, DV, BV)), PRECISION)
+            p = tl.where(at[:, None] >= j[None, :], p, 0.0)
+            x += dot(p, features(k, k_n, mask, j, N, d0, MAP, D, BD), PRECISION)
+    x *= slope(tile(q, q_n, at, N, d0, D, BD), MAP)
+    put(head(dq, bh, H, dq_b, dq_h), dq_n, at, N, d0, x, D, BD)
+
+
+@triton.jit
+def grad_k(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, mask, inv, r,
+    s, z, s_bh, z_bh, t_seg, dk, dk_b, dk_h, dk_n, N, H, segment,
+    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk of one tile of tokens, BD of its columns; s and z are dT."""
+    bh, start, d0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BD
+    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
+    do = head(do, bh, H, g_b, g_h)
+    inv += bh.to(tl.int64) * N
+    r += bh.to(tl.int64) * N
+    part = start // segment
+    s += bh.to(tl.int64) * s_bh + part.to(tl.int64) * t_seg
+    z += bh.to(tl.int64) * z_bh + part.to(tl.int64) * t_seg
+    at, d = start + tl.arange(0, BN), d0 + tl.arange(0, BD)
+    x = tl.zeros((BN, BD), tl.float32) + tl.load(z + d, mask=d < D, other=0.0)[None, :]
+    for v0 in range(0, DV, BV):
+        c = tile(v, v_n, at, N, v0, DV, BV)
+        x += dot(c, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
+    if CAUSAL:
+        for i0 in range(start, tl.minimum((part + 1) * segment, N), BN):
+            i = i0 + tl.arange(0, BN)
+            scale = tl.load(inv + i, mask=i < N, other=0.0)[:, None]
+            # v_j·g_i + r_i
+            p = tl.load(r + i, mask=i < N, other=0.0)[None, :] + tl.zeros((BN, BN), tl.float32)
+            for v0 in range(0, DV, BV):
+                g = scale * tile(do, g_n, i, N, v0, DV, BV)
+                p += dot(tile(v, v_n, at, N, v0, DV, BV), tl.trans(g), PRECISION)
+            p = tl.where(at[:, None] <= i[None, :], p, 0.0)
+            x += dot(p, features(q, q_n, None, i, N, d0, MAP, D, BD), PRECISION)
+    x *= slope(tile(k, k_n, at, N, d0, D, BD), MAP)
+    if mask is not None:
+        keep = tl.load(mask + (bh // H).to(tl.int64) * N + at, mask=at < N, other=0) != 0
+        x = tl.where(keep[:, None], x, 0.0)
+    put(head(dk, bh, H, dk_b, dk_h), dk_n, at, N, d0, x, D, BD)
+
+
+@triton.jit
+def grad_v(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, do, g_b, g_h, g_n, mask, inv,
+    s, s_bh, t_seg, dv, dv_b, dv_h, dv_n, N, H, segment,
+    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv of one tile of tokens, BV of its columns; s is dS."""
+    bh, start, v0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BV
+    q, k, do = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(do, bh, H, g_b, g_h)
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    inv += bh.to(tl.int64) * N
+    part = start // segment
+    s += bh.to(tl.int64) * s_bh + part.to(tl.int64) * t_seg
+    at = start + tl.arange(0, BN)
+    x = tl.zeros((BN, BV), tl.float32)
+    for d0 in range(0, D, BD):
+        f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
+        x += dot(f, tile(s, DV, d0 + tl.arange(0, BD), D, v0, DV, BV), PRECISION)
+    if CAUSAL:
+        for i0 in range(start, tl.minimum((part + 1) * segment, N), BN):
+            i = i0 + tl.arange(0, BN)
+            p = tl.zeros((BN, BN), tl.float32)  # φ(k_j)·φ(q_i)
+            for d0 in range(0, D, BD):
+                f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
+                p += dot(f, tl.trans(features(q, q_n, None, i, N, d0, MAP, D, BD)), PRECISION)
+            p = tl.where(at[:, None] <= i[None, :], p, 0.0)
+            g = tl.load(inv + i, mask=i < N, other=0.0)[:, None] * tile(do, g_n, i, N, v0, DV, BV)
+            x += dot(p, g, PRECISION)
+    put(head(dv, bh, H, dv_b, dv_h), dv_n, at, N, v0, x, DV, BV)
+
+
+@triton.jit
+def fused_backward(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n,
+    mask, s0, z0, ds, dz, dq, dq_b, dq_h, dq_n, dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n,
+    ds0, dz0, N, H, eps,
+    MAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Bidirectional, one program per (batch, head): keys, queries, keys again."""
+    bh = tl.program_id(0)
+    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
+    do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
+    dq, dk, dv = (
+        head(dq, bh, H, dq_b, dq_h),
+        head(dk, bh, H, dk_b, dk_h),
+        head(dv, bh, H, dv_b, dv_h),
+    )
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    d, at_s, at_z = tl.arange(0, BD), bh.to(tl.int64) * D * DV, bh.to(tl.int64) * D
+    S = tl.zeros((BD, BV), tl.float32)
+    Z = tl.zeros((BD,), tl.float32)
+    if s0 is not None:
+        S += tile(s0 + at_s, DV, d, D, 0, DV, BV)
+        Z += tl.load(z0 + at_z + d, mask=d < D, other=0.0)
+    for start in range(0, N, BN):
+        at = start + tl.arange(0, BN)
+        f = features(k, k_n, mask, at, N, 0, MAP, D, BD)  # (BN, BD)
+        S += dot(tl.trans(f), tile(v, v_n, at, N, 0, DV, BV), PRECISION)
+        Z += tl.sum(f, 0)
+    dS = tl.zeros((BD, BV), tl.float32)
+    dZ = tl.zeros((BD,), tl.float32)
+    if ds is not None:
+        dS += tile(ds + at_s, DV, d, D, 0, DV, BV)
+        dZ += tl.load(dz + at_z + d, mask=d < D, other=0.0)
+    for start in range(0, N, BN):
+        at = start + tl.arange(0, BN)
+        f = features(q, q_n, None, at, N, 0, MAP, D, BD)
+        inv = inverse(tl.sum(f * Z[None, :], 1) + eps)
+        g = inv[:, None] * tile(do, g_n, at, N, 0, DV, BV)  # (BN, BV)
+        r = -tl.sum(g * tile(o, o_n, at, N, 0, DV, BV), 1)
+        x = dot(g, tl.trans(S), PRECISION) + r[:, None] * Z[None, :]
+        x *= slope(tile(q, q_n, at, N, 0, D, BD), MAP)
+        put(dq, dq_n, at, N, 0, x, D, BD)
+        dS += dot(tl.trans(f), g, PRECISION)
+        dZ += tl.sum(f * r[:, None], 0)
+    put(ds0 + at_s, DV, d, D, 0, dS, DV, BV)
+    tl.store(dz0 + at_z + d, dZ, mask=d < D)
+    for start in range(0, N, BN):
+        at = start + tl.arange(0, BN)
+        f = features(k, k_n, mask, at, N, 0, MAP, D, BD)
+        c = tile(v, v_n, at, N, 0, DV, BV)
+        put(dv, dv_n, at, N, 0, dot(f, dS, PRECISION), DV, BV)
+        x = dot(c, tl.trans(dS), PRECISION) + dZ[None, :]
+        x *= slope(tile(k, k_n, at, N, 0, D, BD), MAP)
+        if mask is not None:
+            x = tl.where((tl.load(mask + at, mask=at < N, other=0) != 0)[:, None], x, 0.0)
+        put(dk, dk_n, at, N, 0, x, D, BD)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def backward(do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, causal, eps):
+    """tab::linear_bwd"""
+    if not takes(q, v):
+        return backward_reference(
+            do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, causal, eps
+        )
+    do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
+    s0, z0 = (None, None) if s0 is None else (s0.contiguous(), z0.contiguous())
+    ds, dz = (None, None) if ds is None else (ds.contiguous(), dz.contiguous())
+    b, h, n, d = q.shape
+    dim_v, m = v.shape[-1], meta(q, v, feature_map)
+    dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
+    to_q, to_k, to_v = ((x, *x.stride()[:3]) for x in (dq, dk, dv))
+    q_, k_, v_, do_, o_ = ((x, *x.stride()[:3]) for x in (q, k, v, do, o))
+    if fits_fused(q, v, causal, FUSED_SIZE):
+        ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
+        dz0 = ds0.new_empty(b, h, d)
+        launch(
+            fused_backward, (b * h,), *q_, *k_, *v_, *do_, *o_, mask, s0, z0, ds, dz, *to_q, *to_k,
+            *to_v, ds0, dz0, n, h, eps, **m,
+        )  # fmt: skip
+        return dq, dk, dv, ds0, dz0
+    size, count = segments(q, v, causal)
+    tiles, nd, nv = -(-n // TOKENS), -(-d // m["BD"]), -(-dim_v // m["BV"])
+    m_out = {"CAUSAL": causal, **m}
+    _, _, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
+    inv = q.new_empty(b * h, n, dtype=torch.float32)
+    r = torch.empty_like(inv)
+    launch(
+        scalars, (b * h, tiles), *q_, *k_, *do_, *o_, mask, seen[1], seen[3], seen[4], inv, r,
+        n, h, size, eps, **m_out,
+    )  # fmt: skip
+    launch(
+        grad_q, (b * h, tiles, nd), *q_, *k_, *v_, *do_, mask, inv, r, *seen, *to_q, n, h, size,
+        **m_out,
+    )  # fmt: skip
+    ds0, dz0, seen = scanned(q, do, None, inv, r, ds, dz, size, count, causal, True, m)
+    launch(
+        grad_k, (b * h, tiles, nd), *q_, *k_, *v_, *do_, mask, inv, r, *seen, *to_k, n, h, size,
+        **m_out,
+    )  # fmt: skip
+    launch(
+        grad_v, (b * h, tiles, nv), *q_, *k_, *do_, mask, inv, seen[0], seen[2], seen[4], *to_v,
+        n, h, size, **m_out,
+    )  # fmt: skip
+    return dq, dk, dv, ds0, dz0
+
+
+torch.library.impl("tab::linear_bwd", "CUDA", backward)
