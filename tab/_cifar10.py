@@ -27,7 +27,11 @@ def read(root: Path, download: bool) -> tuple[Pair, Pair]:
             f"{fetch or 'Fetch '}{CIFAR10.url} where the network allows and put it in {root}; or "
             "use --data shapes (built in), or --data DIR for pictures in folders"
         ) from error
-    return tuple((part.data, np.asarray(part.targets, np.int64)) for part in (train, test))
+    # torchvision's images are a transposed view of planes.
+    return tuple(
+        (np.ascontiguousarray(part.data), np.asarray(part.targets, np.int64))
+        for part in (train, test)
+    )
 
 
 def _fault(root: Path, source: type) -> str:

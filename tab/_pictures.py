@@ -95,9 +95,11 @@ def _read_archive(path: Path) -> tuple[dict[str, list[str]], Callable[[str], byt
     """({"train/cat": file names}, name -> bytes); folders above train and test do not matter."""
     found: dict[str, list[str]] = {}
     contents: dict[str, bytes] = {}
+    end = 0
     try:
-        with tarfile.open(path, "r|*") as archive:  # a stream: each byte is unpacked once
+        with tarfile.open(path) as archive:  # read in order: each byte is unpacked once
             for member in archive:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 parts = PurePosixPath(member.name).parts
                 if member.isdir() and len(parts) > 1 and parts[-2] in SPLITS:
                     found.setdefault("/".join(parts[-2:]), [])
@@ -108,6 +110,12 @@ def _read_archive(path: Path) -> tuple[dict[str, list[str]], Callable[[str], byt
                 if len(parts) > 2 and parts[-3] in SPLITS:
                     contents["/".join(parts[-3:])] = archive.extractfile(member).read()
                     found.setdefault("/".join(parts[-3:-1]), []).append(parts[-1])
+            # tarfile takes an archive cut between two members for whole. Wanted are the empty block
+            # after the last one, and the checksum at the very end of a compressed file.
+            if archive.fileobj.tell() < end + tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("its end is missing")
+            while archive.fileobj.read(2**20):
+                pass
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         raise ValueError(
             f"{path} is no whole tar archive ({error}); copy or fetch it again"

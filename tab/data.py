@@ -236,7 +236,7 @@ def _from_pictures(path: Path, root: Path, progress: Progress | None) -> Dataset
 
 def _unknown(spec: str, path: Path) -> str:
     if path.is_file():
-        return f"{spec} is a file, but no tar archive of pictures; {_pictures.LAYOUT}"
+        return f"{spec} is no whole tar archive (nor a folder), fetch it again; {_pictures.LAYOUT}"
     known = ["cifar10", "shapes"]
     if path.parent.is_dir():
         known += [str(path.parent / entry.name) for entry in os.scandir(path.parent)]
