@@ -15,13 +15,12 @@ NAMES = "o dq dk dv"
 
 
 def dense_mask(n, left, right, causal=False, cols=0):
-    """Who sees whom, (N, N), cell by cell."""
-    seen = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(n):
-            steps = (j // cols - i // cols, j % cols - i % cols) if cols else (j - i,)
-            seen[i, j] = all(-left <= d <= right for d in steps) and not (causal and j > i)
-    return seen
+    """Who sees whom, (N, N), from the coordinates of every pair of tokens."""
+    tokens = [divmod(i, cols) for i in range(n)] if cols else [(i,) for i in range(n)]
+    place = torch.tensor(tokens)  # (N, axes)
+    step = place[None] - place[:, None]
+    seen = ((step >= -left) & (step <= right)).all(-1)
+    return seen.tril() if causal else seen
 
 
 def naive(mask, scale=None):
@@ -83,7 +82,7 @@ def test_dtypes(dtype):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     b=st.integers(1, 3), h=st.integers(1, 3), n=st.integers(1, 140), d=st.integers(1, 9),
     dv=st.integers(1, 9), left=st.integers(0, 150), right=st.integers(0, 150),
@@ -134,8 +133,8 @@ def test_causal_never_looks_ahead(grid):
 
 
 def test_scores_are_never_n_by_n():
-    """At N = 10,000 they would take 400 MB; no allocation is over 1 MB."""
-    q, k, v = qkv(1, 1, 10_000, 2)
+    """At N = 4,096 they would take 64 MB; no allocation is over 1 MB."""
+    q, k, v = qkv(1, 1, 4096, 2)
     with torch.profiler.profile(profile_memory=True) as profile:
         out = local_attention(q, k, v, window=4)
     assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
@@ -172,8 +171,11 @@ def test_meta_and_autocast():
     out.sum().backward()
     assert (out.shape, out.device.type, q.grad.shape) == ((2, 3, 70, 6), "meta", q.shape)
     inputs = qkv(1, 1, 9, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert local_attention(*inputs, window=2).dtype == torch.bfloat16
+    half = [x.bfloat16() for x in inputs]
+    for backend in ("auto", "reference"):  # only the inputs are cast: sums stay in float32
+        with torch.autocast("cpu", torch.bfloat16):
+            out = local_attention(*inputs, window=2, backend=backend)
+        assert torch.equal(out, local_attention(*half, window=2, backend=backend))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from . import basic  # none, self, multi_head
 from . import linear
+from . import sparse
 from . import local
 
 from ._base import Attention, HeadsAttention

@@ -12,6 +12,7 @@ oracle in one. Faster kernels register themselves for a device:
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -31,7 +32,7 @@ class Op:
     """One operator under every backend; call it with the backend's name first."""
 
     def __init__(self, name: str, schema: str, reference: Callable):
-        self.name, self.reference = name, reference
+        self.name, self.reference = name, (reference := _outside_autocast(reference))
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
             torch.library.impl(f"{namespace}::{name}", "CompositeExplicitAutograd", reference)
@@ -60,6 +61,20 @@ class Op:
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE[backend].upper()):
             return None
         return f"{self.name} has no {backend} kernel"
+
+
+def _outside_autocast(reference: Callable) -> Callable:
+    """Autocast must not reach into a reference, whose sums run in float32."""
+
+    @functools.wraps(reference)
+    def run(first: Tensor, *rest):
+        device = first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return reference(first, *rest)
+        with torch.autocast(device, enabled=False):
+            return reference(first, *rest)
+
+    return run
 
 
 # --- which backend --------------------------------------------------------------------------------

@@ -1,0 +1,187 @@
+"""Block-sparse attention: softmax over the blocks of keys that a pattern lists for each block of
+queries.
+
+    o_i = Σ_{j∈A(i)} exp(s_ij − L_i) v_j,  s_ij = scale·q_iᵀk_j,  L_i = log Σ_{j∈A(i)} exp s_ij
+    A(i) = {j : block ⌊j/b⌋ is listed for block ⌊i/b⌋ of this head}, causal: and j ≤ i
+
+Zaheer et al. 2020, "Big Bird", sec. 2 and appendix D. A row that sees nothing gives 0 and passes no
+gradient. The reference gathers the listed blocks, one group of equally long block rows at a time:
+O(nnz·b²) scores. Read top to bottom: reference → ops → autograd → public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._check import accumulate, autocast, check_qkv, token_major
+from ._op import Op, choose
+from ._tile import empty_heads, empty_outputs, tile_backward, tile_forward
+from .pattern import BlockPattern
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def to_blocks(x: Tensor, b: int) -> Tensor:
+    """x (B, H, N, …) -> (B, H·nb, b, …), padded with zeros."""
+    n = x.shape[2]
+    padded = F.pad(x, (0, 0) * (x.dim() - 3) + (0, -n % b))
+    return padded.unflatten(2, (-1, b)).flatten(1, 2)
+
+
+def from_blocks(x: Tensor, h: int, n: int) -> Tensor:
+    """The inverse of `to_blocks`."""
+    return x.unflatten(1, (h, -1)).flatten(2, 3)[:, :, :n]
+
+
+def groups(
+    row_ptr: Tensor, col: Tensor, h: int, n: int, b: int, causal: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per length of block rows that occurs: the block rows (G,) and the blocks that each sees
+    (G, L), as indices into (H·nb), and the tokens allowed among them (G, b, L·b)."""
+    nb = row_ptr.shape[1] - 1
+    start = row_ptr[:, :-1].expand(h, nb).reshape(-1)  # (H·nb,)
+    length = row_ptr.diff().expand(h, nb).reshape(-1)
+    offset = torch.arange(b, device=col.device)
+    for size in length.unique().tolist():
+        if size == 0:
+            continue
+        rows = (length == size).nonzero().squeeze(1)  # (G,)
+        seen = col[start[rows, None] + torch.arange(size, device=col.device)].long()  # (G, L)
+        i = (rows % nb)[:, None] * b + offset  # (G, b)
+        j = (seen[..., None] * b + offset).flatten(1)  # (G, L·b)
+        allowed = (j < n)[:, None, :].expand(-1, b, -1)
+        if causal:
+            allowed = allowed & (j[:, None, :] <= i[..., None])
+        yield rows, (rows // nb)[:, None] * nb + seen, allowed
+
+
+def gather(x: Tensor, seen: Tensor) -> Tensor:
+    """x (B, H·nb, b, D), seen (G, L) -> (B, G, L·b, D)"""
+    return x[:, seen].flatten(2, 3)
+
+
+def forward_reference(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
+    """-> o (B, H, N, Dv), lse (B, H, N) in the accumulation type, −∞ for an empty row."""
+    acc, (_, h, n, _) = accumulate(q), q.shape
+    if q.is_meta:  # the pattern has no values to walk over
+        return empty_outputs(q, v, acc)
+    qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (q, k, v))
+    o = qb.new_zeros(*qb.shape[:3], v.shape[-1])
+    lse = torch.full_like(qb[..., 0], -torch.inf)
+    for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
+        o[:, rows], lse[:, rows] = tile_forward(
+            qb[:, rows], gather(kb, seen), gather(vb, seen), allowed, scale
+        )
+    o, lse = from_blocks(o, h, n).to(v.dtype), from_blocks(lse, h, n)
+    return token_major(o), lse.contiguous()
+
+
+def backward_reference(
+    do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal, scale
+):  # fmt: skip
+    """-> dq, dk, dv. P is recomputed group by group from lse; Δ = Σ do∘o."""
+    if q.is_meta:
+        return empty_heads(q), empty_heads(k), empty_heads(v)
+    acc, (_, h, n, _) = accumulate(q), q.shape
+    delta = (do.to(acc) * o.to(acc)).sum(-1)  # (B, H, N)
+    dob, qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (do, q, k, v))
+    lb, db = to_blocks(lse, block_size), to_blocks(delta, block_size)
+    dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
+    for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
+        keys = gather(kb, seen), gather(vb, seen)
+        dq[:, rows], dk_seen, dv_seen = tile_backward(
+            dob[:, rows], qb[:, rows], *keys, lb[:, rows], db[:, rows], allowed, scale
+        )
+        dk.index_add_(1, seen.flatten(), dk_seen.unflatten(2, (-1, block_size)).flatten(1, 2))
+        dv.index_add_(1, seen.flatten(), dv_seen.unflatten(2, (-1, block_size)).flatten(1, 2))
+    return tuple(token_major(from_blocks(x, h, n).to(q.dtype)) for x in (dq, dk, dv))
+
+
+# --- ops ------------------------------------------------------------------------------------------
+
+# row_ptr, col, col_ptr, row: the pattern and its transpose, int32, see BlockPattern; row_ptr and
+# col_ptr are (Hp, nb+1) with Hp = 1 (shared by the heads) or H.
+sparse_fwd = Op(
+    "sparse_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, Tensor col_ptr, Tensor row, "
+    "int block_size, bool causal, float scale) -> (Tensor o, Tensor lse)",
+    forward_reference,
+)
+sparse_bwd = Op(
+    "sparse_bwd",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor row_ptr, Tensor col, "
+    "Tensor col_ptr, Tensor row, int block_size, bool causal, float scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    backward_reference,
+)
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class _Sparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale, backend):
+        pattern = row_ptr, col, col_ptr, row
+        o, lse = sparse_fwd(backend, q, k, v, *pattern, block_size, causal, scale)
+        ctx.save_for_backward(q, k, v, o, lse, *pattern)
+        ctx.options = block_size, causal, scale
+        ctx.backend = backend
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        grads = sparse_bwd(ctx.backend, do, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None, None, None, None, None, None
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention over the blocks of a pattern (Zaheer et al. 2020).
+
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        pattern: for N tokens, and for H heads or shared by all; moved to the tensors' device once.
+        causal: of the blocks seen only tokens j ≤ i.
+        scale: of the scores, 1/√D unless given.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        o (B, H, N, Dv) in the input's dtype; 0 where a token sees nothing.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or the pattern do not fit; the message prints them.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    check_qkv("sparse_attention", q, k, v)
+    if not isinstance(pattern, BlockPattern):
+        raise ValueError(
+            f"sparse_attention wants a BlockPattern, got {type(pattern).__name__}; make one with "
+            "BlockPattern.bigbird or, from a mask of blocks, BlockPattern.from_blocks"
+        )
+    if pattern.n != q.shape[2] or pattern.heads not in (None, q.shape[1]):
+        raise ValueError(
+            f"sparse_attention got a pattern for N = {pattern.n}, H = {pattern.heads or 'any'} and "
+            f"tensors of N = {q.shape[2]}, H = {q.shape[1]}; make the pattern for these"
+        )
+    q, k, v = autocast(q, k, v)
+    pattern = pattern.to(q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = choose(backend, sparse_fwd, q)
+    return _Sparse.apply(
+        q, k, v, *pattern.tensors, pattern.block_size, bool(causal), scale, backend
+    )

@@ -1,0 +1,352 @@
+"""BlockPattern, sparse_attention against its formula with a dense mask, and the layer "sparse"."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import LAYOUTS, assert_accurate, layout
+
+from tab import BlockPattern, sparse_attention
+from tab.layers import build_attention
+from tab.ops import OPS
+
+NAMES = "o dq dk dv"
+
+
+def naive(pattern, causal=False, scale=None):
+    """The formula with a dense mask; a row that sees nothing gives 0."""
+    mask = pattern.to_dense()  # (Hp, N, N)
+    mask = mask.tril() if causal else mask
+    empty = ~mask.any(-1, keepdim=True)
+
+    def attention(q, k, v):
+        s = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        p = s.masked_fill(~mask & ~empty, -torch.inf).softmax(-1)
+        return p.masked_fill(empty, 0.0) @ v
+
+    return attention
+
+
+def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(b, h, n, w, generator=g, **kwargs) for w in (d, d, dv or d)]
+
+
+# --- pattern --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 200), block_size=st.integers(1, 70), heads=st.integers(1, 4),
+    window=st.sampled_from([1, 3, 5]), num_global=st.integers(0, 3), num_random=st.integers(0, 5),
+    seed=st.integers(0, 5),
+)  # fmt: skip
+def test_bigbird_row_by_row(n, block_size, heads, window, num_global, num_random, seed):
+    pattern = BlockPattern.bigbird(
+        n, heads=heads, block_size=block_size, window=window, num_global=num_global,
+        num_random=num_random, seed=seed,
+    )  # fmt: skip
+    nb = -(-n // block_size)
+    ends = {i for i in range(nb) if min(i, nb - 1 - i) < num_global}
+    for mask in pattern.to_blocks():
+        for i, row in enumerate(mask):
+            seen = set(row.nonzero().flatten().tolist())
+            fixed = ends | {j for j in range(nb) if abs(i - j) <= window // 2}
+            if i in ends:
+                assert len(seen) == nb
+            else:
+                assert fixed <= seen
+                assert len(seen) == min(nb, len(fixed) + num_random)
+    hp = len(pattern.to_blocks())
+    assert pattern.heads == heads and hp in (1, heads)
+    assert pattern.density == pytest.approx(pattern.to_blocks().double().mean().item())
+
+
+def test_random_blocks_are_uniform():
+    """Row 10 of 40 draws 3 of 35: each of them in 3/35 of 2000 heads, within five deviations."""
+    blocks = BlockPattern.bigbird(40, heads=2000, block_size=1).to_blocks()[:, 10].double()
+    drawn = [j for j in range(1, 39) if not 9 <= j <= 11]
+    p = 3 / 35
+    assert len(drawn) == 35
+    assert (blocks[:, drawn].mean(0) - p).abs().max() < 5 * (p * (1 - p) / 2000) ** 0.5
+
+
+def test_draw_has_its_own_seed():
+    options = {"heads": 3, "block_size": 4}
+    before = torch.get_rng_state()
+    a, b = (BlockPattern.bigbird(150, seed=1, **options) for _ in range(2))
+    c = BlockPattern.bigbird(150, seed=2, **options)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(a.col, b.col) and not torch.equal(a.col, c.col)
+    heads = a.to_blocks()
+    assert not torch.equal(heads[0], heads[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.integers(0, 3), nb=st.integers(1, 9), block_size=st.integers(1, 5),
+    p=st.floats(0, 1), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_compressed_rows_and_columns(heads, nb, block_size, p, seed):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(*((heads,) if heads else ()), nb, nb, generator=g) < p
+    n = nb * block_size - int(torch.randint(block_size, (), generator=g))
+    pattern = BlockPattern.from_blocks(mask, block_size, n)
+    full = mask.view(-1, nb, nb)
+    assert all(x.dtype == torch.int32 for x in pattern.tensors)
+    assert torch.equal(pattern.to_blocks(), full)
+    for ptr, index, dense in (
+        (pattern.row_ptr, pattern.col, full), (pattern.col_ptr, pattern.row, full.mT)
+    ):  # fmt: skip
+        for h in range(len(full)):
+            for i in range(nb):
+                listed = index[ptr[h, i] : ptr[h, i + 1]]
+                assert torch.equal(listed.long(), dense[h, i].nonzero().flatten())
+    dense = full.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)
+    assert torch.equal(pattern.to_dense(), dense[:, :n, :n])
+
+
+def test_pattern_is_small_immutable_and_moves_once():
+    pattern = BlockPattern.bigbird(200_000, heads=2)
+    assert pattern.col.numel() < 2 * 3125 * 13  # a dense mask of blocks has 3125² a head
+    with pytest.raises(AttributeError):
+        pattern.n = 3
+    moved = pattern.to("meta")
+    assert moved is pattern.to(torch.device("meta")) and moved.row.is_meta
+    assert moved.to("cpu") is pattern
+    assert torch.equal(copy.deepcopy(pattern).col, pattern.col)
+    assert repr(pattern) == (
+        f"BlockPattern(n=200000, block_size=64, heads=2, density={pattern.density:.3f})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 2}, "got 2; nearest: 1 or 3"),
+        ({"window": -1}, "got -1; nearest: 1"),
+        ({"num_global": -1}, "num_global ≥ 0, got -1"),
+        ({"num_random": -2}, "num_random ≥ 0, got -2"),
+        ({"heads": 0}, "heads ≥ 1, got 0"),
+        ({"block_size": 0}, "block_size ≥ 1; got 64 and 0"),
+    ],
+)
+def test_bad_bigbird(change, message):
+    with pytest.raises(ValueError, match=message):
+        BlockPattern.bigbird(64, **{"heads": 2, "block_size": 8, **change})
+
+
+def test_bad_blocks():
+    for mask in (torch.ones(3, 3, dtype=torch.bool), torch.ones(4, 4)):
+        with pytest.raises(ValueError, match=r"bool mask \(4, 4\) or \(H, 4, 4\), got \("):
+            BlockPattern.from_blocks(mask, 16, 64)
+
+
+# --- op -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 63, 65, 200])
+@pytest.mark.parametrize("block_size", [1, 8, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bigbird(n, block_size, causal):
+    pattern = BlockPattern.bigbird(n, heads=3, block_size=block_size, num_random=2)
+    assert_accurate(
+        lambda *x: sparse_attention(*x, pattern, causal=causal),
+        naive(pattern, causal),
+        qkv(2, 3, n, 8, 12),
+        names=NAMES,
+    )
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_layouts(how, heads):
+    pattern = BlockPattern.bigbird(65, heads=heads, block_size=8)
+    inputs = [layout(x, how) for x in qkv(2, heads, 65, 4)]
+    assert_accurate(lambda *x: sparse_attention(*x, pattern), naive(pattern), inputs, names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    pattern = BlockPattern.bigbird(67, heads=2, block_size=8, num_random=1)
+    inputs = [x.to(dtype) for x in qkv(1, 2, 67, 8)]
+    out = sparse_attention(*inputs, pattern)
+    assert out.dtype == dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert_accurate(lambda *x: sparse_attention(*x, pattern), naive(pattern), inputs, names=NAMES)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    b=st.integers(1, 2), h=st.integers(1, 3), n=st.integers(1, 90), d=st.integers(1, 9),
+    dv=st.integers(1, 9), block_size=st.integers(1, 40), shared=st.booleans(), p=st.floats(0, 1),
+    causal=st.booleans(), scale=st.sampled_from([None, 0.3]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_mask(b, h, n, d, dv, block_size, shared, p, causal, scale, seed):
+    """Any mask of blocks, with rows that see nothing."""
+    nb = -(-n // block_size)
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(*(() if shared else (h,)), nb, nb, generator=g) < p
+    pattern = BlockPattern.from_blocks(mask, block_size, n)
+    assert_accurate(
+        lambda *x: sparse_attention(*x, pattern, causal=causal, scale=scale),
+        naive(pattern, causal, scale),
+        qkv(b, h, n, d, dv, seed),
+        names=NAMES,
+    )
+
+
+def test_rows_that_see_nothing():
+    """Block row 0 sees only block 1: causally that is nothing. Block row 2 lists no block."""
+    mask = torch.tensor([[0, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    pattern = BlockPattern.from_blocks(mask, 4, 11)
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 11, 4)]
+    out = sparse_attention(*inputs, pattern, causal=True)
+    dq, dk, dv = torch.autograd.grad(out.sum(), inputs)
+    nothing = torch.tensor([0, 1, 2, 3, 8, 9, 10])
+    assert not out[:, :, nothing].any() and not dq[:, :, nothing].any()
+    assert not dk[:, :, 8:].any() and not dv[:, :, 8:].any()
+    _, lse = OPS["sparse_fwd"]("auto", *inputs, *pattern.tensors, 4, True, 0.5)
+    assert torch.equal(lse[0, 0].isneginf().nonzero().flatten(), nothing)
+
+
+def test_lse_and_large_scores():
+    q, k, v = qkv(1, 2, 65, 4)
+    pattern = BlockPattern.bigbird(65, heads=2, block_size=8, num_random=1)
+    k = k + 200  # scores of some hundreds: exp is inf
+    o, lse = OPS["sparse_fwd"]("reference", q, k, v, *pattern.tensors, 8, False, 0.5)
+    scores = (q @ k.mT * 0.5).masked_fill(~pattern.to_dense(), -torch.inf)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(o, scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(causal):
+    pattern = BlockPattern.bigbird(33, heads=2, block_size=4, num_random=1)
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 33, 2, 3, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(
+        lambda *x: sparse_attention(*x, pattern, causal=causal), inputs, fast_mode=True
+    )
+
+
+def test_causal_never_looks_ahead():
+    q, k, v = qkv(1, 2, 100, 4)
+    pattern = BlockPattern.bigbird(100, heads=2, block_size=8)
+    before = sparse_attention(q, k, v, pattern, causal=True)
+    for x in (q, k, v):
+        x[:, :, 67:] += 5
+    after = sparse_attention(q, k, v, pattern, causal=True)
+    assert torch.equal(before[:, :, :67], after[:, :, :67])
+    assert not torch.equal(before[:, :, 67:], after[:, :, 67:])
+
+
+def test_scores_are_never_n_by_n():
+    """At N = 16,384 they would take 1 GB."""
+    q, k, v = qkv(1, 1, 16_384, 2)
+    pattern = BlockPattern.bigbird(16_384, heads=1, block_size=32, num_random=1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        sparse_attention(q, k, v, pattern)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 2**24
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck(shared):
+    q, k, v = qkv(2, 2, 65, 4)
+    mask = BlockPattern.bigbird(65, heads=2, block_size=8).to_blocks()
+    pattern = BlockPattern.from_blocks(mask[0] if shared else mask, 8, 65)
+    args = (*pattern.tensors, 8, True, 0.5)
+    o, lse = OPS["sparse_fwd"]("auto", q, k, v, *args)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS["sparse_fwd"].overload, (q, k, v, *args), test_utils=tests)
+    torch.library.opcheck(OPS["sparse_bwd"].overload, (o, q, k, v, o, lse, *args),
+                          test_utils=tests)  # fmt: skip
+
+
+def test_meta_and_autocast():
+    pattern = BlockPattern.bigbird(70, heads=3, block_size=8)
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv(2, 3, 70, 4, 6))
+    out = sparse_attention(q, k, v, pattern)
+    out.sum().backward()
+    assert (out.shape, out.device.type, q.grad.shape) == ((2, 3, 70, 6), "meta", q.shape)
+    inputs = qkv(1, 3, 70, 4)
+    half = [x.bfloat16() for x in inputs]
+    for backend in ("auto", "reference"):  # only the inputs are cast: sums stay in float32
+        with torch.autocast("cpu", torch.bfloat16):
+            out = sparse_attention(*inputs, pattern, backend=backend)
+        assert torch.equal(out, sparse_attention(*half, pattern, backend=backend))
+
+
+def test_bad_input():
+    q, k, v = qkv(1, 2, 12, 4)
+    pattern = BlockPattern.bigbird(12, heads=2, block_size=1, num_random=1)
+    for other, message in (
+        (BlockPattern.bigbird(13, heads=2, block_size=4), "N = 13, H = 2 .* N = 12, H = 2"),
+        (BlockPattern.bigbird(12, heads=3, block_size=4), "N = 12, H = 3 .* N = 12, H = 2"),
+        (BlockPattern.from_blocks(torch.ones(3, 3, dtype=torch.bool), 4, 11), "N = 11, H = any"),
+        (torch.ones(3, 3, dtype=torch.bool), "wants a BlockPattern, got Tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse_attention(q, k, v, other)
+    for bad in ((q[0], k, v), (q, k[:, :1], v), (q, k, v.double()), (q, k, v.to("meta"))):
+        with pytest.raises(ValueError, match=r"sparse_attention wants .*2, 12, 4"):
+            sparse_attention(*bad, pattern)
+    with pytest.raises(ValueError, match="choose one of"):
+        sparse_attention(q, k, v, pattern, backend="fast")
+
+
+# --- layer ----------------------------------------------------------------------------------------
+
+
+def test_layer_is_its_attention_matrix(generator):
+    layer = build_attention("sparse", 12, seq_len=50, num_heads=3, block_size=4, num_random=2)
+    for n in (50, 37):
+        x = torch.randn(2, n, 12, generator=generator)
+        matrix = layer.attention_matrix(x)  # (B, H, N, N)
+        assert torch.equal(matrix[0] > 0, layer.pattern(n).to_dense())
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, n))
+        _, _, v = layer.project(x)
+        torch.testing.assert_close(layer(x), layer.out((matrix @ v).transpose(1, 2).flatten(2)))
+        assert torch.equal(layer(x), layer.eval()(x))  # the same pattern in training and after
+
+
+def test_layer_keeps_few_patterns(generator):
+    layer = build_attention("sparse", 4, seq_len=20, num_heads=1, block_size=2)
+    for n in range(1, 21):
+        layer(torch.randn(1, n, 4, generator=generator))
+    assert len(layer.patterns) == 8
+
+
+def test_layer_obeys_a_key_mask(generator):
+    layer = build_attention("sparse", 8, seq_len=40, num_heads=2, block_size=4, num_random=1)
+    x = torch.randn(1, 40, 8, generator=generator, requires_grad=True)
+    mask = torch.arange(40)[None] < 33
+    out = layer(x, mask)
+    weights = layer.attention_matrix(x) * mask[:, None, None, :]
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = layer.out((weights @ layer.project(x)[2]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected)
+    (grad,) = torch.autograd.grad(out[:, :33].sum(), x)
+    assert grad[:, 33:].abs().max() == 0
+
+
+def test_layer_compiles_and_runs_on_meta(generator):
+    layer = build_attention("sparse", 8, seq_len=40, num_heads=2, block_size=4)
+    x = torch.randn(2, 40, 8, generator=generator)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+    given = torch.autograd.grad(compiled(x).square().sum(), layer.parameters())
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.device("meta"):
+        skeleton = build_attention("sparse", 8, seq_len=40, num_heads=2, block_size=4)
+    assert skeleton(x.to("meta")).shape == x.shape
+    assert torch.equal(skeleton.pattern(40).col, layer.pattern(40).col)
+
+
+def test_layer_errors():
+    for size, near in ((0, 1), (65, 64)):
+        with pytest.raises(ValueError, match=f"block_size={size} .* 64 tokens; .*: {near}"):
+            build_attention("sparse", 8, seq_len=64, block_size=size)
