@@ -1,5 +1,25 @@
 """The attention mechanisms as functions on (B, H, N, D) tensors."""
 
-from .ops import BlockPattern, linear_attention, local_attention, sparse_attention
+from .ops import (
+    BlockPattern,
+    H2OCache,
+    h2o_attention,
+    linear_attention,
+    linformer_attention,
+    local_attention,
+    orthogonal_projection,
+    performer_attention,
+    sparse_attention,
+)
 
-__all__ = ["BlockPattern", "linear_attention", "local_attention", "sparse_attention"]
+__all__ = [
+    "BlockPattern",
+    "H2OCache",
+    "h2o_attention",
+    "linear_attention",
+    "linformer_attention",
+    "local_attention",
+    "orthogonal_projection",
+    "performer_attention",
+    "sparse_attention",
+]

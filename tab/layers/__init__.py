@@ -2,8 +2,11 @@
 
 from . import basic  # none, self, multi_head
 from . import linear
+from . import performer
+from . import linformer
 from . import sparse
 from . import local
+from . import kv_compression
 
 from ._base import Attention, HeadsAttention
 from ._registry import (

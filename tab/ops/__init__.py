@@ -1,9 +1,12 @@
 """The operators, one a file. Importing this package defines them all and loads their kernels."""
 
 from ._op import BACKENDS, OPS, load_kernels, use_backend
+from .h2o import H2OCache, h2o_attention
 from .linear import linear_attention
+from .linformer import linformer_attention
 from .local import local_attention
 from .pattern import BlockPattern
+from .performer import orthogonal_projection, performer_attention
 from .sparse import sparse_attention
 
 # Files of kernels/ that register ops.
@@ -15,8 +18,13 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "BlockPattern",
+    "H2OCache",
+    "h2o_attention",
     "linear_attention",
+    "linformer_attention",
     "local_attention",
+    "orthogonal_projection",
+    "performer_attention",
     "sparse_attention",
     "use_backend",
 ]

@@ -1,0 +1,102 @@
+"""Linformer attention as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._check import token_major
+from ._base import HeadsAttention
+from ._registry import register_attention
+from .basic import softmax_weights
+
+
+@register_attention("linformer")
+class LinformerAttention(HeadsAttention):
+    """softmax(Q(EᵀK)ᵀ/√D)(FᵀV) with trained E, F (N_max, K) (Wang et al. 2020, eq. 7).
+
+    k: rows that K and V are projected to; by default a quarter of max_seq_len, at least 1.
+    max_seq_len: N_max, by default seq_len; fewer tokens use the first rows.
+    share_kv: F = E. share_heads: one E (and F) for all heads, else one each.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        seq_len: int,
+        grid: tuple[int, int] | None = None,
+        num_heads: int = 4,
+        k: int | None = None,
+        max_seq_len: int | None = None,
+        share_kv: bool = True,
+        share_heads: bool = True,
+    ):
+        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        longest = seq_len if max_seq_len is None else max_seq_len
+        if longest < seq_len:
+            raise ValueError(
+                f"max_seq_len={longest}, but the model has seq_len={seq_len} tokens; nearest "
+                f"choice: max_seq_len={seq_len}"
+            )
+        k = max(1, longest // 4) if k is None else k
+        if not 1 <= k <= longest:
+            raise ValueError(
+                f"k={k}: Linformer projects max_seq_len={longest} tokens to 1 ≤ k ≤ {longest} "
+                f"rows; nearest choice: k={min(max(k, 1), longest)}"
+            )
+        self.max_seq_len = longest
+        self.E = nn.Parameter(torch.empty(1 if share_heads else num_heads, longest, k))
+        self.F = None if share_kv else nn.Parameter(torch.empty_like(self.E))
+        for p in (self.E, self.F):
+            if p is not None:  # EᵀK then has the variance of K
+                nn.init.normal_(p, std=seq_len**-0.5)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.compressed(x, key_mask)
+        y = token_major(F.scaled_dot_product_attention(q, k, v))  # (B, H, N, D)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def compressed(
+        self, x: Tensor, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, C) -> q (B, H, N, D), EᵀK and FᵀV (B, H, K, D)"""
+        n = x.shape[1]
+        if n > self.max_seq_len:
+            raise ValueError(
+                f"linformer: N = {n} tokens, but E and F have rows for max_seq_len="
+                f"{self.max_seq_len}; build the layer with max_seq_len={n} or more"
+            )
+        wq, wk, wv = self.qkv.weight.chunk(3)  # (C, C)
+        q = F.linear(x, wq).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        if key_mask is not None:
+            x = x * key_mask[..., None]
+        E = self.E[:, :n]  # (1 or H, N, K)
+        if self.F is None:
+            return q, *self._compress(x, E, wk, wv)
+        return q, *self._compress(x, E, wk), *self._compress(x, self.F[:, :n], wv)
+
+    def _compress(self, x: Tensor, E: Tensor, *weights: Tensor) -> list[Tensor]:
+        """Eᵀ(xW), (B, H, K, D), for each W (C, C); as (Eᵀx)W where that costs less."""
+        (n, c), (sets, _, k), m = x.shape[1:], E.shape, len(weights)
+        heads = (self.num_heads, -1)
+        if sets * n * k * c + m * k * c * c > m * (n * c * c + n * k * c):
+            each = (F.linear(x, w).unflatten(-1, heads).transpose(1, 2) for w in weights)
+            return [E.mT @ h for h in each]
+        if sets == 1:
+            short = E.mT @ x  # (B, K, C)
+            return [F.linear(short, w).unflatten(-1, heads).transpose(1, 2) for w in weights]
+        short = E.mT @ x[:, None]  # (B, H, K, C)
+        return [short @ w.unflatten(0, heads).mT for w in weights]
+
+    def attention_matrix(self, x: Tensor) -> Tensor:
+        """|softmax(QK'ᵀ/√D) Fᵀ|, each row divided by its sum.
+
+        o_i = Σ_j a_ij v_j holds with a = softmax(QK'ᵀ/√D) Fᵀ; these weights have signs and any
+        sum, so what is shown is the share of token j in the size of row i.
+        """
+        q, short_k, _ = self.compressed(x)
+        f = (self.E if self.F is None else self.F)[:, : x.shape[1]]  # (1 or H, N, K)
+        a = softmax_weights(q.float(), short_k.float()) @ f.float().mT  # (B, H, N, N)
+        return F.normalize(a.abs(), p=1, dim=-1)

@@ -1,0 +1,74 @@
+"""Performer attention as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops._check import accumulate
+from ..ops.performer import KERNELS, orthogonal_projection, performer_attention
+from ._base import HeadsAttention
+from ._registry import register_attention
+
+
+@register_attention("performer")
+class PerformerAttention(HeadsAttention):
+    """FAVOR+ attention (Choromanski et al. 2021); all heads share one projection W (M, D).
+
+    num_features: M. kernel: "softmax" or "relu".
+    redraw_interval: a new W every so many optimizer steps (never in eval); 0 keeps the first.
+    W is a function of (seed, number of redraws); both, and the steps, are buffers, so a resumed
+    run draws what an unbroken one would have drawn.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        seq_len: int,
+        grid: tuple[int, int] | None = None,
+        num_heads: int = 4,
+        num_features: int = 64,
+        kernel: str = "softmax",
+        redraw_interval: int = 0,
+        rope: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features}: performer needs at least 1 feature")
+        if redraw_interval < 0:
+            raise ValueError(
+                f"redraw_interval={redraw_interval}: give a number of steps ≥ 1, or 0 for never"
+            )
+        self.kernel, self.redraw_interval = kernel, redraw_interval
+        self.register_buffer("seed", torch.tensor(seed))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("projection", torch.empty(num_features, dim // num_heads))  # (M, D)
+        self._draw(0)
+
+    def _draw(self, count: int) -> None:
+        # 2¹⁶ redraws per seed before two seeds could meet.
+        generator = torch.Generator().manual_seed((int(self.seed) << 16) + count)
+        self.projection.copy_(orthogonal_projection(*self.projection.shape, generator=generator))
+
+    def after_step(self) -> None:
+        if not (self.redraw_interval and self.training):
+            return
+        self.steps += 1
+        steps = int(self.steps)
+        if steps % self.redraw_interval == 0:
+            self._draw(steps // self.redraw_interval)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        w = self.projection.to(accumulate(q))
+        return performer_attention(q, k, v, w, kernel=self.kernel, key_mask=key_mask)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        # Linear in v: attending to the unit vectors reads the weights off.
+        b, h, n, _ = q.shape
+        tokens = torch.eye(n, dtype=q.dtype, device=q.device).expand(b, h, n, n)
+        w = self.projection.to(accumulate(q))
+        return performer_attention(q, k, tokens, w, kernel=self.kernel, backend="reference")

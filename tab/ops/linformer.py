@@ -1,0 +1,66 @@
+"""Linformer: K and V projected along the sequence to K rows, then full attention on those.
+
+    o = softmax(scale · q K'ᵀ) V',   K' = Eᵀ k,  V' = Fᵀ v
+
+Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", eq. 7. A composition of
+PyTorch's own operators: two small matrix products and scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ._check import autocast, check_key_mask, check_qkv, same, shapes, token_major
+
+
+def linformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    E: Tensor,
+    F: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention on a sequence projected from N to K rows (Wang et al. 2020, eq. 7).
+
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device.
+        E: (N_max, K), or (H, N_max, K) for one per head; projects k, its first N rows are used.
+        F: the same for v; E by default.
+        key_mask: (B, N) bool, True where a token is real; the others are zero in Eᵀk and Fᵀv.
+        scale: of the scores, D^(-1/2) by default.
+
+    Returns:
+        o (B, H, N, Dv) in the input's dtype.
+
+    Raises:
+        ValueError: N > N_max, or shapes, dtypes or devices do not fit; the message prints them.
+    """
+    check_qkv("linformer_attention", q, k, v)
+    check_key_mask("linformer_attention", key_mask, k)
+    same("linformer_attention", q=q, E=E, F=F)
+    F = E if F is None else F
+    for x in (E, F):
+        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] not in (1, q.shape[1])):
+            raise ValueError(
+                "linformer_attention wants E, F (N_max, K) or (H, N_max, K), got "
+                f"{shapes(q=q, E=E, F=F)}"
+            )
+    if E.shape[-1] != F.shape[-1] or 0 in E.shape:
+        raise ValueError(f"linformer_attention wants E, F of one K ≥ 1, got {shapes(E=E, F=F)}")
+    n, longest = q.shape[2], min(E.shape[-2], F.shape[-2])
+    if n > longest:
+        raise ValueError(
+            f"linformer_attention: N = {n} tokens, but E and F have rows for N_max = {longest}; "
+            "shorten the sequence or build E and F with more rows"
+        )
+    q, k, v, E, F = autocast(q, k, v, E, F)
+    if key_mask is not None:
+        real = key_mask[:, None, :, None]  # (B, 1, N, 1)
+        k, v = k * real, v * real
+    short_k = E[..., :n, :].mT @ k  # (B, H, K, D)
+    short_v = F[..., :n, :].mT @ v  # (B, H, K, Dv)
+    return token_major(scaled_dot_product_attention(q, short_k, short_v, scale=scale))

@@ -1,0 +1,385 @@
+"""FAVOR+: softmax attention in M positive random features, so that the keys sum up once.
+
+    o_i = Σ_m e^(w_m·q̂_i) S_m / Σ_m e^(w_m·q̂_i) z_m,   x̂ = x·D^(-1/4),
+    S_m = Σ_j e^(a_jm) v_j,  z_m = Σ_j e^(a_jm),  a_jm = w_m·k̂_j - ‖k̂_j‖²/2;  causal: over j ≤ i
+
+Choromanski et al. 2021, "Rethinking Attention with Performers", eq. 7 and lemma 1; the factors
+M^(-1/2) and e^(-‖q̂‖²/2) cancel. Kernel "relu": relu(w_m·x̂) in place of both exponentials.
+
+No ε: the state is held relative to a shift, c_m = max_j a_jm, so that e^(a_jm - c_m) ≤ 1 and
+z_m ≥ 1, and the query's exponent is w_m·q̂ + c_m minus its maximum over m, so the denominator is
+≥ 1. The shifts cancel from o: they are exact and carry no gradient. They are taken per batch entry,
+head and feature, and when causal over j ≤ i only: a later key changes nothing earlier.
+
+Read top to bottom: features → reference → ops → autograd → public functions. Symbols: spelled
+out, b_im = w_m·q̂_i, `v1` is [v 1], a state `t` is [S z], and e^lse_i = e^(shift)·(denominator + ε).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._check import accumulate, autocast, check_key_mask, check_qkv, same, shapes, token_major
+from ._op import Op, choose
+from .linear import join, with_ones
+
+KERNELS = {"softmax": 0, "relu": 1}  # code passed to the kernels
+WIDE = 64  # block length from which the causal reference multiplies keys and values first
+
+# --- features -------------------------------------------------------------------------------------
+
+
+def finite(shift: Tensor) -> Tensor:
+    """-inf, the shift of a state that has seen nothing, as 0: e^(-inf - 0) = 0, not NaN."""
+    return shift.masked_fill(shift == -torch.inf, 0.0)
+
+
+def exponents(q, k, w, key_mask, kernel) -> tuple[Tensor, Tensor]:
+    """b, a (B, H, N, M); a is -inf where a key is masked."""
+    acc, scale = accumulate(q), q.shape[-1] ** -0.25
+    qh, kh = q.to(acc) * scale, k.to(acc) * scale  # (B, H, N, D)
+    b, a = qh @ w.mT, kh @ w.mT
+    if kernel == 0:
+        a = a - kh.square().sum(-1, keepdim=True) / 2
+    if key_mask is not None:
+        a = a.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+    return b, a
+
+
+def key_features(a: Tensor, shift: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+    """φ = e^(a - shift) (or relu(a)) and dφ/da"""
+    if kernel == 1:
+        return F.relu(a), (a > 0).to(a.dtype)
+    phi = (a - finite(shift)).exp()
+    return phi, phi
+
+
+def query_features(b: Tensor, shift: Tensor, norm: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+    """φ = e^(b + shift - norm) (or relu(b)·e^-norm) and dφ/db. A state at -inf is not read."""
+    if kernel == 1:
+        return F.relu(b) * (-norm).exp(), (b > 0) * (-norm).exp()
+    phi = (b + shift - norm).exp()
+    return phi, phi
+
+
+def rescale(before: Tensor, after: Tensor, kernel: int) -> Tensor:
+    """(B, H, 1, M) shifts -> the factor (B, H, M, 1) that moves a state from one to the other."""
+    factor = torch.ones_like(after) if kernel == 1 else (before - finite(after)).exp()
+    return factor.mT
+
+
+# --- reference ------------------------------------------------------------------------------------
+# Causal sums in log₂N levels instead of N steps: at level h, in each block of 2h tokens, the
+# queries of the right half read the keys of the left half at that half's own shift. Every pair
+# j < i meets at exactly one level, nothing ever overflows, and no shift knows a later key.
+
+
+def levels(n: int) -> Iterator[int]:
+    h = 1
+    while h < n:
+        yield h
+        h *= 2
+
+
+def halves(x: Tensor, h: int, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(B, H, N, ·) -> left and right halves (B, H, ⌈N/2h⌉, h, ·) of its blocks of 2h tokens."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % (2 * h)), value=fill).unflatten(2, (-1, 2, h)).unbind(3)
+
+
+def to_left(x: Tensor, n: int) -> Tensor:
+    """The inverse of `halves`: (B, H, N, ·) with x (B, H, ⌈N/2h⌉, h, ·) in left halves, else 0."""
+    return F.pad(x, (0, 0, 0, x.shape[3])).flatten(2, 3)[:, :, :n]
+
+
+def to_right(x: Tensor, n: int) -> Tensor:
+    return F.pad(x, (0, 0, x.shape[3], 0)).flatten(2, 3)[:, :, :n]
+
+
+def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x yᵀ z, in the cheaper order; the rows are tokens."""
+    return x @ (y.mT @ z) if x.shape[-2] > WIDE else (x @ y.mT) @ z
+
+
+def _causal_sums(b, a, v1, r, kernel):
+    """Σ_{j≤i} Σ_m e^(b_im + a_jm - r_i) v1_j, (B, H, N, Dv+1)"""
+    n = a.shape[2]
+    fq, fk = query_features(b, a, r, kernel)[0], key_features(a, a, kernel)[0]
+    out = (fq * fk).sum(-1, keepdim=True) * v1  # j = i
+    for h in levels(n):
+        left, right = halves(a, h, -torch.inf)[0], halves(b, h, -torch.inf)[1]
+        shift = left.amax(-2, keepdim=True)
+        fk = key_features(left, shift, kernel)[0]
+        fq = query_features(right, shift, halves(r, h)[1], kernel)[0]
+        out = out + to_right(product(fq, fk, halves(v1, h)[0]), n)
+    return out
+
+
+def _causal_gradients(b, a, v1, g1, lse, kernel):
+    """The gradients of Σ_i g1_i·(causal sum)_i in b, a and v1."""
+    n = a.shape[2]
+    (fq, sq), (fk, sk) = query_features(b, a, lse, kernel), key_features(a, a, kernel)
+    pair = (g1 * v1).sum(-1, keepdim=True)  # (B, H, N, 1)
+    db, da, dv1 = pair * fk * sq, pair * fq * sk, (fq * fk).sum(-1, keepdim=True) * g1
+    for h in levels(n):
+        left, right = halves(a, h, -torch.inf)[0], halves(b, h, -torch.inf)[1]
+        v, g = halves(v1, h)[0], halves(g1, h)[1]
+        shift = left.amax(-2, keepdim=True)
+        fk, sk = key_features(left, shift, kernel)
+        fq, sq = query_features(right, shift, halves(lse, h)[1], kernel)
+        db = db + to_right(product(g, v, fk) * sq, n)
+        da = da + to_left(product(v, g, fq) * sk, n)
+        dv1 = dv1 + to_left(product(fk, fq, g), n)
+    return db, da, dv1
+
+
+def _initial(s0, z0, c0, a, dv, kernel):
+    """[S z] (B, H, M, Dv+1) and its shift (B, H, 1, M); empty where none is given."""
+    if s0 is not None:
+        return join(s0, z0), c0[:, :, None]
+    empty = 0.0 if kernel == 1 else -torch.inf
+    return a.new_zeros(*a.shape[:2], a.shape[3], dv + 1), torch.full_like(a[:, :, :1], empty)
+
+
+def forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
+    """-> o (B, H, N, Dv), S (B, H, M, Dv), z, c (B, H, M), lse (B, H, N)"""
+    b, a = exponents(q, k, projection, key_mask, kernel)  # (B, H, N, M)
+    v1 = with_ones(v.to(b.dtype))  # (B, H, N, Dv+1)
+    t0, shift0 = _initial(s0, z0, c0, a, v.shape[-1], kernel)
+    if kernel == 1:
+        c, r = shift0, torch.zeros_like(b[..., :1])
+    else:
+        c = a.cummax(2).values if causal else a.amax(2, keepdim=True)
+        c = torch.maximum(c, shift0)  # (B, H, N or 1, M), what query i may know
+        r = finite((b + c).amax(-1, keepdim=True))  # (B, H, N, 1)
+    last = c[:, :, -1:]
+    total = key_features(a, last, kernel)[0].mT @ v1 + rescale(shift0, last, kernel) * t0
+    if causal:
+        out = query_features(b, shift0, r, kernel)[0] @ t0 + _causal_sums(b, a, v1, r, kernel)
+    else:
+        out = query_features(b, last, r, kernel)[0] @ total
+    den = out[..., -1:] + eps  # (B, H, N, 1)
+    nothing = den == 0
+    o = (out[..., :-1] / den).masked_fill(nothing, 0.0)
+    lse = (r + den.log()).masked_fill(nothing, torch.inf).squeeze(-1)
+    s, z = total[..., :-1].contiguous(), total[..., -1].contiguous()
+    return token_major(o.to(v.dtype)), s, z, last.squeeze(2).clone(), lse
+
+
+def backward_reference(
+    do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
+):
+    """-> dq, dk, dv, dS₀, dz₀. Features are made again, the query's already divided by the
+    denominator (norm = lse), so with g' = [do, -do·o] and T = [S z] at shift c:
+
+    dφ(q_i) = T g'_i,  dT = dT_N + Σ_i φ(q_i) g'_iᵀ,  dφ(k_j) = dT v'_j,  dv'_j = dTᵀ φ(k_j);
+    db = dφ(q)∘φ', da = dφ(k)∘φ';  dq̂ = db W,  dk̂ = da W - (Σ_m da_m) k̂.
+    """
+    b, a = exponents(q, k, projection, key_mask, kernel)
+    acc, scale = b.dtype, q.shape[-1] ** -0.25
+    v1, lse = with_ones(v.to(acc)), lse[..., None]
+    do = do.to(acc)
+    g1 = torch.cat([do, -(do * o.to(acc)).sum(-1, keepdim=True)], -1)  # (B, H, N, Dv+1)
+    t0, shift0 = _initial(s0, z0, c0, a, v.shape[-1], kernel)
+    last = c[:, :, None]
+    dt = torch.zeros_like(t0) if ds is None else join(ds, dz)
+
+    # Causal queries read the state before the first token, the others the final one.
+    t, shift = (t0, shift0) if causal else (join(s, z), last)
+    fq, sq = query_features(b, shift, lse, kernel)
+    db, read = (g1 @ t.mT) * sq, fq.mT @ g1
+    if not causal:
+        dt = dt + read
+    fk, sk = key_features(a, last, kernel)
+    da, dv1 = (v1 @ dt.mT) * sk, fk @ dt
+    dt0 = rescale(shift0, last, kernel) * dt
+    if causal:
+        dt0 = dt0 + read
+        more = _causal_gradients(b, a, v1, g1, lse, kernel)
+        db, da, dv1 = db + more[0], da + more[1], dv1 + more[2]
+
+    dq, dk = db @ projection, da @ projection
+    if kernel == 0:
+        dk = dk - da.sum(-1, keepdim=True) * (k.to(acc) * scale)
+    grads = (
+        token_major(x.to(like.dtype))
+        for x, like in ((dq * scale, q), (dk * scale, k), (dv1[..., :-1], v))
+    )
+    return *grads, dt0[..., :-1].contiguous(), dt0[..., -1].contiguous()
+
+
+# --- ops ------------------------------------------------------------------------------------------
+
+performer_fwd = Op(
+    "performer_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, Tensor? s0, Tensor? z0, "
+    "Tensor? c0, int kernel, bool causal, float eps) "
+    "-> (Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse)",
+    forward_reference,
+)
+performer_bwd = Op(
+    "performer_bwd",
+    "(Tensor do, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor projection, "
+    "Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse, Tensor? key_mask, "
+    "Tensor? s0, Tensor? z0, Tensor? c0, int kernel, bool causal) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
+    backward_reference,
+)
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class _Performer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps, backend):
+        o, s, z, c, lse = performer_fwd(
+            backend, q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps
+        )
+        ctx.save_for_backward(q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0)
+        ctx.options, ctx.backend = (kernel, causal), backend
+        ctx.mark_non_differentiable(c)
+        ctx.set_materialize_grads(False)
+        return o, s, z, c
+
+    @staticmethod
+    def backward(ctx, do, ds, dz, _):
+        q, k, v, projection, o, s, z, *rest = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        if (ds is None) != (dz is None):  # the ops take both or none
+            ds = torch.zeros_like(s) if ds is None else ds
+            dz = torch.zeros_like(z) if dz is None else dz
+        dq, dk, dv, ds0, dz0 = performer_bwd(
+            ctx.backend, do, ds, dz, q, k, v, projection, o, s, z, *rest, *ctx.options
+        )
+        if rest[-1] is None:
+            ds0 = dz0 = None
+        return dq, dk, dv, None, None, ds0, dz0, None, None, None, None, None
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def orthogonal_projection(
+    num_features: int,
+    head_dim: int,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """W (num_features, head_dim): rows that are N(0, I) each and orthogonal within a block.
+
+    Blocks of D rows of Haar-random orthogonal matrices (the QR decomposition of a Gaussian, its
+    columns times sign(diag R): without that it is not Haar, and the estimate is biased; Mezzadri
+    2007), each row times an independent χ(D) norm (Choromanski 2021, §2.4 and theorem 2).
+
+    Args:
+        generator: where the numbers come from, on its own device; drawn in float64, so that one
+            seed gives one W in every dtype.
+        dtype, device: of the result; by default torch's default dtype, the generator's device.
+    """
+    if num_features < 1 or head_dim < 1:
+        raise ValueError(
+            f"orthogonal_projection wants num_features ≥ 1 and head_dim ≥ 1, got {num_features} "
+            f"and {head_dim}"
+        )
+    blocks = -(-num_features // head_dim)
+    source = device if generator is None else generator.device
+    options = {"generator": generator, "dtype": torch.float64, "device": source}
+    orthogonal, r = torch.linalg.qr(torch.randn(blocks, head_dim, head_dim, **options))
+    orthogonal = orthogonal * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    norms = torch.randn(num_features, head_dim, **options).norm(dim=-1, keepdim=True)
+    w = orthogonal.mT.flatten(0, 1)[:num_features] * norms
+    return w.to(dtype=dtype or torch.get_default_dtype(), device=device or source)
+
+
+def performer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    kernel: str = "softmax",
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
+    return_state: bool = False,
+    eps: float = 0.0,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Softmax attention, scale D^(-1/2), estimated in M random features (Choromanski 2021, eq. 7).
+
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        projection: (M, D) float32 (float64 with float64 inputs), from `orthogonal_projection`;
+            a constant, it gets no gradient.
+        kernel: "softmax" (positive features, e^(w·x̂ - ‖x̂‖²/2)) or "relu" (relu(w·x̂)).
+        causal: token i sees tokens j ≤ i.
+        key_mask: (B, N) bool, True where a token is real; the others vanish from S, z and c.
+        initial_state: (S (B, H, M, Dv), z (B, H, M), c (B, H, M)) float32, from earlier tokens
+            under the same projection. S and z are relative to the shift c (true sum = S·e^c).
+        return_state: also return the state after the last token; S and z are differentiable with
+            c held constant, which is exact for whatever depends on S·e^c and z·e^c alone.
+        eps: added to the shifted denominator (≥ 1 for "softmax"), the shift held constant in the
+            gradient. A row whose denominator is 0 (nothing to see, or "relu" features that do not
+            meet) gives 0.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        o (B, H, N, Dv) in the input's dtype, or (o, (S, z, c)).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message prints them.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    check_qkv("performer_attention", q, k, v)
+    check_key_mask("performer_attention", key_mask, k)
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
+    if eps < 0:
+        raise ValueError(f"performer_attention wants eps ≥ 0, got {eps}")
+    _check_projection(q, projection)
+    state = _check_state(q, v, projection, initial_state)
+    q, k, v = autocast(q, k, v)
+    backend = choose(backend, performer_fwd, q)
+    o, *state = _Performer.apply(
+        q, k, v, projection, key_mask, *state, KERNELS[kernel], causal, float(eps), backend
+    )
+    return (o, tuple(state)) if return_state else o
+
+
+def _check_projection(q: Tensor, w: Tensor) -> None:
+    acc, given = accumulate(q), shapes(q=q, projection=w)
+    if w.dim() != 2 or w.shape[1] != q.shape[-1] or w.shape[0] < 1:
+        raise ValueError(
+            f"performer_attention wants projection (M, D) with D = {q.shape[-1]}, got {given}"
+        )
+    if w.dtype != acc or w.device != q.device:
+        raise ValueError(
+            f"performer_attention wants projection in {str(acc).removeprefix('torch.')} on "
+            f"{q.device}, got {given}"
+        )
+    if w.requires_grad:
+        raise ValueError("projection is a constant and gets no gradient; pass projection.detach()")
+
+
+def _check_state(q, v, projection, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None, None
+    s, z, c = state
+    rows = (*q.shape[:2], projection.shape[0])
+    want, acc = (*rows, v.shape[-1]), accumulate(q)
+    if s.shape != want or z.shape != rows or c.shape != rows or {*_dtypes(s, z, c)} != {acc}:
+        raise ValueError(
+            f"performer_attention wants initial_state (S {want}, z {rows}, c {rows}) in "
+            f"{str(acc).removeprefix('torch.')}, got {shapes(S=s, z=z, c=c)}"
+        )
+    same("performer_attention", S=s, z=z, c=c, projection=projection)
+    return s.contiguous(), z.contiguous(), c.detach().contiguous()
+
+
+def _dtypes(*tensors: Tensor) -> tuple[torch.dtype, ...]:
+    return tuple(x.dtype for x in tensors)
