@@ -56,6 +56,7 @@ extensions = [
     cpp_extension.CppExtension(
         "tab._C",
         sorted(glob("csrc/cpu/*.cpp")),
+        depends=sorted(glob("csrc/**/*.h", recursive=True)),
         py_limited_api=True,
         extra_compile_args={"cxx": CXX},
         extra_link_args=["-fopenmp"],

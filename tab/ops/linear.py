@@ -59,6 +59,11 @@ def merge(x: Tensor, n: int) -> Tensor:
     return x.flatten(2, 3)[:, :, :n]
 
 
+def exclusive_cumsum(x: Tensor) -> Tensor:
+    """Over dim 2 of x (B, H, c, D, Dv+1). Not cumsum − x: that leaks later tokens by rounding."""
+    return F.pad(x.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+
+
 def _operands(q, k, v, key_mask, feature_map):
     """φ(q), φ(k) with masked tokens at 0, and v with its ones, all in the accumulation type."""
     acc = accumulate(q)
@@ -76,7 +81,7 @@ def _sums(fq, fk, v1, state, causal):
     cq, ck, cv = chunks(fq), chunks(fk), chunks(v1)
     sums = ck.mT @ cv  # (B, H, c, D, Dv+1)
     state = state[:, :, None] if isinstance(state, Tensor) else state
-    before = sums.cumsum(2) - sums + state
+    before = exclusive_cumsum(sums) + state
     out = cq @ before + (cq @ ck.mT).tril() @ cv
     return merge(out, fq.shape[2]), before, before[:, :, -1] + sums[:, :, -1]
 
@@ -109,7 +114,7 @@ def backward_reference(do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, ca
         cq, ck, cv, cg = chunks(fq), chunks(fk), chunks(v1), chunks(g1)
         sums = cq.mT @ cg  # (B, H, c, D, Dv+1)
         last = last[:, :, None] if isinstance(last, Tensor) else last
-        after = sums.flip(2).cumsum(2).flip(2) - sums + last
+        after = exclusive_cumsum(sums.flip(2)).flip(2) + last
         scores, dscores = (cq @ ck.mT).tril(), (cg @ cv.mT).tril()
         dfq = merge(cg @ before.mT + dscores @ ck, n)
         dfk = merge(cv @ after.mT + dscores.mT @ cq, n)

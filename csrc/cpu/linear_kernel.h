@@ -1,0 +1,280 @@
+// Linear attention, the arithmetic (formulas: linear.cpp). Included once per instruction set.
+//
+// A state is one block of scratch: S (D, Ep) and behind it z (Dp), where Dp and Ep are D and Dv
+// padded to whole vectors. A gradient state dS, dz has the same form. Tokens come in tiles of
+// a.tile; a task is one segment of one (b, h).
+
+namespace tab::TAB_ISA {
+
+// --- φ --------------------------------------------------------------------------------------------
+
+template <int map, class A>
+TAB_INLINE Vec<A> feature(Vec<A> x) {
+  if (map == 0) return x > 0 ? x + 1 : exp<A>(x);  // elu(x) + 1
+  return map == 1 ? maximum<A>(x, Vec<A>{}) : x;
+}
+
+/// φ'(x) out of φ(x): for elu1, φ > 1 where x > 0, and φ' = φ elsewhere.
+template <class A>
+TAB_INLINE Vec<A> slope(Vec<A> f, int map) {
+  const Vec<A> one = splat<A>(1);
+  if (map == 0) return f > 1 ? one : f;
+  return map == 1 ? (f > 0 ? one : Vec<A>{}) : one;
+}
+
+template <int map, class T>
+static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t count, int64_t d,
+                          acc_t<T>* f) {
+  using A = acc_t<T>;
+  const int64_t dp = padded<A>(d);
+  for (int64_t t = 0; t < count; ++t, f += dp, x += step) {
+    if (mask != nullptr && !mask[t]) {
+      clear(f, dp);
+      continue;
+    }
+    int64_t i = 0;
+    for (; i + W<A> <= d; i += W<A>) store(f + i, feature<map, A>(load(x + i)));
+    if (i == d) continue;
+    store(f + i, feature<map, A>(load_part(x + i, d - i)));
+    for (int64_t j = d; j < dp; ++j) f[j] = 0;  // φ(0) may be 1
+  }
+}
+
+// --- tiles ----------------------------------------------------------------------------------------
+
+/// The tokens [from, to) of head (b, h), and how their tiles are loaded.
+template <class T>
+struct Segment {
+  using A = acc_t<T>;
+  const Linear& a;
+  int64_t b, h, from, to, dp, ep;
+
+  TAB_INLINE Segment at(const Linear& a, int64_t task) {
+    const int64_t head = task / a.segments, from = task % a.segments * a.length;
+    const int64_t to = from + a.length < a.n ? from + a.length : a.n;
+    return {a, head / a.h, head % a.h, from, to, padded<A>(a.d), padded<A>(a.e)};
+  }
+  TAB_INLINE T* row(const Rows& x, const Segment& s, int64_t t) {
+    return static_cast<T*>(x.data) + s.b * x.b + s.h * x.h + t * x.n;
+  }
+  /// f (count, Dp) = φ of rows t, t+1, …; masked rows are 0.
+  TAB_INLINE void features(const Rows& x, const Segment& s, const uint8_t* mask, int64_t t,
+                           int64_t count, A* f) {
+    const uint8_t* m = mask == nullptr ? nullptr : mask + s.b * s.a.n + t;
+    const T* p = row(x, s, t);
+    if (s.a.map == 0) load_features<0>(p, x.n, m, count, s.a.d, f);
+    if (s.a.map == 1) load_features<1>(p, x.n, m, count, s.a.d, f);
+    if (s.a.map == 2) load_features<2>(p, x.n, m, count, s.a.d, f);
+  }
+  /// y (count, Ep) = rows t, t+1, … as they are.
+  TAB_INLINE void values(const Rows& x, const Segment& s, int64_t t, int64_t count, A* y) {
+    for (int64_t i = 0; i < count; ++i) load_row(row(x, s, t + i), s.a.e, y + i * s.ep);
+  }
+};
+
+/// p (count, Tp) = tril(x·yᵀ + r), r one number a row, given yᵀ (width, Tp).
+template <class A>
+static void triangle(int64_t count, int64_t width, const A* x, int64_t ldx, const A* yt, const A* r,
+                     A* p) {
+  const int64_t tp = padded<A>(count);
+  for (int64_t i = 0; i < count; i += 16) {  // columns right of the diagonal block are not computed
+    const int64_t rows = i + 16 < count ? 16 : count - i, columns = padded<A>(i + rows);
+    gemm(rows, columns, width, x + i * ldx, ldx, yt, tp, p + i * tp, tp, false);
+    for (int64_t t = i; t < i + rows; ++t) {
+      if (r != nullptr)
+        for (int64_t j = 0; j <= t; ++j) p[t * tp + j] += r[t];
+      clear(p + t * tp + t + 1, tp - t - 1);
+    }
+  }
+}
+
+/// y += P·x (or Pᵀ·x) for lower triangular P (count, Tp), x and y (count, width).
+template <bool transposed, class A>
+static void triangle_times(int64_t count, int64_t width, const A* p, const A* x, A* y) {
+  const int64_t tp = padded<A>(count);
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t rows = i + 16 < count ? 16 : count - i;
+    if (transposed)
+      gemm<true>(rows, width, count - i, p + i * tp + i, tp, x + i * width, width, y + i * width,
+                 width, true);
+    else
+      gemm(rows, width, i + rows, p + i * tp, tp, x, width, y + i * width, width, true);
+  }
+}
+
+template <class A>
+TAB_INLINE A inverse(A den) {
+  return den == 0 ? A(0) : 1 / den;
+}
+
+// --- steps ----------------------------------------------------------------------------------------
+
+/// state += Σ over the segment of φ(k) vᵀ and φ(k).
+template <class T>
+static void keys(const Linear& a, int64_t task, void* state, void* scratch) {
+  using A = acc_t<T>;
+  using S = Segment<T>;
+  const auto s = S::at(a, task);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *fk = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
+  A *sum = static_cast<A*>(state), *z = sum + a.d * s.ep;
+  for (int64_t t = s.from; t < s.to; t += a.tile) {
+    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
+    S::features(a.k, s, a.mask, t, count, fk);
+    S::values(a.v, s, t, count, v);
+    gemm<true>(a.d, s.ep, count, fk, s.dp, v, s.ep, sum, s.ep, true);
+    for (int64_t i = 0; i < count; ++i) add_scaled(z, A(1), fk + i * s.dp, s.dp);
+  }
+}
+
+/// o over the segment. Causal: the state is that before the segment, and leaves as that after it.
+template <class T>
+static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
+  using A = acc_t<T>;
+  using S = Segment<T>;
+  const auto s = S::at(a, task);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *fq = arena.take(a.tile * s.dp), *fk = arena.take(a.tile * s.dp);
+  A *v = arena.take(a.tile * s.ep), *o = arena.take(a.tile * s.ep);
+  A *fkt = arena.take(a.d * padded<A>(a.tile)), *p = arena.take(a.tile * padded<A>(a.tile));
+  A *sum = static_cast<A*>(state), *z = sum + a.d * s.ep;
+  for (int64_t t = s.from; t < s.to; t += a.tile) {
+    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
+    S::features(a.q, s, nullptr, t, count, fq);
+    gemm(count, s.ep, a.d, fq, s.dp, sum, s.ep, o, s.ep, false);
+    if (a.causal) {
+      S::features(a.k, s, a.mask, t, count, fk);
+      S::values(a.v, s, t, count, v);
+      transpose(count, a.d, fk, s.dp, fkt, padded<A>(count));
+      triangle<A>(count, a.d, fq, s.dp, fkt, nullptr, p);
+      triangle_times<false>(count, s.ep, p, v, o);
+      gemm<true>(a.d, s.ep, count, fk, s.dp, v, s.ep, sum, s.ep, true);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (a.causal) add_scaled(z, A(1), fk + i * s.dp, s.dp);
+      const A den = dot(fq + i * s.dp, z, s.dp) + static_cast<A>(a.eps);
+      store_row(S::row(a.o, s, t + i), a.e, o + i * s.ep, inverse(den));
+    }
+  }
+}
+
+/// g = do/den and r = -g·o of `count` tokens, 1/den and r as noted by `queries`.
+template <class T>
+TAB_INLINE void cotangents(const Segment<T>& s, int64_t t, int64_t count, const acc_t<T>* den,
+                           acc_t<T>* g) {
+  using A = acc_t<T>;
+  Segment<T>::values(s.a.grad, s, t, count, g);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < s.ep; j += W<A>)
+      store(g + i * s.ep + j, load(g + i * s.ep + j) * den[i]);
+}
+
+/// dq over the segment; dstate += Σ φ(q) gᵀ and φ(q) r unless it is null. Causal: `state` as in
+/// `outputs`; notes (1/den, r) of each token for `gradients`.
+template <class T>
+static void queries(const Linear& a, int64_t task, void* state, void* dstate, void* scratch) {
+  using A = acc_t<T>;
+  using S = Segment<T>;
+  const auto s = S::at(a, task);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  const int64_t tp = padded<A>(a.tile);
+  A *fq = arena.take(a.tile * s.dp), *fk = arena.take(a.tile * s.dp);
+  A *v = arena.take(a.tile * s.ep), *g = arena.take(a.tile * s.ep), *o = arena.take(s.ep);
+  A *df = arena.take(a.tile * s.dp), *st = arena.take(a.e * s.dp);
+  A *vt = arena.take(a.e * tp), *p = arena.take(a.tile * tp), *r = arena.take(a.tile);
+  A *den = arena.take(a.tile), *z = static_cast<A*>(state) + a.d * s.ep;
+  A *dsum = static_cast<A*>(dstate), *dz = dsum + a.d * s.ep;
+  transpose(a.d, a.e, static_cast<A*>(state), s.ep, st, s.dp);  // (Dv, Dp)
+  for (int64_t t = s.from; t < s.to; t += a.tile) {
+    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
+    S::features(a.q, s, nullptr, t, count, fq);
+    if (a.causal) S::features(a.k, s, a.mask, t, count, fk);
+    S::values(a.grad, s, t, count, g);
+    for (int64_t i = 0; i < count; ++i) {
+      if (a.causal) add_scaled(z, A(1), fk + i * s.dp, s.dp);
+      den[i] = inverse(dot(fq + i * s.dp, z, s.dp) + static_cast<A>(a.eps));
+      load_row(S::row(a.o, s, t + i), a.e, o);
+      Vec<A> product{};
+      for (int64_t j = 0; j < s.ep; j += W<A>) {
+        const Vec<A> x = load(g + i * s.ep + j) * den[i];
+        store(g + i * s.ep + j, x);
+        product += x * load(o + j);
+      }
+      r[i] = -sum<A>(product);
+      for (int64_t j = 0; j < s.dp; j += W<A>) store(df + i * s.dp + j, load(z + j) * r[i]);
+    }
+    gemm(count, s.dp, a.e, g, s.ep, st, s.dp, df, s.dp, true);
+    if (a.causal) {
+      S::values(a.v, s, t, count, v);
+      transpose(count, a.e, v, s.ep, vt, padded<A>(count));
+      triangle<A>(count, a.e, g, s.ep, vt, nullptr, p);
+      triangle_times<false>(count, s.dp, p, fk, df);
+      gemm<true>(a.e, s.dp, count, v, s.ep, fk, s.dp, st, s.dp, true);
+      A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
+      for (int64_t i = 0; i < count; ++i) notes[i] = den[i], notes[a.n + i] = r[i];
+    }
+    if (dstate != nullptr) {
+      gemm<true>(a.d, s.ep, count, fq, s.dp, g, s.ep, dsum, s.ep, true);
+      for (int64_t i = 0; i < count; ++i) add_scaled(dz, r[i], fq + i * s.dp, s.dp);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      A *x = df + i * s.dp, *f = fq + i * s.dp;
+      for (int64_t j = 0; j < s.dp; j += W<A>) store(x + j, load(x + j) * slope<A>(load(f + j), a.map));
+      store_row(S::row(a.dq, s, t + i), a.d, x, A(1));
+    }
+  }
+}
+
+/// dk and dv over the segment. Causal: from the last tile to the first, `dstate` is that after the
+/// segment and leaves as that before it.
+template <class T>
+static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch) {
+  using A = acc_t<T>;
+  using S = Segment<T>;
+  const auto s = S::at(a, task);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  const int64_t tp = padded<A>(a.tile), tiles = (s.to - s.from + a.tile - 1) / a.tile;
+  A *fq = arena.take(a.tile * s.dp), *fk = arena.take(a.tile * s.dp);
+  A *v = arena.take(a.tile * s.ep), *g = arena.take(a.tile * s.ep);
+  A *df = arena.take(a.tile * s.dp), *dv = arena.take(a.tile * s.ep);
+  A *dst = arena.take(a.e * s.dp), *turned = arena.take(tp * (a.d > a.e ? a.d : a.e));
+  A *p = arena.take(a.tile * tp);
+  A *dsum = static_cast<A*>(dstate), *dz = dsum + a.d * s.ep;
+  transpose(a.d, a.e, dsum, s.ep, dst, s.dp);  // (Dv, Dp)
+  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
+    const int64_t t = s.from + tile * a.tile, count = t + a.tile < s.to ? a.tile : s.to - t;
+    S::features(a.k, s, a.mask, t, count, fk);
+    S::values(a.v, s, t, count, v);
+    gemm(count, s.ep, a.d, fk, s.dp, dsum, s.ep, dv, s.ep, false);
+    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(df + i * s.dp, dz, s.dp * sizeof(A));
+    gemm(count, s.dp, a.e, v, s.ep, dst, s.dp, df, s.dp, true);
+    if (a.causal) {
+      const A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
+      const A* r = notes + a.n;
+      S::features(a.q, s, nullptr, t, count, fq);
+      cotangents<T>(s, t, count, notes, g);
+      transpose(count, a.d, fk, s.dp, turned, padded<A>(count));
+      triangle<A>(count, a.d, fq, s.dp, turned, nullptr, p);
+      triangle_times<true>(count, s.ep, p, g, dv);
+      transpose(count, a.e, v, s.ep, turned, padded<A>(count));
+      triangle<A>(count, a.e, g, s.ep, turned, r, p);
+      triangle_times<true>(count, s.dp, p, fq, df);
+      gemm<true>(a.d, s.ep, count, fq, s.dp, g, s.ep, dsum, s.ep, true);
+      gemm<true>(a.e, s.dp, count, g, s.ep, fq, s.dp, dst, s.dp, true);
+      for (int64_t i = 0; i < count; ++i) add_scaled(dz, r[i], fq + i * s.dp, s.dp);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      A *x = df + i * s.dp, *f = fk + i * s.dp;
+      for (int64_t j = 0; j < s.dp; j += W<A>) store(x + j, load(x + j) * slope<A>(load(f + j), a.map));
+      const bool hidden = a.mask != nullptr && !a.mask[s.b * a.n + t + i];
+      store_row(S::row(a.dk, s, t + i), a.d, x, hidden ? A(0) : A(1));
+      store_row(S::row(a.dv, s, t + i), a.e, dv + i * s.ep, A(1));
+    }
+  }
+}
+
+template <class T>
+constexpr LinearKernels linear_kernels = {W<acc_t<T>>, keys<T>, outputs<T>, queries<T>,
+                                          gradients<T>};
+
+}  // namespace tab::TAB_ISA

@@ -1,0 +1,201 @@
+// Vectors of one instruction set: loads and stores that convert, exp. Included by each_isa.h, once
+// per instruction set, so it has no include guard. A is float or double, T any element type.
+
+namespace tab::TAB_ISA {
+
+template <class A>
+struct vector {
+  typedef A type __attribute__((vector_size(TAB_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename vector<A>::type;
+/// Lanes in a vector of A.
+template <class A>
+constexpr int64_t W = TAB_VECTOR_BYTES / sizeof(A);
+/// n rounded up to whole vectors: the row length of scratch matrices.
+template <class A>
+constexpr int64_t padded(int64_t n) {
+  return (n + W<A> - 1) / W<A> * W<A>;
+}
+
+// The integer vector with the lanes of Vec<A>, and the 16-bit one with the lanes of Vec<float>.
+template <class A>
+struct integer {
+  typedef int32_t scalar;
+  typedef int32_t type __attribute__((vector_size(TAB_VECTOR_BYTES)));
+};
+template <>
+struct integer<double> {
+  typedef int64_t scalar;
+  typedef int64_t type __attribute__((vector_size(TAB_VECTOR_BYTES)));
+};
+template <class A>
+using Int = typename integer<A>::type;
+typedef uint32_t Bits __attribute__((vector_size(TAB_VECTOR_BYTES)));
+typedef uint16_t Short __attribute__((vector_size(TAB_VECTOR_BYTES / 2)));
+
+template <class A>
+TAB_INLINE Vec<A> splat(A x) {
+  return x - Vec<A>{};
+}
+template <class To, class From>
+TAB_INLINE To as(From x) {
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// --- loads and stores -----------------------------------------------------------------------------
+
+TAB_INLINE Vec<float> load(const float* p) {
+  Vec<float> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+TAB_INLINE Vec<double> load(const double* p) {
+  Vec<double> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+TAB_INLINE Vec<float> load(const bf16* p) {
+  Short x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return as<Vec<float>>(__builtin_convertvector(x, Bits) << 16);
+}
+TAB_INLINE Vec<float> load(const fp16* p) {
+  Short x;
+  __builtin_memcpy(&x, p, sizeof x);
+  const Bits bits = __builtin_convertvector(x, Bits), magnitude = bits & 0x7fff;
+  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and makes subnormals normal.
+  Bits y = as<Bits>(as<Vec<float>>(magnitude << 13) * 0x1p112f);
+  y |= (Bits)(magnitude >= 0x7c00) & 0x7f800000;  // infinity and NaN
+  return as<Vec<float>>(y | (bits & 0x8000) << 16);
+}
+
+TAB_INLINE void store(float* p, Vec<float> x) { __builtin_memcpy(p, &x, sizeof x); }
+TAB_INLINE void store(double* p, Vec<double> x) { __builtin_memcpy(p, &x, sizeof x); }
+TAB_INLINE void store(bf16* p, Vec<float> x) {
+  const Bits bits = as<Bits>(x);
+  Bits y = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // nearest, ties to even
+  y = x == x ? y : 0x7fc0 - Bits{};
+  const Short s = __builtin_convertvector(y, Short);
+  __builtin_memcpy(p, &s, sizeof s);
+}
+TAB_INLINE void store(fp16* p, Vec<float> x) {
+  const Bits bits = as<Bits>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  // Normal results: round 13 bits away, nearest with ties to even, and move the bias.
+  Bits y = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  // Subnormal results: adding 0.5 lets the float adder align and round them.
+  const Bits tiny = as<Bits>(as<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+  y = magnitude < (113u << 23) ? tiny : y;
+  y = magnitude >= 0x477ff000 ? 0x7c00 - Bits{} : y;  // 65520 and above round to infinity
+  y = magnitude > 0x7f800000 ? 0x7e00 - Bits{} : y;
+  const Short s = __builtin_convertvector(y | sign, Short);
+  __builtin_memcpy(p, &s, sizeof s);
+}
+
+/// The first n < W lanes; the others load as 0.
+template <class T>
+TAB_INLINE Vec<acc_t<T>> load_part(const T* p, int64_t n) {
+  T lanes[W<acc_t<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+TAB_INLINE void store_part(T* p, Vec<acc_t<T>> x, int64_t n) {
+  T lanes[W<acc_t<T>>];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+/// n elements of a tensor into a scratch row, its padding zeroed.
+template <class T>
+TAB_INLINE void load_row(const T* x, int64_t n, acc_t<T>* row) {
+  constexpr int64_t w = W<acc_t<T>>;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) store(row + i, load(x + i));
+  if (i < n) store(row + i, load_part(x + i, n - i));
+}
+/// scale·row into n elements of a tensor.
+template <class T>
+TAB_INLINE void store_row(T* x, int64_t n, const acc_t<T>* row, acc_t<T> scale) {
+  constexpr int64_t w = W<acc_t<T>>;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) store(x + i, load(row + i) * scale);
+  if (i < n) store_part(x + i, load(row + i) * scale, n - i);
+}
+
+// --- whole padded rows ----------------------------------------------------------------------------
+
+template <class A>
+TAB_INLINE A sum(Vec<A> x) {
+  A total = 0;
+  for (int64_t i = 0; i < W<A>; ++i) total += x[i];
+  return total;
+}
+template <class A>
+TAB_INLINE Vec<A> maximum(Vec<A> x, Vec<A> y) {
+  return x > y ? x : y;
+}
+/// Σ_i x_i y_i over n padded elements.
+template <class A>
+TAB_INLINE A dot(const A* x, const A* y, int64_t n) {
+  Vec<A> even{}, odd{};
+  int64_t i = 0;
+  for (; i + 2 * W<A> <= n; i += 2 * W<A>) {
+    even += load(x + i) * load(y + i);
+    odd += load(x + i + W<A>) * load(y + i + W<A>);
+  }
+  if (i < n) even += load(x + i) * load(y + i);
+  return sum<A>(even + odd);
+}
+/// y += a·x over n padded elements.
+template <class A>
+TAB_INLINE void add_scaled(A* y, A a, const A* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += W<A>) store(y + i, load(y + i) + load(x + i) * a);
+}
+template <class A>
+TAB_INLINE void clear(A* x, int64_t n) {
+  __builtin_memset(x, 0, n * sizeof(A));
+}
+
+// --- exp ------------------------------------------------------------------------------------------
+
+/// exp(x) = 2^n·exp(r) with n = round(x/ln 2), |r| ≤ ln 2 / 2, and exp(r) by its Taylor series
+/// (degree 7 for float, 13 for double), whose remainder is below half a unit of the last place.
+/// The scale goes on in two halves, so subnormal results and overflow to infinity come out right.
+/// NaN gives NaN. Measured over all of float: at most 1.6 units of the last place from exp.
+template <class A>
+TAB_INLINE Vec<A> exp(Vec<A> x) {
+  constexpr bool single = sizeof(A) == 4;
+  constexpr A low = single ? A(-104) : A(-746), high = single ? A(89) : A(710);
+  constexpr A magic = single ? A(0x1.8p23) : A(0x1.8p52);  // adding it rounds to an integer
+  constexpr A ln2_high = single ? A(0x1.62e4p-1) : A(0x1.62e42fefa38p-1);
+  constexpr A ln2_low = single ? A(0x1.7f7d1cp-20) : A(0x1.ef35793c7673p-45);
+  x = x < low ? splat<A>(low) : x;
+  x = x > high ? splat<A>(high) : x;
+  const Vec<A> shifted = x * A(1.4426950408889634) + magic, n = shifted - magic;
+  const Vec<A> r = (x - n * ln2_high) - n * ln2_low;
+  Vec<A> y = splat<A>(single ? A(1) / 5040 : A(1) / 6227020800);
+  if constexpr (!single) {
+    y = y * r + A(1) / 479001600;
+    y = y * r + A(1) / 39916800;
+    y = y * r + A(1) / 3628800;
+    y = y * r + A(1) / 362880;
+    y = y * r + A(1) / 40320;
+    y = y * r + A(1) / 5040;
+  }
+  y = y * r + A(1) / 720;
+  y = y * r + A(1) / 120;
+  y = y * r + A(1) / 24;
+  y = y * r + A(1) / 6;
+  y = y * r + A(0.5);
+  y = y * r + A(1);
+  y = y * r + A(1);
+  constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
+  const Int<A> power = as<Int<A>>(shifted) - as<Int<A>>(splat<A>(magic)), half = power >> 1;
+  return y * as<Vec<A>>((half + bias) << mantissa) *
+         as<Vec<A>>((power - half + bias) << mantissa);
+}
+
+}  // namespace tab::TAB_ISA
