@@ -123,6 +123,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from None
     base = layer.pop("base", None)
+    layer.pop("grid", None)  # a comparison's config.toml is its recipe, with its grid below
     _check(f"recipe {path.name}", layer)
     empty = {**{section: {} for section in SECTIONS}, "model": {}, "attention": {}}
     below = _read(_find(base, path.parent), (*seen, path)) if base else empty

@@ -1,0 +1,5 @@
+"""`python -m tab` is `tab`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,370 @@
+"""The command line. What needs torch is imported inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from . import __version__
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Bad input and failures that explain themselves print as one red line; --debug shows where."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            # typer's own signals (Exit, Abort) are RuntimeErrors.
+            if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
+                raise
+            text = str(error) or type(error).__name__
+            errors.print(f"error: {text}", style="bold red", markup=False, highlight=False)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="TAB: which attention, how fast, and does it help?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Data = Annotated[
+    Optional[str],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
+    typer.Option(help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures."),
+]
+RecipeName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--recipe", metavar="NAME|FILE", help="A recipe; default: fair."),
+]
+Epochs = Annotated[Optional[int], typer.Option(min=1, help="Sets train.epochs.")]  # noqa: UP045
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; can be repeated."),
+]
+Out = Annotated[Optional[Path], typer.Option(help="The new directory for the results.")]  # noqa: UP045
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+) -> None:
+    if version:
+        console.print(f"tab {__version__}", highlight=False)
+        raise typer.Exit()
+
+
+@app.command()
+def compare(
+    models: Annotated[Optional[str], typer.Option(help="mlp,cnn (the default) or one.")] = None,  # noqa: UP045
+    attentions: Annotated[Optional[str], typer.Option(help="all (the default) or a,b,c.")] = None,  # noqa: UP045
+    seeds: Annotated[Optional[int], typer.Option(min=1, help="Runs of each; default: 1.")] = None,  # noqa: UP045
+    recipe: RecipeName = None,
+    data: Data = None,
+    epochs: Epochs = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Continue a comparison that was stopped."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Train every model with every attention and compare them: tables, pictures, a report."""
+    from .compare import Plan
+    from .compare import compare as run_grid
+
+    given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
+    given = {key: value for key, value in {**given, "device": device}.items() if value is not None}
+    if resume and out:
+        raise ValueError("--resume continues in its own directory: drop --out")
+    if resume:
+        plan, out = _resumed(resume, given, recipe, epochs, overrides), resume
+        plan.configs()
+        dataset = _load(plan.grid.data)
+        console.print(f"Resuming {out}")
+    else:
+        plan = Plan(_recipe(recipe or "fair", epochs, overrides), _grid(given, recipe or "fair"))
+        plan.configs()  # every name and option is checked before anything is fetched or written
+        dataset = _load(plan.grid.data)
+        out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        plan.save(out, dataset)
+    console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
+    with _or_resume(f"tab compare --resume {shlex.quote(str(out))}"):
+        with _watcher() as watcher:
+            runs = run_grid(plan, dataset, out, watcher=watcher)
+        path = _report(out, dataset)
+    _tables(runs, plan.grid.models, dataset.note)
+    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+    if failed := [run.id for run in runs if run.status == "failed"]:
+        errors.print(f"failed: {', '.join(failed)} (error.txt in {out / 'runs'}/…)", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="mlp or cnn.")],
+    attention: Annotated[str, typer.Argument(help="The mechanism; `none` is the control.")],
+    seed: Annotated[int, typer.Option(help="Of weights, data order and augmentation.")] = 0,
+    recipe: RecipeName = None,
+    data: Data = None,
+    epochs: Epochs = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    device: Device = None,
+) -> None:
+    """Train one model with one attention."""
+    from .progress import accuracies
+    from .train import train as run_one
+
+    if resume and not out:
+        raise ValueError("--resume needs --out DIR, the directory of the run to continue")
+    config = _recipe(recipe or "fair", epochs, overrides).run(model, attention, seed)
+    dataset = _load(data or "cifar10")
+    out = out or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.id}"
+    console.print(f"{out}: {config.id} on {dataset.note}", highlight=False)
+
+    def show(row: dict) -> None:
+        text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
+        console.print(f"{text}{accuracies(row)}  {row['seconds']:.1f} s", highlight=False)
+
+    again = _command("train", model, attention, seed=seed, recipe=recipe, data=data, epochs=epochs,
+                     overrides=overrides, out=out, device=device)  # fmt: skip
+    with _or_resume(f"{again} --resume"):
+        outcome = run_one(
+            config, dataset, out, device=_device(device), resume=resume, on_epoch=show
+        )
+    _pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))
+
+
+@app.command()
+def data(
+    spec: Annotated[
+        str, typer.Argument(help="cifar10, shapes, a folder or an archive.")
+    ] = "cifar10",
+) -> None:
+    """Fetch or import a data set, and say what is in it."""
+    from .data import describe
+
+    _pairs(spec, describe(_load(spec)))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A comparison's directory.")],
+    data: Data = None,
+) -> None:
+    """Rebuild tables, pictures and report.md of a comparison, without training."""
+    from .results import Grid, read_runs, write_csvs
+
+    grid = Grid.load(run)
+    dataset = _load(data or grid.data)
+    runs = read_runs(run, grid)
+    write_csvs(run, runs)
+    path = _report(run, dataset)
+    _tables(runs, grid.models, dataset.note)
+    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also a table of kernels.")] = False,
+) -> None:
+    """What is installed and built, and which backend of which operator can run here."""
+    from .doctor import backends, versions
+
+    _pairs("TAB", versions())
+    found = backends()
+    names = list(next(iter(found.values())))
+    table = Table("operator", *names, title="Backends", title_justify="left", title_style="bold")
+    why: dict[str, list[str]] = {}
+    for op, row in found.items():
+        marks = ["[green]yes[/]" if reason is None else "[dim]no[/]" for reason in row.values()]
+        table.add_row(op, *marks)
+        for backend, reason in row.items():
+            if reason:
+                why.setdefault(f"{backend}: {reason}", []).append(op)
+    _wide().print(table)
+    for reason, ops in why.items():
+        which = "" if len(ops) == len(found) else f" ({', '.join(ops)})"
+        console.print(f"no {reason}{which}", style="dim", markup=False, highlight=False)
+    if kernels:
+        from .kernel_report import table as kernel_table
+
+        _wide().print(kernel_table())
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def _recipe(name: str, epochs: int | None, overrides: list[str] | None):
+    from .recipe import load_recipe, parse_override
+
+    changes = dict(map(parse_override, overrides or []))
+    if epochs is not None:
+        if changes.get("train.epochs", epochs) != epochs:
+            raise ValueError(f"--epochs {epochs} and --set train.epochs disagree: give one")
+        changes["train.epochs"] = epochs
+    return load_recipe(name, changes)
+
+
+def _grid(given: dict, recipe: str):
+    from .config import check_keys
+    from .layers import attention_names
+    from .models import model_names
+    from .results import Grid
+
+    models = _names(given.get("models", "all"), model_names())
+    attentions = _names(given.get("attentions", "all"), attention_names())
+    check_keys("--models", models, model_names())
+    check_keys("--attentions", attentions, attention_names())
+    return Grid(
+        recipe=Path(recipe).stem,
+        models=models,
+        attentions=attentions,
+        seeds=given.get("seeds", 1),
+        data=given.get("data", "cifar10"),
+        device=_device(given.get("device")),
+    )
+
+
+def _names(text: str, everything: list[str]) -> list[str]:
+    return everything if text == "all" else [name.strip() for name in text.split(",")]
+
+
+def _resumed(resume: Path, given: dict, recipe, epochs, overrides):
+    """The stored plan; an option that says otherwise is an error that names both values."""
+    import dataclasses
+
+    from .compare import Plan
+
+    plan = Plan.load(resume)
+    was, now = vars(plan.grid), vars(_grid({**vars(plan.grid), **_listed(plan.grid), **given}, "x"))
+    differ = [
+        f"--{key}: was {was[key]!r}, now {now[key]!r}" for key in given if was[key] != now[key]
+    ]
+    if recipe or epochs or overrides:
+        source = recipe or str((resume / "config.toml").resolve())
+        other = _recipe(source, epochs, overrides)
+        if recipe and Path(recipe).stem != plan.recipe.name:
+            differ.append(f"--recipe: was {plan.recipe.name!r}, now {recipe!r}")
+        elif dataclasses.replace(other, name=plan.recipe.name) != plan.recipe:
+            differ.append("--recipe, --epochs or --set: the recipe that results is another one")
+    if differ:
+        raise ValueError(
+            f"{resume} was started otherwise ({'; '.join(differ)}): drop the option, or start a "
+            "new comparison"
+        )
+    return plan
+
+
+def _listed(grid) -> dict[str, str]:
+    return {"models": ",".join(grid.models), "attentions": ",".join(grid.attentions)}
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
+    return name
+
+
+def _load(spec: str):
+    from rich.progress import Progress
+
+    from .data import load_dataset
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("data", total=None)
+        return load_dataset(
+            spec,
+            progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what
+            ),
+        )
+
+
+def _report(out: Path, dataset) -> Path:
+    from rich.progress import Progress
+
+    from .report import write_report
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("report", total=None)
+        return write_report(
+            out,
+            dataset,
+            progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what
+            ),
+        )
+
+
+def _watcher():
+    from .progress import Bars, Lines
+
+    return Bars(console) if console.is_terminal else contextlib.nullcontext(Lines(_wide()))
+
+
+@contextlib.contextmanager
+def _or_resume(command: str):
+    """Control-C says how to go on and exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"\nstopped; go on with: {command}", style="yellow", markup=False,
+                     highlight=False, soft_wrap=True)  # fmt: skip
+        raise typer.Exit(130) from None
+
+
+def _command(*words: str, overrides: list[str] | None, **options) -> str:
+    """The command line that says the same."""
+    words = [*words, *(f"--set={text}" for text in overrides or [])]
+    words += [f"--{key}={value}" for key, value in options.items() if value is not None]
+    return " ".join(["tab", *map(shlex.quote, words)])
+
+
+def _wide() -> Console:
+    """A log has no width of its own: tables there are not folded at 80 columns."""
+    return console if console.is_terminal else Console(width=140)
+
+
+def _tables(runs, models: list[str], note: str) -> None:
+    from .report.tables import ranking, terminal_table
+
+    for model in models:
+        entries = ranking(runs, model)
+        _wide().print(terminal_table(entries, f"{model.upper()}, {note}"))
+
+
+def _pairs(title: str, pairs: list[tuple[str, object]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    for key, value in pairs:
+        table.add_row(key, "–" if value is None else str(value))
+    _wide().print(table)
+
+
+def main() -> None:
+    app()

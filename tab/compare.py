@@ -1,0 +1,134 @@
+"""The grid: models × attentions × seeds, each an independent run, in a directory that can resume.
+
+A kill at any moment loses at most the epoch in progress: config.toml is written before the first
+run, each run keeps its own state (tab/train.py), and the CSV files are rewritten from all runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import __version__, checkpoint
+from .config import RunConfig
+from .data import Dataset
+from .doctor import available
+from .executor import run_tasks
+from .layers import get_attention
+from .recipe import Recipe, load_recipe
+from .results import Grid, Run, read_run, read_runs, write_csvs
+from .train import Outcome, environment, splits, train
+
+
+class Watcher:
+    """Told what happens; this one keeps silent."""
+
+    def start(self, runs: int, epochs: int) -> None:
+        """Before the first run: their number, and the epochs of each."""
+
+    def begin(self, config: RunConfig) -> None:
+        """Before a run."""
+
+    def epoch(self, config: RunConfig, row: dict) -> None:
+        """After an epoch."""
+
+    def end(self, run: Run) -> None:
+        """After a run, however it ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: a recipe and a grid; config.toml holds both."""
+
+    recipe: Recipe
+    grid: Grid
+
+    def configs(self) -> list[RunConfig]:
+        """All runs, resolved and checked, in the order of work."""
+        if self.grid.seeds < 1:
+            raise ValueError(f"seeds = {self.grid.seeds}: a comparison needs at least one")
+        for key in ("models", "attentions"):
+            names = getattr(self.grid, key)
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"{key} = {', '.join(names)!r}: give each name once")
+        for attention in self.grid.attentions:
+            get_attention(attention)  # an unknown name is an error before anything runs
+        return [self.recipe.run(*cell) for cell in self.grid.cells()]
+
+    def save(self, out: Path, dataset: Dataset) -> None:
+        """Starts the directory `out`; one that holds a comparison is an error."""
+        if (out / "config.toml").exists():
+            raise ValueError(f"{out} already holds a comparison: resume it, or give another place")
+        splits(self.configs()[0], dataset, torch.device("cpu"))  # are there images enough?
+        out.mkdir(parents=True, exist_ok=True)
+        facts = json.dumps(facts_of(self.grid.device, dataset), indent=1, ensure_ascii=False)
+        checkpoint.write_bytes(out / "environment.json", f"{facts}\n".encode())
+        text = f"{self.recipe.to_toml()}\n{self.grid.to_toml()}"
+        checkpoint.write_bytes(out / "config.toml", text.encode())
+
+    @classmethod
+    def load(cls, out: Path) -> Plan:
+        grid = Grid.load(out)
+        recipe = load_recipe((out / "config.toml").resolve())
+        return cls(dataclasses.replace(recipe, name=grid.recipe), grid)
+
+
+def compare(
+    plan: Plan, dataset: Dataset, out: Path, *, watcher: Watcher | None = None, jobs: int = 1
+) -> list[Run]:
+    """Runs what of `plan` is not yet done in `out` (which `Plan.save` started).
+
+    An exception ends its own run, recorded as error.txt in the run's directory; a resumed
+    comparison tries such a run again.
+    """
+    watcher = watcher or Watcher()
+    configs = plan.configs()
+    watcher.start(len(configs), plan.recipe.tables["train"]["epochs"])
+    tasks = [partial(_run, config, dataset, out, plan.grid.device, watcher) for config in configs]
+    with checkpoint.locked(out):
+        for done in run_tasks(tasks, jobs):
+            config = configs[done.index]
+            if done.error:
+                path = out / "runs" / config.id
+                path.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_bytes(path / "error.txt", done.traceback.encode())
+            write_csvs(out, read_runs(out, plan.grid))
+            watcher.end(read_run(out, config.model, config.attention, config.seed))
+    return read_runs(out, plan.grid)
+
+
+def _run(config: RunConfig, dataset: Dataset, out: Path, device: str, watcher: Watcher) -> Outcome:
+    path = out / "runs" / config.id
+    (path / "error.txt").unlink(missing_ok=True)
+    watcher.begin(config)
+    told = partial(watcher.epoch, config)
+    return train(config, dataset, path, device=device, resume=True, on_epoch=told)
+
+
+def facts_of(device: str, dataset: Dataset) -> dict:
+    """environment.json: what the numbers come from."""
+    return {
+        "tab": __version__,
+        "commit": commit(),
+        **environment(device),
+        "backends": available(),
+        "dataset": {key: getattr(dataset, key) for key in ("name", "note", "fingerprint")},
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the source tree; None for an installed package."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,99 @@
+"""What a comparison shows while it runs: two bars on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .compare import Watcher
+from .config import RunConfig
+from .results import Run
+
+
+def accuracies(row: dict) -> str:
+    """'train 55.1 %, test 50.2 %' of what this epoch measured."""
+    parts = [(part, row[f"{part}_accuracy"]) for part in ("train", "validation", "test")]
+    return ", ".join(f"{part} {value:.1%}" for part, value in parts if value is not None)
+
+
+def ended(run: Run) -> str:
+    """One line about a run's end."""
+    if run.status == "failed":
+        return f"{run.id} failed: {run.error.strip().splitlines()[-1]}"
+    seconds = run.summary["total_training_time"] or 0.0
+    rate = run.summary["images_per_second"] or 0.0
+    scores = accuracies(run.rows[-1]) if run.rows else ""
+    return f"{run.id} {run.status}: {scores}, {seconds:.1f} s, {rate:,.0f} images/s"
+
+
+class Lines(Watcher):
+    """One line an epoch and one a run."""
+
+    def __init__(self, console: Console):
+        self.console, self.count = console, 0
+
+    def start(self, runs: int, epochs: int) -> None:
+        self.runs, self.epochs = runs, epochs
+
+    def begin(self, config: RunConfig) -> None:
+        self.count += 1
+        self.console.print(f"[{self.count}/{self.runs}] {config.id}", markup=False)
+
+    def epoch(self, config: RunConfig, row: dict) -> None:
+        text = f"  epoch {row['epoch']}/{self.epochs}  loss {row['train_loss']:.4f}  "
+        text += f"{accuracies(row)}  {row['seconds']:.1f} s"
+        self.console.print(text, markup=False, highlight=False)
+
+    def end(self, run: Run) -> None:
+        self.console.print(ended(run), style="red" if run.status != "done" else None, markup=False)
+
+
+class Bars(Watcher):
+    """A bar over all epochs of the grid, one over those of the run; use it as a context."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+        )
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def start(self, runs: int, epochs: int) -> None:
+        self.runs, self.epochs, self.count = runs, epochs, 0
+        self.grid = self.progress.add_task("grid", total=runs * epochs, note=f"{runs} runs")
+        self.run = self.progress.add_task("run", total=epochs, note="")
+
+    def begin(self, config: RunConfig) -> None:
+        self.count += 1
+        self.progress.reset(self.run, description=config.id, note="")
+        self.progress.update(self.grid, note=f"run {self.count} of {self.runs}")
+
+    def epoch(self, config: RunConfig, row: dict) -> None:
+        self.progress.update(self.run, completed=row["epoch"], note=accuracies(row))
+        done = (self.count - 1) * self.epochs + row["epoch"]
+        self.progress.update(self.grid, completed=done)
+
+    def end(self, run: Run) -> None:
+        self.progress.update(self.grid, completed=self.count * self.epochs)
+        style = "red" if run.status != "done" else None
+        self.progress.console.print(ended(run), style=style, markup=False, highlight=False)

@@ -1,0 +1,113 @@
+"""Gathers what a comparison's directory holds, draws the pictures and writes report.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint
+from ..data import Dataset
+from ..results import Grid, Run, read_runs
+from ..robustness import NOISE, noise_curve
+from ..train import load_trained, splits
+from . import markdown, pictures
+from .tables import ranking
+from .weights import attention_picture, attention_weights, filters_picture
+
+Progress = Callable[[int, int, str], None]  # (done, total, what)
+
+
+def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = None) -> Path:
+    """Draws everything anew from `out`; nothing is trained. -> the path of report.md
+
+    The accuracy under noise is measured once for each run and kept beside it (noise.json).
+    """
+    facts = json.loads((out / "environment.json").read_text())
+    if facts["dataset"]["fingerprint"] != dataset.fingerprint:
+        raise ValueError(
+            f"{out} was made with {facts['dataset']['name']} ({facts['dataset']['fingerprint']}), "
+            f"not with {dataset.name} ({dataset.fingerprint}): give the same data"
+        )
+    grid = Grid.load(out)
+    runs = read_runs(out, grid)
+    done = [run for run in runs if run.status == "done"]
+    folder = out / "pictures"
+    folder.mkdir(exist_ok=True)
+    shown = _from_numbers(folder, runs, grid) if done else {}
+    noise = {}
+    for i, run in enumerate(done):
+        if progress:
+            progress(i, len(done), f"noise: {run.id}")
+        noise[run.id] = noise_of(run, dataset, grid.device)
+    if done:
+        if progress:
+            progress(len(done), len(done), "pictures")
+        heading = f"accuracy against input noise ({len(dataset.test):,} test images)"
+        pictures.noise(folder / "noise.png", done, noise, heading)
+        shown["noise"] = "Test accuracy against Gaussian noise on the input"
+        for model in dict.fromkeys(run.model for run in done):
+            shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
+    path = out / "report.md"
+    checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown).encode())
+    return path
+
+
+def noise_of(run: Run, dataset: Dataset, device: str) -> tuple[list[float], list[float]]:
+    """(σ, accuracy) of a finished run, from its noise.json or measured and written there."""
+    path = run.path / "noise.json"
+    if not path.is_file():
+        model, config = load_trained(run.path, device)
+        test = splits(config, dataset, torch.device(device))[2]
+        found = {"sigma": NOISE, "accuracy": noise_curve(model, test), "images": test.samples}
+        checkpoint.write_bytes(path, json.dumps(found).encode())
+    found = json.loads(path.read_text())
+    return found["sigma"], found["accuracy"]
+
+
+def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
+    """Curves and bars; -> picture name -> caption."""
+    runs = [run for run in runs if run.rows]
+    scored = sum(row["test_accuracy"] is not None for row in runs[0].rows)
+    part = "test" if scored > 1 or len(runs[0].rows) == 1 else "validation"
+    accuracy = f"{part} accuracy"
+    pictures.per_epoch(folder / "loss.png", runs, "train_loss", "training loss", "cross-entropy")
+    key = f"{part}_accuracy"
+    pictures.per_epoch(folder / "accuracy.png", runs, key, accuracy, f"{accuracy} (%)", 100.0)
+    heading = f"{accuracy} against time"
+    pictures.against_time(folder / "time.png", runs, key, heading, f"{accuracy} (%)")
+    shown = {
+        "loss": "Training loss per epoch",
+        "accuracy": f"{accuracy.capitalize()} per epoch",
+        "time": f"{accuracy.capitalize()} against training time",
+    }
+    for model in grid.models:
+        entries = ranking(runs, model)
+        if any(entry.test for entry in entries):
+            pictures.bars(folder / f"{model}_results.png", entries, model.upper())
+            caption = f"{model.upper()}: final test accuracy and training time"
+            shown = {f"{model}_results": caption, **shown}
+    return shown
+
+
+def _from_weights(folder: Path, runs: list[Run], dataset: Dataset) -> dict[str, str]:
+    """Attention matrices and filters of one model, from the first finished seed of each mechanism,
+    for the first test image."""
+    maps, filters, model_name = {}, {}, runs[0].model
+    first = {run.attention: run for run in reversed(runs)}
+    for run in (first[attention] for attention in dict.fromkeys(r.attention for r in runs)):
+        model, config = load_trained(run.path)
+        x, _ = next(iter(splits(config, dataset, torch.device("cpu"))[2].epoch(0)))
+        maps[run.attention] = attention_weights(model, x[:1])
+        filters[run.attention] = model.filters()
+    label = dataset.classes[dataset.test.labels[0]]
+    what = f"{model_name.upper()}: attention of token j (column) in output i (row), one image"
+    attention_picture(folder / f"attention_{model_name}.png", maps, f"{what} ({label})")
+    heading = f"{model_name.upper()}: filters of the first layer, the strongest"
+    filters_picture(folder / f"filters_{model_name}.png", filters, heading)
+    return {
+        f"attention_{model_name}": f"{what}; up to four heads, square-root scale",
+        f"filters_{model_name}": f"{heading} {min(24, len(next(iter(filters.values()))))}",
+    }

@@ -1,0 +1,122 @@
+"""report.md: what was compared, a summary in words made from the numbers, tables and pictures."""
+
+from __future__ import annotations
+
+from ..results import Grid, Run
+from .tables import Entry, markdown_table, ranking, title
+
+
+def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> str:
+    """shown: name of a picture in pictures/ -> its caption."""
+    ranked = {model: ranking(runs, model) for model in grid.models}
+    epochs = max((len(run.rows) for run in runs), default=0)
+    seeds = f"{grid.seeds} seed{'s' * (grid.seeds > 1)}"
+    parts = [
+        f"# Attention compared on {facts['dataset']['name']}",
+        f"Recipe `{grid.recipe}`, {epochs} epochs, {seeds}. "
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"Python {facts['python']}, TAB {facts['tab']}"
+        + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
+        f"**Data:** {facts['dataset']['note']}",
+        *(summary(model, entries) for model, entries in ranked.items()),
+        *unfinished(runs),
+    ]
+    for model, entries in ranked.items():
+        parts += [f"## {model.upper()}", markdown_table(entries)]
+    parts += [explanation(grid.seeds), "## Pictures" if shown else ""]
+    parts += [
+        f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary(model: str, entries: list[Entry]) -> str:
+    """One paragraph: the best, the control, and what the difference is worth."""
+    ranked = [entry for entry in entries if entry.test]
+    name = model.upper()
+    if not ranked:
+        return f"**{name}:** no run has finished with a test accuracy."
+    best, control = ranked[0], next((e for e in ranked if e.attention == "none"), None)
+    text = f"**{name}:** {title(best.attention)} scored best, {best.test.show('.1f', 100, ' %')}"
+    if len(ranked) == 1:
+        text += "; nothing else finished."
+    elif control is None:
+        text += "; the control is not among the runs, so nothing says whether attention helped"
+        text += f". The last is {last_of(ranked)}."
+    elif control is best:
+        second = ranked[1]
+        text += f": no attention beat the control. The nearest is {title(second.attention)}"
+        text += f", {points(second)}; the last is {last_of(ranked)}."
+    else:
+        text += f", {points(best)} against the control's {control.test.show('.1f', 100, ' %')}"
+        beaten = sum(e.test.value > control.test.value for e in ranked)
+        text += f"; {beaten} of {len(ranked) - 1} mechanisms stand above it. "
+        text += f"The last is {last_of(ranked)}."
+    slow = [entry for entry in ranked if entry.ratio]
+    if slow:
+        low, high = min(slow, key=ratio), max(slow, key=ratio)
+        text += f" Training took {ratio(low):.2f}× the control's time ({title(low.attention)})"
+        text += f" to {ratio(high):.2f}× ({title(high.attention)})." if high is not low else "."
+    return f"{text} {verdict(ranked)}"
+
+
+def verdict(ranked: list[Entry]) -> str:
+    """What may be concluded from that many seeds."""
+    if all(len(entry.runs) == 1 for entry in ranked):
+        return (
+            "One seed: no interval. Another seed can reorder mechanisms that lie close, so small "
+            "differences here mean nothing yet."
+        )
+    sure = [e for e in ranked if e.points and e.points.half is not None
+            and abs(e.points.value) > e.points.half]  # fmt: skip
+    compared = [e for e in ranked if e.points and e.points.half is not None]
+    if not compared:
+        return ""
+    if not sure:
+        return "No difference from the control exceeds its 95 % interval."
+    names = ", ".join(f"{title(e.attention)} ({e.points.show('+.1f', 100)})" for e in sure)
+    return (
+        f"Differences from the control beyond their own 95 % interval: {names}; the intervals are "
+        f"not corrected for looking at {len(compared)} mechanisms."
+    )
+
+
+def points(entry: Entry) -> str:
+    if entry.points is None:
+        return f"{entry.test.show('.1f', 100, ' %')}, with no seed in common"
+    return f"{entry.points.show('+.1f', 100)} points"
+
+
+def last_of(ranked: list[Entry]) -> str:
+    return f"{title(ranked[-1].attention)} with {ranked[-1].test.show('.1f', 100, ' %')}"
+
+
+def ratio(entry: Entry) -> float:
+    return entry.ratio.value
+
+
+def unfinished(runs: list[Run]) -> list[str]:
+    """A line for each run that is not in the means."""
+    lines = []
+    for run in runs:
+        if run.status == "failed":
+            lines.append(f"- `{run.id}` failed: {run.error.strip().splitlines()[-1]}")
+        elif run.status == "diverged":
+            lines.append(f"- `{run.id}` diverged in epoch {len(run.rows)}: its loss was not finite")
+        elif run.status in ("missing", "running"):
+            lines.append(f"- `{run.id}` is not finished: resume the comparison")
+    return ["**Not in the means:**\n" + "\n".join(lines)] if lines else []
+
+
+def explanation(seeds: int) -> str:
+    text = (
+        "Ranked by the final test accuracy. Train accuracy is the mean over the last epoch as the "
+        "weights moved. vs control: points of test accuracy. Time ratio: training time over the "
+        "control's."
+    )
+    if seeds > 1:
+        text += (
+            " ± is half the 95 % t-interval over seeds; differences and ratios pair the seeds "
+            "(same data order, same initial weights of the common layers)."
+        )
+    return text

@@ -1,0 +1,128 @@
+"""The pictures drawn from numbers: curves, bars, accuracy against time and against noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from ..results import Run
+from .style import figure, label_ends, look
+from .tables import Entry, title
+
+
+def curves(
+    path: Path,
+    runs: list[Run],
+    points: Callable[[Run], tuple[list[float], list[float]]],
+    *,
+    heading: str,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """One panel per model, one line per mechanism: the mean over seeds; up to four
+    lines also show the range of their seeds.
+
+    points(run) -> its x and y values; runs of one mechanism are cut to the shortest.
+    """
+    models = list(dict.fromkeys(run.model for run in runs))
+    mechanisms = list(dict.fromkeys(run.attention for run in runs))
+    with figure(path, len(models)) as (_, axes):
+        for ax, model in zip(axes, models, strict=True):
+            ends = []
+            for attention in mechanisms:
+                mine = [r for r in runs if (r.model, r.attention) == (model, attention)]
+                pairs = [pair for pair in map(points, mine) if pair[0]]
+                if not pairs:
+                    continue
+                n = min(len(x) for x, _ in pairs)
+                x = np.mean([x[:n] for x, _ in pairs], axis=0)  # (n,)
+                y = np.array([y[:n] for _, y in pairs], dtype=float)  # (seeds, n)
+                line = look(attention, mechanisms)
+                ax.plot(x, y.mean(0), marker="o" if n == 1 else None, markersize=4, **line)
+                if len(y) > 1 and len(mechanisms) <= 4:  # more would bury the lines
+                    ax.fill_between(x, y.min(0), y.max(0), color=line["color"], alpha=0.12, lw=0)
+                ends.append((x[-1], y.mean(0)[-1], title(attention), line))
+            ax.set(title=f"{model.upper()}: {heading}", xlabel=xlabel, ylabel=ylabel)
+            focus(ax)
+            label_ends(ax, ends)
+
+
+def focus(ax) -> None:
+    """Leaves out the first fifth of long curves vertically, where all lines rise or fall together;
+    the differences to be seen lie in the rest."""
+    lines = [line.get_ydata()[len(line.get_ydata()) // 5 :] for line in ax.get_lines()]
+    values = np.concatenate(lines) if lines else np.zeros(0)
+    values = values[np.isfinite(values)]
+    if values.size and (high := values.max()) > (low := values.min()):
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    if ax.get_xlabel() == "epoch":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def per_epoch(path: Path, runs: list[Run], key: str, heading: str, ylabel: str, scale=1.0) -> None:
+    """A column of the rows against the epoch."""
+    curves(path, runs, measured("epoch", key, scale), heading=heading, xlabel="epoch",
+           ylabel=ylabel)  # fmt: skip
+
+
+def against_time(path: Path, runs: list[Run], key: str, heading: str, ylabel: str) -> None:
+    """An accuracy in per cent against the seconds trained so far."""
+    curves(path, runs, measured("cumulative_training_time", key, 100.0), heading=heading,
+           xlabel="training time (s)", ylabel=ylabel)  # fmt: skip
+
+
+def measured(x: str, y: str, scale: float) -> Callable[[Run], tuple[list[float], list[float]]]:
+    """The rows in which both columns were measured."""
+
+    def points(run: Run) -> tuple[list[float], list[float]]:
+        rows = [row for row in run.rows if row.get(x) is not None and row.get(y) is not None]
+        return [row[x] for row in rows], [row[y] * scale for row in rows]
+
+    return points
+
+
+def bars(path: Path, entries: list[Entry], heading: str) -> None:
+    """Final accuracy and train time of one model's mechanisms, in the order of the table."""
+    entries = [entry for entry in entries if entry.test]
+    names, places = [title(entry.attention) for entry in entries], range(len(entries))
+    colours = [look(e.attention, [e.attention for e in entries])["color"] for e in entries]
+    with figure(path, 2, height=0.9 + 0.3 * max(len(entries), 2), width=5.2) as (fig, axes):
+        fig.subplots_adjust(wspace=0.08)
+        accuracy, time = axes
+        panels = ((accuracy, "test", 100, "final test accuracy (%)", ".1f"),
+                  (time, "seconds", 1, "training time (s)", ".3g"))  # fmt: skip
+        for ax, key, scale, xlabel, form in panels:
+            means = [getattr(entry, key) for entry in entries]
+            values = [mean.value * scale for mean in means]
+            halves = [(mean.half or 0) * scale for mean in means]
+            ax.barh(places, values, color=colours, height=0.72, alpha=0.9)
+            if any(halves):
+                ax.errorbar(values, places, xerr=halves, fmt="none", ecolor="#777777", capsize=2.5)
+            room = max(v + h for v, h in zip(values, halves, strict=True)) or 1.0
+            for place, value, half in zip(places, values, halves, strict=True):
+                ax.text(value + half + 0.012 * room, place, f"{value:{form}}", va="center",
+                        fontsize=8.5)  # fmt: skip
+            ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
+            ax.set_yticks(places, names if ax is accuracy else [""] * len(names))
+            ax.tick_params(axis="y", length=0)
+            ax.grid(axis="y", visible=False)
+            ax.invert_yaxis()
+        accuracy.set_title(heading)
+        control = next((e for e in entries if e.attention == "none"), None)
+        if control:
+            for ax, value in ((accuracy, control.test.value * 100), (time, control.seconds.value)):
+                ax.axvline(value, color="#000000", linewidth=0.9, linestyle=":")
+
+
+def noise(path: Path, runs: list[Run], curve: dict[str, tuple[list, list]], heading: str) -> None:
+    """Test accuracy against the noise on the input; curve: run id -> levels, accuracies."""
+
+    def points(run: Run) -> tuple[list[float], list[float]]:
+        levels, accuracies = curve.get(run.id, ([], []))
+        return levels, [100 * a for a in accuracies]
+
+    curves(path, runs, points, heading=heading, ylabel="test accuracy (%)",
+           xlabel="σ of the noise (in standard deviations of the input)")  # fmt: skip

@@ -1,0 +1,83 @@
+"""The pictures drawn from trained weights: attention matrices, filters of the first layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from torch import Tensor
+
+from .style import figure
+from .tables import title
+
+HEADS = 4
+FILTERS = 24
+
+
+@torch.no_grad()
+def attention_weights(model, x: Tensor) -> Tensor | None:
+    """The matrices (H', N, N) of up to four heads for one image x (1, 3, H, W), from the layer's
+    own weights; None where the layer has none."""
+    model.eval()
+    try:
+        return model.attention.attention_matrix(model.tokens(x))[0, :HEADS].float().cpu()
+    except NotImplementedError:
+        return None
+
+
+def attention_picture(path: Path, maps: dict[str, Tensor | None], heading: str) -> None:
+    """maps: mechanism -> its matrices (H', N, N). A mechanism is one panel, its heads side by side;
+    each matrix is scaled to its own largest weight."""
+    with figure(path, len(maps), columns=3, width=4.6, height=1.55) as (fig, axes):
+        fig.subplots_adjust(wspace=0.12, hspace=0.45)
+        for ax, (attention, heads) in zip(axes, maps.items(), strict=True):
+            _bare(ax)
+            ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
+            ax.set_aspect("equal")
+            n = 0 if heads is None else heads.shape[-1]
+            size = "no attention matrix" if heads is None else f"{n} token{'s' * (n > 1)}"
+            ax.set_title(title(attention), fontsize=9)
+            small = {"fontsize": 7.5, "color": "#666666", "fontweight": "normal"}
+            ax.set_title(size, loc="right", **small)
+            for i, head in enumerate([] if heads is None else heads):
+                shown = (head / head.max().clamp_min(1e-12)).numpy()
+                ax.imshow(shown, extent=(i, i + 0.94, 0, 0.94), cmap="magma", zorder=2,
+                          norm=PowerNorm(0.5, 0, 1), interpolation="nearest")  # fmt: skip
+            ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
+        fig.suptitle(heading, x=0.125, ha="left", fontweight="bold", fontsize=11)
+        fig.subplots_adjust(top=1 - 0.55 / fig.get_figheight())
+
+
+def filters_picture(path: Path, filters: dict[str, Tensor], heading: str) -> None:
+    """filters: mechanism -> weights of the first layer (F, 3, rows, cols). The largest by norm,
+    each scaled to its own range with 0 in the middle grey."""
+    with figure(path, len(filters), columns=3, width=4.6, height=1.95) as (fig, axes):
+        fig.subplots_adjust(wspace=0.12, hspace=0.28)
+        for ax, (attention, weight) in zip(axes, filters.items(), strict=True):
+            _bare(ax)
+            ax.set_title(title(attention), fontsize=9)
+            ax.imshow(mosaic(weight.detach().float().cpu()), interpolation="nearest")
+        fig.suptitle(heading, x=0.125, ha="left", fontweight="bold", fontsize=11)
+        fig.subplots_adjust(top=1 - 0.6 / fig.get_figheight())
+
+
+def mosaic(weight: Tensor, across: int = 8) -> np.ndarray:
+    """(F, 3, rows, cols) -> one picture (…, …, 3) of the FILTERS strongest, in 0…1."""
+    strongest = weight.flatten(1).norm(dim=1).argsort(descending=True)[:FILTERS]
+    tiles = weight[strongest]  # (F', 3, rows, cols)
+    tiles = 0.5 + 0.5 * tiles / tiles.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    f, _, rows, cols = tiles.shape
+    gap = max(1, rows // 8)
+    down = -(-f // across)
+    canvas = torch.ones(3, down * (rows + gap) - gap, across * (cols + gap) - gap)
+    for i, tile in enumerate(tiles):
+        y, x = (i // across) * (rows + gap), (i % across) * (cols + gap)
+        canvas[:, y : y + rows, x : x + cols] = tile
+    return canvas.permute(1, 2, 0).numpy()
+
+
+def _bare(ax) -> None:
+    ax.set_axis_off()
+    ax.grid(False)

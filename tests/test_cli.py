@@ -1,0 +1,196 @@
+"""The command line: every command once, what it refuses, how it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from tab.cli import app
+
+SMALL = [
+    *("--recipe", "quick", "--data", "shapes:100/20", "--epochs", "1", "--device", "cpu"),
+    *("--set", "data.images=60", "--set", "data.validation=20", "--set", "train.batch_size=20"),
+    *("--set", "model.mlp.hidden=8", "--set", "model.mlp.tokens=4"),
+    *("--set", "attention.multi_head.num_heads=2"),
+]
+
+
+def tab(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "grid"
+    names = ("--models", "mlp", "--attentions", "none,multi_head")
+    result = tab("compare", *names, *SMALL, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_compare_shows_the_table_the_data_and_the_report(compared):
+    out, text = compared
+    assert "epoch 1/1" in text and "mlp-multi_head-s0 done" in text  # plain lines: no terminal
+    assert "Multi-Head" in text and "baseline" in text
+    title = next(line for line in text.splitlines() if line.startswith("MLP, "))
+    assert "not CIFAR-10" in title
+    assert str(out / "report.md") in text and (out / "report.md").is_file()
+
+
+def test_report_rebuilds_everything_without_training(compared):
+    out, _ = compared
+    pictures = sorted(path.name for path in (out / "pictures").iterdir())
+    before = (out / "report.md").read_text(), (out / "experiment_summary.csv").read_text()
+    for path in (out / "report.md", out / "experiment_summary.csv", *(out / "pictures").iterdir()):
+        path.unlink()
+    result = tab("report", out)
+    assert result.exit_code == 0, result.output
+    assert "epoch" not in result.output
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == pictures
+    after = (out / "report.md").read_text(), (out / "experiment_summary.csv").read_text()
+    assert after == before
+
+
+def test_resume_of_a_finished_comparison_trains_nothing(compared):
+    out, _ = compared
+    result = tab("compare", "--resume", out, "--models", "mlp", "--epochs", "1")
+    assert result.exit_code == 0, result.output
+    assert "epoch 1/1" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--models", "cnn"], "--models: was ['mlp'], now ['cnn']"),
+        (["--seeds", "3"], "--seeds: was 1, now 3"),
+        (["--epochs", "7"], "the recipe that results is another one"),
+        (["--recipe", "fair"], "--recipe: was 'quick', now 'fair'"),
+        (["--data", "shapes"], "--data: was 'shapes:100/20', now 'shapes'"),
+        (["--out", "elsewhere"], "drop --out"),
+    ],
+)
+def test_resume_with_a_conflicting_option_is_an_error(option, message, compared):
+    result = tab("compare", "--resume", compared[0], *option)
+    assert result.exit_code == 2
+    assert message in flat(result.stderr)
+
+
+def test_failed_runs_are_named_and_the_exit_code_says_so(tmp_path):
+    names = ("--models", "mlp", "--attentions", "multi_head,none")
+    broken = ("--set", "attention.multi_head.num_heads=7", "--out", tmp_path / "out")
+    result = tab("compare", *names, *SMALL, *broken)
+    assert result.exit_code == 1
+    assert "failed: mlp-multi_head-s0" in flat(result.stderr)
+    assert "num_heads=7" in result.output and "mlp-none-s0 done" in result.output
+    assert "`mlp-multi_head-s0` failed: ValueError" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "--attentions", "multihead"], "did you mean 'multi_head'?"),
+        (["compare", "--models", "mpl"], "did you mean 'mlp'?"),
+        (["compare", "--recipe", "fairr"], "did you mean 'fair'?"),
+        (["compare", "--set", "train.learning"], "KEY=VALUE"),
+        (["compare", "--set", "train.lrr=1"], "did you mean 'lr'?"),
+        (["compare", "--data", "shape"], "shapes"),
+        (["compare", "--device", "abacus", "--data", "shapes:10/10"], "abacus"),
+        (["compare", "--epochs", "2", "--set", "train.epochs=3"], "disagree"),
+        (["compare", "--resume", "nowhere"], "no config.toml"),
+        (["train", "mlp", "softmax", "--data", "shapes:10/10"], "softmax"),
+        (["train", "mlp", "none", "--resume"], "--out DIR"),
+        (["report", "nowhere"], "no config.toml"),
+        (["data", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_red_line_and_exit_code_2(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = tab(*words)
+    assert result.exit_code == 2, result.output
+    assert message in flat(result.stderr) and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert not list(tmp_path.glob("r*"))  # neither results/ nor runs/
+
+
+def test_debug_shows_where():
+    result = tab("--debug", "compare", "--attentions", "multihead")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_train_and_its_resume(tmp_path):
+    words = ("train", "mlp", "multi_head", *SMALL, "--out", tmp_path / "run")
+    result = tab(*words)
+    assert result.exit_code == 0, result.output
+    assert "epoch 1/1" in result.output and "attention_parameters" in result.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
+    assert tab(*words).exit_code == 2  # there is a run already
+    again = tab(*words, "--resume")
+    assert again.exit_code == 0 and "epoch 1/1" not in again.output
+
+
+def test_data_describes():
+    result = tab("data", "shapes:20/10")
+    assert result.exit_code == 0
+    assert "20 train, 10 test" in result.output and "not CIFAR-10" in result.output
+
+
+def test_doctor_lists_every_operator_and_extension():
+    from tab.ops import OPS
+
+    result = tab("doctor")
+    assert result.exit_code == 0, result.output
+    for name in (*OPS, "tab._C", "tab._C_cuda", "tab._host", "triton", "CUDA toolkit"):
+        assert name in result.output
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    program = (
+        "import sys; sys.argv = ['tab', {!r}]\n"
+        "from tab.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    for option, text in (("--help", "compare"), ("--version", "tab 0")):
+        command = [sys.executable, "-c", program.format(option)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and text in done.stdout, done.stderr
+
+
+def test_the_package_still_offers_its_functions():
+    program = "import tab; tab.linear_attention; tab.use_backend; tab.layers; from tab import *"
+    program += "; linear_attention; assert 'linear_attention' in tab.__all__; tab.nothing"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert "module 'tab' has no attribute 'nothing'" in done.stderr.splitlines()[-1]
+
+
+def test_control_c_exits_with_130_and_the_command_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tab", "compare", "--models", "mlp", "--attentions", "none"]
+    small = ["5000" if word == "1" else word for word in SMALL]  # epochs
+    process = subprocess.Popen(
+        [*command, *small, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "runs/mlp-none-s0/rows.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert f"tab compare --resume {out}" in text and "Traceback" not in text
