@@ -113,5 +113,5 @@ def test_command_line(tmp_path):
         entry["seconds"] = {d: [t / 10 for t in ts] for d, ts in entry["seconds"].items()}
     old = tmp_path / "old.json"
     old.write_text(json.dumps(record))
-    done = CliRunner().invoke(app, ["compare", str(old), str(out)])
+    done = CliRunner().invoke(app, ["compare", str(old), str(out), "--alpha", "0.05"])
     assert done.exit_code == 1 and "slower" in done.output
