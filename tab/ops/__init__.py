@@ -5,6 +5,9 @@ from .h2o import H2OCache, h2o_attention
 from .linear import linear_attention
 from .linformer import linformer_attention
 from .local import local_attention
+from .mla import mla_attention
+from .mla_decode import mla_decode
+from .moe import moe_experts, noaux_tc_gate
 from .pattern import BlockPattern
 from .performer import orthogonal_projection, performer_attention
 from .sparse import sparse_attention
@@ -23,6 +26,10 @@ __all__ = [
     "linear_attention",
     "linformer_attention",
     "local_attention",
+    "mla_attention",
+    "mla_decode",
+    "moe_experts",
+    "noaux_tc_gate",
     "orthogonal_projection",
     "performer_attention",
     "sparse_attention",

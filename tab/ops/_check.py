@@ -29,6 +29,12 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors)
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """A block in which autocast is off for x's device: sums run in the type they were cast to."""
+    device = x.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
 def shapes(**tensors: Tensor | None) -> str:
     """'q (2, 4, 64, 32) float32 cpu, …' for error messages."""
     return ", ".join(

@@ -23,9 +23,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._check import full_precision
+
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 OPS: dict[str, Op] = {}
+
+
+def _without_autocast(reference: Callable) -> Callable:
+    """The operands of an op are cast already; autocast inside would undo the float32 sums."""
+
+    def run(*args):
+        with torch._C._DisableAutocast():
+            return reference(*args)
+
+    return run
 
 
 class Op:
@@ -35,14 +47,17 @@ class Op:
         self.name, self.reference = name, (reference := _outside_autocast(reference))
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
-            torch.library.impl(f"{namespace}::{name}", "CompositeExplicitAutograd", reference)
+            torch.library.impl(
+                f"{namespace}::{name}", "CompositeExplicitAutograd", _without_autocast(reference)
+            )
         self.overload = getattr(torch.ops.tab, name).default
         self.cuda_overload = getattr(torch.ops.tab_cuda, name).default
         OPS[name] = self
 
     def __call__(self, backend: str, *args):
         if backend == "reference":
-            return self.reference(*args)
+            with full_precision(args[0]):
+                return self.reference(*args)
         return self.cuda_overload(*args) if backend == "cuda" else self.overload(*args)
 
     def why_not(self, backend: str) -> str | None:

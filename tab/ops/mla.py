@@ -1,0 +1,320 @@
+"""Multi-head latent attention: all heads read keys and values out of one small latent per token.
+
+    k_n,h = W_uk,h c,  v_h = W_uv,h c
+    S_h = (q_n,h·k_n,h + q_r,h·k_r)·scale,  o_h = softmax(S_h) v_h
+
+DeepSeek-V2 2024, eq. 9-19, and appendix C for the absorbed form: W_uk joins the query
+(q̃_h = W_uk,hᵀ q_n,h) and W_uv the output, so that attention happens among the latents themselves.
+c (B, N, R) is the latent, k_r (B, N, Dr) the one rotary key that all heads share.
+
+Three forms of one function: "expand" writes K_h and V_h for every head, "absorb" writes q̃ and z of
+width R, "fused" (the ops mla_fwd and mla_bwd) holds one head's keys and values at a time.
+Read top to bottom: fused reference → ops → autograd → the two compositions → public function.
+Decoding is in mla_decode.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._check import accumulate, autocast, check_key_mask, full_precision, same, shapes, token_major
+from ._op import Op, choose
+
+FORMS = ("auto", "fused", "expand", "absorb")
+FUSED_TOKENS = 256  # "auto" takes a compiled fused kernel up to this N
+CHUNK = 256  # queries whose scores `max_logits` holds at once
+
+# --- fused reference ------------------------------------------------------------------------------
+
+
+def hidden(key_mask: Tensor | None, n: int, causal: bool, device: torch.device) -> Tensor | None:
+    """True where query i must not see key j: (B, 1, N, N), (B, 1, 1, N), (N, N) or None."""
+    hide = None if key_mask is None else ~key_mask[:, None, None, :]
+    if causal:
+        later = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+        hide = later if hide is None else hide | later
+    return hide
+
+
+def _head(h, qn, qr, c, kr, w_uk, w_uv, hide, scale):
+    """Head h: K (B, N, Dn), V (B, N, Dv) and its scores S (B, N, N), −inf where hidden."""
+    k, v = c @ w_uk[h].mT, c @ w_uv[h].mT
+    s = (qn[:, h] @ k.mT + qr[:, h] @ kr.mT) * scale
+    return k, v, s if hide is None else s.masked_fill(hide, -torch.inf)
+
+
+def _squeeze(hide: Tensor | None) -> Tensor | None:
+    return hide[:, 0] if hide is not None and hide.dim() == 4 else hide
+
+
+def forward_reference(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
+    """-> o (B, H, N, Dv), lse (B, H, N), max_logits (B, H), the last two in the accumulation type.
+
+    lse_i = log Σ_j exp(S_ij), max_logits = max_ij S_ij. A query that sees no key has lse −inf, o 0.
+    """
+    acc, n = accumulate(q_nope), q_nope.shape[2]
+    operands = [x.to(acc) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)]
+    hide = _squeeze(hidden(key_mask, n, causal, q_nope.device))
+    o, lse, peak = [], [], []
+    for h in range(q_nope.shape[1]):
+        _, v, s = _head(h, *operands, hide, scale)
+        lse.append(s.logsumexp(-1))  # (B, N)
+        peak.append(s.amax((-2, -1)))  # (B,)
+        o.append(probabilities(s, lse[-1]) @ v)  # (B, N, Dv)
+    o = torch.stack(o, 2).to(q_nope.dtype).transpose(1, 2)  # token-major
+    return o, torch.stack(lse, 1), torch.stack(peak, 1)
+
+
+def probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    """exp(S − lse); all zeros in a row that sees no key."""
+    return (s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+
+
+def backward_reference(
+    do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal
+):
+    """-> dq_n, dq_r, dc, dk_r, dW_uk, dW_uv. Per head, with P = exp(S − lse) recomputed:
+
+    Δ = Σ do·o − dlse,  dS = scale·P∘(do·vᵀ − Δ),  dq_n = dS k,  dq_r = dS k_r,
+    dk = dSᵀ q_n,  dv = Pᵀ do,  dc = Σ_h(dk W_uk,h + dv W_uv,h),  dk_r = Σ_h dSᵀ q_r,
+    dW_uk,h = Σ_b dkᵀ c,  dW_uv,h = Σ_b dvᵀ c
+    """
+    acc, n = accumulate(q_nope), q_nope.shape[2]
+    qn, qr, c, kr, uk, uv = (x.to(acc) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
+    do = do.to(acc)
+    delta = (do * o.to(acc)).sum(-1)  # (B, H, N)
+    delta = delta if dlse is None else delta - dlse
+    hide = _squeeze(hidden(key_mask, n, causal, q_nope.device))
+    dqn, dqr, duk, duv = [], [], [], []
+    dc, dkr = torch.zeros_like(c), torch.zeros_like(kr)
+    for h in range(q_nope.shape[1]):
+        k, v, s = _head(h, qn, qr, c, kr, uk, uv, hide, scale)
+        p = probabilities(s, lse[:, h])  # (B, N, N)
+        ds = p * (do[:, h] @ v.mT - delta[:, h, :, None]) * scale
+        dk, dv = ds.mT @ qn[:, h], p.mT @ do[:, h]
+        dqn.append(ds @ k)
+        dqr.append(ds @ kr)
+        dc += dk @ uk[h] + dv @ uv[h]
+        dkr += ds.mT @ qr[:, h]
+        duk.append((dk.mT @ c).sum(0))  # (Dn, R)
+        duv.append((dv.mT @ c).sum(0))  # (Dv, R)
+    dqn, dqr = (torch.stack(x, 2).to(q_nope.dtype).transpose(1, 2) for x in (dqn, dqr))
+    rest = dc, dkr, torch.stack(duk), torch.stack(duv)
+    return dqn, dqr, *(x.to(q_nope.dtype) for x in rest)
+
+
+# --- ops ------------------------------------------------------------------------------------------
+
+mla_fwd = Op(
+    "mla_fwd",
+    "(Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor w_uk, Tensor w_uv, "
+    "Tensor? key_mask, float scale, bool causal) -> (Tensor o, Tensor lse, Tensor max_logits)",
+    forward_reference,
+)
+mla_bwd = Op(
+    "mla_bwd",
+    "(Tensor do, Tensor? dlse, Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, "
+    "Tensor w_uk, Tensor w_uv, Tensor o, Tensor lse, Tensor? key_mask, float scale, bool causal) "
+    "-> (Tensor dq_nope, Tensor dq_rope, Tensor dc_kv, Tensor dk_rope, Tensor dw_uk, Tensor dw_uv)",
+    backward_reference,
+)
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal, backend):
+        operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
+        o, lse, peak = mla_fwd(backend, *operands, key_mask, scale, causal)
+        ctx.save_for_backward(*operands, o, lse, key_mask)
+        ctx.options, ctx.backend = (scale, causal), backend
+        ctx.mark_non_differentiable(peak)
+        ctx.set_materialize_grads(False)
+        return o, lse, peak
+
+    @staticmethod
+    def backward(ctx, do, dlse, dpeak):
+        *operands, o, lse, key_mask = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        grads = mla_bwd(ctx.backend, do, dlse, *operands, o, lse, key_mask, *ctx.options)
+        return *grads, None, None, None, None
+
+
+# --- compositions ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def max_logits(q: Tensor, k: Tensor, hide: Tensor | None, scale: float) -> Tensor:
+    """max_ij scale·q_i·k_j over the pairs that are not hidden, (B, H), without an N×N tensor.
+
+    q (B, H, N, D), k (B, H or 1, N, D), hide as from `hidden`.
+    """
+    acc, parts = accumulate(q), []
+    with full_precision(q):
+        for start in range(0, q.shape[2], CHUNK):
+            rows = slice(start, start + CHUNK)
+            s = q[:, :, rows].to(acc) @ k.to(acc).mT * scale  # (B, H, CHUNK, N)
+            if hide is not None:
+                s = s.masked_fill(hide if hide.shape[-2] == 1 else hide[..., rows, :], -torch.inf)
+            parts.append(s.amax((-2, -1)))
+    return torch.stack(parts).amax(0)
+
+
+def _softmax_attention(q, k, v, hide, scale, want_lse, want_peak):
+    """-> softmax(scale·q kᵀ) v, lse or None, max_logits or None. k, v may have one head for all.
+
+    SDPA gives no lse: where that is wanted, the scores (B, H, N, N) are written.
+    """
+    peak = max_logits(q, k, hide, scale) if want_peak else None
+    if not want_lse:
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        keep = None if hide is None else ~hide
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+        return o, None, peak
+    with full_precision(q):
+        return *_written_scores(q, k, v, hide, scale), peak
+
+
+def _written_scores(q, k, v, hide, scale):
+    acc = accumulate(q)
+    s = q.to(acc) @ k.to(acc).mT * scale  # (B, H, N, N)
+    # A row that sees no key: −inf everywhere has no gradient, so its scores are set to 0 first.
+    blind = None if hide is None else hide.all(-1, keepdim=True)
+    if hide is not None:
+        s = s.masked_fill(hide & ~blind, -torch.inf)
+    p, lse = s.softmax(-1), s.logsumexp(-1)
+    if hide is not None:
+        p, lse = p.masked_fill(blind, 0.0), lse.masked_fill(blind[..., 0], -torch.inf)
+    return (p @ v.to(acc)).to(q.dtype), lse
+
+
+def _expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, hide, scale, want):
+    c = c_kv[:, None]  # (B, 1, N, R)
+    k_nope, v = c @ w_uk.mT, c @ w_uv.mT  # (B, H, N, Dn), (B, H, N, Dv)
+    shared = k_rope[:, None].expand(-1, q_nope.shape[1], -1, -1)
+    q, k = torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, shared], -1)
+    return _softmax_attention(q, k, v, hide, scale, *want)
+
+
+def _absorb(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, hide, scale, want):
+    q = torch.cat([q_nope @ w_uk, q_rope], -1)  # (B, H, N, R+Dr)
+    k = torch.cat([c_kv, k_rope], -1)[:, None]  # (B, 1, N, R+Dr)
+    z, lse, peak = _softmax_attention(q, k, c_kv[:, None], hide, scale, *want)  # (B, H, N, R)
+    return z @ w_uv.mT, lse, peak
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def mla_attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    form: str = "auto",
+    return_lse: bool = False,
+    return_max_logits: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Multi-head latent attention, `o_h = softmax((q_n·W_uk,h c + q_r·k_r)·scale) W_uv,h c`.
+
+    DeepSeek-V2 2024, eq. 9-19. Positions are the caller's: q_rope and k_rope come rotated.
+
+    Args:
+        q_nope: (B, H, N, Dn); q_rope: (B, H, N, Dr), Dr ≥ 0; c_kv: (B, N, R); k_rope: (B, N, Dr);
+            w_uk: (H, Dn, R); w_uv: (H, Dv, R). One floating dtype, one device. Sums in float32.
+        causal: token i sees tokens j ≤ i.
+        key_mask: (B, N) bool, True where a token is real. A query that sees no key gives 0.
+        scale: 1/√(Dn + Dr) when None.
+        form: "fused" (K_h and V_h never written; the only form with kernels of its own), "expand"
+            (K_h and V_h written, then SDPA), "absorb" (attention among the latents), or "auto":
+            fused where a compiled kernel is there and N ≤ 256, or a backend is asked for by name;
+            else expand.
+        return_lse: also return log Σ_j exp(S_ij), (B, H, N), float32 (float64 for float64 input).
+        return_max_logits: also return max_ij S_ij, (B, H), the same dtype, without gradient.
+        backend: "auto", "reference", "cpp", "triton" or "cuda", of the fused form.
+
+    Returns:
+        o (B, H, N, Dv) in the input's dtype, or a tuple (o, lse, max_logits) of what was asked for.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit; the message prints them.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    operands = autocast(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)
+    check("mla_attention", *operands)
+    check_key_mask("mla_attention", key_mask, q_nope)
+    form, backend = _choose_form(form, backend, operands[0])
+    if scale is None:
+        scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
+    if form == "fused":
+        o, lse, peak = _Fused.apply(*operands, key_mask, float(scale), causal, backend)
+    else:
+        compose = _expand if form == "expand" else _absorb
+        hide = hidden(key_mask, q_nope.shape[2], causal, q_nope.device)
+        o, lse, peak = compose(*operands, hide, scale, (return_lse, return_max_logits))
+        o = token_major(o)
+    extra = (*((lse,) if return_lse else ()), *((peak,) if return_max_logits else ()))
+    return (o, *extra) if extra else o
+
+
+@torch.compiler.assume_constant_result
+def _compiled(device: str) -> bool:
+    """Whether a kernel other than the reference serves mla_fwd on this kind of device."""
+    return device in ("cpu", "cuda") and (
+        mla_fwd.why_not("cpp" if device == "cpu" else "triton") is None
+    )
+
+
+def _choose_form(form: str, backend: str, q: Tensor) -> tuple[str, str]:
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
+    if form in ("expand", "absorb"):
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"form={form!r} is a composition of PyTorch operators and takes no "
+                f'backend={backend!r}; use form="fused", or leave the backend out'
+            )
+        return form, "auto"
+    backend = choose(backend, mla_fwd, q)
+    if form == "auto" and backend == "auto":
+        short = q.shape[2] <= FUSED_TOKENS
+        form = "fused" if short and _compiled(q.device.type) else "expand"
+    return ("fused" if form == "auto" else form), backend
+
+
+def check(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False):
+    """Ranks, sizes that belong together, one dtype, one device."""
+    names = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
+    tensors = dict(zip(names, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv), strict=True))
+    rule = None
+    if [x.dim() for x in tensors.values()] != [4, 4, 3, 3, 3, 3]:
+        rule = (
+            "q_nope (B, H, N, Dn), q_rope (B, H, N, Dr), c_kv (B, N, R), k_rope (B, N, Dr), "
+            "w_uk (H, Dn, R), w_uv (H, Dv, R)"
+        )
+    else:
+        b, h, n, dn = q_nope.shape
+        dr, r, dv = q_rope.shape[-1], c_kv.shape[-1], w_uv.shape[1]
+        keys = c_kv.shape[1] if one_query else n
+        fit = (b, h, n, dn), (b, h, n, dr), (b, keys, r), (b, keys, dr), (h, dn, r), (h, dv, r)
+        wrong = [
+            f"{name} {size}"
+            for name, size in zip(names, fit, strict=True)
+            if tensors[name].shape != size
+        ]
+        if wrong:
+            rule = f"{', '.join(wrong)} to fit the others"
+        elif 0 in (b, h, n, dn, r, dv, keys):
+            rule = "no empty dimension but Dr"
+    if rule:
+        raise ValueError(f"{op} wants {rule}; got {shapes(**tensors)}")
+    same(op, **tensors)

@@ -1,0 +1,288 @@
+"""Router and experts against loops over tokens, empty experts, every way to multiply groups."""
+
+import pytest
+import torch
+from proof import assert_accurate, outputs_and_gradients
+from torch.nn import functional as F
+
+from tab.functional import moe_experts, noaux_tc_gate
+from tab.ops.moe import (
+    expert_counts,
+    grouped_in_blocks,
+    grouped_outer_in_blocks,
+    moe_grouped,
+    moe_grouped_outer,
+)
+
+# --- router ---------------------------------------------------------------------------------------
+
+
+def slow_gate(logits, bias, top_k, n_group, topk_group, route_scale):
+    """DeepSeek-V3 eq. 13-16 for one token, in Python numbers. -> {expert: weight}"""
+    s = [1 / (1 + torch.tensor(-x).exp().item()) for x in logits.tolist()]
+    biased = [a + b for a, b in zip(s, bias.tolist(), strict=True)]
+    per = len(s) // n_group
+    groups = [range(g * per, (g + 1) * per) for g in range(n_group)]
+    best = sorted(groups, key=lambda g: -sum(sorted((biased[e] for e in g), reverse=True)[:2]))
+    allowed = [e for g in best[:topk_group] for e in g]
+    chosen = sorted(allowed, key=lambda e: -biased[e])[:top_k]
+    total = sum(s[e] for e in chosen)
+    return {e: s[e] / total * route_scale for e in chosen}
+
+
+@pytest.mark.parametrize("shift", [0.0, -5.0, 5.0], ids=lambda s: f"bias {s:+}")
+@pytest.mark.parametrize(
+    ("experts", "top_k", "n_group", "topk_group"),
+    [(1, 1, 1, 1), (8, 2, 1, 1), (8, 8, 1, 1), (12, 3, 4, 2), (12, 6, 4, 2), (6, 2, 6, 3)],
+)
+def test_gate(experts, top_k, n_group, topk_group, shift, generator):
+    logits = torch.randn(3, 7, experts, generator=generator, dtype=torch.float64)
+    bias = torch.randn(experts, generator=generator, dtype=torch.float64) * 0.3 + shift
+    options = {"n_group": n_group, "topk_group": topk_group, "route_scale": 2.5}
+    weights, index, counts = noaux_tc_gate(logits, bias, top_k=top_k, **options)
+    assert weights.shape == index.shape == (3, 7, top_k)
+    for b in range(3):
+        for t in range(7):
+            slow = slow_gate(logits[b, t], bias, top_k, **options)
+            given = dict(zip(index[b, t].tolist(), weights[b, t].tolist(), strict=True))
+            assert given == pytest.approx(slow)
+    assert counts.tolist() == torch.bincount(index.flatten(), minlength=experts).tolist()
+
+
+def test_gate_gradient_passes_the_weights_only(generator):
+    logits = torch.randn(5, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: noaux_tc_gate(x, bias, top_k=2)[0], logits)
+    weights, *_ = noaux_tc_gate(logits, bias, top_k=2)
+    assert torch.autograd.grad(weights.square().sum(), bias, allow_unused=True) == (None,)
+
+
+def test_gate_is_float32_in_any_company(generator):
+    logits = torch.randn(4, 8, generator=generator)
+    half, bias = logits.bfloat16(), torch.zeros(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, index, _ = noaux_tc_gate(half, bias, top_k=2)
+    truth = noaux_tc_gate(half.double(), bias, top_k=2)
+    assert weights.dtype == torch.float32
+    assert torch.equal(index, truth[1])
+    torch.testing.assert_close(weights.double(), truth[0], atol=1e-6, rtol=1e-6)
+
+
+def test_counts_leave_padding_out():
+    index = torch.tensor([[[0, 1], [1, 2]], [[1, 0], [3, 1]]])
+    mask = torch.tensor([[True, False], [True, True]])
+    assert expert_counts(index, 5).tolist() == [2, 4, 1, 1, 0]
+    assert expert_counts(index, 5, mask).tolist() == [2, 3, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top_k": 0}, "top_k=0: .*choose 1 to 8"),
+        ({"top_k": 9}, "top_k=9: .*choose 1 to 8"),
+        ({"top_k": 5, "n_group": 4, "topk_group": 2}, "top_k=5: 2 of 4 groups hold 4 of the 8"),
+        ({"top_k": 1, "n_group": 3}, "n_group=3 does not divide the 8 experts; nearest choice: 2"),
+        ({"top_k": 1, "n_group": 2, "topk_group": 3}, "topk_group=3: choose 1 to n_group=2"),
+    ],
+)
+def test_gate_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        noaux_tc_gate(torch.zeros(4, 8), torch.zeros(8), **options)
+
+
+@pytest.mark.parametrize(
+    ("logits", "bias"),
+    [
+        (torch.zeros(8), torch.zeros(8)),
+        (torch.zeros(4, 8), torch.zeros(7)),
+        (torch.zeros(0, 8), torch.zeros(8)),
+        (torch.zeros(4, 8, dtype=torch.int64), torch.zeros(8)),
+        (torch.zeros(4, 8), torch.zeros(8, device="meta")),
+    ],
+)
+def test_gate_tensors(logits, bias):
+    with pytest.raises(ValueError, match=r"noaux_tc_gate wants .* got logits \("):
+        noaux_tc_gate(logits, bias, top_k=1)
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def slow_experts(index):
+    """The formula word for word: each token with its own copy of its i-th expert's matrices."""
+
+    def f(x, w13, w2, weights):
+        y = 0.0
+        for i in range(index.shape[-1]):
+            e = index[..., i]
+            gate, up = torch.einsum("...c,...fc->...f", x, w13[e]).chunk(2, -1)
+            out = torch.einsum("...f,...cf->...c", F.silu(gate) * up, w2[e])
+            y = y + out * weights[..., i, None]
+        return y.to(x.dtype)
+
+    return f
+
+
+def fast_experts(index, experts):
+    counts = expert_counts(index, experts)
+    return lambda x, w13, w2, weights: moe_experts(x, w13, w2, weights, index, counts)
+
+
+def routed(lead, experts, top_k, c, f, generator, dtype=torch.float32, choose_from=None):
+    """x, w13, w2, weights and an index that uses only the first `choose_from` experts."""
+    drawn = torch.rand(*lead, choose_from or experts, generator=generator)
+    index = drawn.topk(top_k, -1).indices
+    shapes = (*lead, c), (experts, 2 * f, c), (experts, c, f), (*lead, top_k)
+    x = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    x[1], x[2] = x[1] / c**0.5, x[2] / f**0.5
+    return x, index
+
+
+CASES = [  # lead, E, k, C, F, experts in use
+    ((1,), 1, 1, 3, 2, None),
+    ((2, 63), 8, 2, 16, 8, None),
+    ((65,), 5, 5, 7, 3, None),
+    ((2, 9), 8, 2, 16, 8, 3),
+    ((3,), 16, 2, 4, 4, None),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_experts_accurate(case, generator):
+    *sizes, used = case
+    x, index = routed(*sizes, generator, choose_from=used)
+    f, g = fast_experts(index, sizes[1]), slow_experts(index)
+    assert_accurate(f, g, x, names="y dx dw13 dw2 dweights")
+    dw13 = outputs_and_gradients(f, x)[2]
+    idle = expert_counts(index, sizes[1]) == 0
+    assert (dw13[idle] == 0).all()
+    assert used is None or idle.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_experts_dtypes(dtype, generator):
+    x, index = routed((2, 9), 4, 2, 8, 8, generator, dtype, choose_from=3)
+    assert_accurate(fast_experts(index, 4), slow_experts(index), x)
+    assert fast_experts(index, 4)(*x).dtype == dtype
+
+
+def test_experts_strides(generator):
+    (x, w13, w2, weights), index = routed((4, 9), 4, 2, 8, 8, generator, torch.float64)
+    strange = [x.mT.contiguous().mT, w13.mT.contiguous().mT, torch.cat([w2, w2], -1)[..., ::2]]
+    strange.append(weights.T.contiguous().T if weights.dim() == 2 else weights)
+    assert not any(t.is_contiguous() for t in strange[:3])
+    truth = slow_experts(index)
+    for a, b in zip(
+        outputs_and_gradients(fast_experts(index, 4), strange),
+        outputs_and_gradients(truth, strange),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    one = fast_experts(index[:1].expand(4, 9, 2), 4)(x[:1].expand_as(x), w13, w2, weights)
+    assert one.shape == x.shape
+
+
+def test_gradcheck_through_the_router(generator):
+    (x, w13, w2, _), _ = routed((6,), 4, 2, 3, 2, generator, torch.float64)
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+
+    def f(x, w13, w2, logits):
+        return moe_experts(x, w13, w2, *noaux_tc_gate(logits, torch.zeros(4), top_k=2))
+
+    leaves = [t.requires_grad_() for t in (x, w13, w2, logits)]
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_compile_meta_autocast(generator):
+    (x, w13, w2, _), _ = routed((2, 9), 4, 2, 8, 4, generator)
+    logits, bias = torch.randn(2, 9, 4, generator=generator), torch.randn(4, generator=generator)
+
+    def f(x, w13, w2, logits):
+        weights, index, counts = noaux_tc_gate(logits, bias.to(x.device), top_k=2)
+        return moe_experts(x, w13, w2, weights, index, counts)
+
+    eager = outputs_and_gradients(f, [x, w13, w2, logits])
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    given = outputs_and_gradients(compiled, [x, w13, w2, logits])
+    for a, b in zip(given, eager, strict=True):
+        torch.testing.assert_close(a, b)
+    meta = f(*(t.to("meta").requires_grad_() for t in (x, w13, w2, logits)))
+    assert meta.shape == x.shape
+    meta.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = f(x, w13, w2, logits)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), eager[0], atol=0.05, rtol=0.05)
+
+
+# The products of groups: slices (CPU), padded blocks (GPU), torch._grouped_mm (GPU, bfloat16).
+
+
+@pytest.mark.parametrize(
+    "sizes", [[5], [0, 0, 7], [3, 0, 9, 1], [1] * 8, [0, 40, 0, 1, 2], [0] * 6 + [2]], ids=str
+)
+def test_every_grouped_product(sizes, generator):
+    counts, rows = torch.tensor(sizes), sum(sizes)
+    x = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
+    g = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    w = torch.randn(len(sizes), 4, 8, generator=generator, dtype=torch.float64)
+    y = torch.cat([p @ m.mT for p, m in zip(x.split(sizes), w, strict=True)])
+    dw = torch.stack([a.mT @ b for a, b in zip(g.split(sizes), x.split(sizes), strict=True)])
+    for product in (lambda *a: moe_grouped("auto", *a), grouped_in_blocks):
+        torch.testing.assert_close(product(x, w, counts), y)
+    for product in (lambda *a: moe_grouped_outer("auto", *a), grouped_outer_in_blocks):
+        torch.testing.assert_close(product(g, x, counts), dw)
+    ends = counts.cumsum(0).to(torch.int32)  # the arguments the GPU path passes
+    native = torch._grouped_mm(x.float(), w.float().mT, offs=ends)
+    torch.testing.assert_close(native, y.float(), atol=1e-5, rtol=1e-5)
+    native = torch._grouped_mm(g.float().mT, x.float(), offs=ends)
+    torch.testing.assert_close(native, dw.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_opcheck(generator):
+    x, g = torch.randn(10, 6, generator=generator), torch.randn(10, 4, generator=generator)
+    w, counts = torch.randn(3, 4, 6, generator=generator), torch.tensor([7, 0, 3])
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(moe_grouped.overload, (x, w, counts), test_utils=tests)
+    torch.library.opcheck(moe_grouped_outer.overload, (g, x, counts), test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_asks_the_device_nothing(dtype, generator):
+    x, index = routed((2, 64), 8, 2, 32, 16, generator, dtype, choose_from=5)
+    truth = slow_experts(index)(*(t.double() for t in x))
+    x, index = [t.cuda().requires_grad_() for t in x], index.cuda()
+    fast_experts(index, 8)(*x).sum().backward()  # loads the libraries, which may synchronise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = fast_experts(index, 8)(*x)
+        y.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(y.double().cpu(), truth, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({0: torch.zeros(9, 7)}, r"w13 \(E, 2F, C\).*x \(9, 7\)"),
+        ({1: torch.zeros(4, 8, 7)}, r"w13 \(4, 8, 7\)"),
+        ({2: torch.zeros(4, 8)}, r"w2 \(4, 8\)"),
+        ({3: torch.zeros(9, 3)}, r"weights \(9, 3\)"),
+        ({4: torch.zeros(9, 2)}, r"int64.*index \(9, 2\) float32"),
+        ({5: torch.zeros(5, dtype=torch.int64)}, r"counts \(5,\)"),
+        ({2: torch.zeros(4, 8, 4).double()}, r"one dtype.*w2 \(4, 8, 4\) float64"),
+        ({4: torch.zeros(9, 2, dtype=torch.int64, device="meta")}, r"one device.*meta"),
+        ({5: torch.tensor([9, 9, 0, 1])}, r"counts \[9, 9, 0, 1\] do not sum to the 18"),
+    ],
+)
+def test_experts_bad_tensors(change, says, generator):
+    x, index = routed((9,), 4, 2, 8, 4, generator)
+    args = [*x, index, expert_counts(index, 4)]
+    for i, t in change.items():
+        args[i] = t
+    with pytest.raises(ValueError, match=f"moe_experts.*{says}"):
+        moe_experts(*args)
