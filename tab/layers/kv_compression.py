@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ class KVCompressionAttention(HeadsAttention):
 
     def split(self, n: int) -> tuple[int, int]:
         """Of N tokens, how many (heavy, recent) are kept."""
-        budget = max(1, int(n * self.compression_ratio))
+        budget = max(1, math.floor(n * self.compression_ratio + 1e-9))  # 100·0.29 is 28.99…
         heavy, recent = self.heavy, self.recent
         if heavy is None:
             heavy = budget // 2 if recent is None else max(0, budget - recent)

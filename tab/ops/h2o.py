@@ -202,9 +202,10 @@ def h2o_attention(
         visible = cache.position[:, :, None] >= 0  # (B, H, 1, budget)
     if key_mask is None and not causal:
         return token_major(scaled_dot_product_attention(q, cache.k, cache.v, scale=scale))
-    o = scaled_dot_product_attention(q, cache.k, cache.v, attn_mask=visible, scale=scale)
-    # Fully hidden rows: PyTorch's answer differs by version and device.
-    return token_major(o.masked_fill(~visible.any(-1, keepdim=True), 0.0))
+    # A softmax over nothing is NaN, and so is its gradient: such rows look at all, and are cut.
+    blind = ~visible.any(-1, keepdim=True)
+    o = scaled_dot_product_attention(q, cache.k, cache.v, attn_mask=visible | blind, scale=scale)
+    return token_major(o.masked_fill(blind, 0.0))
 
 
 def _kept_per_query(p: Tensor, cache: H2OCache, key_mask: Tensor | None) -> Tensor:
