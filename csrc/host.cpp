@@ -1,12 +1,14 @@
 // tab._host: host code without torch. Build facts; batch assembly for images.
 //
-//   moves     (seed, epoch, image) -> (down, right, mirrored): the one home of the augmentation's dice
+//   moves     (seed, epoch, image) -> (dy, dx, mirror): the one home of the dice
 //   assemble  gather -> translate -> flip -> normalise -> channels-last float32, in one pass
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -63,15 +65,18 @@ Array<int8_t> moves(uint64_t seed, uint64_t epoch, const Array<int64_t>& index, 
 }
 
 struct Picture {
-    int64_t height, width;  // three channels, always
-    float mean[3], scale[3];
+    int64_t height, width;      // three channels, always
+    const float *mean, *scale;  // (3·width,): the three values again and again
 };
 
 // out[y, x] = (in[y - dy, x' - dx] - mean)·scale, x' = width-1-x when mirrored: the image is moved,
 // then mirrored. Uncovered pixels take the mean colour, 0. Subtract, then multiply: no fused
 // multiply-add can come of it, so every machine and the torch version give the same bits.
-TAB_CLONES void one_image(const uint8_t* in, float* out, int dy, int dx, bool mirror,
-                          const Picture& p, const float* mean, const float* scale, uint8_t* row) {
+TAB_CLONES void one_image(const uint8_t* in, float* out, const int8_t* move, const Picture& p,
+                          uint8_t* row) {
+    const int dy = move[0], dx = move[1];
+    const bool mirror = move[2];
+    const float *mean = p.mean, *scale = p.scale;
     const int64_t w = p.width, length = 3 * w;
     const int64_t from = std::max(0, mirror ? -dx : dx), to = w - std::max(0, mirror ? dx : -dx);
     for (int64_t y = 0; y < p.height; ++y, out += length) {
@@ -88,25 +93,14 @@ TAB_CLONES void one_image(const uint8_t* in, float* out, int dy, int dx, bool mi
             source = row, shift = 0;
         }
         std::fill(out, out + 3 * from, 0.0f);
-        // mean and scale repeat with period 3 along the row, so that this is one plain vector loop.
+        // mean and scale are as long as the row, so that this is one plain vector loop.
         for (int64_t i = 3 * from; i < 3 * to; ++i)
             out[i] = (source[i - shift] - mean[i]) * scale[i];
         std::fill(out + 3 * to, out + length, 0.0f);
     }
 }
 
-void some_images(const uint8_t* images, const int64_t* index, const int8_t* move, float* out,
-                 int64_t begin, int64_t end, const Picture& p) {
-    const int64_t size = 3 * p.height * p.width;
-    std::vector<float> mean(3 * p.width), scale(3 * p.width);
-    std::vector<uint8_t> row(3 * p.width);
-    for (size_t i = 0; i < mean.size(); ++i) mean[i] = p.mean[i % 3], scale[i] = p.scale[i % 3];
-    for (int64_t k = begin; k < end; ++k)
-        one_image(images + index[k] * size, out + k * size, move[3 * k], move[3 * k + 1],
-                  move[3 * k + 2], p, mean.data(), scale.data(), row.data());
-}
-
-// images (N, H, W, 3) uint8, index (B,), moves (B, 3) -> out (B, H, W, 3) float32, written in place.
+// images (N, H, W, 3) uint8, index (B,), moves (B, 3) -> out (B, H, W, 3) float32, in place.
 void assemble(const Array<uint8_t>& images, const Array<int64_t>& index, const Array<int8_t>& moves,
               const Array<float>& mean, const Array<float>& scale, Array<float>& out, int threads) {
     require(images.ndim() == 4 && images.shape(3) == 3, "images must be (N, H, W, 3)");
@@ -124,24 +118,35 @@ void assemble(const Array<uint8_t>& images, const Array<int64_t>& index, const A
     const int8_t* move = moves.data();
     float* to = out.mutable_data();
     for (int64_t k = 0; k < batch; ++k) {
-        require(0 <= i[k] && i[k] < count, "index " + std::to_string(i[k]) + " is not in 0…" +
-                                               std::to_string(count - 1));
-        require(std::abs(move[3 * k]) < h && std::abs(move[3 * k + 1]) < w,
-                "a move is as large as the image");
+        if (i[k] < 0 || i[k] >= count)
+            throw std::invalid_argument("index " + std::to_string(i[k]) + " is not in 0…" +
+                                        std::to_string(count - 1));
+        if (std::abs(move[3 * k]) >= h || std::abs(move[3 * k + 1]) >= w)
+            throw std::invalid_argument("a move is as large as the image");
     }
-    Picture p{h, w, {}, {}};
-    std::copy_n(mean.data(), 3, p.mean);
-    std::copy_n(scale.data(), 3, p.scale);
+    // mean and scale along a row of pixels, as one_image wants them.
+    std::vector<float> means(3 * w), scales(3 * w);
+    for (int64_t j = 0; j < 3 * w; ++j) {
+        means[j] = mean.data()[j % 3];
+        scales[j] = scale.data()[j % 3];
+    }
+    const Picture p{h, w, means.data(), scales.data()};
 
     py::gil_scoped_release free;
-    // Starting a thread costs as much as some 20 images: no thread for less than 64.
-    const int64_t workers = std::clamp<int64_t>(batch / 64, 1, threads);
-    const auto share = [&](int64_t t) {
-        some_images(from, i, move, to, batch * t / workers, batch * (t + 1) / workers, p);
+    // Threads take CHUNK images at a time, so that one which the system has set aside holds up
+    // little. To start a thread costs as much as some 20 images: it must find two chunks.
+    constexpr int64_t CHUNK = 32;
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        std::vector<uint8_t> row(3 * w);
+        for (int64_t k; (k = next.fetch_add(CHUNK)) < batch;)
+            for (const int64_t end = std::min(batch, k + CHUNK); k < end; ++k)
+                one_image(from + i[k] * 3 * h * w, to + k * 3 * h * w, move + 3 * k, p, row.data());
     };
     std::vector<std::thread> pool;
-    for (int64_t t = 1; t < workers; ++t) pool.emplace_back(share, t);
-    share(0);
+    for (int64_t t = 1; t < std::min<int64_t>(threads, batch / (2 * CHUNK)); ++t)
+        pool.emplace_back(work);
+    work();
     for (auto& thread : pool) thread.join();
 }
 
