@@ -57,7 +57,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Mlp:
     hidden: int  # C, the width of a token
-    parameters: int  # choose `hidden` so that the model has this many parameters; 0: as given
+    match: str  # an attention: others get the `hidden` that gives them its parameters; "": as given
     tokens: int  # the Linear's outputs are split into this many tokens
     block: Literal["replace", "residual"]  # y = A(x), or y = x + γ·A(norm(x)) with γ = 0 at first
     position: Literal["none", "learned", "rope"]
@@ -65,7 +65,6 @@ class Mlp:
 
     def __post_init__(self):
         positive(self, "model", "hidden", *(["tokens"] if self.tokens != "grid" else []))
-        between(self, "model", "parameters", 0, 10**12)
         between(self, "model", "head_layers", 0, 16)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -198,37 +199,34 @@ def _own_seed(seed: int, part: str) -> Iterator[None]:
         generator.set_state(before)
 
 
-def match_width(config: RunConfig, classes: int = 10) -> RunConfig:
-    """The config with `hidden` such that the parameters come nearest to model_options.parameters.
+def match_width(config: RunConfig, target: int, classes: int = 10) -> RunConfig:
+    """The config with the `hidden` whose model comes nearest to `target` parameters.
 
     Widths that the layer refuses (heads that do not divide it) are passed over.
     """
-    target = config.model_options.parameters
-    sizes: dict[int, int | None] = {}
 
+    @functools.cache
     def size(hidden: int) -> int | None:
-        if hidden not in sizes:
-            try:
-                with torch.device("meta"):
-                    sizes[hidden] = parameter_count(build_model(_with(config, hidden), classes))
-            except ValueError:
-                sizes[hidden] = None
-        return sizes[hidden]
+        try:
+            return parameter_count(build_model(_with(config, hidden), classes))
+        except ValueError:
+            return None
 
-    def next_valid(hidden: int) -> int:
-        for h in range(hidden, hidden + 257):
-            if size(h) is not None:
-                return h
-        build_model(_with(config, hidden), classes)  # raises what is wrong
-        raise AssertionError("unreachable")
+    @functools.cache
+    def valid(hidden: int) -> int:
+        """The next width from `hidden` on that the layer takes."""
+        width = next((h for h in range(hidden, hidden + 257) if size(h) is not None), hidden)
+        if size(width) is None:
+            build_model(_with(config, width), classes)  # raises what is wrong
+        return width
 
-    low, high = next_valid(1), 2
-    while size(next_valid(high)) < target:
+    low, high = 1, 2
+    while size(valid(high)) < target:
         low, high = high, 2 * high
-    while high - low > 1:  # size(next_valid(low)) ≤ target ≤ size(next_valid(high))
+    while high - low > 1:  # size(valid(low)) < target ≤ size(valid(high)), but for low = 1
         middle = (low + high) // 2
-        low, high = (middle, high) if size(next_valid(middle)) < target else (low, middle)
-    best = min((next_valid(low), next_valid(high)), key=lambda h: abs(size(h) - target))
+        low, high = (middle, high) if size(valid(middle)) < target else (low, middle)
+    best = min((valid(low), valid(high)), key=lambda h: abs(size(h) - target))
     return _with(config, best)
 
 

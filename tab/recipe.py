@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .config import MODELS, SECTIONS, RunConfig, check_keys, check_type, model_class, options
 from .layers import attention_names, attention_options
-from .models import match_width
+from .models import build_model, match_width, parameter_count
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -56,7 +56,11 @@ class Recipe:
             model_options=options(kind, f"model.{model}", shape),
             attention_options=chosen,
         )
-        return match_width(config) if config.model_options.parameters else config
+        match = config.model_options.match
+        if match in ("", attention):
+            return config
+        target = build_model(self.run(model, match, seed), classes=10)
+        return match_width(config, parameter_count(target))
 
     def to_toml(self) -> str:
         """The whole recipe as TOML, without a base: `load_recipe` reads it back as it is."""
@@ -87,6 +91,7 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
         options(kind, section, tables[section])
     for model, table in tables["model"].items():
         options(MODELS[model], f"model.{model}", table)
+        check_keys(f"model.{model}.match", [table["match"]], ["", *attention_names()])
     return recipe
 
 
