@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 
 import torch
@@ -199,25 +200,22 @@ def _own_seed(seed: int, part: str) -> Iterator[None]:
         generator.set_state(before)
 
 
-def match_width(config: RunConfig, target: int, classes: int = 10) -> RunConfig:
+def match_width(config: RunConfig, target: int) -> RunConfig:
     """The config with the `hidden` whose model comes nearest to `target` parameters.
 
     Widths that the layer refuses (heads that do not divide it) are passed over.
     """
 
-    @functools.cache
     def size(hidden: int) -> int | None:
         try:
-            return parameter_count(build_model(_with(config, hidden), classes))
+            return parameters_of(_with(config, hidden))
         except ValueError:
             return None
 
-    @functools.cache
     def valid(hidden: int) -> int:
         """The next width from `hidden` on that the layer takes."""
         width = next((h for h in range(hidden, hidden + 257) if size(h) is not None), hidden)
-        if size(width) is None:
-            build_model(_with(config, width), classes)  # raises what is wrong
+        parameters_of(_with(config, width))  # raises what is wrong, if none is
         return width
 
     low, high = 1, 2
@@ -228,6 +226,18 @@ def match_width(config: RunConfig, target: int, classes: int = 10) -> RunConfig:
         low, high = (middle, high) if size(valid(middle)) < target else (low, middle)
     best = min((valid(low), valid(high)), key=lambda h: abs(size(h) - target))
     return _with(config, best)
+
+
+def parameters_of(config: RunConfig, classes: int = 10) -> int:
+    """The number of parameters of this run's model; the same for every seed."""
+    same = {k: v for k, v in config.attention_options.items() if k != "seed"}
+    config = dataclasses.replace(config, seed=0, attention_options=same)
+    return _parameters_of(json.dumps(config.to_dict()), classes)
+
+
+@functools.cache
+def _parameters_of(config: str, classes: int) -> int:
+    return parameter_count(build_model(RunConfig.from_dict(json.loads(config)), classes))
 
 
 def _with(config: RunConfig, hidden: int) -> RunConfig:

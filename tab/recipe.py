@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .config import MODELS, SECTIONS, RunConfig, check_keys, check_type, model_class, options
 from .layers import attention_names, attention_options
-from .models import build_model, match_width, parameter_count
+from .models import match_width, parameters_of
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -59,8 +59,7 @@ class Recipe:
         match = config.model_options.match
         if match in ("", attention):
             return config
-        target = build_model(self.run(model, match, seed), classes=10)
-        return match_width(config, parameter_count(target))
+        return match_width(config, parameters_of(self.run(model, match, seed)))
 
     def to_toml(self) -> str:
         """The whole recipe as TOML, without a base: `load_recipe` reads it back as it is."""

@@ -8,6 +8,7 @@ from tab.models import build_model, model_names, parameter_count
 from tab.recipe import load_recipe
 
 SMALL = {"model.mlp.hidden": 16, "model.cnn.hidden": 16, "model.cnn.channels": 4}
+SMALL |= {"model.mlp.match": "", "model.cnn.match": ""}
 BOTH = pytest.mark.parametrize("model", model_names())
 
 

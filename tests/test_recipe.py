@@ -1,6 +1,5 @@
 """Recipes: what the shipped ones say, layers of a recipe, and errors that name the way out."""
 
-
 import pytest
 
 from tab.config import RunConfig

@@ -9,15 +9,17 @@ import torch
 
 from tab import checkpoint
 from tab.data import Dataset, Split
-from tab.flops import forward_flops
+from tab.flops import FORMULAS, forward_flops
 from tab.layers.basic import NoAttention
 from tab.models import build_model
+from tab.ops._op import OPS
 from tab.recipe import load_recipe
 from tab.train import ROW, load_trained, train
 
 SMALL = {
     **{"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16},
-    **{"model.cnn.channels": 4, "train.batch_size": 32, "train.epochs": 3},
+    **{"model.mlp.match": "", "model.cnn.match": "", "model.cnn.channels": 4},
+    **{"train.batch_size": 32, "train.epochs": 3},
     **{"data.validation": 40, "evaluate.batch_size": 50},
 }
 TIMES = {"seconds", "cumulative_training_time", "images_per_second", "peak_memory_bytes"}
@@ -205,3 +207,34 @@ def test_flops_of_the_document_mlp():
     config = load_recipe("document", {"model.mlp.hidden": 64}).run("mlp", "multi_head", 0)
     want = 2 * (3072 * 64 + 4 * 64 * 64 + 2 * 64 + 2 * 64 * 64 + 64 * 10)
     assert forward_flops(build_model(config, 10)) == want
+
+
+def attention_flops(name, **options):
+    """Of the attention in a CNN on 64 cells of width 16: what it adds to the control, less Q, K, V
+    and output."""
+    overrides = {f"attention.{name}.cnn.{key}": value for key, value in options.items()}
+    recipe = load_recipe("fair", {**SMALL, **overrides})
+    with_it, without = (
+        forward_flops(build_model(recipe.run("cnn", a, 0), 10)) for a in (name, "none")
+    )
+    return with_it - without - 2 * 64 * 4 * 16 * 16
+
+
+def test_flops_of_the_kernels():
+    """By hand, per pair of tokens 2·(D + Dv) over the heads: 4·C."""
+    pairs = 4 * 16
+    assert attention_flops("multi_head") == 64 * 64 * pairs
+    assert attention_flops("local", window_size=2, two_dimensional=False) == (64 * 3 - 2) * pairs
+    # On the grid 8 + 2·7 pairs along each axis.
+    assert attention_flops("local", window_size=2, two_dimensional=True) == 22 * 22 * pairs
+    assert attention_flops("sparse", block_size=32) == 64 * 64 * pairs
+    # 16 blocks of 4: two that see all, fourteen that see 3 + 2 + 3, or 7 beside the edge.
+    assert attention_flops("sparse", block_size=4) == (2 * 16 + 12 * 8 + 2 * 7) * 16 * pairs
+    # 4 heads of D = 4.
+    elu = {"feature_map": "elu1", "num_heads": 4}
+    assert attention_flops("linear", **elu) == 64 * 4 * 4 * 4 * 4
+    assert attention_flops("performer", num_features=8, num_heads=4) == 64 * 4 * 4 * 8 * 8
+
+
+def test_every_forward_op_has_a_formula():
+    assert {name for name in OPS if name.endswith("_fwd")} <= set(FORMULAS)
