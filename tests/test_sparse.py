@@ -312,6 +312,15 @@ def test_layer_is_its_attention_matrix(generator):
         assert torch.equal(layer(x), layer.eval()(x))  # the same pattern in training and after
 
 
+def test_layer_trains_after_inference_mode(generator):
+    layer = build_attention("sparse", 4, seq_len=9, num_heads=1, block_size=2)
+    x = torch.randn(1, 7, 4, generator=generator)  # not seq_len: its pattern is made on demand
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.qkv.weight.grad.isfinite().all()
+
+
 def test_layer_keeps_few_patterns(generator):
     layer = build_attention("sparse", 4, seq_len=20, num_heads=1, block_size=2)
     for n in range(1, 21):
@@ -346,7 +355,15 @@ def test_layer_compiles_and_runs_on_meta(generator):
     assert torch.equal(skeleton.pattern(40).col, layer.pattern(40).col)
 
 
+def test_layer_with_one_block_is_full_attention(generator):
+    layer = build_attention("sparse", 8, seq_len=5, num_heads=2, block_size=32)
+    x = torch.randn(2, 5, 8, generator=generator)
+    full = torch.nn.functional.scaled_dot_product_attention(*layer.project(x))
+    torch.testing.assert_close(layer(x), layer.out(full.transpose(1, 2).flatten(2)))
+
+
 def test_layer_errors():
-    for size, near in ((0, 1), (65, 64)):
-        with pytest.raises(ValueError, match=f"block_size={size} .* 64 tokens; .*: {near}"):
-            build_attention("sparse", 8, seq_len=64, block_size=size)
+    with pytest.raises(ValueError, match="block_size ≥ 1; got 64 and 0"):
+        build_attention("sparse", 8, seq_len=64, block_size=0)
+    with pytest.raises(ValueError, match=r"window is odd.* got 4; nearest: 3 or 5"):
+        build_attention("sparse", 8, seq_len=64, window=4)

@@ -7,6 +7,7 @@ from . import linformer
 from . import sparse
 from . import local
 from . import kv_compression
+from . import flex
 
 from ._base import Attention, HeadsAttention
 from ._registry import (

@@ -21,7 +21,8 @@ class SparseAttention(HeadsAttention):
     block_size: tokens in a block. window: blocks around a block, odd. num_global: blocks at each
     end that see all and are seen by all. num_random: further blocks for each block and head, drawn
     once from `seed`. With few blocks nothing is left out: 64 tokens in blocks of 32, the published
-    configuration, are two global blocks, and the layer is multi-head attention.
+    configuration, are two global blocks, and the layer is multi-head attention; so it is when a
+    block is longer than the sequence.
     """
 
     def __init__(
@@ -39,23 +40,21 @@ class SparseAttention(HeadsAttention):
         rope: bool = False,
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
-        if not 1 <= block_size <= seq_len:
-            raise ValueError(
-                f"sparse: block_size={block_size} must be between 1 and the {seq_len} tokens; "
-                f"nearest choice: {min(max(block_size, 1), seq_len)}"
-            )
         self.options = {
-            "heads": num_heads, "block_size": block_size, "window": window,
-            "num_global": num_global, "num_random": num_random, "seed": seed,
+            "heads": num_heads, "window": window, "num_global": num_global,
+            "num_random": num_random, "seed": seed,
         }  # fmt: skip
-        self.patterns = {seq_len: BlockPattern.bigbird(seq_len, **self.options)}
+        self.block_size = block_size
+        self.patterns: dict[int, BlockPattern] = {}
+        self.pattern(seq_len)  # bad options are found here, not in the first step
 
     def pattern(self, n: int) -> BlockPattern:
         """The pattern for n tokens, made once."""
         if n not in self.patterns:
             if len(self.patterns) == PATTERNS:
                 del self.patterns[next(iter(self.patterns))]
-            self.patterns[n] = BlockPattern.bigbird(n, **self.options)
+            size = min(self.block_size, n)
+            self.patterns[n] = BlockPattern.bigbird(n, block_size=size, **self.options)
         return self.patterns[n]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:

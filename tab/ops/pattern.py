@@ -66,7 +66,7 @@ class BlockPattern:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"BigBird wants {name} ≥ {least}, got {value}; nearest: {least}")
-        with torch.device("cpu"):  # also where a model is built on meta
+        with torch.device("cpu"), torch.inference_mode(False):  # whatever goes on around it
             return _bigbird(n, block_size, heads, window // 2, num_global, num_random, seed)
 
     @staticmethod
@@ -78,7 +78,7 @@ class BlockPattern:
                 f"BlockPattern of n={n} in blocks of {block_size} wants a bool mask ({nb}, {nb}) "
                 f"or (H, {nb}, {nb}), got {tuple(mask.shape)} {mask.dtype}"
             )
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.inference_mode(False):
             coordinates = mask.cpu().reshape(-1, nb, nb).nonzero().T  # (3, nnz)
             heads = mask.shape[0] if mask.dim() == 3 else None
             return _compress(n, block_size, heads, heads or 1, *coordinates)
@@ -114,7 +114,8 @@ class BlockPattern:
         """The same pattern on another device; every copy is made once."""
         key = str(device)
         if key not in self._copies:
-            moved = (x.to(device) for x in self.tensors)
+            with torch.inference_mode(False):  # else training could not use it later
+                moved = [x.to(device) for x in self.tensors]
             self._copies[key] = BlockPattern(
                 self.n, self.block_size, self.heads, *moved, self._copies
             )

@@ -1,0 +1,161 @@
+"""PyTorch's FlexAttention as a layer: any rule for who sees whom, any change of a score.
+
+    o_i = Σ_j softmax_j(score_mod(q_iᵀk_j/√D, b, h, i, j)) v_j  over the j with mask_mod(b, h, i, j)
+
+Dong et al. 2024, "Flex Attention: A Programming Model for Generating Optimized Attention Kernels",
+eq. 2. The compiled kernel trains on CUDA. Elsewhere PyTorch has no backward for it, and the layer
+computes the same function from a dense mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from ..ops.local import in_window
+from ._base import HeadsAttention
+from ._registry import register_attention
+
+PATTERNS = ("full", "causal", "window", "grid")
+CACHED = 4  # masks that a layer keeps, one for each (N, device)
+
+
+@register_attention("flex")
+class FlexAttention(HeadsAttention):
+    """Softmax attention under a mask_mod and a score_mod, run by `torch.nn.attention`.
+
+    pattern: "full" (all tokens), "causal" (j ≤ i), "window" (window_size // 2 tokens to either
+        side), or "grid" (as many cells in each direction; without a grid the tokens are one row).
+    mask_mod(b, h, i, j) -> bool: in place of the pattern. It must not depend on b.
+    score_mod(score, b, h, i, j) -> score: within it.
+    Both are pointwise in their indices, as FlexAttention asks, and may read captured tensors.
+    A token that sees nothing gives 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        seq_len: int,
+        grid: tuple[int, int] | None = None,
+        num_heads: int = 4,
+        pattern: str = "grid",
+        window_size: int = 5,
+        mask_mod: Callable | None = None,
+        score_mod: Callable | None = None,
+        rope: bool = False,
+    ):
+        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        self.own_mask = mask_mod is not None
+        self.mask_mod = mask_mod or pattern_mask(pattern, window_size, grid)
+        self.score_mod = score_mod
+        self.masks: dict[tuple[str, int, str], Tensor | BlockMask] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if q.is_cuda:
+            return self.flex(q, k, v, key_mask, _compiled_flex())
+        if not (q.is_meta or torch.compiler.is_compiling()):
+            _say_dense(q.device.type)
+        return self.dense(q, k, v, key_mask)
+
+    def flex(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, run: Callable
+    ) -> Tensor:
+        """By FlexAttention itself; run is `flex_attention`, compiled or not."""
+        score_mod = self.score_mod
+        if key_mask is not None:  # not in the block mask, which would be made anew for each batch
+
+            def score_mod(score, b, h, i, j):
+                own = score if self.score_mod is None else self.score_mod(score, b, h, i, j)
+                return torch.where(key_mask[b, j], own, -torch.inf)
+
+        return run(q, k, v, score_mod=score_mod, block_mask=self.block_mask(q))
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The same function, differentiable on any device."""
+        if self.score_mod is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed(q, key_mask))
+        return self.weights(q, k, key_mask).to(v.dtype) @ v
+
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """(B, H, N, N); rows sum to 1, or to 0 where a token sees nothing."""
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+        if self.score_mod is not None:
+            b = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
+            scores = self.score_mod(scores, b, *self.indices(q))
+        allowed = self.allowed(q, key_mask)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)
+        return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+
+    # --- masks ------------------------------------------------------------------------------------
+
+    def indices(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h (1, H, 1, 1), i (1, 1, N, 1), j (1, 1, 1, N)"""
+        heads, tokens = (torch.arange(n, device=q.device) for n in q.shape[1:3])
+        return heads.view(1, -1, 1, 1), tokens.view(1, 1, -1, 1), tokens.view(1, 1, 1, -1)
+
+    def allowed(self, q: Tensor, key_mask: Tensor | None) -> Tensor | None:
+        """Who sees whom, (1 or B, 1 or H, N, N) bool; None when all see all."""
+        padding = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
+        if self.mask_mod is None:
+            return padding
+        mask = self._cached("dense", q, self._dense_mask)
+        return mask if padding is None else mask & padding
+
+    def block_mask(self, q: Tensor) -> BlockMask | None:
+        return None if self.mask_mod is None else self._cached("blocks", q, self._block_mask)
+
+    def _dense_mask(self, q: Tensor) -> Tensor:
+        h, i, j = self.indices(q)
+        mask = self.mask_mod(torch.zeros_like(h[:, :1]), h, i, j)
+        return mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], q.shape[2])))
+
+    def _block_mask(self, q: Tensor) -> BlockMask:
+        heads = self.num_heads if self.own_mask else None  # a named pattern is one for all heads
+        n = q.shape[2]
+        return create_block_mask(self.mask_mod, None, heads, n, n, device=q.device)
+
+    def _cached(self, kind: str, q: Tensor, make: Callable):
+        key = kind, q.shape[2], str(q.device)
+        if key not in self.masks:
+            if len(self.masks) >= CACHED:
+                del self.masks[next(iter(self.masks))]
+            with torch.inference_mode(False):  # else training could not use it later
+                self.masks[key] = make(q)
+        return self.masks[key]
+
+
+def pattern_mask(pattern: str, window_size: int, grid: tuple[int, int] | None) -> Callable | None:
+    """The mask_mod of a named pattern; None for "full"."""
+    if pattern not in PATTERNS:
+        raise ValueError(f"flex: pattern={pattern!r}: choose one of {', '.join(PATTERNS)}")
+    if window_size < 0:
+        raise ValueError(f"flex: window_size={window_size} must be ≥ 0; nearest choice: 0")
+    reach, cols = window_size // 2, grid[1] if grid and pattern == "grid" else 0
+    if pattern == "full":
+        return None
+    if pattern == "causal":
+        return lambda b, h, i, j: j <= i
+    return lambda b, h, i, j: in_window(i, j, reach, reach, cols, False)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def _say_dense(device: str) -> None:
+    warnings.warn(
+        f"PyTorch's FlexAttention has no backward on {device}: the layer flex computes the same "
+        "function there from a dense mask, in O(N²) time and memory. Its own kernel runs on CUDA.",
+        stacklevel=2,
+    )
