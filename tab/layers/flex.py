@@ -23,6 +23,7 @@ from ._base import HeadsAttention
 from ._registry import register_attention
 
 PATTERNS = ("full", "causal", "window", "grid")
+SMALLEST = 16  # head dimension that the compiled kernel takes; smaller ones are padded with zeros
 CACHED = 4  # masks that a layer keeps, one for each (N, device)
 
 
@@ -75,7 +76,10 @@ class FlexAttention(HeadsAttention):
                 own = score if self.score_mod is None else self.score_mod(score, b, h, i, j)
                 return torch.where(key_mask[b, j], own, -torch.inf)
 
-        return run(q, k, v, score_mod=score_mod, block_mask=self.block_mask(q))
+        d = q.shape[-1]
+        q, k, v = (F.pad(x, (0, max(0, SMALLEST - d))) for x in (q, k, v))
+        o = run(q, k, v, score_mod=score_mod, block_mask=self.block_mask(q), scale=d**-0.5)
+        return o[..., :d]
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """The same function, differentiable on any device."""
