@@ -6,33 +6,13 @@ import contextlib
 import shlex
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
 from . import __version__
-
-console = Console()
-errors = Console(stderr=True)
-
-
-class Commands(TyperGroup):
-    """Bad input and failures that explain themselves print as one red line; --debug shows where."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            # typer's own signals (Exit, Abort) are RuntimeErrors.
-            if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
-                raise
-            text = str(error) or type(error).__name__
-            errors.print(f"error: {text}", style="bold red", markup=False, highlight=False)
-            raise typer.Exit(2) from error
-
+from .terminal import Commands, bar, command_line, console, errors, or_resume, pairs, wide
 
 app = typer.Typer(
     cls=Commands,
@@ -44,21 +24,21 @@ app = typer.Typer(
 )
 
 Data = Annotated[
-    Optional[str],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
+    str | None,
     typer.Option(help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures."),
 ]
 RecipeName = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--recipe", metavar="NAME|FILE", help="A recipe; default: fair."),
 ]
-Epochs = Annotated[Optional[int], typer.Option(min=1, help="Sets train.epochs.")]  # noqa: UP045
+Epochs = Annotated[int | None, typer.Option(min=1, help="Sets train.epochs.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; can be repeated."),
 ]
-Out = Annotated[Optional[Path], typer.Option(help="The new directory for the results.")]  # noqa: UP045
+Out = Annotated[Path | None, typer.Option(help="The new directory for the results.")]
 Device = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
 ]
 
@@ -75,16 +55,16 @@ def root(
 
 @app.command()
 def compare(
-    models: Annotated[Optional[str], typer.Option(help="mlp,cnn (the default) or one.")] = None,  # noqa: UP045
-    attentions: Annotated[Optional[str], typer.Option(help="all (the default) or a,b,c.")] = None,  # noqa: UP045
-    seeds: Annotated[Optional[int], typer.Option(min=1, help="Runs of each; default: 1.")] = None,  # noqa: UP045
+    models: Annotated[str | None, typer.Option(help="mlp,cnn (the default) or one.")] = None,
+    attentions: Annotated[str | None, typer.Option(help="all (the default) or a,b,c.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each; default: 1.")] = None,
     recipe: RecipeName = None,
     data: Data = None,
     epochs: Epochs = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="DIR", help="Continue a comparison that was stopped."),
     ] = None,
     device: Device = None,
@@ -109,7 +89,7 @@ def compare(
         out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         plan.save(out, dataset)
     console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
-    with _or_resume(f"tab compare --resume {shlex.quote(str(out))}"):
+    with or_resume(f"tab compare --resume {shlex.quote(str(out))}"):
         with _watcher() as watcher:
             runs = run_grid(plan, dataset, out, watcher=watcher)
         path = _report(out, dataset)
@@ -148,13 +128,13 @@ def train(
         text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
         console.print(f"{text}{accuracies(row)}  {row['seconds']:.1f} s", highlight=False)
 
-    again = _command("train", model, attention, seed=seed, recipe=recipe, data=data, epochs=epochs,
-                     overrides=overrides, out=out, device=device)  # fmt: skip
-    with _or_resume(f"{again} --resume"):
+    options = {"seed": seed, "recipe": recipe, "data": data, "epochs": epochs, "out": out}
+    again = command_line("train", model, attention, overrides=overrides, device=device, **options)
+    with or_resume(f"{again} --resume"):
         outcome = run_one(
             config, dataset, out, device=_device(device), resume=resume, on_epoch=show
         )
-    _pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))
+    pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))
 
 
 @app.command()
@@ -166,7 +146,7 @@ def data(
     """Fetch or import a data set, and say what is in it."""
     from .data import describe
 
-    _pairs(spec, describe(_load(spec)))
+    pairs(spec, describe(_load(spec)))
 
 
 @app.command()
@@ -193,7 +173,7 @@ def doctor(
     """What is installed and built, and which backend of which operator can run here."""
     from .doctor import backends, versions
 
-    _pairs("TAB", versions())
+    pairs("TAB", versions())
     found = backends()
     names = list(next(iter(found.values())))
     table = Table("operator", *names, title="Backends", title_justify="left", title_style="bold")
@@ -204,14 +184,14 @@ def doctor(
         for backend, reason in row.items():
             if reason:
                 why.setdefault(f"{backend}: {reason}", []).append(op)
-    _wide().print(table)
+    wide().print(table)
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f" ({', '.join(ops)})"
         console.print(f"no {reason}{which}", style="dim", markup=False, highlight=False)
     if kernels:
         from .kernel_report import table as kernel_table
 
-        _wide().print(kernel_table())
+        wide().print(kernel_table())
 
 
 # --- shared ---------------------------------------------------------------------------------------
@@ -292,78 +272,30 @@ def _device(name: str | None) -> str:
 
 
 def _load(spec: str):
-    from rich.progress import Progress
-
     from .data import load_dataset
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("data", total=None)
-        return load_dataset(
-            spec,
-            progress=lambda done, total, what: bar.update(
-                task, completed=done, total=total, description=what
-            ),
-        )
+    with bar("data") as show:
+        return load_dataset(spec, progress=show)
 
 
 def _report(out: Path, dataset) -> Path:
-    from rich.progress import Progress
-
     from .report import write_report
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("report", total=None)
-        return write_report(
-            out,
-            dataset,
-            progress=lambda done, total, what: bar.update(
-                task, completed=done, total=total, description=what
-            ),
-        )
+    with bar("report") as show:
+        return write_report(out, dataset, progress=show)
 
 
 def _watcher():
     from .progress import Bars, Lines
 
-    return Bars(console) if console.is_terminal else contextlib.nullcontext(Lines(_wide()))
-
-
-@contextlib.contextmanager
-def _or_resume(command: str):
-    """Control-C says how to go on and exits with 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print(f"\nstopped; go on with: {command}", style="yellow", markup=False,
-                     highlight=False, soft_wrap=True)  # fmt: skip
-        raise typer.Exit(130) from None
-
-
-def _command(*words: str, overrides: list[str] | None, **options) -> str:
-    """The command line that says the same."""
-    words = [*words, *(f"--set={text}" for text in overrides or [])]
-    words += [f"--{key}={value}" for key, value in options.items() if value is not None]
-    return " ".join(["tab", *map(shlex.quote, words)])
-
-
-def _wide() -> Console:
-    """A log has no width of its own: tables there are not folded at 80 columns."""
-    return console if console.is_terminal else Console(width=140)
+    return Bars(console) if console.is_terminal else contextlib.nullcontext(Lines(wide()))
 
 
 def _tables(runs, models: list[str], note: str) -> None:
     from .report.tables import ranking, terminal_table
 
     for model in models:
-        entries = ranking(runs, model)
-        _wide().print(terminal_table(entries, f"{model.upper()}, {note}"))
-
-
-def _pairs(title: str, pairs: list[tuple[str, object]]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
-    for key, value in pairs:
-        table.add_row(key, "–" if value is None else str(value))
-    _wide().print(table)
+        wide().print(terminal_table(ranking(runs, model), f"{model.upper()}, {note}"))
 
 
 def main() -> None:

@@ -1,0 +1,245 @@
+"""The report's numbers, words and pictures, from hand-written runs; noise on a real model."""
+
+import io
+import itertools
+import math
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from tab.batches import Batches
+from tab.data import Split, statistics
+from tab.layers import attention_names
+from tab.progress import Bars
+from tab.recipe import load_recipe
+from tab.report import markdown, pictures, style, weights
+from tab.report.tables import Mean, count, markdown_table, ranking, student_t
+from tab.results import Grid, Run
+from tab.robustness import NOISE, noise_curve
+
+FACTS = {
+    "dataset": {"name": "shapes", "note": "drawn, not CIFAR-10", "fingerprint": "0"},
+    **{"device": "cpu", "threads": 2, "torch": "2.14", "python": "3.11", "tab": "0.1"},
+    "commit": None,
+}
+
+
+def run(attention="none", accuracy=0.5, seconds=10.0, seed=0, model="cnn", status="done") -> Run:
+    rows = [
+        {
+            **{"epoch": e, "train_loss": 2.0 / e, "train_accuracy": 0.9 * accuracy * e / 3},
+            **{"test_accuracy": accuracy * e / 3, "validation_accuracy": None},
+            "cumulative_training_time": seconds * e / 3,
+        }
+        for e in (1, 2, 3)
+    ]
+    summary = {
+        **{"final_test_accuracy": accuracy, "final_train_accuracy": 0.9 * accuracy},
+        **{"total_training_time": seconds, "images_per_second": 1234.0, "parameters": 5_000_000},
+        **{"flops": 7_000, "peak_memory_bytes": 2**30},
+    }
+    path = Path(f"runs/{model}-{attention}-s{seed}")
+    return Run(model, attention, seed, path, status, rows, summary, "Oops: boom", device="cpu")
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("df", "value"),  # Student (1908); any table of the distribution
+    [(1, 12.7062), (2, 4.30265), (4, 2.77645), (9, 2.26216), (30, 2.04227), (1000, 1.96234)],
+)
+def test_student_t(df, value):
+    assert student_t(df) == pytest.approx(value, rel=2e-4)
+
+
+def test_mean_and_interval():
+    mean = Mean.of([0.5, 0.6, 0.7])
+    assert mean.value == pytest.approx(0.6)
+    assert mean.half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-3)
+    assert Mean.of([0.5]) == Mean(0.5, None) and Mean.of([]) is None
+    assert Mean(-0.0312, 0.004).show("+.1f", 100, " %") == "-3.1 ± 0.4 %"
+
+
+def test_ranking_orders_and_pairs_seeds():
+    runs = [
+        *(run("none", 0.50 + 0.1 * s, 10.0 + s, s) for s in (0, 1)),
+        *(run("self", 0.53 + 0.1 * s, 20.0 + 2 * s, s) for s in (0, 1)),
+        run("local", 0.9, model="mlp"),
+    ]
+    best, control = ranking(runs, "cnn")
+    assert (best.attention, best.rank, control.attention) == ("self", 1, "none")
+    # Seeds differ by 10 points, the paired differences not at all.
+    assert best.test.half > 0.5
+    assert best.points.value == pytest.approx(0.03) and best.points.half == pytest.approx(0)
+    assert best.ratio.value == pytest.approx(2) and best.ratio.half == pytest.approx(0)
+    assert control.points is None and control.ratio is None
+
+
+def test_runs_without_a_result_are_last_marked_and_outside_the_mean():
+    runs = [run("none", 0.4), run("self", 0.6), run("self", 0.1, seed=1, status="diverged")]
+    runs += [run("local", status="failed")]
+    table = ranking(runs, "cnn")
+    assert [entry.attention for entry in table] == ["self", "none", "local"]
+    assert table[0].test == Mean(0.6, None) and table[0].notes == "diverged (seed 1)"
+    text = markdown_table(table)
+    assert "| – | Local | failed (seed 0) |" in text
+    assert "| Note |" in text and "Peak memory" not in text  # of a CPU, it is the process's
+
+
+def test_count():
+    shown = [count(n) for n in (None, 7, 1500, 2_345_678, 3e9)]
+    assert shown == ["–", "7", "1.5 k", "2.35 M", "3 G"]
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_summary_of_one_seed_is_honest():
+    text = markdown.summary("cnn", ranking([run("none", 0.5), run("self", 0.55, 25.0)], "cnn"))
+    assert "Self-Attention scored best, 55.0 %, +5.0 points against the control's 50.0 %" in text
+    assert "2.50× the control's time" in text and "One seed: no interval" in text
+
+
+def test_summary_when_the_control_wins_or_is_missing():
+    runs = [run("none", 0.7), run("self", 0.6), run("local", 0.5)]
+    text = markdown.summary("cnn", ranking(runs, "cnn"))
+    assert "no attention beat the control" in text and "-10.0 points" in text
+    assert "nothing says whether" in markdown.summary("cnn", ranking(runs[1:], "cnn"))
+    assert "no run has finished" in markdown.summary("mlp", ranking(runs, "mlp"))
+
+
+def test_summary_of_seeds_names_what_exceeds_its_interval():
+    noise = (0.0, 0.01, 0.02)
+    runs = [run("none", 0.5 + e, seed=s) for s, e in enumerate(noise)]
+    runs += [run("self", 0.6 + e, seed=s) for s, e in enumerate(noise)]
+    runs += [run("local", 0.5 + e, seed=s) for s, e in enumerate(reversed(noise))]
+    text = markdown.summary("cnn", ranking(runs, "cnn"))
+    assert "Self-Attention (+10.0 ± 0.0)" in text and "Local (" not in text.split("beyond")[1]
+    assert "not corrected for looking at 2" in text
+
+
+def test_report_says_data_failures_and_pictures():
+    runs = [run("none"), run("self", status="failed"), run("local", status="diverged")]
+    grid = Grid("fair", ["cnn"], ["none", "self", "local"], 1, "shapes", "cpu")
+    text = markdown.report(runs, FACTS, grid, {"loss": "Training loss"})
+    assert "drawn, not CIFAR-10" in text and "![Training loss](pictures/loss.png)" in text
+    assert "`cnn-self-s0` failed: Oops: boom" in text
+    assert "`cnn-local-s0` diverged in epoch 3" in text
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_twelve_mechanisms_look_different():
+    names = [*attention_names(), *style._ORDER, "none", "theirs", "others"]
+    names = list(dict.fromkeys(names))
+    looks = {(line["color"], line["linestyle"]) for line in (style.look(n, names) for n in names)}
+    assert len(looks) == len(names) >= 14
+
+
+def test_labels_do_not_overlap_and_keep_the_order(tmp_path):
+    lines = [style.look(name, []) for name in style._ORDER]
+    with style.figure(tmp_path / "labels.png", 1) as (_, (ax,)):
+        ax.set_ylim(0, 1)
+        ends = [(1.0, 0.5 + 1e-4 * i, f"line {i}", line) for i, line in enumerate(lines)]
+        style.label_ends(ax, ends)
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert [text.get_text() for text in ax.texts] == [f"line {i}" for i in range(len(lines))]
+        assert all(a.y1 <= b.y0 + 0.5 for a, b in itertools.pairwise(boxes))
+        top = ax.get_window_extent().y1
+        assert boxes[-1].y1 < top + 10
+
+
+def test_every_picture_is_drawn(tmp_path):
+    names = ("none", "self", "local", "theirs")
+    runs = [run(a, 0.4 + 0.02 * i, 9 + i, s, m) for s in (0, 1) for i, a in enumerate(names)
+            for m in ("mlp", "cnn")]  # fmt: skip
+    pictures.per_epoch(tmp_path / "loss.png", runs, "train_loss", "training loss", "loss")
+    pictures.against_time(tmp_path / "time.png", runs, "test_accuracy", "time", "accuracy")
+    pictures.bars(tmp_path / "bars.png", ranking(runs, "cnn"), "CNN")
+    curve = {r.id: ([0.0, 0.5, 1.0], [0.5, 0.4, 0.2]) for r in runs}
+    pictures.noise(tmp_path / "noise.png", runs, curve, "noise")
+    maps = {"self": torch.rand(4, 9, 9), "none": torch.eye(9)[None], "theirs": None}
+    weights.attention_picture(tmp_path / "attention.png", maps, "attention")
+    filters = {"self": torch.randn(30, 3, 3, 3), "none": torch.randn(5, 3, 32, 32)}
+    weights.filters_picture(tmp_path / "filters.png", filters, "filters")
+    names = {"loss", "time", "bars", "noise", "attention", "filters"}
+    assert {path.stem for path in tmp_path.iterdir()} == names  # and nothing half-written
+    for path in tmp_path.iterdir():
+        image = matplotlib.image.imread(path)
+        assert image.shape[1] > 300 and image[..., :3].std() > 0.02, path
+
+
+def test_mosaic_shows_the_strongest_first():
+    filters = torch.zeros(3, 3, 8, 8)
+    filters[0] += 0.1
+    filters[2] -= 5.0
+    picture = weights.mosaic(filters, across=2)  # 2 × 2 tiles of 8 with gaps of 1
+    assert picture.shape == (17, 17, 3)
+    assert np.allclose(picture[:8, :8], 0.0)  # filter 2, at its own minimum
+    assert np.allclose(picture[:8, 9:], 1.0)  # filter 0, at its own maximum
+    assert np.allclose(picture[9:, :8], 0.5)  # filter 1, all zero
+    assert np.allclose(picture[9:, 9:], 1.0)  # no filter
+
+
+def test_a_layer_without_a_matrix_gives_none():
+    class Without(nn.Module):
+        attention = property(lambda self: self)
+
+        def tokens(self, x):
+            return x
+
+        def attention_matrix(self, x):
+            raise NotImplementedError
+
+    assert weights.attention_weights(Without(), torch.zeros(1, 2, 2)) is None
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+
+def test_noise_curve_counts_all_images_and_adds_sigma(generator):
+    """A model that answers by the sign of one pixel: P(right) = Φ(|x|/σ) is known."""
+
+    class Sign(nn.Module):
+        def forward(self, x):
+            pixel = x[:, 0, 0, 0]
+            return torch.stack([-pixel, pixel], 1)
+
+    labels = torch.arange(4000) % 2
+    images = (labels * 255).to(torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3).contiguous()
+    mean, std = statistics(images)  # normalised pixels are -1 and 1
+    test = Batches(Split(images, labels), batch_size=300, mean=mean, std=std)
+    curve = noise_curve(Sign(), test)
+    assert curve[0] == 1.0
+    for sigma, accuracy in zip(NOISE[1:], curve[1:], strict=True):
+        right = 0.5 * (1 + math.erf(1 / sigma / math.sqrt(2)))
+        assert accuracy == pytest.approx(
+            right, abs=4 * math.sqrt(right * (1 - right) / 4000) + 1e-3
+        )
+    assert noise_curve(Sign(), test) == curve
+    assert noise_curve(Sign(), test, seed=1) != curve
+
+
+# --- bars -----------------------------------------------------------------------------------------
+
+
+def test_bars_on_a_terminal():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=140)
+    config = load_recipe("quick").run("cnn", "none", 0)
+    with Bars(console) as bars:
+        bars.start(2, 3)
+        bars.begin(config)
+        bars.epoch(config, {**run().rows[0], "epoch": 2})
+        bars.progress.refresh()
+        assert bars.progress.tasks[0].completed == 2 and bars.progress.tasks[0].total == 6
+        bars.end(run())
+        assert bars.progress.tasks[0].completed == 3
+    assert "cnn-none-s0" in text.getvalue() and "test 16.7%" in text.getvalue()
