@@ -179,19 +179,20 @@ def doctor(
     table = Table("operator", *names, title="Backends", title_justify="left", title_style="bold")
     why: dict[str, list[str]] = {}
     for op, row in found.items():
-        marks = ["[green]yes[/]" if reason is None else "[dim]no[/]" for reason in row.values()]
-        table.add_row(op, *marks)
+        table.add_row(
+            op, *("[green]yes[/]" if not reason else "[dim]no[/]" for reason in row.values())
+        )
         for backend, reason in row.items():
             if reason:
-                why.setdefault(f"{backend}: {reason}", []).append(op)
+                why.setdefault(f"{backend}: {reason.removeprefix(f'{op} ')}", []).append(op)
     wide().print(table)
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f" ({', '.join(ops)})"
         console.print(f"no {reason}{which}", style="dim", markup=False, highlight=False)
     if kernels:
-        from .kernel_report import table as kernel_table
+        from .kernel_report import print_kernel_report
 
-        wide().print(kernel_table())
+        print_kernel_report()
 
 
 # --- shared ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from . import __version__, checkpoint
 from .config import RunConfig
 from .data import Dataset
-from .doctor import available
+from .doctor import available, cpu_name
 from .executor import run_tasks
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
@@ -115,6 +115,7 @@ def facts_of(device: str, dataset: Dataset) -> dict:
     return {
         "tab": __version__,
         "commit": commit(),
+        "cpu": cpu_name(),
         **environment(device),
         "backends": available(),
         "dataset": {key: getattr(dataset, key) for key in ("name", "note", "fingerprint")},

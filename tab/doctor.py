@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def versions() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or '–'}"),
         ("triton", _version("triton")),
-        ("CUDA toolkit", _toolkit()),
-        ("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs, "
+        ("CUDA toolkit", str(cuda_toolkit() or "not found")),
+        ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs, "
                 f"{torch.get_num_threads()} threads"),
         ("GPU", gpu),
         *((f"tab.{name}", f"{what}: {built(name)}") for name, what in EXTENSIONS.items()),
@@ -67,10 +68,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _toolkit() -> str:
-    from torch.utils.cpp_extension import CUDA_HOME  # slow to import, and for this alone
+def cpu_name() -> str:
+    """'Intel(R) Xeon(R) …', or what the platform calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
-    if CUDA_HOME is None:
-        return "not found"
-    header = Path(CUDA_HOME) / "include/cuda_runtime.h"
-    return f"{CUDA_HOME}" if header.is_file() else f"{CUDA_HOME}, without cuda_runtime.h"
+
+def cuda_toolkit() -> Path | None:
+    """The folder that holds include/cuda_runtime.h; an nvcc on the PATH may be a mere wrapper."""
+    nvcc = shutil.which("nvcc")
+    guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    guesses += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    homes = (Path(guess) for guess in guesses if guess)
+    return next((home for home in homes if (home / "include/cuda_runtime.h").is_file()), None)

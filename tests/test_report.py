@@ -24,7 +24,14 @@ from tab.robustness import NOISE, noise_curve
 
 FACTS = {
     "dataset": {"name": "shapes", "note": "drawn, not CIFAR-10", "fingerprint": "0"},
-    **{"device": "cpu", "threads": 2, "torch": "2.14", "python": "3.11", "tab": "0.1"},
+    **{
+        "device": "cpu",
+        "cpu": "Z80",
+        "threads": 2,
+        "torch": "2.14",
+        "python": "3.11",
+        "tab": "0.1",
+    },
     "commit": None,
 }
 
@@ -128,7 +135,8 @@ def test_report_says_data_failures_and_pictures():
     runs = [run("none"), run("self", status="failed"), run("local", status="diverged")]
     grid = Grid("fair", ["cnn"], ["none", "self", "local"], 1, "shapes", "cpu")
     text = markdown.report(runs, FACTS, grid, {"loss": "Training loss"})
-    assert "drawn, not CIFAR-10" in text and "![Training loss](pictures/loss.png)" in text
+    assert "drawn, not CIFAR-10" in text and "Z80, 2 threads" in text
+    assert "![Training loss](pictures/loss.png)" in text
     assert "`cnn-self-s0` failed: Oops: boom" in text
     assert "`cnn-local-s0` diverged in epoch 3" in text
 
@@ -166,7 +174,8 @@ def test_every_picture_is_drawn(tmp_path):
     curve = {r.id: ([0.0, 0.5, 1.0], [0.5, 0.4, 0.2]) for r in runs}
     pictures.noise(tmp_path / "noise.png", runs, curve, "noise")
     maps = {"self": torch.rand(4, 9, 9), "none": torch.eye(9)[None], "theirs": None}
-    weights.attention_picture(tmp_path / "attention.png", maps, "attention")
+    image = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
+    weights.attention_picture(tmp_path / "attention.png", maps, image, "attention")
     filters = {"self": torch.randn(30, 3, 3, 3), "none": torch.randn(5, 3, 32, 32)}
     weights.filters_picture(tmp_path / "filters.png", filters, "filters")
     names = {"loss", "time", "bars", "noise", "attention", "filters"}

@@ -104,7 +104,8 @@ def _from_weights(folder: Path, runs: list[Run], dataset: Dataset) -> dict[str, 
         filters[run.attention] = model.filters()
     label = dataset.classes[dataset.test.labels[0]]
     what = f"{model_name.upper()}: attention of token j (column) in output i (row), one image"
-    attention_picture(folder / f"attention_{model_name}.png", maps, f"{what} ({label})")
+    image = dataset.test.images[0]
+    attention_picture(folder / f"attention_{model_name}.png", maps, image, f"{what} ({label})")
     heading = f"{model_name.upper()}: filters of the first layer, the strongest"
     filters_picture(folder / f"filters_{model_name}.png", filters, heading)
     return {

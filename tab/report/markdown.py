@@ -14,7 +14,7 @@ def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> s
     parts = [
         f"# Attention compared on {facts['dataset']['name']}",
         f"Recipe `{grid.recipe}`, {epochs} epochs, {seeds}. "
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"{machine(facts)}, torch {facts['torch']}, "
         f"Python {facts['python']}, TAB {facts['tab']}"
         + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
         f"**Data:** {facts['dataset']['note']}",
@@ -28,6 +28,12 @@ def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> s
         f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def machine(facts: dict) -> str:
+    if facts["device"] != "cpu":
+        return facts["device"]
+    return f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
 
 
 def summary(model: str, entries: list[Entry]) -> str:
@@ -50,7 +56,7 @@ def summary(model: str, entries: list[Entry]) -> str:
     else:
         text += f", {points(best)} against the control's {control.test.show('.1f', 100, ' %')}"
         beaten = sum(e.test.value > control.test.value for e in ranked)
-        text += f"; {beaten} of {len(ranked) - 1} mechanisms stand above it. "
+        text += f"; above it stand {beaten} of {len(ranked) - 1} mechanisms. "
         text += f"The last is {last_of(ranked)}."
     slow = [entry for entry in ranked if entry.ratio]
     if slow:

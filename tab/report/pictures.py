@@ -51,10 +51,10 @@ def curves(
 
 
 def focus(ax) -> None:
-    """Leaves out the first fifth of long curves vertically, where all lines rise or fall together;
-    the differences to be seen lie in the rest."""
-    lines = [line.get_ydata()[len(line.get_ydata()) // 5 :] for line in ax.get_lines()]
-    values = np.concatenate(lines) if lines else np.zeros(0)
+    """Lets the first fifth of long curves run out of the picture: there all lines rise or fall
+    together, the differences to be seen lie in the rest. Epochs are whole numbers."""
+    lines = [np.asarray(line.get_ydata()) for line in ax.get_lines()]
+    values = np.concatenate([y[len(y) // 5 if len(y) >= 10 else 0 :] for y in lines] or [[]])
     values = values[np.isfinite(values)]
     if values.size and (high := values.max()) > (low := values.min()):
         ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -88,7 +88,9 @@ def bars(path: Path, entries: list[Entry], heading: str) -> None:
     """Final accuracy and train time of one model's mechanisms, in the order of the table."""
     entries = [entry for entry in entries if entry.test]
     names, places = [title(entry.attention) for entry in entries], range(len(entries))
-    colours = [look(e.attention, [e.attention for e in entries])["color"] for e in entries]
+    looks = [look(e.attention, [e.attention for e in entries]) for e in entries]
+    colours = [line["color"] for line in looks]
+    hatches = ["" if line["linestyle"] == "-" else "////" for line in looks]
     with figure(path, 2, height=0.9 + 0.3 * max(len(entries), 2), width=5.2) as (fig, axes):
         fig.subplots_adjust(wspace=0.08)
         accuracy, time = axes
@@ -98,13 +100,13 @@ def bars(path: Path, entries: list[Entry], heading: str) -> None:
             means = [getattr(entry, key) for entry in entries]
             values = [mean.value * scale for mean in means]
             halves = [(mean.half or 0) * scale for mean in means]
-            ax.barh(places, values, color=colours, height=0.72, alpha=0.9)
+            ax.barh(places, values, color=colours, hatch=hatches, height=0.72, edgecolor="white")
             if any(halves):
                 ax.errorbar(values, places, xerr=halves, fmt="none", ecolor="#777777", capsize=2.5)
             room = max(v + h for v, h in zip(values, halves, strict=True)) or 1.0
             for place, value, half in zip(places, values, halves, strict=True):
                 ax.text(value + half + 0.012 * room, place, f"{value:{form}}", va="center",
-                        fontsize=8.5)  # fmt: skip
+                        fontsize=8.5, bbox={"color": "white", "pad": 0.6})  # fmt: skip
             ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
             ax.set_yticks(places, names if ax is accuracy else [""] * len(names))
             ax.tick_params(axis="y", length=0)

@@ -31,6 +31,7 @@ _SETTINGS = {
     "axes.titlelocation": "left",
     "figure.dpi": 130,
     "savefig.bbox": "tight",
+    "hatch.linewidth": 0.8,
 }
 
 

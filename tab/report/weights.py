@@ -27,9 +27,11 @@ def attention_weights(model, x: Tensor) -> Tensor | None:
         return None
 
 
-def attention_picture(path: Path, maps: dict[str, Tensor | None], heading: str) -> None:
+def attention_picture(
+    path: Path, maps: dict[str, Tensor | None], image: Tensor, heading: str
+) -> None:
     """maps: mechanism -> its matrices (H', N, N). A mechanism is one panel, its heads side by side;
-    each matrix is scaled to its own largest weight."""
+    each matrix is scaled to its own largest weight. image (H, W, 3) uint8: what they attend to."""
     with figure(path, len(maps), columns=3, width=4.6, height=1.55) as (fig, axes):
         fig.subplots_adjust(wspace=0.12, hspace=0.45)
         for ax, (attention, heads) in zip(axes, maps.items(), strict=True):
@@ -47,7 +49,11 @@ def attention_picture(path: Path, maps: dict[str, Tensor | None], heading: str) 
                           norm=PowerNorm(0.5, 0, 1), interpolation="nearest")  # fmt: skip
             ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
         fig.suptitle(heading, x=0.125, ha="left", fontweight="bold", fontsize=11)
-        fig.subplots_adjust(top=1 - 0.55 / fig.get_figheight())
+        height, width = fig.get_figheight(), fig.get_figwidth()
+        fig.subplots_adjust(top=1 - 0.75 / height)
+        corner = fig.add_axes((0.9 - 0.6 / width, 1 - 0.45 / height, 0.6 / width, 0.6 / height))
+        _bare(corner)
+        corner.imshow(image.numpy())
 
 
 def filters_picture(path: Path, filters: dict[str, Tensor], heading: str) -> None:
