@@ -152,7 +152,7 @@ def test_max_logits(form, causal, generator):
     o, peak = mla_attention(*x, form=form, causal=causal, key_mask=mask, return_max_logits=True)
     qn, qr, c, kr, uk, _ = x
     s = (qn @ (c[:, None] @ uk.mT).mT + qr @ kr[:, None].mT) * 6**-0.5
-    s = s.masked_fill(~mask[:, None, None], -torch.inf)
+    s = s.masked_fill(~(mask[:, None, None] & mask[:, None, :, None]), -torch.inf)
     s = s.masked_fill(torch.ones(300, 300).triu(1).bool(), -torch.inf) if causal else s
     torch.testing.assert_close(peak, s.amax((-2, -1)))
     both = mla_attention(

@@ -7,6 +7,8 @@ from . import linformer
 from . import sparse
 from . import local
 from . import kv_compression
+from . import deepseek_mla
+from . import kimi_k2
 from . import flex
 
 from ._base import Attention, HeadsAttention

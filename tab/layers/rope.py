@@ -33,6 +33,11 @@ class Rope(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[-2]
+        if n > len(self.cos):
+            raise ValueError(
+                f"rotary positions were made for {len(self.cos)} tokens, got {n} in x "
+                f"{tuple(x.shape)}; build the layer with seq_len={n}"
+            )
         even, odd = x[..., 0::2].float(), x[..., 1::2].float()  # (…, N, D/2)
         cos, sin = self.cos[:n], self.sin[:n]
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)

@@ -9,33 +9,23 @@ c (B, N, R) is the latent, k_r (B, N, Dr) the one rotary key that all heads shar
 
 Three forms of one function: "expand" writes K_h and V_h for every head, "absorb" writes q̃ and z of
 width R, "fused" (the ops mla_fwd and mla_bwd) holds one head's keys and values at a time.
-Read top to bottom: fused reference → ops → autograd → the two compositions → public function.
-Decoding is in mla_decode.py.
+Read top to bottom: fused reference → ops → autograd → public function. The other two forms are in
+mla_forms.py, decoding is in mla_decode.py.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ._check import accumulate, autocast, check_key_mask, full_precision, same, shapes, token_major
+from ._check import accumulate, autocast, check_key_mask, same, shapes, token_major
 from ._op import Op, choose
+from .mla_forms import absorb, expand, hidden, probabilities
 
 FORMS = ("auto", "fused", "expand", "absorb")
 FUSED_TOKENS = 256  # "auto" takes a compiled fused kernel up to this N
-CHUNK = 256  # queries whose scores `max_logits` holds at once
 
 # --- fused reference ------------------------------------------------------------------------------
-
-
-def hidden(key_mask: Tensor | None, n: int, causal: bool, device: torch.device) -> Tensor | None:
-    """True where query i must not see key j: (B, 1, N, N), (B, 1, 1, N), (N, N) or None."""
-    hide = None if key_mask is None else ~key_mask[:, None, None, :]
-    if causal:
-        later = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
-        hide = later if hide is None else hide | later
-    return hide
 
 
 def _head(h, qn, qr, c, kr, w_uk, w_uv, hide, scale):
@@ -45,31 +35,24 @@ def _head(h, qn, qr, c, kr, w_uk, w_uv, hide, scale):
     return k, v, s if hide is None else s.masked_fill(hide, -torch.inf)
 
 
-def _squeeze(hide: Tensor | None) -> Tensor | None:
-    return hide[:, 0] if hide is not None and hide.dim() == 4 else hide
-
-
 def forward_reference(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
     """-> o (B, H, N, Dv), lse (B, H, N), max_logits (B, H), the last two in the accumulation type.
 
-    lse_i = log Σ_j exp(S_ij), max_logits = max_ij S_ij. A query that sees no key has lse −inf, o 0.
+    lse_i = log Σ_j exp(S_ij). A query that sees no key has lse −inf and o 0. max_logits is the
+    largest S_ij in use: j visible to i, and i a real token too where there is a key_mask.
     """
     acc, n = accumulate(q_nope), q_nope.shape[2]
     operands = [x.to(acc) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)]
-    hide = _squeeze(hidden(key_mask, n, causal, q_nope.device))
+    hide = hidden(key_mask, n, causal, q_nope.device)
     o, lse, peak = [], [], []
     for h in range(q_nope.shape[1]):
         _, v, s = _head(h, *operands, hide, scale)
         lse.append(s.logsumexp(-1))  # (B, N)
-        peak.append(s.amax((-2, -1)))  # (B,)
+        used = s if key_mask is None else s.masked_fill(~key_mask[..., None], -torch.inf)
+        peak.append(used.amax((-2, -1)))  # (B,)
         o.append(probabilities(s, lse[-1]) @ v)  # (B, N, Dv)
     o = torch.stack(o, 2).to(q_nope.dtype).transpose(1, 2)  # token-major
     return o, torch.stack(lse, 1), torch.stack(peak, 1)
-
-
-def probabilities(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(S − lse); all zeros in a row that sees no key."""
-    return (s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
 
 
 def backward_reference(
@@ -86,7 +69,7 @@ def backward_reference(
     do = do.to(acc)
     delta = (do * o.to(acc)).sum(-1)  # (B, H, N)
     delta = delta if dlse is None else delta - dlse
-    hide = _squeeze(hidden(key_mask, n, causal, q_nope.device))
+    hide = hidden(key_mask, n, causal, q_nope.device)
     dqn, dqr, duk, duv = [], [], [], []
     dc, dkr = torch.zeros_like(c), torch.zeros_like(kr)
     for h in range(q_nope.shape[1]):
@@ -142,69 +125,6 @@ class _Fused(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-# --- compositions ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def max_logits(q: Tensor, k: Tensor, hide: Tensor | None, scale: float) -> Tensor:
-    """max_ij scale·q_i·k_j over the pairs that are not hidden, (B, H), without an N×N tensor.
-
-    q (B, H, N, D), k (B, H or 1, N, D), hide as from `hidden`.
-    """
-    acc, parts = accumulate(q), []
-    with full_precision(q):
-        for start in range(0, q.shape[2], CHUNK):
-            rows = slice(start, start + CHUNK)
-            s = q[:, :, rows].to(acc) @ k.to(acc).mT * scale  # (B, H, CHUNK, N)
-            if hide is not None:
-                s = s.masked_fill(hide if hide.shape[-2] == 1 else hide[..., rows, :], -torch.inf)
-            parts.append(s.amax((-2, -1)))
-    return torch.stack(parts).amax(0)
-
-
-def _softmax_attention(q, k, v, hide, scale, want_lse, want_peak):
-    """-> softmax(scale·q kᵀ) v, lse or None, max_logits or None. k, v may have one head for all.
-
-    SDPA gives no lse: where that is wanted, the scores (B, H, N, N) are written.
-    """
-    peak = max_logits(q, k, hide, scale) if want_peak else None
-    if not want_lse:
-        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-        keep = None if hide is None else ~hide
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
-        return o, None, peak
-    with full_precision(q):
-        return *_written_scores(q, k, v, hide, scale), peak
-
-
-def _written_scores(q, k, v, hide, scale):
-    acc = accumulate(q)
-    s = q.to(acc) @ k.to(acc).mT * scale  # (B, H, N, N)
-    # A row that sees no key: −inf everywhere has no gradient, so its scores are set to 0 first.
-    blind = None if hide is None else hide.all(-1, keepdim=True)
-    if hide is not None:
-        s = s.masked_fill(hide & ~blind, -torch.inf)
-    p, lse = s.softmax(-1), s.logsumexp(-1)
-    if hide is not None:
-        p, lse = p.masked_fill(blind, 0.0), lse.masked_fill(blind[..., 0], -torch.inf)
-    return (p @ v.to(acc)).to(q.dtype), lse
-
-
-def _expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, hide, scale, want):
-    c = c_kv[:, None]  # (B, 1, N, R)
-    k_nope, v = c @ w_uk.mT, c @ w_uv.mT  # (B, H, N, Dn), (B, H, N, Dv)
-    shared = k_rope[:, None].expand(-1, q_nope.shape[1], -1, -1)
-    q, k = torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, shared], -1)
-    return _softmax_attention(q, k, v, hide, scale, *want)
-
-
-def _absorb(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, hide, scale, want):
-    q = torch.cat([q_nope @ w_uk, q_rope], -1)  # (B, H, N, R+Dr)
-    k = torch.cat([c_kv, k_rope], -1)[:, None]  # (B, 1, N, R+Dr)
-    z, lse, peak = _softmax_attention(q, k, c_kv[:, None], hide, scale, *want)  # (B, H, N, R)
-    return z @ w_uv.mT, lse, peak
-
-
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -239,7 +159,8 @@ def mla_attention(
             fused where a compiled kernel is there and N ≤ 256, or a backend is asked for by name;
             else expand.
         return_lse: also return log Σ_j exp(S_ij), (B, H, N), float32 (float64 for float64 input).
-        return_max_logits: also return max_ij S_ij, (B, H), the same dtype, without gradient.
+        return_max_logits: also return each head's largest score, (B, H), the same dtype, without
+            gradient; masked tokens do not count, neither as keys nor as queries.
         backend: "auto", "reference", "cpp", "triton" or "cuda", of the fused form.
 
     Returns:
@@ -258,9 +179,10 @@ def mla_attention(
     if form == "fused":
         o, lse, peak = _Fused.apply(*operands, key_mask, float(scale), causal, backend)
     else:
-        compose = _expand if form == "expand" else _absorb
-        hide = hidden(key_mask, q_nope.shape[2], causal, q_nope.device)
-        o, lse, peak = compose(*operands, hide, scale, (return_lse, return_max_logits))
+        compose = expand if form == "expand" else absorb
+        o, lse, peak = compose(
+            *operands, float(scale), causal, key_mask, return_lse, return_max_logits
+        )
         o = token_major(o)
     extra = (*((lse,) if return_lse else ()), *((peak,) if return_max_logits else ()))
     return (o, *extra) if extra else o

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._check import accumulate, autocast, shapes
 from ._op import Op, choose
-from .mla import check, probabilities
+from .mla import check
+from .mla_forms import probabilities
 
 
 def decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):

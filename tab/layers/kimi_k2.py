@@ -1,0 +1,124 @@
+"""Kimi K2's block as a layer: attention with QK-Clip, then experts without groups.
+
+Kimi Team 2025, "Kimi K2", section 2.1 (QK-Clip) and 2.3 (architecture). K2 itself has 384 experts,
+8 per token, 64 heads and latent attention; the defaults here are for image-sized models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.mla_forms import max_logits
+from ._registry import register_attention
+from .basic import MultiHeadAttention
+from .deepseek_mla import LatentAttention, LatentMoE
+from .moe import MoE
+from .rope import Rope
+
+THETA = 5e4  # K2's rotary base
+
+
+@register_attention("kimi_k2")
+class KimiK2(LatentMoE):
+    """Multi-head ("mha") or latent ("mla") attention with rotary positions, and K2's experts.
+
+    QK-Clip, after each optimizer step, per head: with S the largest score seen since the last step
+    and γ = min(1, tau/S), the weights of q_n and k_n are scaled by √γ and those of q_r by γ; k_r
+    belongs to all heads and stays. In "mha" all of q and k is a head's own: √γ each.
+
+    kv_rank, q_rank, nope_dim, rope_dim, v_dim: of `LatentAttention`, used by "mla" only.
+    num_experts, top_k, route_scale, expert_dim, balance_alpha, bias_speed: of `MoE`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        seq_len: int,
+        grid: tuple[int, int] | None = None,
+        num_heads: int = 4,
+        attention: str = "mha",
+        tau: float = 100.0,
+        q_rank: int = 0,
+        kv_rank: int | None = None,
+        nope_dim: int | None = None,
+        rope_dim: int | None = None,
+        v_dim: int | None = None,
+        num_experts: int = 8,
+        top_k: int = 2,
+        route_scale: float = 2.827,
+        expert_dim: int | None = None,
+        balance_alpha: float = 0.0,
+        bias_speed: float = 1e-3,
+    ):
+        super().__init__(dim)
+        if attention not in ("mha", "mla"):
+            raise ValueError(f"kimi_k2: attention={attention!r}: choose mha or mla")
+        if tau <= 0:
+            raise ValueError(f"kimi_k2: tau={tau}: the largest score allowed must be above 0")
+        self.tau, self.latent = tau, attention == "mla"
+        if self.latent:
+            self.attention = LatentAttention(
+                dim,
+                seq_len=seq_len,
+                grid=grid,
+                num_heads=num_heads,
+                q_rank=q_rank,
+                kv_rank=kv_rank,
+                nope_dim=nope_dim,
+                rope_dim=rope_dim,
+                v_dim=v_dim,
+                theta=THETA,
+            )
+        else:
+            self.attention = MultiHeadAttention(
+                dim, seq_len=seq_len, grid=grid, num_heads=num_heads
+            )
+            self.attention.rope = Rope(dim // num_heads, seq_len, grid=grid, theta=THETA)
+        self.moe = MoE(
+            dim,
+            num_experts=num_experts,
+            top_k=top_k,
+            route_scale=route_scale,
+            expert_dim=expert_dim,
+            balance_alpha=balance_alpha,
+            bias_speed=bias_speed,
+        )
+        # The largest score of each head since the last step.
+        self.register_buffer("peak", torch.full((num_heads,), -torch.inf), persistent=False)
+
+    def attend(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self.latent:
+            y, peak = self.attention(x, key_mask, max_logits=self.training)
+        else:
+            q, k, v = self.attention.project(x)  # (B, H, N, D)
+            y = self.attention.attend(q, k, v, key_mask)
+            y = self.attention.out(y.transpose(1, 2).flatten(2))
+            scale = q.shape[-1] ** -0.5
+            peak = max_logits(q, k, scale, key_mask=key_mask) if self.training else None
+        if peak is not None:
+            self.peak.copy_(self.peak.maximum(peak.amax(0)))
+        return y
+
+    def attention_matrix(self, x: Tensor) -> Tensor:
+        return self.attention.weights(x) if self.latent else self.attention.attention_matrix(x)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.clip()
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        """QK-Clip (Kimi K2 2025, algorithm 1, lines 13-20); heads below tau are multiplied by 1."""
+        gamma = self.tau / self.peak.clamp(min=self.tau)  # (H,)
+        self.peak.fill_(-torch.inf)
+        root, heads = gamma.sqrt()[:, None, None], len(gamma)
+        if self.latent:
+            q = self.attention.q_up.weight.unflatten(0, (heads, -1))  # (H, Dn+Dr, r)
+            q[:, : self.attention.nope_dim].mul_(root)
+            q[:, self.attention.nope_dim :].mul_(gamma[:, None, None])
+            self.attention.w_uk.mul_(root)
+        else:
+            qkv = self.attention.qkv.weight.unflatten(0, (3, heads, -1))  # (3, H, D, C)
+            qkv[:2].mul_(root)

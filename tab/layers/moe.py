@@ -1,0 +1,125 @@
+"""The mixture-of-experts feed-forward part of deepseek_mla and kimi_k2.
+
+    y = shared(x) + Σ_i w_i E_i(x),  (w, i) from the router's sigmoid scores; all experts are SwiGLU
+
+DeepSeek-V3 2024, eq. 12-20. Balance comes from the bias b (E,), which only steers the selection:
+after each optimizer step b += γ·sign(mean(count) − count).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._check import full_precision
+from ..ops.moe import expert_counts, moe_experts, noaux_tc_gate
+
+
+class SwiGLU(nn.Module):
+    """W2(silu(W1 x) ∘ W3 x) (Shazeer 2020), the shared expert."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * width, bias=False)
+        self.w2 = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class MoE(nn.Module):
+    """One shared expert and top_k of num_experts routed ones, x (B, N, C) -> (B, N, C).
+
+    expert_dim: the width F of each expert, dim // 2 when None: with one shared and two routed
+    experts a token meets 1.5·C hidden units.
+    bias_speed: γ, how far b moves per step. balance_alpha: α of the sequence-wise balance loss.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        n_group: int = 1,
+        topk_group: int = 1,
+        route_scale: float = 1.0,
+        expert_dim: int | None = None,
+        balance_alpha: float = 0.0,
+        bias_speed: float = 1e-3,
+    ):
+        super().__init__()
+        width = max(1, dim // 2) if expert_dim is None else expert_dim
+        if num_experts < 1 or width < 1:
+            raise ValueError(
+                f"the mixture of experts wants num_experts ≥ 1 and expert_dim ≥ 1, "
+                f"got {num_experts} and {width}"
+            )
+        self.route = {
+            "top_k": top_k,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "route_scale": route_scale,
+        }
+        self.balance_alpha, self.bias_speed = balance_alpha, bias_speed
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.shared = SwiGLU(dim, width)
+        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * width, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, width))
+        for w in (self.w13, self.w2):  # as nn.Linear draws its weight
+            nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)
+        self.register_buffer("bias", torch.zeros(num_experts))  # b
+        # Tokens per expert since the last step.
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.balance: Tensor | None = None
+        self._gate(torch.zeros(1, num_experts))  # the router's options are checked now
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.bias = self.bias.float()  # steps of 1e-3 would be lost in a half type
+        return self
+
+    def __getstate__(self) -> dict:
+        # A loss that still holds its graph can be neither copied nor pickled.
+        return {**self.__dict__, "balance": None}
+
+    def _gate(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return noaux_tc_gate(logits, self.bias, **self.route)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """key_mask (B, N): tokens that are not real are computed like all, but not counted."""
+        with full_precision(x):
+            logits = F.linear(x.float(), self.router.weight.float())  # (B, N, E)
+        weights, index, counts = self._gate(logits)
+        if self.training:
+            experts = counts.shape[0]
+            real = counts if key_mask is None else expert_counts(index, experts, key_mask)
+            self.load += real
+        self.balance = self._balance_loss(logits, index, key_mask) if self.training else None
+        return self.shared(x) + moe_experts(x, self.w13, self.w2, weights, index, counts)
+
+    def _balance_loss(
+        self, logits: Tensor, index: Tensor, key_mask: Tensor | None
+    ) -> Tensor | None:
+        """α Σ_e f_e P_e per sequence, averaged (eq. 17-20): f_e the share of expert e among the
+        selections times E, P_e its mean normalised score; 1·α when perfectly even."""
+        if self.balance_alpha == 0:
+            return None
+        real = torch.ones_like(index[..., 0], dtype=torch.bool) if key_mask is None else key_mask
+        length = real.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+        scores = logits.sigmoid()
+        share = F.normalize(scores, p=1, dim=-1) * real[..., None]  # (B, N, E)
+        p = share.sum(1) / length  # (B, E)
+        hits = torch.zeros_like(logits).scatter(-1, index, 1.0) * real[..., None]
+        f = hits.sum(1) * (logits.shape[-1] / index.shape[-1]) / length  # (B, E)
+        return self.balance_alpha * (f * p).sum(-1).mean()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """b += γ·sign(mean(count) − count), over all tokens since the last call."""
+        load = self.load.float()
+        self.bias += self.bias_speed * (load.mean() - load).sign()
+        self.load.zero_()
+        self.balance = None
