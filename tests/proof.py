@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = ("contiguous", "token_major", "sliced", "expanded")
 
@@ -69,6 +70,18 @@ def assert_accurate(
         bound = 2 * (low.double() - exact).abs().max().item()
         bound += floor * max(1.0, exact.abs().max().item())
         assert error <= bound, f"{label}: error {error:.3g} over the bound {bound:.3g}"
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+        return out
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tab import H2OCache, h2o_attention
 from tab.layers import build_attention
@@ -226,18 +225,6 @@ def test_masked_holes(generator, causal):
         options = {"heavy": 2, "recent": 2, "causal": causal, "mode": mode, "block": 12}
         holes = h2o_attention(q, k, v, key_mask=mask, **options)[:, :, real]
         assert_close(holes, h2o_attention(q[:, :, real], k[:, :, real], v[:, :, real], **options))
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
 
 
 def test_streaming_memory(generator):

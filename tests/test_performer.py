@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
 from torch.testing import assert_close
 
 from tab import orthogonal_projection, performer_attention
@@ -210,16 +210,30 @@ def test_split_and_resume(generator, cuts, kernel):
     assert_close(pieces(q, k, v)[3], whole(q, k, v)[3], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", (1.0, 100.0))
+@pytest.mark.parametrize("others, last", ((1, 1), (1, 100), (40, 0)))
 @pytest.mark.parametrize("n", (64, 65))
-def test_causal_leaks_nothing(generator, n, size):
+def test_causal_leaks_nothing(generator, n, others, last):
+    """Small keys have large exponents: with a shift that knew the last one, the others (40, 0)
+    would all be e^-2000 = 0."""
     q, k, v, w = draw(generator, n=n, dtype=torch.float64)
+    k *= others
     before = performer_attention(q, k, v, w, causal=True)
     for x in (q, k, v):
-        x[:, :, -1] = size * torch.randn(x.shape[-1], generator=generator, dtype=torch.float64)
+        x[:, :, -1] = last * torch.randn(x.shape[-1], generator=generator, dtype=torch.float64)
     after = performer_attention(q, k, v, w, causal=True)
     assert_close(after[:, :, :-1], before[:, :, :-1], rtol=0, atol=1e-12)
+    assert_close(after, exact(q, k, v, w, True), rtol=0, atol=1e-9)
     assert not torch.equal(after[:, :, -1], before[:, :, -1])
+
+
+def test_causal_memory_is_linear(generator):
+    n, m = 1024, 8
+    q, k, v, w = draw(generator, b=1, h=1, n=n, d=4, dv=4, m=m)
+    with Largest() as seen:
+        # Called as "reference", Python runs it, and the probe sees inside.
+        outputs_and_gradients(call(w, causal=True, backend="reference"), (q, k, v))
+    # Scores of blocks of 64, or features; either is far from N².
+    assert 0 < seen.numel <= n * 64 < n * n / 10
 
 
 @pytest.mark.parametrize("causal", (False, True))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops._check import accumulate
-from ..ops.performer import KERNELS, orthogonal_projection, performer_attention
+from ..ops.performer import KERNELS, performer_attention
+from ..ops.projection import orthogonal_projection
 from ._base import HeadsAttention
 from ._registry import register_attention
 

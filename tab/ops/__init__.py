@@ -9,7 +9,8 @@ from .mla import mla_attention
 from .mla_decode import mla_decode
 from .moe import moe_experts, noaux_tc_gate
 from .pattern import BlockPattern
-from .performer import orthogonal_projection, performer_attention
+from .performer import performer_attention
+from .projection import orthogonal_projection
 from .sparse import sparse_attention
 
 # Files of kernels/ that register ops.

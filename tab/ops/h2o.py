@@ -202,7 +202,7 @@ def h2o_attention(
         visible = cache.position[:, :, None] >= 0  # (B, H, 1, budget)
     if key_mask is None and not causal:
         return token_major(scaled_dot_product_attention(q, cache.k, cache.v, scale=scale))
-    # A softmax over nothing is NaN, and so is its gradient: such rows look at all, and are cut.
+    # Some SDPA kernels answer NaN to a row that sees nothing: let it see all, and cut it.
     blind = ~visible.any(-1, keepdim=True)
     o = scaled_dot_product_attention(q, cache.k, cache.v, attn_mask=visible | blind, scale=scale)
     return token_major(o.masked_fill(blind, 0.0))

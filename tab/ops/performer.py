@@ -11,7 +11,7 @@ z_m ≥ 1, and the query's exponent is w_m·q̂ + c_m minus its maximum over m, 
 ≥ 1. The shifts cancel from o: they are exact and carry no gradient. They are taken per batch entry,
 head and feature, and when causal over j ≤ i only: a later key changes nothing earlier.
 
-Read top to bottom: features → reference → ops → autograd → public functions. Symbols: spelled
+Read top to bottom: features → reference → ops → autograd → public function. Symbols: spelled
 out, b_im = w_m·q̂_i, `v1` is [v 1], a state `t` is [S z], and e^lse_i = e^(shift)·(denominator + ε).
 """
 
@@ -262,40 +262,6 @@ class _Performer(torch.autograd.Function):
 # --- public ---------------------------------------------------------------------------------------
 
 
-def orthogonal_projection(
-    num_features: int,
-    head_dim: int,
-    *,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """W (num_features, head_dim): rows that are N(0, I) each and orthogonal within a block.
-
-    Blocks of D rows of Haar-random orthogonal matrices (the QR decomposition of a Gaussian, its
-    columns times sign(diag R): without that it is not Haar, and the estimate is biased; Mezzadri
-    2007), each row times an independent χ(D) norm (Choromanski 2021, §2.4 and theorem 2).
-
-    Args:
-        generator: where the numbers come from, on its own device; drawn in float64, so that one
-            seed gives one W in every dtype.
-        dtype, device: of the result; by default torch's default dtype, the generator's device.
-    """
-    if num_features < 1 or head_dim < 1:
-        raise ValueError(
-            f"orthogonal_projection wants num_features ≥ 1 and head_dim ≥ 1, got {num_features} "
-            f"and {head_dim}"
-        )
-    blocks = -(-num_features // head_dim)
-    source = device if generator is None else generator.device
-    options = {"generator": generator, "dtype": torch.float64, "device": source}
-    orthogonal, r = torch.linalg.qr(torch.randn(blocks, head_dim, head_dim, **options))
-    orthogonal = orthogonal * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-    norms = torch.randn(num_features, head_dim, **options).norm(dim=-1, keepdim=True)
-    w = orthogonal.mT.flatten(0, 1)[:num_features] * norms
-    return w.to(dtype=dtype or torch.get_default_dtype(), device=device or source)
-
-
 def performer_attention(
     q: Tensor,
     k: Tensor,
@@ -352,15 +318,16 @@ def performer_attention(
 
 
 def _check_projection(q: Tensor, w: Tensor) -> None:
-    acc, given = accumulate(q), shapes(q=q, projection=w)
+    acc = accumulate(q)
     if w.dim() != 2 or w.shape[1] != q.shape[-1] or w.shape[0] < 1:
         raise ValueError(
-            f"performer_attention wants projection (M, D) with D = {q.shape[-1]}, got {given}"
+            f"performer_attention wants projection (M, D) with D = {q.shape[-1]}, got "
+            + shapes(q=q, projection=w)
         )
     if w.dtype != acc or w.device != q.device:
         raise ValueError(
             f"performer_attention wants projection in {str(acc).removeprefix('torch.')} on "
-            f"{q.device}, got {given}"
+            f"{q.device}, got {shapes(q=q, projection=w)}"
         )
     if w.requires_grad:
         raise ValueError("projection is a constant and gets no gradient; pass projection.detach()")
