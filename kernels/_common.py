@@ -66,9 +66,25 @@ def put(ptr, stride, rows, n, first, x, SIZE: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(at, x.to(ptr.dtype.element_ty), mask=inside)
 
 
+_recorder = None
+
+
+@contextlib.contextmanager
+def recording(recorder):
+    """Within the block, launches call recorder(kernel, grid, *args, **options) and run nothing."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """kernel[grid](*args) on the device of the first tensor. One place, so that
-    `tab.kernel_report` can compile what would run without a GPU."""
+    `tab.kernel_report` can compile ahead what would run."""
+    if _recorder is not None:
+        return _recorder(kernel, grid, *args, **options)
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **options)

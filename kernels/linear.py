@@ -228,9 +228,10 @@ def mask_bytes(key_mask):
 def meta(q, v, feature_map) -> dict:
     """The compile-time arguments of every tiled kernel."""
     d, dv = q.shape[-1], v.shape[-1]
+    warps = 8 if q.dtype == torch.float32 else 4  # tf32x3 holds three times the operands
     return {
         "MAP": feature_map, "D": d, "DV": dv, "BN": TOKENS, "BD": block(d), "BV": block(dv),
-        "PRECISION": precision(q), "num_warps": 4, "num_stages": 2,
+        "PRECISION": precision(q), "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
 
 

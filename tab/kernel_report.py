@@ -1,0 +1,174 @@
+"""What every compiled GPU kernel takes: shared memory, registers, spills, against the limits.
+
+Triton: the launchers are called on meta tensors, and each launch they would make is compiled ahead
+of time for each architecture instead. CUDA C++: read from the built library. Neither needs a GPU.
+
+    python -m tab.kernel_report
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+# Compute capability -> bytes of shared memory that one block may ask for (CUDA C++ Programming
+# Guide, "Technical Specifications per Compute Capability").
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPTIONS = ("num_warps", "num_stages")
+
+# --- Triton: which launches -----------------------------------------------------------------------
+
+
+def _linear() -> None:
+    """Calls the launchers of `linear` once for each way they go."""
+    from .kernels import linear, linear_backward
+
+    both, full = (torch.float32, torch.bfloat16), (torch.float32,)
+    cases = [  # B, H, N, D, Dv, causal, types
+        (512, 8, 64, 64, 64, False, both),  # one launch
+        (512, 8, 64, 128, 128, False, full),  # one launch forward, split backward
+        (1, 8, 8192, 64, 64, True, both),  # one tile across D
+        (1, 8, 8192, 256, 256, True, full),  # several
+    ]
+    for b, h, n, d, dv, causal, dtypes in cases:
+        for dtype in dtypes:
+            q = torch.empty(b, n, h, d, dtype=dtype, device="meta").transpose(1, 2)
+            v = torch.empty(b, n, h, dv, dtype=dtype, device="meta").transpose(1, 2)
+            mask = torch.empty(b, n, dtype=torch.bool, device="meta")
+            s0 = torch.empty(b, h, d, dv, device="meta")
+            z0 = torch.empty(b, h, d, device="meta")
+            o, s, z = linear.forward(q, q, v, mask, s0, z0, 0, causal, 0.0)
+            linear_backward.backward(o, s, z, q, q, v, o, mask, s, z, 0, causal, 0.0)
+
+
+LAUNCHERS: dict[str, Callable[[], None]] = {"linear": _linear}
+
+
+def launches(op: str) -> list[tuple]:
+    """The distinct launches of an op: (kernel, positional arguments, options)."""
+    from .kernels import _common
+
+    seen: dict[str, tuple] = {}
+
+    def record(kernel, grid, *args, **options):
+        key = f"{kernel.__name__} {[_type(x) for x in args]} {sorted(options.items())}"
+        seen.setdefault(key, (kernel, args, options))
+
+    with _common.recording(record):
+        LAUNCHERS[op]()
+    return list(seen.values())
+
+
+def _type(x) -> str:
+    """Triton's name of an argument's type; None and 1 are compiled in."""
+    if isinstance(x, torch.Tensor):
+        short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
+        return "*" + short[str(x.dtype).removeprefix("torch.")]
+    if x is None or (x == 1 and isinstance(x, int)):
+        return "constexpr"
+    return "fp32" if isinstance(x, float) else "i32" if abs(x) < 2**31 else "i64"
+
+
+# --- Triton: compiling ----------------------------------------------------------------------------
+
+
+def _compile(op: str, kernel, args: tuple, options: dict, arch: int) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in options.items() if name not in OPTIONS}
+    signature, aligned = {}, {}
+    for i, (name, x) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        signature[name] = _type(x)
+        if signature[name] == "constexpr":
+            constants[name] = x
+        elif isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={name: options[name] for name in OPTIONS if name in options},
+    )
+    kind = next((_type(x)[1:] for x in args if isinstance(x, torch.Tensor)), "")
+    config = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("MAP", "REVERSE"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = next(iter(_usage(Path(file.name)).values()))
+    return {
+        "op": op, "kernel": kernel.__name__, "config": f"{kind} {config}", "arch": arch,
+        "registers": usage["registers"], "spilled": usage["spilled"],
+        "shared": compiled.metadata.shared, "limit": SHARED_LIMIT[arch],
+    }  # fmt: skip
+
+
+def _cuobjdump() -> str:
+    """CUDA's cuobjdump, else the one Triton ships."""
+    import triton.backends.nvidia as nvidia
+
+    return shutil.which("cuobjdump") or str(Path(nvidia.__file__).parent / "bin/cuobjdump")
+
+
+def _usage(binary: Path) -> dict[tuple[str, int], dict]:
+    """(kernel, arch) -> registers, bytes of local memory a thread (stack: spills and arrays the
+    compiler could not keep in registers) and of static shared memory."""
+    text = subprocess.run(
+        [_cuobjdump(), "--dump-resource-usage", str(binary)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found, arch = {}, 0
+    for line in text.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found[name, arch] = {"registers": registers, "spilled": stack + local, "shared": shared}
+    return found
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def kernel_report(ops: tuple[str, ...] = (), archs: tuple[int, ...] = ()) -> list[dict]:
+    """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
+    (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block).
+
+    Compiles what Triton's cache does not hold.
+    """
+    work = [
+        (op, *launch, arch)
+        for op in ops or LAUNCHERS
+        for launch in launches(op)
+        for arch in archs or SHARED_LIMIT
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda item: _compile(*item), work))
+
+
+def print_kernel_report(rows: list[dict] | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = kernel_report() if rows is None else rows
+    table = Table(title="GPU kernels as compiled")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(x) for x in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    print_kernel_report()
