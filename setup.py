@@ -50,7 +50,7 @@ from torch.utils import cpp_extension  # noqa: E402
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest libtorch we run on: 2.11
 CXX = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", TORCH_TARGET]
-NVCC = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas=-v", TORCH_TARGET]
+NVCC = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas=-v", "-Xcompiler=-Wall", TORCH_TARGET]
 
 extensions = [
     cpp_extension.CppExtension(

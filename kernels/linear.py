@@ -33,7 +33,7 @@ from ._common import (
     token_major_empty,
 )
 
-TOKENS = 64  # tokens in a tile
+TOKENS = 64  # most tokens in a tile; segments are multiples of it
 SEGMENT = 256  # tokens whose causal scores are computed directly: less state traffic, more FLOPs
 FUSED_TOKENS = 256  # not measured yet: up to here one launch is expected to win
 FUSED_SIZE = 128  # largest D and Dv whose S one program keeps in registers
@@ -228,9 +228,10 @@ def mask_bytes(key_mask):
 def meta(q, v, feature_map) -> dict:
     """The compile-time arguments of every tiled kernel."""
     d, dv = q.shape[-1], v.shape[-1]
-    warps = 8 if q.dtype == torch.float32 else 4  # tf32x3 holds three times the operands
+    # tf32x3 holds three times the operands: fewer tokens, more threads.
+    tokens, warps = (32, 8) if q.dtype == torch.float32 else (TOKENS, 4)
     return {
-        "MAP": feature_map, "D": d, "DV": dv, "BN": TOKENS, "BD": block(d), "BV": block(dv),
+        "MAP": feature_map, "D": d, "DV": dv, "BN": tokens, "BD": block(d), "BV": block(dv),
         "PRECISION": precision(q), "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
 
@@ -290,7 +291,7 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     size, count = segments(q, v, causal)
     s, z, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     launch(
-        outputs, (b * h, -(-n // TOKENS), -(-dv // m["BV"])), *strides, mask, *seen,
+        outputs, (b * h, -(-n // m["BN"]), -(-dv // m["BV"])), *strides, mask, *seen,
         o, *o.stride()[:3], n, h, size, eps, CAUSAL=causal, **m,
     )  # fmt: skip
     return o, s, z

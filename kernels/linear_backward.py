@@ -16,7 +16,6 @@ from tab.ops.linear import backward_reference
 
 from ._common import dot, head, launch, put, rows, tile, token_major_empty
 from .linear import (
-    TOKENS,
     features,
     fits_fused,
     inverse,
@@ -264,13 +263,14 @@ def backward(do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, causal, eps)
     if fits_fused(q, v, causal, FUSED_SIZE):
         ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
         dz0 = ds0.new_empty(b, h, d)
+        m |= {"BN": 32, "num_warps": 8}  # S and dS crowd the registers
         launch(
             fused_backward, (b * h,), *q_, *k_, *v_, *do_, *o_, mask, s0, z0, ds, dz, *to_q, *to_k,
             *to_v, ds0, dz0, n, h, eps, **m,
         )  # fmt: skip
         return dq, dk, dv, ds0, dz0
     size, count = segments(q, v, causal)
-    tiles, nd, nv = -(-n // TOKENS), -(-d // m["BD"]), -(-dim_v // m["BV"])
+    tiles, nd, nv = -(-n // m["BN"]), -(-d // m["BD"]), -(-dim_v // m["BV"])
     m_out = {"CAUSAL": causal, **m}
     _, _, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     inv = q.new_empty(b * h, n, dtype=torch.float32)

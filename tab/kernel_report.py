@@ -138,36 +138,54 @@ def _usage(binary: Path) -> dict[tuple[str, int], dict]:
     return found
 
 
+# --- CUDA C++ -------------------------------------------------------------------------------------
+
+# Op -> bytes of shared memory of the largest problem it takes (N 64, D = Dv = 128: Shared::bytes in
+# csrc/cuda/linear_small.cuh); asked for at launch, so the library does not tell.
+DYNAMIC_SHARED = {"linear": 4 * (64 * 2 * 129 + 128 * 129 + 2 * 128 + 2 * 64)}
+
+
+def built() -> list[dict]:
+    """Rows of the kernels in tab._C_cuda; none when it was not built."""
+    found = sorted(Path(__file__).parent.glob("_C_cuda.*so"))
+    rows = []
+    for (symbol, arch), usage in _usage(found[0]).items() if found else ():
+        name = torch._C._demangle(symbol)
+        # tab::few::(anonymous namespace)::run<tab::few::Forward<float> >(…): op by namespace
+        kernel, kind = re.search(r"(\w+)<(\w+)>", name).groups()
+        op = {"few": "linear"}[re.match(r"(?:void )?tab::(\w+)", name)[1]]
+        rows.append({
+            "op": op, "kernel": f"cuda {kernel}", "config": f"{kind} N=64 D=128 DV=128",
+            "arch": arch, "registers": usage["registers"], "spilled": usage["spilled"],
+            "shared": usage["shared"] + DYNAMIC_SHARED[op], "limit": SHARED_LIMIT[arch],
+        })  # fmt: skip
+    return rows
+
+
 # --- public ---------------------------------------------------------------------------------------
 
 
-def kernel_report(ops: tuple[str, ...] = (), archs: tuple[int, ...] = ()) -> list[dict]:
+def kernel_report(archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[dict]:
     """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
     (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block).
 
-    Compiles what Triton's cache does not hold.
+    Compiles what Triton's cache does not hold; minutes when it holds nothing and cores are few.
     """
-    work = [
-        (op, *launch, arch)
-        for op in ops or LAUNCHERS
-        for launch in launches(op)
-        for arch in archs or SHARED_LIMIT
-    ]
+    work = [(op, *launch, arch) for op in LAUNCHERS for launch in launches(op) for arch in archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda item: _compile(*item), work))
+        rows = list(pool.map(lambda item: _compile(*item), work))
+    return rows + [row for row in built() if row["arch"] in archs]
 
 
 def print_kernel_report(rows: list[dict] | None = None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """The report as aligned text; `!` marks a row that spills or does not fit."""
     rows = kernel_report() if rows is None else rows
-    table = Table(title="GPU kernels as compiled")
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(x) for x in row.values()))
-    Console().print(table)
+    lines = [tuple(rows[0])] + [tuple(map(str, row.values())) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    bad = [False] + [row["spilled"] > 0 or row["shared"] > row["limit"] for row in rows]
+    for line, mark in zip(lines, bad, strict=True):
+        cells = (x.ljust(width) for x, width in zip(line, widths, strict=True))
+        print("!" if mark else " ", *cells)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,25 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define TAB_DEVICE __device__ __forceinline__
+#define TAB_UNROLL _Pragma("unroll")
 #else
 #define TAB_DEVICE inline
+#define TAB_UNROLL
 #endif
 
 namespace tab::few {
+
+TAB_DEVICE float wide(float x) { return x; }
+TAB_DEVICE void narrow(float x, float* to) { *to = x; }
+#ifdef __CUDACC__
+TAB_DEVICE float wide(__half x) { return __half2float(x); }
+TAB_DEVICE float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+TAB_DEVICE void narrow(float x, __half* to) { *to = __float2half(x); }
+TAB_DEVICE void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
+#endif
 
 constexpr int MAX_TOKENS = 64, MAX_SIZE = 128, MAX_THREADS = 256;
 
@@ -90,14 +103,22 @@ TAB_DEVICE void product(int thread, int threads, int m, int n, int length, Matri
     float sum[8][4] = {};
     for (int l = 0; l < length; ++l) {
       float left[8], right[4];
+      TAB_UNROLL
       for (int p = 0; p < 8; ++p) left[p] = a(i0 + 4 * p < m ? i0 + 4 * p : m - 1, l);
-      for (int p = 0; p < 4; ++p) right[p] = b(l, j0 + 8 * p < n ? j0 + 8 * p : n - 1);
-      for (int p = 0; p < 8; ++p)
+      TAB_UNROLL
+      for (int c = 0; c < 4; ++c) right[c] = b(l, j0 + 8 * c < n ? j0 + 8 * c : n - 1);
+      TAB_UNROLL
+      for (int p = 0; p < 8; ++p) {
+        TAB_UNROLL
         for (int c = 0; c < 4; ++c) sum[p][c] += left[p] * right[c];
+      }
     }
-    for (int p = 0; p < 8; ++p)
+    TAB_UNROLL
+    for (int p = 0; p < 8; ++p) {
+      TAB_UNROLL
       for (int c = 0; c < 4; ++c)
         if (i0 + 4 * p < m && j0 + 8 * c < n) emit(i0 + 4 * p, j0 + 8 * c, sum[p][c]);
+    }
   }
 }
 
@@ -106,7 +127,7 @@ template <typename T, typename F>
 TAB_DEVICE void read(int thread, int threads, const T* x, int64_t stride, int n, int d, Matrix to,
                      F f) {
   for (int e = thread; e < n * d; e += threads)
-    to(e / d, e % d) = f(static_cast<float>(x[e / d * stride + e % d]), e / d);
+    to(e / d, e % d) = f(wide(x[e / d * stride + e % d]), e / d);
 }
 
 /// Phases 0 to 2 of both directions: φ(k) and v; S and z; φ(q). S and z go to memory if asked.
@@ -164,7 +185,7 @@ struct Forward {
     } else {
       T* out = o.at(bh, a.heads);
       product(thread, threads, a.n, a.dv, a.d, m.x, m.t, [&](int i, int j, float sum) {
-        out[i * o.n + j] = static_cast<T>(sum * m.i[i]);
+        narrow(sum * m.i[i], out + i * o.n + j);
       });
     }
   }
@@ -198,7 +219,7 @@ struct Backward {
         float sum = 0;
         for (int c = 0; c < a.dv; ++c) {
           m.y(i, c) *= inv;
-          sum += m.y(i, c) * static_cast<float>(out[i * o.n + c]);
+          sum += m.y(i, c) * wide(out[i * o.n + c]);
         }
         m.r[i] = -sum;
       }
@@ -206,7 +227,7 @@ struct Backward {
       T* out = dq.at(bh, a.heads);
       product(thread, threads, a.n, a.d, a.dv, m.y, m.t.transposed(), [&](int i, int j, float sum) {
         const float f = slope(m.x(i, j), a.feature_map);
-        out[i * dq.n + j] = static_cast<T>((sum + m.r[i] * m.z[j]) * f);
+        narrow((sum + m.r[i] * m.z[j]) * f, out + i * dq.n + j);
       });
       for (int i = thread; i < a.d; i += threads) {
         float sum = dz ? dz[states + i] : 0.0f;
@@ -225,10 +246,10 @@ struct Backward {
       T* out_v = dv.at(bh, a.heads);
       product(thread, threads, a.n, a.d, a.dv, m.y, m.t.transposed(), [&](int i, int j, float sum) {
         const float f = a.keep(bh, i) ? slope(m.x(i, j), a.feature_map) : 0.0f;
-        out_k[i * dk.n + j] = static_cast<T>((sum + m.w[j]) * f);
+        narrow((sum + m.w[j]) * f, out_k + i * dk.n + j);
       });
       product(thread, threads, a.n, a.dv, a.d, m.x, m.t, [&](int i, int j, float sum) {
-        out_v[i * dv.n + j] = static_cast<T>(sum);
+        narrow(sum, out_v + i * dv.n + j);
       });
     }
   }

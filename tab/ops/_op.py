@@ -73,7 +73,7 @@ class Op:
         if backend == "triton" and "triton" in _missing:
             return _missing["triton"]
         name = f"tab_cuda::{self.name}" if backend == "cuda" else f"tab::{self.name}"
-        if torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE[backend].upper()):
+        if _has_kernel(name, _DEVICE[backend].upper()):
             return None
         return f"{self.name} has no {backend} kernel"
 
@@ -90,6 +90,11 @@ def _outside_autocast(reference: Callable) -> Callable:
             return reference(first, *rest)
 
     return run
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the dispatcher's answer
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 # --- which backend --------------------------------------------------------------------------------
