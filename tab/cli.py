@@ -224,9 +224,15 @@ def _grid(given: dict, recipe: str):
         models=models,
         attentions=attentions,
         seeds=given.get("seeds", 1),
-        data=given.get("data", "cifar10"),
+        data=_place(given.get("data", "cifar10")),
         device=_device(given.get("device")),
     )
+
+
+def _place(data: str) -> str:
+    """A folder or archive by its full path, so that a comparison can resume from anywhere."""
+    named = data.split(":")[0] in ("cifar10", "shapes")
+    return data if named or not Path(data).exists() else str(Path(data).resolve())
 
 
 def _names(text: str, everything: list[str]) -> list[str]:

@@ -99,6 +99,11 @@ def test_runs_without_a_result_are_last_marked_and_outside_the_mean():
     assert "| Note |" in text and "Peak memory" not in text  # of a CPU, it is the process's
 
 
+def test_equal_scores_share_a_rank():
+    runs = [run("none", 0.5), run("self", 0.5), run("local", 0.4)]
+    assert [entry.rank for entry in ranking(runs, "cnn")] == [1, 1, 3]
+
+
 def test_count():
     shown = [count(n) for n in (None, 7, 1500, 2_345_678, 3e9)]
     assert shown == ["–", "7", "1.5 k", "2.35 M", "3 G"]

@@ -69,7 +69,10 @@ def noise_of(run: Run, dataset: Dataset, device: str) -> tuple[list[float], list
 
 def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
     """Curves and bars; -> picture name -> caption."""
-    runs = [run for run in runs if run.rows]
+    finished = {(run.model, run.attention) for run in runs if run.status == "done"}
+    runs = [
+        r for r in runs if r.rows and (r.status == "done" or (r.model, r.attention) not in finished)
+    ]
     scored = sum(row["test_accuracy"] is not None for row in runs[0].rows)
     part = "test" if scored > 1 or len(runs[0].rows) == 1 else "validation"
     accuracy = f"{part} accuracy"

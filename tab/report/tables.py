@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from rich.table import Table
@@ -79,7 +79,7 @@ class Entry:
     parameters: int | None
     flops: int | None
     memory: int | None
-    rank: int = 0
+    rank: int = 0  # equals share one; 0: no result
 
 
 def ranking(runs: list[Run], model: str) -> list[Entry]:
@@ -91,7 +91,13 @@ def ranking(runs: list[Run], model: str) -> list[Entry]:
         for attention in dict.fromkeys(run.attention for run in mine)
     ]
     entries.sort(key=lambda e: -math.inf if e.test is None else e.test.value, reverse=True)
-    return [Entry(**{**vars(entry), "rank": i}) for i, entry in enumerate(entries, 1)]
+    scores = [entry.test.value for entry in entries if entry.test]
+    return [
+        replace(entry, rank=1 + sum(score > entry.test.value for score in scores))
+        if entry.test
+        else entry
+        for entry in entries
+    ]
 
 
 def usable(run: Run) -> bool:
@@ -152,7 +158,7 @@ def versus(entry: Entry) -> str:
 
 
 COLUMNS: dict[str, Callable[[Entry], str]] = {
-    "Rank": lambda e: str(e.rank) if e.test else "–",
+    "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),
     "Test acc.": lambda e: e.test.show(".1f", 100, " %") if e.test else e.notes,
     "Train acc.": lambda e: e.train.show(".1f", 100, " %") if e.train else "–",

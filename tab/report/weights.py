@@ -59,12 +59,14 @@ def attention_picture(
 def filters_picture(path: Path, filters: dict[str, Tensor], heading: str) -> None:
     """filters: mechanism -> weights of the first layer (F, 3, rows, cols). The largest by norm,
     each scaled to its own range with 0 in the middle grey."""
-    with figure(path, len(filters), columns=3, width=4.6, height=1.95) as (fig, axes):
+    tiles = {name: mosaic(weight.detach().float().cpu()) for name, weight in filters.items()}
+    height = 0.4 + 4.2 * max(tile.shape[0] / tile.shape[1] for tile in tiles.values())
+    with figure(path, len(tiles), columns=3, width=4.6, height=height) as (fig, axes):
         fig.subplots_adjust(wspace=0.12, hspace=0.28)
-        for ax, (attention, weight) in zip(axes, filters.items(), strict=True):
+        for ax, (attention, tile) in zip(axes, tiles.items(), strict=True):
             _bare(ax)
             ax.set_title(title(attention), fontsize=9)
-            ax.imshow(mosaic(weight.detach().float().cpu()), interpolation="nearest")
+            ax.imshow(tile, interpolation="nearest")
         fig.suptitle(heading, x=0.125, ha="left", fontweight="bold", fontsize=11)
         fig.subplots_adjust(top=1 - 0.6 / fig.get_figheight())
 
