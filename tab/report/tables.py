@@ -148,7 +148,7 @@ def count(n: float | None) -> str:
 
 
 def seconds(mean: Mean) -> str:
-    return mean.show(".0f" if mean.value >= 10 else ".2g", unit=" s")
+    return mean.show(".0f" if mean.value >= 10 else ".2f", unit=" s")
 
 
 def versus(entry: Entry) -> str:
