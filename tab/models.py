@@ -237,7 +237,12 @@ def parameters_of(config: RunConfig, classes: int = 10) -> int:
 
 @functools.cache
 def _parameters_of(config: str, classes: int) -> int:
-    return parameter_count(build_model(RunConfig.from_dict(json.loads(config)), classes))
+    run = RunConfig.from_dict(json.loads(config))
+    try:
+        with torch.device("meta"):  # counted without being drawn
+            return parameter_count(build_model(run, classes))
+    except (RuntimeError, NotImplementedError):  # a layer that looks at its values when built
+        return parameter_count(build_model(run, classes))
 
 
 def _with(config: RunConfig, hidden: int) -> RunConfig:

@@ -160,7 +160,7 @@ def test_a_directory_holds_one_run(dataset, tmp_path):
         train(config_of(), dataset, tmp_path)
     with pytest.raises(ValueError, match=r"seed was 0, is 1"):
         train(config_of(seed=1), dataset, tmp_path, resume=True)
-    with pytest.raises(ValueError, match=r"train.lr was 0.003, is 0.1"):
+    with pytest.raises(ValueError, match=r"train.lr was 0.001, is 0.1"):
         train(config_of(train__lr=0.1), dataset, tmp_path, resume=True)
     other = dataclasses.replace(dataset, name="other", fingerprint="4567")
     with pytest.raises(ValueError, match=r"trained on tiny \(0123\), not on other \(4567\)"):
