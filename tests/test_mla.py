@@ -4,7 +4,9 @@ import pytest
 import torch
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 
+from tab import use_backend
 from tab.functional import mla_attention, mla_decode
+from tab.ops import mla
 from tab.ops.mla import mla_bwd, mla_fwd
 from tab.ops.mla_decode import mla_decode_op
 
@@ -184,8 +186,8 @@ def test_batch_entries_do_not_meet(form, generator):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form, generator):
-    x = [t.requires_grad_() for t in operands((2, 2, 4, 3, 2, 3, 2), generator, torch.float64)]
-    mask = torch.tensor([[True, True, False, True], [True] * 4])
+    x = [t.requires_grad_() for t in operands((2, 2, 3, 2, 2, 2, 2), generator, torch.float64)]
+    mask = torch.tensor([[True, False, True], [True] * 3])
     assert torch.autograd.gradcheck(ours(form, causal=True, key_mask=mask), x)
 
 
@@ -233,8 +235,28 @@ def test_opcheck(masked, generator):
     o, lse, _ = mla_fwd("auto", *x, mask, 0.3, True)
     do, dlse = torch.randn(o.shape, generator=generator), lse if masked else None
     torch.library.opcheck(
-        mla_bwd.overload, (do, dlse, *x, o, lse, mask, 0.3, True), test_utils=tests
+        mla_bwd.overload, (do, dlse, *x, o, lse, mask, 0.3, True), test_utils=tests[:2]
     )
+
+
+def test_which_form_auto_is(generator, monkeypatch):
+    q = operands((1, 1, 257, 2, 2, 2, 2), generator)[0]
+    for compiled, short in ((True, "fused"), (False, "expand")):
+        monkeypatch.setattr(mla, "_compiled", lambda device, answer=compiled: answer)
+        assert mla._choose_form("auto", "auto", q[:, :, :256]) == (short, "auto")
+        assert mla._choose_form("auto", "auto", q) == ("expand", "auto")
+        assert mla._choose_form("auto", "reference", q) == ("fused", "reference")
+    with use_backend("reference"):
+        assert mla._choose_form("auto", "auto", q) == ("fused", "reference")
+
+
+def test_reference_by_name_is_full_precision_under_autocast(generator):
+    x = operands((2, 3, 9, 8, 4, 8, 6), generator, torch.bfloat16)
+    truth = outputs_and_gradients(ours("fused", backend="reference"), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("reference", "auto"):
+            given = outputs_and_gradients(ours("fused", backend=backend), x)
+            assert all(torch.equal(a, b) for a, b in zip(given, truth, strict=True))
 
 
 # --- decode ---------------------------------------------------------------------------------------
@@ -292,6 +314,18 @@ def test_decode_gradients_meta_compile(generator):
         )
         meta = mla_decode(*(t.to("meta") for t in args[:-1]))
     assert [t.shape for t in meta] == [(2, 2, 2), (2, 2)]
+
+
+def test_decode_kernels_have_no_gradient(generator, monkeypatch):
+    qn, qr, c, kr, uk, uv = operands((2, 2, 3, 3, 2, 3, 2), generator)
+    args = qn[:, :, 0], qr[:, :, 0], torch.cat([c, kr], -1), torch.tensor([2, 3]), uk, uv
+    monkeypatch.setattr(mla_decode_op, "why_not", lambda backend: None)
+    uk.requires_grad_()
+    with pytest.raises(RuntimeError, match="backend='cpp' of mla_decode has no gradient"):
+        mla_decode(*args, backend="cpp")
+    with torch.no_grad():
+        o, _ = mla_decode(*args, backend="cpp")
+    torch.testing.assert_close(o, mla_decode(*args, backend="reference")[0].detach())
 
 
 # --- errors ---------------------------------------------------------------------------------------
