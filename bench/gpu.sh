@@ -14,7 +14,7 @@ failed=0 summary=""
 step() {
     local name=$1 seconds=$2 begin=$SECONDS status=ok
     shift 2
-    timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
+    timeout -s INT -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
     summary+="$name: $status, $((SECONDS - begin)) s"$'\n'
     summary+=$(grep -E '^(FAILED|ERROR|E  )|passed|failed' "$out/$name.log" | tail -20 | cut -c1-200)
     summary+=$'\n'

@@ -149,18 +149,22 @@ def test_gpu_graph_and_streams(backend, generator):
         assert torch.equal(a, b)
 
     static = [t.clone() for t in first]
+    bwd = torch.ops.tab_cuda.linear_bwd if backend == "cuda" else torch.ops.tab.linear_bwd
+
+    def step(x):
+        o = f(*x)[0]
+        return o, *bwd(o, None, None, *x, o, None, None, None, 0, False, 0.0)
+
+    step(static)  # compiles
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, _ = f(*static)
-        bwd = torch.ops.tab_cuda.linear_bwd if backend == "cuda" else torch.ops.tab.linear_bwd
-        grads = bwd(o, None, None, *static, o, None, None, None, 0, False, 0.0)
+        captured = step(static)
     for t, new in zip(static, second, strict=True):
         t.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(o, alone[1][0])
-    want = bwd(o, None, None, *second, o, None, None, None, 0, False, 0.0)
-    for a, b in zip(grads, want, strict=True):
+    for a, b in zip(captured, step(second), strict=True):
         assert torch.equal(a, b)
 
 
