@@ -156,17 +156,18 @@ def test_twelve_mechanisms_look_different():
     assert len(looks) == len(names) >= 14
 
 
-def test_labels_do_not_overlap_and_keep_the_order(tmp_path):
+@pytest.mark.parametrize("at", [0.0, 0.5, 0.99])
+def test_labels_do_not_overlap_and_keep_the_order(at, tmp_path):
     lines = [style.look(name, []) for name in style._ORDER]
     with style.figure(tmp_path / "labels.png", 1) as (_, (ax,)):
         ax.set_ylim(0, 1)
-        ends = [(1.0, 0.5 + 1e-4 * i, f"line {i}", line) for i, line in enumerate(lines)]
+        ends = [(1.0, at + 1e-4 * i, f"line {i}", line) for i, line in enumerate(lines)]
         style.label_ends(ax, ends)
         boxes = [text.get_window_extent() for text in ax.texts]
         assert [text.get_text() for text in ax.texts] == [f"line {i}" for i in range(len(lines))]
         assert all(a.y1 <= b.y0 + 0.5 for a, b in itertools.pairwise(boxes))
-        top = ax.get_window_extent().y1
-        assert boxes[-1].y1 < top + 10
+        frame = ax.get_window_extent()
+        assert boxes[0].y0 > frame.y0 - 10 and boxes[-1].y1 < frame.y1 + 10
 
 
 def test_every_picture_is_drawn(tmp_path):

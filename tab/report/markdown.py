@@ -56,7 +56,7 @@ def summary(model: str, entries: list[Entry]) -> str:
     else:
         text += f", {points(best)} against the control's {control.test.show('.1f', 100, ' %')}"
         beaten = sum(e.test.value > control.test.value for e in ranked)
-        text += f"; above it stand {beaten} of {len(ranked) - 1} mechanisms. "
+        text += f"; {beaten} of {len(ranked) - 1} mechanisms scored above it. "
         text += f"The last is {last_of(ranked)}."
     slow = [entry for entry in ranked if entry.ratio]
     if slow:

@@ -84,10 +84,11 @@ def label_ends(ax, ends: list[tuple[float, float, str, dict]]) -> None:
         pools.append([point[0] - i * gap])
         while len(pools) > 1 and np.mean(pools[-2]) >= np.mean(pools[-1]):
             pools[-2:] = [pools[-2] + pools[-1]]
-    places = [float(np.mean(pool)) for pool in pools for _ in pool]
-    down = max(0.0, places[-1] + (len(points) - 1) * gap - 1.0)  # not above the axes
+    room = 1.0 - (len(points) - 1) * gap  # keeps the first above the bottom, the last below the top
+    means = [np.mean(pool) for pool in pools for _ in pool]
+    places = np.clip(means, min(0.0, room), room)
     for i, ((y, x, text, line), place) in enumerate(zip(points, places, strict=True)):
-        where, colour = place + i * gap - down, line["color"]
+        where, colour = place + i * gap, line["color"]
         free = {"transform": ax.transAxes, "clip_on": False}
         ax.plot([x, 1.05], [y, where], color=colour, linewidth=0.6, alpha=0.6, **free)
         ax.plot([1.05, 1.12], [where, where], **line, **free)
