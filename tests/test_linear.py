@@ -1,9 +1,5 @@
 """Linear attention: reference and kernels against the textbook formula in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,8 +93,8 @@ def test_outputs_and_gradients(backend, causal, feature_map, state, generator):
         (3, 1, 63, 16, 16),
         (1, 3, 64, 33, 7),
         (2, 8, 65, 64, 64),
-        (1, 1, 1500, 5, 24),  # segments of one sequence
-        (1, 3, 700, 40, 17),
+        (1, 1, 1100, 5, 24),  # segments of one sequence
+        (1, 3, 520, 40, 17),
         (1, 1, 130, 256, 129),  # smaller tiles
     ],
 )
@@ -144,7 +140,7 @@ def test_dtypes(backend, dtype, causal, generator):
 
 
 @needs_cpp
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 3, 200, 70, 70))),
     how=st.sampled_from(LAYOUTS),
@@ -317,37 +313,7 @@ def test_op_guards_its_memory(generator):
         linear_fwd.overload(q, k, v, None, q, None, 0, False, 0.0)
 
 
-# --- instruction sets and devices -----------------------------------------------------------------
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-def test_lower_instruction_sets(isa):
-    """The widest one runs in the tests above; each process chooses once."""
-    chosen = "test_shapes or test_dtypes or test_outputs"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"({chosen}) and cpp"],
-        env={**os.environ, "TAB_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout
-
-
-@needs_cpp
-def test_unknown_instruction_set():
-    code = "import torch, tab; x = torch.ones(1, 1, 1, 1); tab.linear_attention(x, x, x)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TAB_ISA": "sse9"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode != 0 and "TAB_ISA=sse9 is none of baseline, avx2, avx512" in run.stderr
+# --- GPU -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

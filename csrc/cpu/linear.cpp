@@ -146,6 +146,7 @@ struct Pair {
   Pair(const Linear& a, const Tensor& like)
       : s(torch::stable::new_empty(like, {a.b, a.h, a.d, a.e}, accumulator(like))),
         z(torch::stable::new_empty(like, {a.b, a.h, a.d}, accumulator(like))) {
+    large_pages(*s);
     point();
   }
   void point() {

@@ -22,6 +22,13 @@ TAB_INLINE Vec<A> slope(Vec<A> f, int map) {
   return map == 1 ? (f > 0 ? one : Vec<A>{}) : one;
 }
 
+/// x *= φ'(·), f = φ(·), over n padded elements.
+template <class A>
+TAB_INLINE void times_slope(A* x, const A* f, int64_t n, int map) {
+  for (int64_t j = 0; j < n; j += W<A>) store(x + j, load(x + j) * slope<A>(load(f + j), map));
+}
+
+/// f (count, padded d) = φ of rows of x, which lie `step` apart; masked rows are 0.
 template <int map, class T>
 static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t count, int64_t d,
                           acc_t<T>* f) {
@@ -32,6 +39,7 @@ static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t
       clear(f, dp);
       continue;
     }
+    prefetch_row(x + AHEAD * step, d);
     int64_t i = 0;
     for (; i + W<A> <= d; i += W<A>) store(f + i, feature<map, A>(load(x + i)));
     if (i == d) continue;
@@ -68,7 +76,10 @@ struct Segment {
   }
   /// y (count, Ep) = rows t, t+1, … as they are.
   TAB_INLINE void values(const Rows& x, const Segment& s, int64_t t, int64_t count, A* y) {
-    for (int64_t i = 0; i < count; ++i) load_row(row(x, s, t + i), s.a.e, y + i * s.ep);
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch_row(row(x, s, t + i + AHEAD), s.a.e);
+      load_row(row(x, s, t + i), s.a.e, y + i * s.ep);
+    }
   }
 };
 
@@ -158,15 +169,15 @@ static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
   }
 }
 
-/// g = do/den and r = -g·o of `count` tokens, 1/den and r as noted by `queries`.
+/// g (count, Ep) = do·(1/den), 1/den as noted by `queries`.
 template <class T>
-TAB_INLINE void cotangents(const Segment<T>& s, int64_t t, int64_t count, const acc_t<T>* den,
+TAB_INLINE void cotangents(const Segment<T>& s, int64_t t, int64_t count, const acc_t<T>* inverses,
                            acc_t<T>* g) {
   using A = acc_t<T>;
   Segment<T>::values(s.a.grad, s, t, count, g);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < s.ep; j += W<A>)
-      store(g + i * s.ep + j, load(g + i * s.ep + j) * den[i]);
+      store(g + i * s.ep + j, load(g + i * s.ep + j) * inverses[i]);
 }
 
 /// dq over the segment; dstate += Σ φ(q) gᵀ and φ(q) r unless it is null. Causal: `state` as in
@@ -183,7 +194,7 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
   A *df = arena.take(a.tile * s.dp), *st = arena.take(a.e * s.dp);
   A *vt = arena.take(a.e * tp), *p = arena.take(a.tile * tp), *r = arena.take(a.tile);
   A *den = arena.take(a.tile), *z = static_cast<A*>(state) + a.d * s.ep;
-  A *dsum = static_cast<A*>(dstate), *dz = dsum + a.d * s.ep;
+  A* dsum = static_cast<A*>(dstate);
   transpose(a.d, a.e, static_cast<A*>(state), s.ep, st, s.dp);  // (Dv, Dp)
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
@@ -193,6 +204,7 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
     for (int64_t i = 0; i < count; ++i) {
       if (a.causal) add_scaled(z, A(1), fk + i * s.dp, s.dp);
       den[i] = inverse(dot(fq + i * s.dp, z, s.dp) + static_cast<A>(a.eps));
+      prefetch_row(S::row(a.o, s, t + i + AHEAD), a.e);
       load_row(S::row(a.o, s, t + i), a.e, o);
       Vec<A> product{};
       for (int64_t j = 0; j < s.ep; j += W<A>) {
@@ -215,12 +227,11 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
     }
     if (dstate != nullptr) {
       gemm<true>(a.d, s.ep, count, fq, s.dp, g, s.ep, dsum, s.ep, true);
-      for (int64_t i = 0; i < count; ++i) add_scaled(dz, r[i], fq + i * s.dp, s.dp);
+      for (int64_t i = 0; i < count; ++i) add_scaled(dsum + a.d * s.ep, r[i], fq + i * s.dp, s.dp);
     }
     for (int64_t i = 0; i < count; ++i) {
-      A *x = df + i * s.dp, *f = fq + i * s.dp;
-      for (int64_t j = 0; j < s.dp; j += W<A>) store(x + j, load(x + j) * slope<A>(load(f + j), a.map));
-      store_row(S::row(a.dq, s, t + i), a.d, x, A(1));
+      times_slope(df + i * s.dp, fq + i * s.dp, s.dp, a.map);
+      store_row(S::row(a.dq, s, t + i), a.d, df + i * s.dp, A(1));
     }
   }
 }
@@ -264,10 +275,9 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
       for (int64_t i = 0; i < count; ++i) add_scaled(dz, r[i], fq + i * s.dp, s.dp);
     }
     for (int64_t i = 0; i < count; ++i) {
-      A *x = df + i * s.dp, *f = fk + i * s.dp;
-      for (int64_t j = 0; j < s.dp; j += W<A>) store(x + j, load(x + j) * slope<A>(load(f + j), a.map));
+      times_slope(df + i * s.dp, fk + i * s.dp, s.dp, a.map);
       const bool hidden = a.mask != nullptr && !a.mask[s.b * a.n + t + i];
-      store_row(S::row(a.dk, s, t + i), a.d, x, hidden ? A(0) : A(1));
+      store_row(S::row(a.dk, s, t + i), a.d, df + i * s.dp, hidden ? A(0) : A(1));
       store_row(S::row(a.dv, s, t + i), a.e, dv + i * s.ep, A(1));
     }
   }

@@ -1,0 +1,113 @@
+"""The vector helpers under every CPU kernel, seen through linear's op, which adds nothing to them:
+
+φ(k) of one token is z exactly, v times φ(k) = 1 is S exactly, and S over z = 1 is o but rounded.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tab.ops.linear import linear_fwd
+
+pytestmark = pytest.mark.skipif(
+    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
+)
+ELU1, IDENTITY = 0, 2
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def through_exp(x):
+    """exp(x) for x (rows, 256) ≤ 0, as φ of elu + 1."""
+    k = x[:, None, None, :]  # (B, 1, 1, D)
+    v = x.new_ones(x.shape[0], 1, 1, 1)
+    return linear_fwd("cpp", k, k, v, None, None, None, ELU1, False, 0.0)[2][:, 0]
+
+
+def ulps(given, exact):
+    """|given − exact| in units of the last place of `given`'s type; exact in float64."""
+    tiny = torch.finfo(given.dtype).tiny
+    spacing = torch.finfo(given.dtype).eps * torch.exp2(exact.clamp_min(tiny).log2().floor())
+    return ((given.double() - exact).abs() / spacing).max().item()
+
+
+def test_exp_float32():
+    x = torch.linspace(-104, 0, 256 * 8192, dtype=torch.float64).float().view(-1, 256)
+    x = torch.cat([x, -torch.logspace(-30, 0, 256 * 64).view(-1, 256)])
+    assert ulps(through_exp(x), x.double().exp()) < 1.6
+
+
+def test_exp_float64():
+    x = torch.linspace(-700, 0, 256 * 256, dtype=torch.float64).view(-1, 256)
+    assert ulps(through_exp(x), x.exp()) < 2.5  # torch's own exp may be half a unit off
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_exp_at_the_edges(dtype):
+    x = torch.tensor([-torch.inf, -1e30, torch.nan, -0.0, 0.0], dtype=dtype).repeat(1, 52)
+    given = through_exp(x)[0, :5]
+    assert torch.equal(given[:2], torch.zeros(2, dtype=dtype)) and given[2].isnan()
+    assert torch.equal(given[3:], torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_loads_every_half(dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    v = bits.view(dtype).view(256, 1, 1, 256)
+    one = torch.ones(256, 1, 1, 1, dtype=dtype)
+    s = linear_fwd("cpp", one, one, v, None, None, None, IDENTITY, False, 0.0)[1]
+    want = v.float() * 1.0
+    assert torch.equal(s.isnan(), want.isnan())
+    assert torch.equal(s.nan_to_num(0.5), want.nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stores_round_to_nearest_even(dtype, generator):
+    bits = torch.randint(-(2**31), 2**31, (2**20,), generator=generator).to(torch.int32)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    values = values[values.isfinite()]
+    ties = (values[1:] + values[:-1]) / 2  # halfway between neighbours
+    edges = torch.tensor([65503.9, 65504.0, 65519.9, 65520.0, 3.4e38, torch.inf, torch.nan, 0.0])
+    x = torch.cat([bits.view(torch.float32), values, ties, edges, -edges])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(-1, 1, 1, 256)  # (B, H, D = 1, Dv)
+    x = torch.where(x.abs() < 1e-37, torch.zeros_like(x), x)
+    one = torch.ones(len(x), 1, 1, 1, dtype=dtype)
+    hidden = torch.zeros(len(x), 1, dtype=torch.bool)
+    state = x, torch.ones(len(x), 1, 1)
+    v = torch.zeros(len(x), 1, 1, 256, dtype=dtype)
+    o = linear_fwd("cpp", one, one, v, hidden, *state, IDENTITY, False, 0.0)[0]
+    want = x.to(dtype)
+    assert torch.equal(o.isnan(), want.isnan())
+    assert torch.equal(o.nan_to_num(0.5), want.nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+@pytest.mark.skipif("TAB_ISA" in os.environ, reason="is the run in a lower instruction set")
+def test_lower_instruction_sets(isa):
+    """The widest one runs in the tests above; each process chooses once."""
+    files = [__file__, __file__.replace("test_simd", "test_linear")]
+    chosen = "test_exp or half or round or ((test_shapes or test_dtypes) and cpp)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", chosen],
+        env={**os.environ, "TAB_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "does not have it" in run.stdout:
+        pytest.skip(f"this machine has no {isa}")
+    assert run.returncode == 0, run.stdout
+
+
+def test_unknown_instruction_set():
+    code = "import torch, tab; x = torch.ones(1, 1, 1, 1); tab.linear_attention(x, x, x)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TAB_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode != 0 and "TAB_ISA=sse9 is none of baseline, avx2, avx512" in run.stderr
