@@ -172,7 +172,7 @@ TAB_INLINE void clear(A* x, int64_t n) {
 /// exp(x) = 2^n·exp(r) with n = round(x/ln 2), |r| ≤ ln 2 / 2, and exp(r) by its Taylor series
 /// (degree 7 for float, 13 for double), whose remainder is below half a unit of the last place.
 /// The scale goes on in two halves, so subnormal results and overflow to infinity come out right.
-/// NaN gives NaN. Within 1.6 units of the last place of exp, 2 for double (tests/test_simd.py).
+/// NaN gives NaN. Within 1.6 units of the last place of exp, 2.5 for double (tests/test_simd.py).
 template <class A>
 TAB_INLINE Vec<A> exp(Vec<A> x) {
   constexpr bool single = sizeof(A) == 4;
