@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from . import __version__
+from .bench.cli import app as bench
 from .terminal import Commands, bar, command_line, console, errors, or_resume, pairs, wide
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
 
 Data = Annotated[
     str | None,

@@ -56,19 +56,20 @@ def outputs_and_gradients(f: Callable, inputs: Sequence[Tensor], seed: int = 1) 
 def assert_accurate(
     f: Callable, naive: Callable, inputs: Sequence[Tensor], *, floor: float = 2e-6, names: str = ""
 ) -> None:
-    """‖f − truth‖∞ ≤ 2·‖naive in the same precision − truth‖∞ + floor·max(1, ‖truth‖∞), for each
-    output and gradient; truth is `naive` in float64. `naive` is the textbook formula."""
+    """‖f − truth‖∞ ≤ 2·‖naive in the same precision − truth‖∞ + floor·scale, for each output and
+    gradient; truth is `naive`, the textbook formula, in float64. scale is the largest ‖truth‖∞ of
+    them all, at least 1: a small gradient is a difference of products as large as the others."""
     truth = outputs_and_gradients(naive, [_as(x, torch.float64) for x in inputs])
     plain = outputs_and_gradients(naive, inputs)
     with poisoned():
         given = outputs_and_gradients(f, inputs)
     assert len(given) == len(truth), f"{len(given)} results, {len(truth)} expected"
+    scale = max(1.0, *(exact.abs().max().item() for exact in truth))
     labels = names.split() or [f"result {i}" for i in range(len(truth))]
     for label, x, low, exact in zip(labels, given, plain, truth, strict=False):
         assert x.shape == exact.shape, f"{label}: shape {tuple(x.shape)}, not {tuple(exact.shape)}"
         error = (x.double() - exact).abs().max().item()
-        bound = 2 * (low.double() - exact).abs().max().item()
-        bound += floor * max(1.0, exact.abs().max().item())
+        bound = 2 * (low.double() - exact).abs().max().item() + floor * scale
         assert error <= bound, f"{label}: error {error:.3g} over the bound {bound:.3g}"
 
 

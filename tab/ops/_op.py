@@ -12,7 +12,6 @@ oracle in one. Faster kernels register themselves for a device:
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
@@ -44,7 +43,8 @@ class Op:
     """One operator under every backend; call it with the backend's name first."""
 
     def __init__(self, name: str, schema: str, reference: Callable):
-        self.name, self.reference = name, (reference := _outside_autocast(reference))
+        self.name, self.reference = name, reference
+        self.reasons: dict[str, str | None] = {}  # backend -> why not; load_kernels fills it
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
             torch.library.impl(
@@ -62,39 +62,7 @@ class Op:
 
     def why_not(self, backend: str) -> str | None:
         """None when this backend can run here, else the reason why it cannot."""
-        if backend in ("auto", "reference"):
-            return None
-        if backend == "cpp" and "_C" in _missing:
-            return _missing["_C"]
-        if _DEVICE[backend] == "cuda" and not torch.cuda.is_available():
-            return "no CUDA GPU is visible to torch"
-        if backend == "cuda" and "_C_cuda" in _missing:
-            return _missing["_C_cuda"]
-        if backend == "triton" and "triton" in _missing:
-            return _missing["triton"]
-        name = f"tab_cuda::{self.name}" if backend == "cuda" else f"tab::{self.name}"
-        if _has_kernel(name, _DEVICE[backend].upper()):
-            return None
-        return f"{self.name} has no {backend} kernel"
-
-
-def _outside_autocast(reference: Callable) -> Callable:
-    """Autocast must not reach into a reference, whose sums run in float32."""
-
-    @functools.wraps(reference)
-    def run(first: Tensor, *rest):
-        device = first.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return reference(first, *rest)
-        with torch.autocast(device, enabled=False):
-            return reference(first, *rest)
-
-    return run
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the dispatcher's answer
-def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        return self.reasons[backend]
 
 
 # --- which backend --------------------------------------------------------------------------------
@@ -170,10 +138,24 @@ def load_kernels(triton_modules: tuple[str, ...]) -> None:
         )
     if not torch.cuda.is_available():
         _missing["_C_cuda"] = _missing["triton"] = "no CUDA GPU is visible to torch"
-        return
-    _load("_C_cuda")
-    if importlib.util.find_spec("triton") is None:
-        _missing["triton"] = "triton is not installed"
-        return
-    for module in triton_modules:
-        importlib.import_module(f"tab.kernels.{module}")
+    else:
+        _load("_C_cuda")
+        if importlib.util.find_spec("triton") is None:
+            _missing["triton"] = "triton is not installed"
+        else:
+            for module in triton_modules:
+                importlib.import_module(f"tab.kernels.{module}")
+    for op in OPS.values():  # asked once: torch.compile cannot trace the dispatcher's answer
+        op.reasons = {backend: _why_not(op.name, backend) for backend in BACKENDS}
+
+
+def _why_not(op: str, backend: str) -> str | None:
+    if backend in ("auto", "reference"):
+        return None
+    source = {"cpp": "_C", "triton": "triton", "cuda": "_C_cuda"}[backend]
+    name = f"tab_cuda::{op}" if backend == "cuda" else f"tab::{op}"
+    if source in _missing:
+        return _missing[source]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE[backend].upper()):
+        return None
+    return f"{op} has no {backend} kernel"

@@ -188,7 +188,6 @@ def mla_attention(
     return (o, *extra) if extra else o
 
 
-@torch.compiler.assume_constant_result
 def _compiled(device: str) -> bool:
     """Whether a kernel other than the reference serves mla_fwd on this kind of device."""
     return device in ("cpu", "cuda") and (
