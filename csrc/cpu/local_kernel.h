@@ -1,0 +1,100 @@
+// Local attention, the arithmetic (formulas: local.cpp, strip_kernel.h, strip_backward.h). Included
+// once per instruction set.
+
+#include "strip_kernel.h"
+#include "strip_backward.h"
+
+namespace tab::TAB_ISA {
+
+/// Who sees whom: -left ≤ row(j) - row(i) ≤ right, on a grid the same for the columns, causal j ≤ i.
+/// On a line every token is its own row.
+template <class A, bool grid>
+struct Window {
+  const Local& a;
+  int64_t i0, i1, cols;
+  Int<A> lane[2], down[2], across[2];  // i, row(i), column(i) of each query
+
+  TAB_INLINE Window at(const Local& a, int64_t i0) {
+    const int64_t i1 = i0 + Q<A> < a.n ? i0 + Q<A> : a.n;
+    Window x{a, i0, i1, grid ? a.cols : 1, {}, {}, {}};
+    for (int64_t i = 0; i < Q<A>; ++i) {
+      const int64_t half = i / W<A>, l = i % W<A>;
+      x.lane[half][l] = i0 + i;
+      if (grid) x.down[half][l] = (i0 + i) / x.cols, x.across[half][l] = (i0 + i) % x.cols;
+    }
+    return x;
+  }
+  /// The keys of whole rows around query i.
+  int64_t from(int64_t i) const {
+    const int64_t j = grid ? (i / cols - a.left) * cols : i - a.left;
+    return j > 0 ? j : 0;
+  }
+  int64_t to(int64_t i) const {
+    if (a.causal) return i + 1;
+    const int64_t j = grid ? (i / cols + a.right + 1) * cols : i + a.right + 1;
+    return j < a.n ? j : a.n;
+  }
+  int64_t seen_from(int64_t j) const {
+    if (a.causal) return j;
+    const int64_t i = grid ? (j / cols - a.right) * cols : j - a.right;
+    return i > 0 ? i : 0;
+  }
+  int64_t seen_to(int64_t j) const {
+    const int64_t i = grid ? (j / cols + a.left + 1) * cols : j + a.left + 1;
+    return i < a.n ? i : a.n;
+  }
+  bool whole(const Run&, int64_t j) const {
+    return !grid && i1 - 1 - a.left <= j && j <= i0 + a.right && (!a.causal || j <= i0);
+  }
+  TAB_INLINE Int<A> seen(const Window& x, const Run&, int64_t j, int half) {
+    typedef typename integer<A>::scalar I;
+    Int<A> yes;
+    if constexpr (grid) {
+      const I row = j / x.cols, column = j % x.cols, left = x.a.left, right = x.a.right;
+      yes = (x.down[half] >= row - right) & (x.down[half] <= row + left) &
+            (x.across[half] >= column - right) & (x.across[half] <= column + left);
+    } else {
+      yes = (x.lane[half] >= I(j - x.a.right)) & (x.lane[half] <= I(j + x.a.left));
+    }
+    return x.a.causal ? yes & (x.lane[half] >= I(j)) : yes;
+  }
+};
+
+/// The one run of keys around the queries i0 …, in pieces that fit a chunk.
+template <class Rule>
+TAB_INLINE int64_t list_keys(const Rule& rule, Run* runs) {
+  const int64_t to = rule.to(rule.i1 - 1);
+  int64_t count = 0;
+  for (int64_t j = rule.from(rule.i0); j < to; j += rule.a.chunk)
+    runs[count++] = {j, j + rule.a.chunk < to ? rule.a.chunk : to - j, 1};
+  return count;
+}
+
+template <bool grid, class T>
+static void strips(const Local& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
+                   void* scratch) {
+  using A = acc_t<T>;
+  for (int64_t i = part.first; i < part.last; i += part.step) {
+    const auto rule = Window<A, grid>::at(a, i * Q<A>);
+    const int64_t count = list_keys(rule, runs);
+    const Arena<A> arena{static_cast<A*>(scratch)};
+    if (sums == nullptr)
+      strip_forward<T>(a, rule, part.head, i * Q<A>, runs, runs + count, stretch, arena);
+    else
+      strip_backward<T>(a, rule, part.head, i * Q<A>, runs, runs + count, stretch, *sums, arena);
+  }
+}
+
+template <class T>
+static void window(const Local& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
+                   void* scratch) {
+  if (a.cols > 0)
+    strips<true, T>(a, part, sums, runs, stretch, scratch);
+  else
+    strips<false, T>(a, part, sums, runs, stretch, scratch);
+}
+
+template <class T>
+constexpr StripKernels<Local> local_kernels = {W<acc_t<T>>, window<T>, finish<T, Local>};
+
+}  // namespace tab::TAB_ISA

@@ -1,0 +1,57 @@
+// Softmax attention over chosen keys, the plain data: what local.cpp and sparse.cpp share with their
+// kernels (strip_kernel.h, strip_backward.h) and with the drivers (strip_driver.h).
+//
+// A strip is two vectors of queries (32 floats on AVX-512) of one (b, h) against a list of runs of
+// keys. Its scores are kept transposed, Sᵀ (keys, queries):
+//     Sᵀ = K·Qᵀ     K is read row by row where it lies: only Q, the small side, is transposed
+//     softmax       runs down the columns: a maximum and a sum for every lane, nothing horizontal
+//     O = (Sᵀ)ᵀ·V   V is read where it lies
+// so no panel of K or V is packed. Long lists go in chunks whose scores fit the L2, with the online
+// rescaling of Milakov & Gimelshein 2018.
+#pragma once
+
+#include "../common.h"
+
+namespace tab {
+
+struct Strip {
+  int64_t b, h, n, d, e;  // e is Dv
+  int64_t chunk;          // keys whose scores are held at once
+  bool copy;              // K and V go through scratch: to convert them or to pad their rows
+  double scale;
+  Rows q, k, v, o, grad, dq, dk, dv;
+  void* lse;  // (B, H, N) in the accumulation type
+};
+
+/// `count` keys from `first` on. Bit r of `rows`: the r-th block row of the strip lists them.
+struct Run {
+  int64_t first, count, rows;
+};
+
+/// Runs that lie side by side in memory: `first` among the tokens, `at` in the chunk.
+struct Stretch {
+  int64_t at, first, count;
+};
+
+/// Where the gradients of the keys [first, last) are summed: those of j at dk + (j - first)·ldk.
+struct Sums {
+  void *dk, *dv;
+  int64_t ldk, ldv, first, last;
+};
+
+/// The strips first, first + step, … below last of one (b, h).
+struct Part {
+  int64_t head, first, last, step;
+};
+
+/// `strips` runs forward without sums, else backward. `finish` writes the gradients of the keys
+/// j0 … j1 of one head as the sum of the parts that hold them.
+template <class Args>
+struct StripKernels {
+  int64_t lanes;
+  void (*strips)(const Args&, const Part&, const Sums*, Run*, Stretch*, void* scratch);
+  void (*finish)(const Args&, int64_t head, int64_t j0, int64_t j1, const Sums* parts,
+                 int64_t count, void* scratch);
+};
+
+}  // namespace tab

@@ -1,0 +1,119 @@
+// One strip backward (the scheme: strip.h). Included once per instruction set, after strip_kernel.h.
+//
+//     P = exp(S - L),  Δ = Σ dO∘O,  dV = PᵀdO,  dS = scale·P∘(dO Vᵀ - Δ),  dQ = dS K,  dK = dSᵀQ
+//
+// Dao 2023, "FlashAttention-2", algorithm 2, with everything transposed: Pᵀ and dSᵀ (keys, queries).
+// dQ is whole after a strip. dK and dV are added up over the strips of a task, one after the other,
+// in memory that belongs to the task, so the result does not depend on who runs when.
+
+namespace tab::TAB_ISA {
+
+/// sums of the keys (rows of ld) += p (keys, Q) · x (count, width). A tile of keys skips the queries
+/// at both ends that do not see it.
+template <class T, class Rule>
+static void add_to_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t count,
+                        int64_t width, const acc_t<T>* p, const acc_t<T>* x, acc_t<T>* sums,
+                        int64_t ld, int64_t first) {
+  using A = acc_t<T>;
+  for (int64_t i = 0; i < s.stretches; ++i) {
+    const Stretch& t = s.stretch[i];
+    for (int64_t r = 0; r < t.count; r += TAB_TILE_ROWS) {
+      const int64_t rows = r + TAB_TILE_ROWS < t.count ? TAB_TILE_ROWS : t.count - r;
+      int64_t from = rule.seen_from(t.first + r) - i0, to = rule.seen_to(t.first + r + rows - 1) - i0;
+      from = from > 0 ? from : 0, to = to < count ? to : count;
+      if (from < to)
+        gemm(rows, width, to - from, p + (t.at + r) * Q<A> + from, Q<A>, x + from * width, width,
+             sums + (t.first + r - first) * ld, ld, true);
+    }
+  }
+}
+
+/// p = 2^(s - l) where seen, else 0; ds = scale·p∘(ds - Δ). In place.
+template <class A, class Rule>
+static void differentiate(const Rule& rule, const Run* run, const Run* end, A scale, const A* l,
+                          const A* delta, A* s, A* ds) {
+  const Vec<A> l0 = load(l), l1 = load(l + W<A>), d0 = load(delta), d1 = load(delta + W<A>);
+  for (; run < end; ++run)
+    for (int64_t j = run->first; j < run->first + run->count; ++j, s += Q<A>, ds += Q<A>) {
+      Vec<A> p0 = exp2<A>(load(s) - l0), p1 = exp2<A>(load(s + W<A>) - l1);
+      if (!rule.whole(*run, j)) {
+        p0 = Rule::seen(rule, *run, j, 0) ? p0 : Vec<A>{};
+        p1 = Rule::seen(rule, *run, j, 1) ? p1 : Vec<A>{};
+      }
+      store(s, p0);
+      store(s + W<A>, p1);
+      store(ds, p0 * (load(ds) - d0) * scale);
+      store(ds + W<A>, p1 * (load(ds + W<A>) - d1) * scale);
+    }
+}
+
+/// dq of the queries i0 … of one head; their part of dK and dV goes into `sums`.
+template <class T, class Rule>
+static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64_t i0,
+                           const Run* run, const Run* end, Stretch* stretch, const Sums& sums,
+                           Arena<acc_t<T>> arena) {
+  using A = acc_t<T>;
+  const int64_t b = head / a.h, h = head % a.h, dp = padded<A>(a.d), ep = padded<A>(a.e);
+  const int64_t count = i0 + Q<A> < a.n ? Q<A> : a.n - i0;
+  A *qt = arena.take(a.d * Q<A>), *q = arena.take(Q<A> * dp), *dq = arena.take(Q<A> * dp);
+  A *gt = arena.take(a.e * Q<A>), *g = arena.take(Q<A> * ep), *o = arena.take(ep);
+  A *s = arena.take(a.chunk * Q<A>), *ds = arena.take(a.chunk * Q<A>);
+  A *k = nullptr, *v = nullptr;
+  if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
+  Keys<T> keys{a, b, h, k, v, stretch};
+  A l[Q<A>], delta[Q<A>];
+  constexpr A log2e = A(1.4426950408889634);
+
+  load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
+  load_rows<T>(row<T>(a.grad, b, h, i0), a.grad.n, count, a.e, g);
+  turn(count, a.d, q, A(a.scale) * log2e, qt);
+  turn(count, a.e, g, A(1), gt);
+  clear(l, Q<A>);
+  clear(delta, Q<A>);
+  clear(dq, count * dp);
+  const A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(row<T>(a.o, b, h, i0 + i), a.e, o);
+    delta[i] = dot(g + i * ep, o, ep);
+    l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * log2e;
+  }
+  A *dk = static_cast<A*>(sums.dk), *dv = static_cast<A*>(sums.dv);
+  while (run < end) {
+    const Run* begin = run;
+    run = Keys<T>::next(keys, run, end);
+    keys_times<T>(keys, false, qt, s);
+    keys_times<T>(keys, true, gt, ds);
+    differentiate(rule, begin, run, A(a.scale), l, delta, s, ds);
+    add_to_keys<T>(keys, rule, i0, count, ep, s, g, dv, sums.ldv, sums.first);
+    add_to_keys<T>(keys, rule, i0, count, dp, ds, q, dk, sums.ldk, sums.first);
+    times_keys<T>(keys, rule, i0, count, false, ds, dq);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    store_row(row<T>(a.dq, b, h, i0 + i), a.d, dq + i * dp, A(1));
+}
+
+template <class T>
+static void add_parts(const Rows& out, int64_t width, const Strip& a, int64_t head, int64_t j,
+                      bool values, const Sums* parts, int64_t count, acc_t<T>* total) {
+  using A = acc_t<T>;
+  clear(total, padded<A>(width));
+  for (const Sums* p = parts; p < parts + count; ++p)
+    if (p->first <= j && j < p->last) {
+      const A* sums = static_cast<const A*>(values ? p->dv : p->dk);
+      add_scaled(total, A(1), sums + (j - p->first) * padded<A>(width), padded<A>(width));
+    }
+  store_row(row<T>(out, head / a.h, head % a.h, j), width, total, A(1));
+}
+
+/// dk and dv of the keys j0 … j1 of one head: the sums of all parts that hold them, in order.
+template <class T, class Args>
+static void finish(const Args& a, int64_t head, int64_t j0, int64_t j1, const Sums* parts,
+                   int64_t count, void* scratch) {
+  acc_t<T>* total = static_cast<acc_t<T>*>(scratch);
+  for (int64_t j = j0; j < j1; ++j) {
+    add_parts<T>(a.dk, a.d, a, head, j, false, parts, count, total);
+    add_parts<T>(a.dv, a.e, a, head, j, true, parts, count, total);
+  }
+}
+
+}  // namespace tab::TAB_ISA

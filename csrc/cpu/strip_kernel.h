@@ -1,0 +1,253 @@
+// One strip forward, and what the backward pass shares with it (the scheme: strip.h). Included once
+// per instruction set.
+//
+//     o_i = Σ_j exp(s_ij - L_i) v_j,  s_ij = scale·q_iᵀk_j,  L_i = log Σ_j exp s_ij
+//
+// Dao 2023, "FlashAttention-2", algorithm 1. A Rule says which keys a query sees inside the runs:
+//     from(i), to(i)           bounds of the keys that query i can see, neither falls as i grows
+//     seen_from(j), seen_to(j) the same for the queries that can see key j
+//     whole(run, j)            every query of the strip sees key j
+//     seen(run, j, half)       else: which lanes of this vector of queries do
+
+namespace tab::TAB_ISA {
+
+/// Queries in a strip.
+template <class A>
+constexpr int64_t Q = 2 * W<A>;
+
+/// 2^x for x ≤ 0 by a polynomial in x - round(x): degree 6, minimax, for float (at most 0.6 units
+/// of the last place), Taylor of degree 13 for double. It is 0 at and below 2^-127 (2^-1023), so
+/// that masked scores of -∞ vanish; NaN gives NaN.
+template <class A>
+TAB_INLINE Vec<A> exp2(Vec<A> x) {
+  constexpr bool single = sizeof(A) == 4;
+  constexpr A low = single ? A(-127) : A(-1023), magic = single ? A(0x1.8p23) : A(0x1.8p52);
+  x = x < low ? splat<A>(low) : x;
+  const Vec<A> shifted = x + magic, r = x - (shifted - magic);
+  Vec<A> y;
+  if constexpr (single) {
+    y = splat<A>(0x1.44400395d945cp-13f);
+    y = y * r + 0x1.5f0896ef8d38fp-10f;
+    y = y * r + 0x1.3b2a1b6c92d5fp-7f;
+    y = y * r + 0x1.c6af6cce0b480p-5f;
+    y = y * r + 0x1.ebfbe045f9936p-3f;
+    y = y * r + 0x1.62e4302fcd000p-1f;
+  } else {
+    constexpr double ln2 = 0.6931471805599453;
+    double term = 1, terms[14];
+    for (int i = 1; i <= 13; ++i) terms[i] = term *= ln2 / i;
+    y = splat<A>(terms[13]);
+    for (int i = 12; i >= 1; --i) y = y * r + terms[i];
+  }
+  y = y * r + A(1);
+  constexpr int mantissa = single ? 23 : 52;
+  return as<Vec<A>>(as<Int<A>>(y) + (as<Int<A>>(shifted) << mantissa));
+}
+
+template <class A>
+TAB_INLINE A log2(A x) {
+  if constexpr (sizeof(A) == 4)
+    return __builtin_log2f(x);
+  else
+    return __builtin_log2(x);
+}
+
+template <class T>
+TAB_INLINE T* row(const Rows& x, int64_t b, int64_t h, int64_t t) {
+  return static_cast<T*>(x.data) + b * x.b + h * x.h + t * x.n;
+}
+template <class T>
+static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, acc_t<T>* y) {
+  for (int64_t i = 0; i < count; ++i)
+    load_row(x + i * step, width, y + i * padded<acc_t<T>>(width));
+}
+/// y (width, Q) = scale·xᵀ of x (count ≤ Q, padded width); lanes past count are 0.
+template <class A>
+static void turn(int64_t count, int64_t width, const A* x, A scale, A* y) {
+  if (count < Q<A>) clear(y, width * Q<A>);
+  transpose(count, width, x, padded<A>(width), y, Q<A>);
+  if (scale != 1)
+    for (int64_t i = 0; i < width * Q<A>; i += W<A>) store(y + i, load(y + i) * scale);
+}
+
+// --- keys -----------------------------------------------------------------------------------------
+
+/// The keys of one (b, h) and, a chunk at a time, where their rows are.
+template <class T>
+struct Keys {
+  using A = acc_t<T>;
+  const Strip& a;
+  int64_t b, h;
+  A *k, *v;           // copies of the chunk's rows, padded; unused when they are read in place
+  Stretch* stretch;
+  int64_t stretches = 0, size = 0;
+
+  static constexpr int64_t cost(int64_t chunk, int64_t dp, int64_t ep) {
+    return Arena<A>::cost(chunk * dp) + Arena<A>::cost(chunk * ep);
+  }
+  /// Takes the next runs that fit a chunk; returns the run behind them.
+  TAB_INLINE const Run* next(Keys& s, const Run* run, const Run* end) {
+    s.stretches = s.size = 0;
+    for (; run < end && (s.size == 0 || s.size + run->count <= s.a.chunk); ++run) {
+      Stretch* last = s.stretches > 0 ? s.stretch + s.stretches - 1 : nullptr;
+      if (last != nullptr && last->first + last->count == run->first)
+        last->count += run->count;
+      else
+        s.stretch[s.stretches++] = {s.size, run->first, run->count};
+      s.size += run->count;
+    }
+    if (s.a.copy)
+      for (int64_t i = 0; i < s.stretches; ++i) {
+        const Stretch& x = s.stretch[i];
+        load_rows<T>(row<T>(s.a.k, s.b, s.h, x.first), s.a.k.n, x.count, s.a.d,
+                     s.k + x.at * padded<A>(s.a.d));
+        load_rows<T>(row<T>(s.a.v, s.b, s.h, x.first), s.a.v.n, x.count, s.a.e,
+                     s.v + x.at * padded<A>(s.a.e));
+      }
+    return run;
+  }
+  TAB_INLINE const A* rows(const Rows& x, const A* copy, int64_t width, const Keys& s,
+                           const Stretch& t, int64_t& step) {
+    if constexpr (sizeof(T) == sizeof(A))
+      if (!s.a.copy) {
+        step = x.n;
+        return reinterpret_cast<const A*>(row<T>(x, s.b, s.h, t.first));
+      }
+    step = padded<A>(width);
+    return copy + t.at * step;
+  }
+};
+
+/// y (keys, Q) = rows of K (or V) · xᵀ, given xᵀ (width, Q).
+template <class T>
+static void keys_times(const Keys<T>& s, bool values, const acc_t<T>* xt, acc_t<T>* y) {
+  using A = acc_t<T>;
+  const int64_t width = values ? s.a.e : s.a.d;
+  for (int64_t i = 0; i < s.stretches; ++i) {
+    const Stretch& x = s.stretch[i];
+    int64_t step;
+    const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k, width, s, x, step);
+    gemm(x.count, Q<A>, width, keys, step, xt, Q<A>, y + x.at * Q<A>, Q<A>, false);
+  }
+}
+
+/// y (count, width) += pᵀ · rows of K (or V), p (keys, Q). A tile of queries skips the keys at both
+/// ends that it cannot see.
+template <class T, class Rule>
+static void times_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t count, bool values,
+                       const acc_t<T>* p, acc_t<T>* y) {
+  using A = acc_t<T>;
+  const int64_t width = padded<A>(values ? s.a.e : s.a.d);
+  for (int64_t i = 0; i < s.stretches; ++i) {
+    const Stretch& x = s.stretch[i];
+    int64_t step;
+    const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k,
+                                  values ? s.a.e : s.a.d, s, x, step);
+    for (int64_t r = 0; r < count; r += TAB_TILE_ROWS) {
+      const int64_t rows = r + TAB_TILE_ROWS < count ? TAB_TILE_ROWS : count - r;
+      int64_t from = rule.from(i0 + r) - x.first, to = rule.to(i0 + r + rows - 1) - x.first;
+      from = from > 0 ? from : 0, to = to < x.count ? to : x.count;
+      if (from < to)
+        gemm<true>(rows, width, to - from, p + (x.at + from) * Q<A> + r, Q<A>, keys + from * step,
+                   step, y + r * width, width, true);
+    }
+  }
+}
+
+// --- forward --------------------------------------------------------------------------------------
+
+/// Masks s (keys, Q) of the runs and raises `top`, its maximum per lane.
+template <class A, class Rule>
+static void mask_scores(const Rule& rule, const Run* run, const Run* end, A* s, A* top) {
+  const Vec<A> nothing = splat<A>(-__builtin_inf());
+  Vec<A> top0 = load(top), top1 = load(top + W<A>);
+  for (; run < end; ++run)
+    for (int64_t j = run->first; j < run->first + run->count; ++j, s += Q<A>) {
+      Vec<A> s0 = load(s), s1 = load(s + W<A>);
+      if (!rule.whole(*run, j)) {
+        s0 = Rule::seen(rule, *run, j, 0) ? s0 : nothing;
+        s1 = Rule::seen(rule, *run, j, 1) ? s1 : nothing;
+        store(s, s0);
+        store(s + W<A>, s1);
+      }
+      top0 = maximum<A>(top0, s0);
+      top1 = maximum<A>(top1, s1);
+    }
+  store(top, top0);
+  store(top + W<A>, top1);
+}
+
+/// -∞ -> 0, so that -∞ - x is -∞ and never NaN.
+template <class A>
+TAB_INLINE Vec<A> finite(Vec<A> x) {
+  return x == splat<A>(-__builtin_inf()) ? Vec<A>{} : x;
+}
+
+/// s = 2^(s - top) in place, `total` (Q) += its sum over the keys.
+template <class A>
+static void exponentiate(int64_t keys, const A* top, A* s, A* total) {
+  const Vec<A> top0 = finite<A>(load(top)), top1 = finite<A>(load(top + W<A>));
+  Vec<A> sum0 = load(total), sum1 = load(total + W<A>);
+  for (A* end = s + keys * Q<A>; s < end; s += Q<A>) {
+    const Vec<A> p0 = exp2<A>(load(s) - top0), p1 = exp2<A>(load(s + W<A>) - top1);
+    store(s, p0);
+    store(s + W<A>, p1);
+    sum0 += p0;
+    sum1 += p1;
+  }
+  store(total, sum0);
+  store(total + W<A>, sum1);
+}
+
+/// What was summed under `old` maxima becomes a sum under `top`.
+template <class A>
+static void rescale(int64_t count, int64_t width, const A* old, const A* top, A* total, A* o) {
+  A factor[Q<A>];
+  for (int64_t i = 0; i < Q<A>; i += W<A>) {
+    const Vec<A> f = exp2<A>(load(old + i) - finite<A>(load(top + i)));
+    store(factor + i, f);
+    store(total + i, load(total + i) * f);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < width; j += W<A>)
+      store(o + i * width + j, load(o + i * width + j) * factor[i]);
+}
+
+/// o and lse of the queries i0 … of one head, which may see the keys of `runs`.
+template <class T, class Rule>
+static void strip_forward(const Strip& a, const Rule& rule, int64_t head, int64_t i0,
+                          const Run* run, const Run* end, Stretch* stretch,
+                          Arena<acc_t<T>> arena) {
+  using A = acc_t<T>;
+  const int64_t b = head / a.h, h = head % a.h, dp = padded<A>(a.d), ep = padded<A>(a.e);
+  const int64_t count = i0 + Q<A> < a.n ? Q<A> : a.n - i0;
+  A *qt = arena.take(a.d * Q<A>), *q = arena.take(Q<A> * dp), *o = arena.take(Q<A> * ep);
+  A *s = arena.take(a.chunk * Q<A>), *k = nullptr, *v = nullptr;
+  if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
+  Keys<T> keys{a, b, h, k, v, stretch};
+  A top[Q<A>], old[Q<A>], total[Q<A>];
+  constexpr A log2e = A(1.4426950408889634), ln2 = A(0.6931471805599453);
+
+  load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
+  turn(count, a.d, q, A(a.scale) * log2e, qt);
+  clear(o, count * ep);
+  clear(total, Q<A>);
+  for (int64_t i = 0; i < Q<A>; ++i) top[i] = -__builtin_inf();
+  for (bool first = true; run < end; first = false) {
+    const Run* begin = run;
+    run = Keys<T>::next(keys, run, end);
+    keys_times<T>(keys, false, qt, s);
+    __builtin_memcpy(old, top, sizeof top);
+    mask_scores(rule, begin, run, s, top);
+    if (!first) rescale(count, ep, old, top, total, o);
+    exponentiate(keys.size, top, s, total);
+    times_keys<T>(keys, rule, i0, count, true, s, o);
+  }
+  A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
+  for (int64_t i = 0; i < count; ++i) {
+    store_row(row<T>(a.o, b, h, i0 + i), a.e, o + i * ep, total[i] == 0 ? A(0) : 1 / total[i]);
+    lse[i] = (top[i] + log2(total[i])) * ln2;
+  }
+}
+
+}  // namespace tab::TAB_ISA
