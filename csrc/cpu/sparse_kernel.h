@@ -1,0 +1,89 @@
+// Block-sparse attention, the arithmetic (formulas: sparse.cpp, strip_kernel.h, strip_backward.h).
+// Included once per instruction set.
+
+#include "strip_kernel.h"
+#include "strip_backward.h"
+
+namespace tab::TAB_ISA {
+
+/// The lanes see a run by the bit of their block row; causal: and only keys j ≤ i.
+template <class A>
+struct Blocks {
+  const Sparse& a;
+  int64_t i0, i1, rows;  // rows: a bit for each block row of the strip
+  Int<A> lane[2], bit[2];
+
+  TAB_INLINE Blocks at(const Sparse& a, int64_t i0) {
+    const int64_t i1 = i0 + Q<A> < a.n ? i0 + Q<A> : a.n, first = i0 / a.block;
+    Blocks x{a, i0, i1, (int64_t(2) << ((i1 - 1) / a.block - first)) - 1, {}, {}};
+    for (int64_t i = 0; i < Q<A>; ++i) {
+      x.lane[i / W<A>][i % W<A>] = i0 + i;
+      x.bit[i / W<A>][i % W<A>] = (i0 + i) / a.block - first;
+    }
+    return x;
+  }
+  int64_t from(int64_t) const { return 0; }
+  int64_t to(int64_t i) const { return a.causal ? i + 1 : a.n; }
+  int64_t seen_from(int64_t j) const { return a.causal ? j : 0; }
+  int64_t seen_to(int64_t) const { return a.n; }
+  bool whole(const Run& run, int64_t j) const {
+    return run.rows == rows && (!a.causal || j <= i0);
+  }
+  TAB_INLINE Int<A> seen(const Blocks& x, const Run& run, int64_t j, int half) {
+    typedef typename integer<A>::scalar I;
+    const Int<A> listed = (Int<A>{} + I(run.rows)) >> x.bit[half] & 1;
+    const Int<A> yes = listed != 0;
+    return x.a.causal ? yes & (x.lane[half] >= I(j)) : yes;
+  }
+};
+
+/// The keys that the block rows of a strip list, in order; neighbours of one kind are one run.
+/// Which rows list block c is noted in scratch[c].count meanwhile.
+template <class A>
+TAB_INLINE int64_t list_keys(const Blocks<A>& rule, int64_t head, Stretch* scratch,
+                             Run* runs) {
+  const Sparse& a = rule.a;
+  const int32_t* row_ptr = a.row_ptr + (a.patterns == 1 ? 0 : head % a.h) * (a.blocks + 1);
+  const int64_t first = rule.i0 / a.block, last = (rule.i1 - 1) / a.block;
+  for (int64_t c = 0; c < a.blocks; ++c) scratch[c].count = 0;
+  for (int64_t r = first; r <= last; ++r)
+    for (int32_t p = row_ptr[r]; p < row_ptr[r + 1]; ++p)
+      scratch[a.col[p]].count |= int64_t(1) << (r - first);
+  const int64_t end = a.causal ? rule.i1 : a.n;
+  int64_t count = 0;
+  Run* run = nullptr;
+  for (int64_t c = 0; c < a.blocks; ++c) {
+    const int64_t rows = scratch[c].count;
+    for (int64_t j = c * a.block, stop = j + a.block < end ? j + a.block : end; rows && j < stop;) {
+      const bool joins = run && run->rows == rows && run->first + run->count == j &&
+                         run->count < a.chunk;
+      if (!joins) {
+        run = runs + count++;
+        *run = {j, 0, rows};
+      }
+      const int64_t room = a.chunk - run->count, more = room < stop - j ? room : stop - j;
+      run->count += more, j += more;
+    }
+  }
+  return count;
+}
+
+template <class T>
+static void strips(const Sparse& a, const Part& part, const Sums* sums, Run* runs,
+                   Stretch* stretch, void* scratch) {
+  using A = acc_t<T>;
+  for (int64_t i = part.first; i < part.last; i += part.step) {
+    const auto rule = Blocks<A>::at(a, i * Q<A>);
+    const int64_t count = list_keys<A>(rule, part.head, stretch, runs);
+    const Arena<A> arena{static_cast<A*>(scratch)};
+    if (sums == nullptr)
+      strip_forward<T>(a, rule, part.head, i * Q<A>, runs, runs + count, stretch, arena);
+    else
+      strip_backward<T>(a, rule, part.head, i * Q<A>, runs, runs + count, stretch, *sums, arena);
+  }
+}
+
+template <class T>
+constexpr StripKernels<Sparse> sparse_kernels = {W<acc_t<T>>, strips<T>, finish<T, Sparse>};
+
+}  // namespace tab::TAB_ISA
