@@ -46,5 +46,5 @@ def test_kernels_refuses_its_bare_name():
 
 
 def test_unknown_default_backend_is_refused():
-    done = run("import tab", TAB_BACKEND="fast")
+    done = run("import tab.ops", TAB_BACKEND="fast")
     assert done.returncode and "TAB_BACKEND='fast' is none of auto, reference" in done.stderr
