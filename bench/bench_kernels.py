@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from tab.bench.cases import SIZES, Case, problem, work
+from tab.bench.cases import SIZES, cases, problem, work
 from tab.bench.contestants import PYTORCH, contestants
 from tab.bench.measure import call, measure, percentiles, speedup
 from tab.bench.roofline import measure_roofline, synchronize
@@ -27,8 +27,8 @@ def pytest_generate_tests(metafunc):
     ops = list(PYTORCH) if ops == "all" else ops.split(",")
     for size in sizes:
         assert size in SIZES, f"unknown size {size}; choose from {', '.join(SIZES)}"
-    cases = [Case(op, size, device=DEVICE) for op in ops for size in sizes]
-    metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+    chosen = cases(ops, sizes, device=DEVICE)
+    metafunc.parametrize("case", chosen, ids=[case.name for case in chosen])
     metafunc.parametrize("direction", ["forward", "both"])
     metafunc.parametrize("name", [*NAMES, *MASKED, *OTHERS])
 

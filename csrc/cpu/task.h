@@ -11,6 +11,13 @@
 
 #include "../common.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, bytes) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(from, bytes) ((void)0)
+#endif
+
 namespace tab {
 
 // --- instruction sets -----------------------------------------------------------------------------
@@ -80,7 +87,7 @@ inline int64_t segments(int64_t rows, int64_t tiles) {
 // --- scratch --------------------------------------------------------------------------------------
 
 /// Hands out cache-line aligned pieces of one buffer. Passed by value: what a callee takes is free
-/// again when it returns.
+/// again when it returns. Under AddressSanitizer the gap behind a piece is out of bounds.
 template <class A>
 struct Arena {
   A* next;
@@ -89,6 +96,8 @@ struct Arena {
   A* take(int64_t n) {
     A* piece = next;
     next += cost(n);
+    ASAN_UNPOISON_MEMORY_REGION(piece, n * sizeof(A));
+    ASAN_POISON_MEMORY_REGION(piece + n, (cost(n) - n) * sizeof(A));
     return piece;
   }
 };
@@ -106,6 +115,8 @@ Arena<A> arena(int64_t count) {
     buffer.reset(static_cast<A*>(::operator new[](count * sizeof(A), std::align_val_t(64))));
     size = count;
   }
+  ASAN_UNPOISON_MEMORY_REGION(buffer.get(), count * sizeof(A));
+  ASAN_POISON_MEMORY_REGION(buffer.get() + count, (size - count) * sizeof(A));
   return {buffer.get()};
 }
 

@@ -20,8 +20,12 @@ SIZES: dict[str, dict[str, int]] = {
     "long": {"B": 1, "H": 8, "N": 8192, "D": 64},
     "window": {"B": 4, "H": 8, "N": 2048, "D": 64},
     "bigbird": {"B": 1, "H": 8, "N": 4096, "D": 64},
+    "decode": {"B": 16, "H": 8, "N": 4096, "D": 64},  # one query after N tokens
     "tiny": {"B": 2, "H": 2, "N": 65, "D": 16},
+    # for peak memory against N
+    **{f"n{n}": {"B": 1, "H": 4, "N": n, "D": 64} for n in (1024, 2048, 4096, 8192, 16384)},
 }
+DECODES = ("linear", "mla")  # ops whose `decode` size is measured
 FEATURES = 256  # M of performer
 WINDOW = 128  # tokens on each side in local
 BLOCK = 64  # sparse
@@ -50,6 +54,11 @@ class Case:
         return size["B"], size["H"], size["N"], size["D"]
 
     @property
+    def decode(self) -> bool:
+        """One query per sequence: linear from its state, mla from its cache of latents."""
+        return self.size == "decode"
+
+    @property
     def window(self) -> int:
         return WINDOW if self.shape[2] > 2 * WINDOW else CIFAR_WINDOW
 
@@ -73,13 +82,27 @@ class Problem:
         """One batch entry and all heads, in another type: for the check against float64."""
         batched = len(self.inputs) - (2 if self.case.op == "mla" else 0)  # its weights have none
         cut = tuple(
-            (x[:1] if i < batched else x).detach().to(dtype) for i, x in enumerate(self.inputs)
+            _at_least(x[:1] if i < batched else x, dtype) for i, x in enumerate(self.inputs)
         )
         fixed = {
-            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            name: _at_least(x, dtype) if isinstance(x, Tensor) else x
             for name, x in self.fixed.items()
         }
         return Problem(self.case.with_dtype(dtype), cut, fixed)
+
+
+def _at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """States and projections stay in float32 beside half types."""
+    return x.detach().to(torch.promote_types(x.dtype, dtype))
+
+
+def cases(ops, sizes, causal=(False,), dtype=torch.float32, device="cpu") -> list[Case]:
+    """Each op at each size; only some have a `decode` form, which is causal by itself."""
+    every = [Case(op, size, c, dtype, device) for op in ops for size in sizes for c in causal]
+    some = [c for c in every if not c.decode or (c.op in DECODES and c.causal == causal[0])]
+    if not some:
+        raise ValueError(f"{', '.join(ops)}: no size decode; it is for {', '.join(DECODES)}")
+    return some
 
 
 def problem(case: Case, seed: int = 0) -> Problem:
@@ -87,12 +110,22 @@ def problem(case: Case, seed: int = 0) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     b, h, n, d = case.shape
 
+    acc = torch.promote_types(case.dtype, torch.float32)
+
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         x = torch.randn(shape, generator=generator) * scale
         return x.to(case.device, case.dtype)
 
+    if case.op == "linear" and case.decode:
+        one = [randn(b, h, 1, d) for _ in range(3)]
+        state = randn(b, h, d, d).to(acc), randn(b, h, d).to(acc).abs()
+        return Problem(case, (*one, *state), {})
+    nope, value = d // 2, d // 2
+    if case.op == "mla" and case.decode:
+        up = (randn(h, width, RANK, scale=RANK**-0.5) for width in (nope, value))
+        inputs = randn(b, h, nope), randn(b, h, ROPE), randn(b, n, RANK + ROPE), *up
+        return Problem(case, inputs, {})
     if case.op == "mla":
-        nope, value = d // 2, d // 2
         inputs = (
             randn(b, h, n, nope),
             randn(b, h, n, ROPE),
@@ -106,7 +139,7 @@ def problem(case: Case, seed: int = 0) -> Problem:
     fixed: dict[str, object] = {}
     if case.op == "performer":
         projection = tab.orthogonal_projection(FEATURES, d, generator=generator)
-        fixed["projection"] = projection.to(case.device, case.dtype)
+        fixed["projection"] = projection.to(case.device, acc)
     if case.op == "sparse":
         pattern = tab.BlockPattern.bigbird(n, heads=h, block_size=case.block)
         fixed["pattern"] = pattern.to(case.device)
@@ -116,6 +149,15 @@ def problem(case: Case, seed: int = 0) -> Problem:
 def ours(p: Problem, backend: str) -> Callable[..., Tensor]:
     """TAB's own op on the inputs of `p`."""
     causal = p.case.causal
+    if p.case.op == "linear" and p.case.decode:
+        return lambda q, k, v, *state: tab.linear_attention(
+            q, k, v, causal=True, initial_state=state, return_state=True, backend=backend
+        )
+    if p.case.op == "mla" and p.case.decode:
+        rows = torch.full((p.inputs[2].shape[0],), p.case.shape[2], device=p.case.device)
+        return lambda q_nope, q_rope, cache, *w: tab.mla_decode(
+            q_nope, q_rope, cache, rows, *w, backend=backend
+        )
     if p.case.op == "linear":
         return lambda q, k, v: tab.linear_attention(q, k, v, causal=causal, backend=backend)
     if p.case.op == "performer":
@@ -140,7 +182,9 @@ def work(p: Problem) -> dict[str, tuple[float, float]]:
     b, h, n, d = p.case.shape
     element = p.inputs[0].element_size()
     tokens = b * h * n
-    moved = sum(x.numel() for x in p.inputs) * element
+    moved = sum(x.nbytes for x in p.inputs)
+    if p.case.decode:
+        return {"forward": _decode_work(p, moved)}
     if p.case.op == "linear":
         out, forward, backward = d, 4 * d * d * tokens, 8 * d * d * tokens
     elif p.case.op == "performer":
@@ -161,6 +205,17 @@ def work(p: Problem) -> dict[str, tuple[float, float]]:
         "backward": (backward, 2 * moved + 2 * written),
         "both": (forward + backward, 3 * moved + 3 * written),
     }
+
+
+def _decode_work(p: Problem, moved: int) -> tuple[float, float]:
+    b, h, n, d = p.case.shape
+    element = p.inputs[0].element_size()
+    if p.case.op == "linear":  # the state is written back
+        return 4 * d * d * b * h, moved + p.inputs[3].nbytes + p.inputs[
+            4
+        ].nbytes + b * h * d * element
+    up, each = 2 * RANK * (d // 2 + d // 2), 2 * n * (RANK + ROPE) + 2 * n * RANK
+    return b * h * (up + each), moved + b * h * (d // 2) * element
 
 
 def _pairs(p: Problem) -> int:

@@ -42,7 +42,7 @@ def run(
         return
     import torch
 
-    from .cases import SIZES, Case
+    from .cases import SIZES, cases
     from .contestants import PYTORCH
     from .measure import DIRECTIONS, measure
     from .results import picture, save, tables
@@ -55,19 +55,15 @@ def run(
         _chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
     ]
     prefixes = None if contestants == "all" else tuple(contestants.split(","))
-    cases = [
-        Case(op, size, flag, kind, device)
-        for op in _chosen(ops, list(PYTORCH), "op")
-        for size in _chosen(sizes, list(SIZES), "size")
-        for flag in flags
-    ]
+    every = _chosen(ops, list(PYTORCH), "op"), _chosen(sizes, list(SIZES), "size")
+    chosen = cases(*every, flags, kind, device)
     roofline = measure_roofline(kind, device)
     console.print(
         f"ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
     )
     rows = []
-    for case in cases:
+    for case in chosen:
         rows += measure(
             case,
             roofline,

@@ -1,7 +1,7 @@
 """Who competes: TAB's backends, what PyTorch offers, and peers that are found installed.
 
 A contestant is (name, function of the case's inputs) or the reason why it is not there. The eager
-versions are what a user would write by hand; `compile` is torch.compile of the same function.
+versions (eager.py) are what a user would write by hand; `compile` is torch.compile of the same.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import OPS
+from . import eager
 from .cases import Problem, ours
 
 
@@ -28,50 +30,33 @@ class Contestant:
 
 def contestants(p: Problem) -> Iterator[Contestant]:
     """TAB first, then PyTorch, then peers; those that cannot run here carry the reason."""
-    op = OPS[f"{p.case.op}_fwd"]
-    device = p.case.device.split(":")[0]
-    yield Contestant("tab", lambda p: ours(p, "auto"))
+    op = OPS["mla_decode" if p.case.decode and p.case.op == "mla" else f"{p.case.op}_fwd"]
+    device, gradient = p.case.device.split(":")[0], not p.case.decode
+    yield Contestant("tab", lambda p: ours(p, "auto"), differentiable=gradient)
     for backend in ("reference", "cpp") if device == "cpu" else ("reference", "triton", "cuda"):
         yield Contestant(
-            f"tab {backend}", lambda p, b=backend: ours(p, b), why_not=op.why_not(backend)
+            f"tab {backend}",
+            lambda p, b=backend: ours(p, b),
+            why_not=op.why_not(backend),
+            differentiable=gradient,
         )
     yield from PYTORCH[p.case.op](p)
-    yield from _peers(p)
+    if not p.case.decode:
+        yield from _peers(p)
 
 
 # --- what a user would write ---------------------------------------------------------------------
 
 
 def _linear(p: Problem) -> Iterator[Contestant]:
-    def full(q, k, v):
-        fq, fk = F.elu(q) + 1, F.elu(k) + 1
-        return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
-
-    def causal(q, k, v):
-        scores = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
-        return (scores @ v) / scores.sum(-1, keepdim=True)
-
-    yield from _eager_and_compiled(causal if p.case.causal else full)
+    if p.case.decode:
+        return _eager_and_compiled(eager.linear_decode, differentiable=False)
+    return _eager_and_compiled(partial(eager.linear, causal=p.case.causal))
 
 
 def _performer(p: Problem) -> Iterator[Contestant]:
     w = p.fixed["projection"]
-
-    def features(x, shift_over):
-        y = (x * x.shape[-1] ** -0.25) @ w.mT - 0.5 * x.shape[-1] ** -0.5 * (x * x).sum(
-            -1, keepdim=True
-        )
-        return (y - y.amax(shift_over, keepdim=True)).exp()
-
-    def full(q, k, v):
-        fq, fk = features(q, -1), features(k, (-1, -2))
-        return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
-
-    def causal(q, k, v):
-        scores = (features(q, -1) @ features(k, (-1, -2)).mT).tril()
-        return (scores @ v) / scores.sum(-1, keepdim=True)
-
-    yield from _eager_and_compiled(causal if p.case.causal else full)
+    return _eager_and_compiled(partial(eager.performer, projection=w, causal=p.case.causal))
 
 
 def _banded(p: Problem) -> Iterator[Contestant]:
@@ -81,7 +66,8 @@ def _banded(p: Problem) -> Iterator[Contestant]:
         w, c, device = p.case.window, p.case.causal, p.case.device
         i, j = torch.arange(n, device=device)[:, None], torch.arange(n, device=device)
         mask = (i - j <= w) & (j - i <= (0 if c else w))
-        yield from _eager_and_compiled(_chunked_window(p), name="chunked")
+        chunked = partial(eager.chunked_window, window=w, causal=c)
+        yield from _eager_and_compiled(chunked, name="chunked")
 
         def rule(b, h, qi, kj):
             return (qi - kj <= w) & (kj - qi <= (0 if c else w))
@@ -94,10 +80,7 @@ def _banded(p: Problem) -> Iterator[Contestant]:
         def rule(b, h, qi, kj):
             return dense[h, qi, kj]
 
-    yield Contestant(
-        "sdpa+mask",
-        lambda _: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-    )
+    yield Contestant("sdpa+mask", lambda _: partial(eager.masked, mask=mask))
     for block in (64, 128):
         yield _flex(p, rule, block)
 
@@ -115,49 +98,22 @@ def _flex(p: Problem, rule: Callable, block: int) -> Contestant:
     return Contestant(f"flex-{block}", build, differentiable=not cpu)
 
 
-def _chunked_window(p: Problem) -> Callable[..., Tensor]:
-    """Blocks of w queries against three blocks of keys: the usual PyTorch sliding window."""
-    w, causal = p.case.window, p.case.causal
-
-    def attend(q, k, v):
-        n = q.shape[2]
-        pad = -n % w
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
-        blocks = (n + pad) // w
-        around = [F.pad(x, (0, 0, w, w)).unfold(2, 3 * w, w) for x in (k, v)]
-        kb, vb = (x.transpose(-1, -2) for x in around)  # (B, H, blocks, 3w, D)
-        qb = q.unflatten(2, (blocks, w))
-        i = torch.arange(blocks, device=q.device)[:, None, None] * w
-        i = i + torch.arange(w, device=q.device)[:, None]
-        j = torch.arange(blocks, device=q.device)[:, None, None] * w - w
-        j = j + torch.arange(3 * w, device=q.device)
-        keep = (i - j <= w) & (j - i <= (0 if causal else w)) & (j >= 0) & (j < n)
-        keep = keep | (i >= n)  # padding rows: any key, thrown away below
-        o = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=keep)
-        return o.flatten(2, 3)[:, :, :n]
-
-    return attend
-
-
 def _mla(p: Problem) -> Iterator[Contestant]:
-    causal = p.case.causal
-
-    def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
-        h, scale = q_nope.shape[1], (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
-        k = torch.cat(
-            [torch.einsum("bnr,hdr->bhnd", c_kv, w_uk), k_rope[:, None].expand(-1, h, -1, -1)], -1
-        )
-        v = torch.einsum("bnr,hdr->bhnd", c_kv, w_uv)
-        q = torch.cat([q_nope, q_rope], -1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-
-    yield from _eager_and_compiled(expand, name="expand+sdpa")
+    if not p.case.decode:
+        yield from _eager_and_compiled(partial(eager.mla, causal=p.case.causal), "expand+sdpa")
+        return
+    yield from _eager_and_compiled(eager.mla_decode, "absorb", differentiable=False)
+    yield Contestant("absorb+sdpa", lambda _: eager.mla_decode_sdpa, differentiable=False)
 
 
-def _eager_and_compiled(f: Callable, name: str = "eager") -> Iterator[Contestant]:
-    yield Contestant(name, lambda _: f)
+def _eager_and_compiled(
+    f: Callable, name: str = "eager", differentiable: bool = True
+) -> Iterator[Contestant]:
+    yield Contestant(name, lambda _: f, differentiable=differentiable)
     label = "compile" if name == "eager" else f"{name} compile"
-    yield Contestant(label, lambda _: torch.compile(f, dynamic=False))
+    yield Contestant(
+        label, lambda _: torch.compile(f, dynamic=False), differentiable=differentiable
+    )
 
 
 PYTORCH = {

@@ -68,12 +68,13 @@ def measure(
             if direction == "forward" or _differentiable(entrants, name)
         }
         flush = _flusher(case.device) if cold else None
-        for name, times in _take_turns(
+        for name, times in take_turns(
             able, case.device, budget, min_rounds, max_rounds, flush, seed
         ).items():
             rows[name].seconds[direction] = times
     for name, f in runners.items():
-        rows[name].peak_bytes = _peak(call(f, p, directions[-1]), case.device)
+        last = directions[-1] if _differentiable(entrants, name) else "forward"
+        rows[name].peak_bytes = peak(call(f, p, last), case.device)
     for row in rows.values():
         for direction, (flops, moved) in work(p).items():
             row.floor[direction] = roofline.floor(flops, moved)
@@ -111,6 +112,7 @@ def _admit(c: Contestant, p: Problem, row: Row, runners: dict, gradient: bool) -
 def _run(f: Callable, p: Problem, gradient: bool) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_(gradient) for x in p.inputs]
     out = f(*leaves)
+    out = out if isinstance(out, Tensor) else out[0]  # a state or lse beside it is not compared
     if not gradient:
         return [out.detach()]
     weight = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device)
@@ -136,7 +138,7 @@ def call(f: Callable, p: Problem, direction: str) -> tuple[Callable, Callable]:
     return lambda: None, lambda _: torch.autograd.grad(f(*leaves), leaves, do)
 
 
-def _take_turns(calls, device, budget, min_rounds, max_rounds, flush, seed) -> dict:
+def take_turns(calls, device, budget, min_rounds, max_rounds, flush, seed) -> dict:
     """Rounds in which everyone runs once, in shuffled order; slow ones stop at their budget."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name, (prepare, timed) in calls.items():  # warm up, and see who is slow
@@ -173,8 +175,12 @@ def _flusher(device: str) -> Callable:
     return lambda: buffer.add_(1)
 
 
-def _peak(call: tuple[Callable, Callable], device: str) -> int | None:
-    """Bytes that one call holds above what was there before; None where the system cannot tell."""
+def peak(call: tuple[Callable, Callable], device: str) -> int | None:
+    """Bytes that one call holds above what was there before; None where the system cannot tell.
+
+    On a CPU only in whole pages, and what the process keeps from earlier calls (scratch memory of
+    kernels, freed blocks) does not count again: memory.py asks in a fresh process.
+    """
     prepare, timed = call
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
