@@ -10,12 +10,17 @@ from tab.ops import mla
 from tab.ops.mla import mla_bwd, mla_fwd
 from tab.ops.mla_decode import mla_decode_op
 
-FORMS = ("fused", "expand", "absorb")
+needs_cpp = pytest.mark.skipif(
+    mla_fwd.why_not("cpp") is not None, reason=str(mla_fwd.why_not("cpp"))
+)
+# The fused form is its reference; "cpp" is the fused form in C++.
+FORMS = ("fused", "expand", "absorb", pytest.param("cpp", marks=needs_cpp))
 NAMES = "o lse dq_nope dq_rope dc_kv dk_rope dw_uk dw_uv"
 SIZES = [  # B, H, N, Dn, Dr, R, Dv
     (2, 1, 1, 4, 2, 3, 5),
     (2, 3, 63, 5, 4, 7, 6),
     (1, 8, 65, 16, 8, 24, 16),
+    (3, 2, 130, 33, 16, 40, 17),
 ]
 
 
@@ -50,8 +55,15 @@ def textbook(causal=False, key_mask=None, scale=None):
     return f
 
 
+def named(form, **options):
+    """The options of mla_attention for one of FORMS."""
+    backend = {"fused": "reference", "cpp": "cpp"}.get(form, "auto")
+    return {"form": "fused" if form == "cpp" else form, "backend": backend, **options}
+
+
 def ours(form, **options):
-    return lambda *x: mla_attention(*x, form=form, return_lse=True, **options)
+    options = named(form, **options)
+    return lambda *x: mla_attention(*x, return_lse=True, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,7 +116,7 @@ def test_without_lse(form, generator):
     for options in ({}, {"causal": True}, {"causal": True, "key_mask": mask}):
 
         def short(*x, options=options):
-            return mla_attention(*x, form=form, **options)
+            return mla_attention(*x, **named(form, **options))
 
         def long(*x, options=options):
             return textbook(**options)(*x)[0]
@@ -133,7 +145,7 @@ def test_a_query_that_sees_nothing(form, lse, generator):
     mask = torch.tensor([[False] * 5, [True] * 5])
 
     def f(*x):
-        out = mla_attention(*x, form=form, key_mask=mask, return_lse=lse)
+        out = mla_attention(*x, **named(form), key_mask=mask, return_lse=lse)
         return out[0] if lse else out
 
     o, *grads = outputs_and_gradients(f, x)
@@ -151,14 +163,14 @@ def test_max_logits(form, causal, generator):
     """max_logits against the largest score a textbook softmax takes in; N over one chunk of it."""
     x = operands((2, 3, 300, 4, 2, 6, 4), generator, torch.float64)
     mask = torch.rand(2, 300, generator=generator) < 0.5
-    o, peak = mla_attention(*x, form=form, causal=causal, key_mask=mask, return_max_logits=True)
+    o, peak = mla_attention(*x, **named(form), causal=causal, key_mask=mask, return_max_logits=True)
     qn, qr, c, kr, uk, _ = x
     s = (qn @ (c[:, None] @ uk.mT).mT + qr @ kr[:, None].mT) * 6**-0.5
     s = s.masked_fill(~(mask[:, None, None] & mask[:, None, :, None]), -torch.inf)
     s = s.masked_fill(torch.ones(300, 300).triu(1).bool(), -torch.inf) if causal else s
     torch.testing.assert_close(peak, s.amax((-2, -1)))
     both = mla_attention(
-        *x, form=form, causal=causal, key_mask=mask, return_lse=True, return_max_logits=True
+        *x, **named(form), causal=causal, key_mask=mask, return_lse=True, return_max_logits=True
     )
     torch.testing.assert_close(both[0], o)
     torch.testing.assert_close(both[2], peak)
@@ -199,7 +211,7 @@ def test_meta_compile_autocast(form, generator):
 
     def f(*x):
         return mla_attention(
-            *x, causal=True, key_mask=mask, form=form, return_lse=True, return_max_logits=True
+            *x, causal=True, key_mask=mask, **named(form), return_lse=True, return_max_logits=True
         )[:2]
 
     eager = outputs_and_gradients(f, x)
@@ -207,7 +219,7 @@ def test_meta_compile_autocast(form, generator):
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for a, b in zip(outputs_and_gradients(compiled, x), eager, strict=True):
         torch.testing.assert_close(a, b)
-    out = mla_attention(*(t.to("meta") for t in x), form=form)
+    out = mla_attention(*(t.to("meta") for t in x), **named(form))
     assert out.shape == eager[0].shape
     assert out.stride() == eager[0].stride()
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,7 +233,7 @@ def test_token_major(form, generator):
     x = operands((2, 3, 9, 8, 4, 8, 6), generator)
     o, _, dqn, dqr, *_ = outputs_and_gradients(ours(form), x)
     assert o.transpose(1, 2).is_contiguous()
-    if form == "fused":
+    if form in ("fused", "cpp"):
         assert dqn.transpose(1, 2).is_contiguous()
         assert dqr.transpose(1, 2).is_contiguous()
 
@@ -254,9 +266,11 @@ def test_reference_by_name_is_full_precision_under_autocast(generator):
     x = operands((2, 3, 9, 8, 4, 8, 6), generator, torch.bfloat16)
     truth = outputs_and_gradients(ours("fused", backend="reference"), x)
     with torch.autocast("cpu", torch.bfloat16):
-        for backend in ("reference", "auto"):
-            given = outputs_and_gradients(ours("fused", backend=backend), x)
-            assert all(torch.equal(a, b) for a, b in zip(given, truth, strict=True))
+        given = outputs_and_gradients(ours("fused", backend="reference"), x)
+        assert all(torch.equal(a, b) for a, b in zip(given, truth, strict=True))
+        other = outputs_and_gradients(ours("fused", backend="auto"), x)
+    for a, b in zip(other, truth, strict=True):  # C++ where it is built
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
 
 
 # --- decode ---------------------------------------------------------------------------------------

@@ -15,52 +15,6 @@ namespace tab::TAB_ISA {
 template <class A>
 constexpr int64_t Q = 2 * W<A>;
 
-/// 2^x for x ≤ 0 by a polynomial in x - round(x): degree 6, minimax, for float (at most 0.6 units
-/// of the last place), Taylor of degree 13 for double. It is 0 at and below 2^-127 (2^-1023), so
-/// that masked scores of -∞ vanish; NaN gives NaN.
-template <class A>
-TAB_INLINE Vec<A> exp2(Vec<A> x) {
-  constexpr bool single = sizeof(A) == 4;
-  constexpr A low = single ? A(-127) : A(-1023), magic = single ? A(0x1.8p23) : A(0x1.8p52);
-  x = x < low ? splat<A>(low) : x;
-  const Vec<A> shifted = x + magic, r = x - (shifted - magic);
-  Vec<A> y;
-  if constexpr (single) {
-    y = splat<A>(0x1.44400395d945cp-13f);
-    y = y * r + 0x1.5f0896ef8d38fp-10f;
-    y = y * r + 0x1.3b2a1b6c92d5fp-7f;
-    y = y * r + 0x1.c6af6cce0b480p-5f;
-    y = y * r + 0x1.ebfbe045f9936p-3f;
-    y = y * r + 0x1.62e4302fcd000p-1f;
-  } else {
-    constexpr double ln2 = 0.6931471805599453;
-    double term = 1, terms[14];
-    for (int i = 1; i <= 13; ++i) terms[i] = term *= ln2 / i;
-    y = splat<A>(terms[13]);
-    for (int i = 12; i >= 1; --i) y = y * r + terms[i];
-  }
-  y = y * r + A(1);
-  constexpr int mantissa = single ? 23 : 52;
-  return as<Vec<A>>(as<Int<A>>(y) + (as<Int<A>>(shifted) << mantissa));
-}
-
-template <class A>
-TAB_INLINE A log2(A x) {
-  if constexpr (sizeof(A) == 4)
-    return __builtin_log2f(x);
-  else
-    return __builtin_log2(x);
-}
-
-template <class T>
-TAB_INLINE T* row(const Rows& x, int64_t b, int64_t h, int64_t t) {
-  return static_cast<T*>(x.data) + b * x.b + h * x.h + t * x.n;
-}
-template <class T>
-static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, acc_t<T>* y) {
-  for (int64_t i = 0; i < count; ++i)
-    load_row(x + i * step, width, y + i * padded<acc_t<T>>(width));
-}
 /// y (width, Q) = scale·xᵀ of x (count ≤ Q, padded width); lanes past count are 0.
 template <class A>
 static void turn(int64_t count, int64_t width, const A* x, A scale, A* y) {
@@ -175,12 +129,6 @@ static void mask_scores(const Rule& rule, const Run* run, const Run* end, A* s, 
     }
   store(top, top0);
   store(top + W<A>, top1);
-}
-
-/// -∞ -> 0, so that -∞ - x is -∞ and never NaN.
-template <class A>
-TAB_INLINE Vec<A> finite(Vec<A> x) {
-  return x == splat<A>(-__builtin_inf()) ? Vec<A>{} : x;
 }
 
 /// s = 2^(s - top) in place, `total` (Q) += its sum over the keys.
