@@ -9,9 +9,20 @@ from torch.testing import assert_close
 
 from tab import orthogonal_projection, performer_attention
 from tab.layers import build_attention
-from tab.ops import OPS
+from tab.ops import OPS, use_backend
 
 KERNELS = ("softmax", "relu")
+needs_cpp = pytest.mark.skipif(
+    OPS["performer_fwd"].why_not("cpp") is not None, reason=str(OPS["performer_fwd"].why_not("cpp"))
+)
+BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
+each_backend = pytest.mark.usefixtures("backend")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def features(x, w, kernel):
@@ -64,6 +75,7 @@ def call(w, **options):
     )
 
 
+@each_backend
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("n, h", ((1, 1), (63, 3), (65, 8), (150, 1)))
@@ -78,6 +90,7 @@ def test_accuracy(generator, n, h, kernel, causal):
     )
 
 
+@each_backend
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
 def test_dtypes(generator, dtype, causal):
@@ -94,6 +107,7 @@ def test_dtypes(generator, dtype, causal):
     )
 
 
+@each_backend
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("scale", (0.5, 1.0, 2.0, 4.0, 6.0))
 def test_error_at_every_scale(scale, causal):
@@ -107,6 +121,7 @@ def test_error_at_every_scale(scale, causal):
         assert ((o - truth).norm() / truth.norm()).item() <= 1e-5
 
 
+@each_backend
 def test_any_single_feature_may_dominate(generator):
     """Exponents far over float32's range (e^±88) on single keys: still exact, never NaN."""
     q, k, v, w = draw(generator, b=1, h=1, n=40, scale=1.0)
@@ -119,6 +134,7 @@ def test_any_single_feature_may_dominate(generator):
         assert_close(results[0].double(), truth[0], atol=1e-3, rtol=0)
 
 
+@each_backend
 @pytest.mark.parametrize("causal", (False, True))
 def test_mask(generator, causal):
     q, k, v, w = draw(generator, n=33)
@@ -132,6 +148,7 @@ def test_mask(generator, causal):
     )
 
 
+@each_backend
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("causal", (False, True))
 def test_padding_invariance_and_nothing_to_see(generator, causal, kernel):
@@ -151,6 +168,7 @@ def test_padding_invariance_and_nothing_to_see(generator, causal, kernel):
     assert all(x.isfinite().all() for x in results[-3:])
 
 
+@each_backend
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("causal", (False, True))
 def test_state_values_and_gradients(generator, causal, kernel):
@@ -182,6 +200,7 @@ def test_state_values_and_gradients(generator, causal, kernel):
     assert_accurate(f, truth, (q, k, v, s0, z0), floor=5e-6, names=names)
 
 
+@each_backend
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cuts", ((1,), (64,), (3, 50), (10, 11, 12)))
 def test_split_and_resume(generator, cuts, kernel):
@@ -210,6 +229,7 @@ def test_split_and_resume(generator, cuts, kernel):
     assert_close(pieces(q, k, v)[3], whole(q, k, v)[3], rtol=0, atol=1e-12)
 
 
+@each_backend
 @pytest.mark.parametrize("others, last", ((1, 1), (1, 100), (40, 0)))
 @pytest.mark.parametrize("n", (64, 65))
 def test_causal_leaks_nothing(generator, n, others, last):
@@ -236,6 +256,7 @@ def test_causal_memory_is_linear(generator):
     assert 0 < seen.numel <= n * 64 < n * n / 10
 
 
+@each_backend
 @pytest.mark.parametrize("causal", (False, True))
 def test_batch_and_heads_are_independent(generator, causal):
     """A shift taken over batch or heads would underflow everyone beside a large one."""
@@ -249,6 +270,7 @@ def test_batch_and_heads_are_independent(generator, causal):
     assert not torch.equal(after[changed], before[changed])
 
 
+@each_backend
 def test_eps_is_added_to_the_shifted_denominator(generator):
     q, k, v, w = draw(generator, n=1)  # one token: the denominator is the number that M terms make
     o, (_, z, _) = performer_attention(q, k, v, w, return_state=True, eps=0.5)
@@ -257,6 +279,7 @@ def test_eps_is_added_to_the_shifted_denominator(generator):
     assert ((share > 0.66) & (share < 1)).all()  # den ≥ 1
 
 
+@each_backend
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("causal", (False, True))
 def test_layouts(generator, how, causal):
@@ -270,6 +293,7 @@ def test_layouts(generator, how, causal):
             assert x.transpose(1, 2).is_contiguous()
 
 
+@each_backend
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("causal", (False, True))
 def test_gradcheck(generator, causal, kernel):
@@ -308,15 +332,18 @@ def test_opcheck(generator, causal, kernel, state):
     torch.library.opcheck(OPS["performer_bwd"].overload, backward, test_utils=tests)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None)
 @given(
     b=st.integers(1, 3), h=st.sampled_from((1, 3, 8)), n=st.integers(1, 70), d=st.integers(1, 9),
     dv=st.integers(1, 9), m=st.integers(1, 20), causal=st.booleans(),
 )  # fmt: skip
-def test_any_shape(b, h, n, d, dv, m, causal):
+def test_any_shape(backend, b, h, n, d, dv, m, causal):
     q, k, v, w = draw(torch.Generator().manual_seed(n), b=b, h=h, n=n, d=d, dv=dv, m=m)
     assert_accurate(
-        call(w, causal=causal), lambda q, k, v: naive(q, k, v, w=w, causal=causal)[0], (q, k, v)
+        call(w, causal=causal, backend=backend),
+        lambda q, k, v: naive(q, k, v, w=w, causal=causal)[0],
+        (q, k, v),
     )
 
 

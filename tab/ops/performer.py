@@ -172,8 +172,9 @@ def forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal,
 def backward_reference(
     do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
 ):
-    """-> dq, dk, dv, dS₀, dz₀. Features are made again, the query's already divided by the
-    denominator (norm = lse), so with g' = [do, -do·o] and T = [S z] at shift c:
+    """-> dq, dk, dv, dS₀, dz₀; the last two are of size 0 without an initial state. Features are
+    made again, the query's already divided by the denominator (norm = lse), so with
+    g' = [do, -do·o] and T = [S z] at shift c:
 
     dφ(q_i) = T g'_i,  dT = dT_N + Σ_i φ(q_i) g'_iᵀ,  dφ(k_j) = dT v'_j,  dv'_j = dTᵀ φ(k_j);
     db = dφ(q)∘φ', da = dφ(k)∘φ';  dq̂ = db W,  dk̂ = da W - (Σ_m da_m) k̂.
@@ -208,6 +209,8 @@ def backward_reference(
         token_major(x.to(like.dtype))
         for x, like in ((dq * scale, q), (dk * scale, k), (dv1[..., :-1], v))
     )
+    if s0 is None:
+        return *grads, t0.new_empty(0), t0.new_empty(0)
     return *grads, dt0[..., :-1].contiguous(), dt0[..., -1].contiguous()
 
 

@@ -1,0 +1,265 @@
+// FAVOR+ attention, causal. Included by performer_kernel.h, once per instruction set.
+//
+// Sums run over tiles, with the quadratic form inside a tile. One shift serves a whole tile: the
+// maximum over all of it, later keys included. It cancels, but what an early query sees must not
+// underflow on its account, so a tile ends before that maximum has grown by e^SPREAD over what its
+// first token sees. The gradient runs backwards in the same way, its shift the maximum of
+// w_m·q̂_i - lse_i over the queries behind; the keys' features e^(a_jm + shift) are then at most
+// e^SPREAD, because a_jm + w_m·q̂_i ≤ lse_i whenever i sees j.
+
+namespace tab::TAB_ISA {
+
+/// How many of the tile's n tokens, from its first on (from its last, `reverse`), share one shift.
+template <class T, class A = acc_t<T>>
+static int64_t sharing(const Stretch<T>& s, int64_t n, const A* x, const A* off, const A* c,
+                       bool reverse) {
+  constexpr A SPREAD = 30;
+  const int64_t edge = reverse ? n - 1 : 0;
+  int64_t count = n;
+  for (int64_t p = 0; s.a.kernel == 0 && count > 1 && p < s.mp / P<A>; ++p) {
+    const A* panel = x + p * P<A> * s.a.tile;
+    Vec<A> first[2] = {load(c + p * P<A>), load(c + p * P<A> + W<A>)};
+    raise(1, panel + edge * P<A>, off + edge, first);
+    for (; count > 1; count /= 2) {
+      const int64_t begin = reverse ? n - count : 0;
+      Vec<A> top[2] = {first[0], first[1]};
+      raise(count, panel + begin * P<A>, off + begin, top);
+      if (!any<A>(top[0] - first[0] > SPREAD) && !any<A>(top[1] - first[1] > SPREAD)) break;
+    }
+  }
+  return count;
+}
+
+/// Panel p of a state to the maximum over the tile, which becomes its shift.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void advance(const Stretch<T>& s, int64_t p, int64_t count, const A* x, const A* off,
+                        const FavorState<A>& t, Vec<A>* shift) {
+  Vec<A> top[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+  if (s.a.kernel == 0) {
+    raise(count, x, off, top);
+    rescale(t, p, s.ep, top);
+  }
+  shift[0] = top[0], shift[1] = top[1];
+}
+
+/// Zero right of the diagonal of p (count, Tp); what stands left of it += r, one number a row.
+template <class A>
+TAB_INLINE void lower(int64_t count, A* p, const A* r) {
+  const int64_t tp = padded<A>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (r != nullptr)
+      for (int64_t j = 0; j <= i; ++j) p[i * tp + j] += r[i];
+    clear(p + i * tp + i + 1, tp - i - 1);
+  }
+}
+
+/// o and lse over the segment; the state is that before it and leaves as that after it.
+template <class T>
+static void causal_outputs(const Performer& a, int64_t task, void* state, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto t = FavorState<A>::at(state, s.mp, s.ep);
+  const int64_t panels = s.mp / P<A>, size = P<A> * a.tile;
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *q = arena.take(a.tile * s.dp), *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
+  A *o = arena.take(a.tile * s.ep), *xq = arena.take(a.tile * s.mp);
+  A *xk = arena.take(a.tile * s.mp), *kt = arena.take(P<A> * padded<A>(a.tile));
+  A *pairs = arena.take(a.tile * padded<A>(a.tile)), *off = arena.take(a.tile);
+  A *one = arena.take(a.tile), *r = arena.take(a.tile), *top = arena.take(a.tile * W<A>);
+  A* den = arena.take(a.tile * W<A>);
+  for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
+  int64_t count;
+  for (int64_t i = s.from; i < s.to; i += count) {
+    count = S::count(s, i);
+    S::load(s, a.q, i, count, a.d, q);
+    S::load(s, a.k, i, count, a.d, k);
+    S::load(s, a.v, i, count, a.e, v);
+    S::key_offsets(s, i, count, k, off);
+    for (int64_t p = 0; p < panels; ++p) exponents(s, p, count, k, xk + p * size);
+    count = sharing(s, count, xk, off, t.c, false);
+    const int64_t tp = padded<A>(count);
+    for (int64_t j = 0; j < count * W<A>; ++j) top[j] = -INF<A>, den[j] = 0;
+    for (int64_t p = 0; p < panels; ++p) {  // r_i: over features, with what query i may know
+      exponents(s, p, count, q, xq + p * size);
+      const A *b = xq + p * size, *e = xk + p * size;
+      Vec<A> known[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+      for (int64_t j = 0; j < count; ++j, b += P<A>, e += P<A>) {
+        raise(1, e, off + j, known);
+        store(top + j * W<A>,
+              maximum<A>(maximum<A>(load(b) + known[0], load(b + W<A>) + known[1]),
+                         load(top + j * W<A>)));
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      r[j] = a.kernel == 0 ? largest<A>(load(top + j * W<A>)) : A(0);
+      r[j] = r[j] == -INF<A> ? A(0) : r[j];
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      A *b = xq + p * size, *e = xk + p * size;
+      Vec<A> c[2];
+      advance(s, p, count, e, off, t, c);
+      features(a.kernel, count, b, c, r);
+      c[0] = -finite<A>(c[0]), c[1] = -finite<A>(c[1]);
+      features(a.kernel, count, e, c, off);
+      const Vec<A> z0 = load(t.z + p * P<A>), z1 = load(t.z + p * P<A> + W<A>);
+      for (int64_t j = 0; j < count; ++j)
+        store(den + j * W<A>, load(den + j * W<A>) + load(b + j * P<A>) * z0 +
+                                  load(b + j * P<A> + W<A>) * z1);
+      gemm(count, s.ep, P<A>, b, P<A>, t.s + p * P<A> * s.ep, s.ep, o, s.ep, p != 0);
+      transpose(count, P<A>, e, P<A>, kt, tp);
+      gemm(count, tp, P<A>, b, P<A>, kt, tp, pairs, tp, p != 0);
+      accumulate_panel(t, p, s.ep, count, e, v, one);
+    }
+    lower<A>(count, pairs, nullptr);
+    gemm(count, s.ep, count, pairs, tp, v, s.ep, o, s.ep, true);
+    for (int64_t j = 0; j < count; ++j) {
+      Vec<A> seen = load(den + j * W<A>);
+      for (int64_t m = 0; m < tp; m += W<A>) seen += load(pairs + j * tp + m);
+      finish(s, i + j, o + j * s.ep, sum<A>(seen), r[j]);
+    }
+  }
+}
+
+/// dstate += Σ φ(q) (do, r) over the segment, at its running maximum of w_m·q̂_i - lse_i.
+template <class T>
+static void reads(const Performer& a, int64_t task, void* dstate, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto dt = FavorState<A>::at(dstate, s.mp, s.ep);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *q = arena.take(a.tile * s.dp), *g = arena.take(a.tile * s.ep), *x = arena.take(a.tile * P<A>);
+  A *r = arena.take(a.tile), *o = arena.take(s.ep);
+  for (int64_t i = s.from; i < s.to; i += a.tile) {
+    const int64_t count = S::count(s, i);
+    S::load(s, a.q, i, count, a.d, q);
+    S::load(s, a.grad, i, count, a.e, g);
+    row_products(s, i, count, g, o, r);
+    absorb(s, count, q, S::lse(s, i), g, r, dt, x);
+  }
+}
+
+/// pairs (count, Tp) = tril(g·vᵀ + r), with vt as scratch.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void cotangent_pairs(const Stretch<T>& s, int64_t count, const A* g, const A* r,
+                                const A* v, A* vt, A* pairs) {
+  const int64_t tp = padded<A>(count);
+  transpose(count, s.a.e, v, s.ep, vt, tp);
+  gemm(count, tp, s.a.e, g, s.ep, vt, tp, pairs, tp, false);
+  lower(count, pairs, r);
+}
+
+/// dq over the segment; the state is that before it and leaves as that after it.
+template <class T>
+static void causal_queries(const Performer& a, int64_t task, void* state, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto t = FavorState<A>::at(state, s.mp, s.ep);
+  const int64_t panels = s.mp / P<A>, size = P<A> * a.tile;
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *q = arena.take(a.tile * s.dp), *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
+  A *g = arena.take(a.tile * s.ep), *dq = arena.take(a.tile * s.dp);
+  A *xk = arena.take(a.tile * s.mp), *xq = arena.take(size), *y = arena.take(size);
+  A *vt = arena.take(a.e * padded<A>(a.tile)), *st = arena.take(a.e * P<A>);
+  A *pairs = arena.take(a.tile * padded<A>(a.tile)), *off = arena.take(a.tile);
+  A *one = arena.take(a.tile), *r = arena.take(a.tile), *o = arena.take(s.ep);
+  for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
+  int64_t count;
+  for (int64_t i = s.from; i < s.to; i += count) {
+    count = S::count(s, i);
+    const A* lse = S::lse(s, i);
+    S::load(s, a.q, i, count, a.d, q);
+    S::load(s, a.k, i, count, a.d, k);
+    S::load(s, a.v, i, count, a.e, v);
+    S::load(s, a.grad, i, count, a.e, g);
+    S::key_offsets(s, i, count, k, off);
+    row_products(s, i, count, g, o, r);
+    for (int64_t p = 0; p < panels; ++p) exponents(s, p, count, k, xk + p * size);
+    count = sharing(s, count, xk, off, t.c, false);
+    const int64_t tp = padded<A>(count);
+    cotangent_pairs(s, count, g, r, v, vt, pairs);
+    for (int64_t p = 0; p < panels; ++p) {
+      A* e = xk + p * size;
+      Vec<A> c[2];
+      exponents(s, p, count, q, xq);
+      advance(s, p, count, e, off, t, c);
+      features(a.kernel, count, xq, c, lse);
+      c[0] = -finite<A>(c[0]), c[1] = -finite<A>(c[1]);
+      features(a.kernel, count, e, c, off);
+      transpose(P<A>, a.e, t.s + p * P<A> * s.ep, s.ep, st, P<A>);
+      gemm_panel<false, 2>(count, a.e, g, s.ep, st, P<A>, y, P<A>, false);
+      gemm_panel<false, 2>(count, count, pairs, tp, e, P<A>, y, P<A>, true);
+      slopes(a.kernel, count, y, r, t.z + p * P<A>, xq, lse);
+      const A* w = static_cast<const A*>(a.rows) + p * P<A> * s.dp;
+      gemm(count, s.dp, P<A>, y, P<A>, w, s.dp, dq, s.dp, p != 0);
+      accumulate_panel(t, p, s.ep, count, e, v, one);
+    }
+    for (int64_t j = 0; j < count; ++j) store_row(S::row(s, a.dq, i + j), a.d, dq + j * s.dp, A(1));
+  }
+}
+
+/// dk and dv over the segment, from its last tile to its first; dstate is that behind the segment
+/// and leaves as that before it.
+template <class T>
+static void causal_gradients(const Performer& a, int64_t task, void* dstate, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto dt = FavorState<A>::at(dstate, s.mp, s.ep);
+  const int64_t panels = s.mp / P<A>, size = P<A> * a.tile;
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *q = arena.take(a.tile * s.dp), *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
+  A *all_g = arena.take(a.tile * s.ep), *dk = arena.take(a.tile * s.dp);
+  A *dv = arena.take(a.tile * s.ep), *xq = arena.take(a.tile * s.mp), *x = arena.take(size);
+  A *y = arena.take(size), *vt = arena.take(a.e * padded<A>(a.tile));
+  A *kt = arena.take(P<A> * padded<A>(a.tile)), *st = arena.take(a.e * P<A>);
+  A *pairs = arena.take(a.tile * padded<A>(a.tile)), *cotangents = arena.take(a.tile * padded<A>(a.tile));
+  A *off = arena.take(a.tile), *one = arena.take(a.tile), *all_r = arena.take(a.tile);
+  A *o = arena.take(s.ep), *total = arena.take(a.tile * W<A>);
+  for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
+  int64_t count;
+  for (int64_t end = s.to; end > s.from; end -= count) {
+    const int64_t n = end - s.from < a.tile ? end - s.from : a.tile;
+    S::load(s, a.q, end - n, n, a.d, q);
+    S::load(s, a.grad, end - n, n, a.e, all_g);
+    row_products(s, end - n, n, all_g, o, all_r);
+    for (int64_t p = 0; p < panels; ++p) exponents(s, p, n, q, xq + p * size);
+    count = sharing(s, n, xq, S::lse(s, end - n), dt.c, true);
+    const int64_t i = end - count, skip = n - count, tp = padded<A>(count);
+    const A *g = all_g + skip * s.ep, *r = all_r + skip, *lse = S::lse(s, i);
+    S::load(s, a.k, i, count, a.d, k);
+    S::load(s, a.v, i, count, a.e, v);
+    S::key_offsets(s, i, count, k, off);
+    cotangent_pairs(s, count, g, r, v, vt, cotangents);
+    for (int64_t p = 0; p < panels; ++p) {
+      A* b = xq + p * size + skip * P<A>;
+      Vec<A> c[2];
+      exponents(s, p, count, k, x);
+      advance(s, p, count, b, lse, dt, c);
+      features(a.kernel, count, x, c, off);
+      c[0] = -finite<A>(c[0]), c[1] = -finite<A>(c[1]);
+      features(a.kernel, count, b, c, lse);
+      transpose(count, P<A>, x, P<A>, kt, tp);
+      gemm(count, tp, P<A>, b, P<A>, kt, tp, pairs, tp, p != 0);
+      gemm(count, s.ep, P<A>, x, P<A>, dt.s + p * P<A> * s.ep, s.ep, dv, s.ep, p != 0);
+      transpose(P<A>, a.e, dt.s + p * P<A> * s.ep, s.ep, st, P<A>);
+      gemm_panel<false, 2>(count, a.e, v, s.ep, st, P<A>, y, P<A>, false);
+      gemm_panel<true, 2>(count, count, cotangents, tp, b, P<A>, y, P<A>, true);
+      slopes(a.kernel, count, y, one, dt.z + p * P<A>, x, off);
+      key_panel(s, p, count, y, dk, total);
+      accumulate_panel(dt, p, s.ep, count, b, g, r);
+    }
+    lower<A>(count, pairs, nullptr);
+    gemm<true>(count, s.ep, count, pairs, tp, g, s.ep, dv, s.ep, true);
+    store_keys(s, i, count, k, dk, dv, total);
+  }
+}
+
+template <class T>
+constexpr PerformerKernels performer_kernels = {
+    W<acc_t<T>>,   pack<acc_t<T>>,    keys<T>,  outputs<T>,        queries<T>,
+    gradients<T>,  causal_outputs<T>, reads<T>, causal_queries<T>, causal_gradients<T>};
+
+}  // namespace tab::TAB_ISA

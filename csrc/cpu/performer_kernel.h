@@ -1,0 +1,394 @@
+// FAVOR+ attention, the arithmetic (formulas: performer.cpp). Included once per instruction set.
+//
+// Features come in panels of P = 2 vectors and tokens in tiles of a.tile: one panel of W, of φ and
+// of the state S lies in L1 while it is used, and φ never goes further. A state is one block of
+// scratch: S (Mp, Ep), z (Mp), c (Mp), the true sums being S·e^c and z·e^c; Mp is M padded to
+// panels, Dp and Ep are D and Dv padded to vectors. Features past M have the exponent -inf.
+//
+// A gradient state dS, dz of the causal form is held like that too, its exponents are the queries'.
+
+namespace tab::TAB_ISA {
+
+// --- vectors --------------------------------------------------------------------------------------
+
+template <class A>
+constexpr int64_t P = 2 * W<A>;
+template <class A>
+constexpr A INF = __builtin_inff();
+
+template <class A>
+TAB_INLINE bool any(Int<A> lanes) {
+  typename integer<A>::scalar all = 0;
+  for (int64_t i = 0; i < W<A>; ++i) all |= lanes[i];
+  return all != 0;
+}
+template <class A>
+TAB_INLINE A largest(Vec<A> x) {
+  A y = x[0];
+  for (int64_t i = 1; i < W<A>; ++i) y = x[i] > y ? x[i] : y;
+  return y;
+}
+/// -inf as 0: the shift of a state that has seen nothing.
+template <class A>
+TAB_INLINE Vec<A> finite(Vec<A> x) {
+  return x == -INF<A> ? Vec<A>{} : x;
+}
+
+TAB_INLINE Vec<double> exp_below(Vec<double> x) { return exp<double>(x); }
+/// exp(x) for x < 87, and 0 for x < -86: what is left of a shifted exponent below that is nothing.
+/// As `exp` with degree 6 (minimax, 2e-9): the power of two is added to the exponent bits.
+TAB_INLINE Vec<float> exp_below(Vec<float> x) {
+  constexpr float magic = 0x1.8p23f;
+  const Vec<float> shifted = x * 0x1.715476p0f + magic, n = shifted - magic;
+  const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Vec<float> y = splat<float>(0x1.6ab95cp-10f);
+  y = y * r + 0x1.126d3p-7f;
+  y = y * r + 0x1.55589ap-5f;
+  y = y * r + 0x1.55540ap-3f;
+  y = y * r + 0x1.fffffap-2f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  y = as<Vec<float>>(as<Int<float>>(y) + (as<Int<float>>(shifted) << 23));
+  return x < -86.0f ? Vec<float>{} : y;
+}
+
+// --- segments and states --------------------------------------------------------------------------
+
+template <class A>
+struct FavorState {
+  A *s, *z, *c;
+  TAB_INLINE FavorState at(void* state, int64_t mp, int64_t ep) {
+    A* s = static_cast<A*>(state);
+    return {s, s + mp * ep, s + mp * ep + mp};
+  }
+};
+
+/// The tokens [from, to) of head (b, h), and how their tiles are loaded.
+template <class T>
+struct Stretch {
+  using A = acc_t<T>;
+  const Performer& a;
+  int64_t b, h, from, to, mp, dp, ep;
+
+  TAB_INLINE Stretch at(const Performer& a, int64_t task) {
+    const int64_t head = task / a.segments, from = task % a.segments * a.length;
+    const int64_t to = from + a.length < a.n ? from + a.length : a.n;
+    return {a,  head / a.h,      head % a.h,     from,
+            to, (a.m + P<A> - 1) / P<A> * P<A>, padded<A>(a.d), padded<A>(a.e)};
+  }
+  TAB_INLINE T* row(const Stretch& s, const Rows& x, int64_t t) {
+    return static_cast<T*>(x.data) + s.b * x.b + s.h * x.h + t * x.n;
+  }
+  /// y (count, padded width) = rows t, t+1, …
+  TAB_INLINE void load(const Stretch& s, const Rows& x, int64_t t, int64_t count, int64_t width,
+                       A* y) {
+    for (int64_t i = 0; i < count; ++i)
+      load_row(row(s, x, t + i), width, y + i * padded<A>(width));
+  }
+  TAB_INLINE const A* lse(const Stretch& s, int64_t t) {
+    return static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.n + t;
+  }
+  /// What is taken off the exponents of keys: ‖k̂‖²/2, and all of it where a key is masked.
+  TAB_INLINE void key_offsets(const Stretch& s, int64_t t, int64_t count, const A* k, A* off) {
+    for (int64_t i = 0; i < count; ++i) {
+      const A* x = k + i * s.dp;
+      off[i] = s.a.kernel == 0 ? dot(x, x, s.dp) * static_cast<A>(s.a.scale / 2) : A(0);
+      if (s.a.mask != nullptr && !s.a.mask[s.b * s.a.n + t + i]) off[i] = INF<A>;
+    }
+  }
+  TAB_INLINE int64_t count(const Stretch& s, int64_t t) {
+    return t + s.a.tile < s.to ? s.a.tile : s.to - t;
+  }
+};
+
+/// W·D^(-1/4) for both of its uses: panels (Mp/P, D, P) and rows (Mp, Dp), zero past M.
+template <class A>
+static void pack(const Performer& a, const void* projection) {
+  const A *w = static_cast<const A*>(projection), scale = static_cast<A>(a.root);
+  const int64_t dp = padded<A>(a.d), mp = (a.m + P<A> - 1) / P<A> * P<A>;
+  A *panels = static_cast<A*>(a.panels), *rows = static_cast<A*>(a.rows);
+  for (int64_t m = 0; m < mp; ++m)
+    for (int64_t i = 0; i < dp; ++i) {
+      const A x = m < a.m && i < a.d ? w[m * a.d + i] * scale : A(0);
+      rows[m * dp + i] = x;
+      if (i < a.d) panels[m / P<A> * P<A> * a.d + i * P<A> + m % P<A>] = x;
+    }
+}
+
+// --- one panel ------------------------------------------------------------------------------------
+
+/// x (count, P) = rows·Wᵀ, the exponents of panel p before anything is taken off.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void exponents(const Stretch<T>& s, int64_t p, int64_t count, const A* rows, A* x) {
+  const A* panel = static_cast<const A*>(s.a.panels) + p * P<A> * s.a.d;
+  gemm_panel<false, 2>(count, s.a.d, rows, s.dp, panel, P<A>, x, P<A>, false);
+  for (int64_t m = s.a.m - p * P<A>; m < P<A>; ++m)
+    for (int64_t i = 0; i < count; ++i) x[i * P<A> + m] = -INF<A>;
+}
+
+/// x = φ: e^(x - off_i + shift), or relu(x)·e^(-off_i).
+template <class A>
+TAB_INLINE void features(int kernel, int64_t count, A* x, const Vec<A>* shift, const A* off) {
+  if (kernel == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec<A> factor = exp<A>(splat<A>(-off[i]));
+      for (int64_t j = 0; j < P<A>; j += W<A>)
+        store(x + i * P<A> + j, maximum<A>(load(x + i * P<A> + j), Vec<A>{}) * factor);
+    }
+    return;
+  }
+  const Vec<A> s0 = shift[0], s1 = shift[1];
+  for (int64_t i = 0; i < count; ++i, x += P<A>) {
+    store(x, exp_below(load(x) - off[i] + s0));
+    store(x + W<A>, exp_below(load(x + W<A>) - off[i] + s1));
+  }
+}
+
+/// y = (y + weight_i·z)·φ', given φ: the gradient of the exponents.
+template <class A>
+TAB_INLINE void slopes(int kernel, int64_t count, A* y, const A* weight, const A* z, const A* phi,
+                       const A* off) {
+  for (int64_t j = 0; j < P<A>; j += W<A>) {
+    const Vec<A> zj = load(z + j);
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec<A> f = load(phi + i * P<A> + j);
+      Vec<A> slope = f;
+      if (kernel == 1) slope = f > 0 ? exp<A>(splat<A>(-off[i])) : Vec<A>{};
+      store(y + i * P<A> + j, (load(y + i * P<A> + j) + zj * weight[i]) * slope);
+    }
+  }
+}
+
+/// top = its maximum with x_i - off_i over the tile.
+template <class A>
+TAB_INLINE void raise(int64_t count, const A* x, const A* off, Vec<A>* top) {
+  for (int64_t i = 0; i < count; ++i, x += P<A>) {
+    top[0] = maximum<A>(load(x) - off[i], top[0]);
+    top[1] = maximum<A>(load(x + W<A>) - off[i], top[1]);
+  }
+}
+
+/// Moves panel p of a state from its shift to `top` ≥ it; few features of later tiles do move.
+template <class A>
+TAB_INLINE void rescale(const FavorState<A>& t, int64_t p, int64_t ep, const Vec<A>* top) {
+  for (int64_t j = 0; j < 2; ++j) {
+    const int64_t m = p * P<A> + j * W<A>;
+    const Vec<A> before = load(t.c + m);
+    if (!any<A>(top[j] > before)) continue;
+    const Vec<A> factor = exp_below(before - finite<A>(top[j]));
+    store(t.c + m, top[j]);
+    store(t.z + m, load(t.z + m) * factor);
+    for (int64_t i = 0; i < W<A>; ++i) {
+      if (factor[i] == 1) continue;
+      A* row = t.s + (m + i) * ep;
+      for (int64_t q = 0; q < ep; q += W<A>) store(row + q, load(row + q) * factor[i]);
+    }
+  }
+}
+
+/// Panel p of a state += Σ_i φ_i·(values_i, weight_i)
+template <class A>
+TAB_INLINE void accumulate_panel(const FavorState<A>& t, int64_t p, int64_t ep, int64_t count,
+                                 const A* phi, const A* values, const A* weight) {
+  for (int64_t j = 0; j < P<A>; j += W<A>) {
+    Vec<A> sum = load(t.z + p * P<A> + j);
+    for (int64_t i = 0; i < count; ++i) sum += load(phi + i * P<A> + j) * weight[i];
+    store(t.z + p * P<A> + j, sum);
+  }
+  gemm<true>(P<A>, ep, count, phi, P<A>, values, ep, t.s + p * P<A> * ep, ep, true);
+}
+
+/// state += a tile of rows (keys, or queries of a gradient state) at the state's running maximum.
+template <class T, class A = acc_t<T>>
+static void absorb(const Stretch<T>& s, int64_t count, const A* rows, const A* off, const A* values,
+                   const A* weight, const FavorState<A>& t, A* x) {
+  for (int64_t p = 0; p < s.mp / P<A>; ++p) {
+    exponents(s, p, count, rows, x);
+    Vec<A> top[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+    if (s.a.kernel == 0) {
+      raise(count, x, off, top);
+      rescale(t, p, s.ep, top);
+    }
+    top[0] = -finite<A>(top[0]), top[1] = -finite<A>(top[1]);
+    features(s.a.kernel, count, x, top, off);
+    accumulate_panel(t, p, s.ep, count, x, values, weight);
+  }
+}
+
+// --- steps ----------------------------------------------------------------------------------------
+
+/// state += the keys of the segment.
+template <class T>
+static void keys(const Performer& a, int64_t task, void* state, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto t = FavorState<A>::at(state, s.mp, s.ep);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep), *x = arena.take(a.tile * P<A>);
+  A *off = arena.take(a.tile), *one = arena.take(a.tile);
+  for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
+  for (int64_t i = s.from; i < s.to; i += a.tile) {
+    const int64_t count = S::count(s, i);
+    S::load(s, a.k, i, count, a.d, k);
+    S::load(s, a.v, i, count, a.e, v);
+    S::key_offsets(s, i, count, k, off);
+    absorb(s, count, k, off, v, one, t, x);
+  }
+}
+
+/// A row of outputs out of its sum and denominator, and its log-sum-exp at shift r.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void finish(const Stretch<T>& s, int64_t i, const A* sum, A den, A r) {
+  den += static_cast<A>(s.a.eps);
+  const bool nothing = den == 0;
+  store_row(Stretch<T>::row(s, s.a.o, i), s.a.e, sum, nothing ? A(0) : 1 / den);
+  A* lse = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.n + i;
+  *lse = nothing ? INF<A> : r + static_cast<A>(__builtin_log(den));
+}
+
+/// o and lse over the segment, bidirectional.
+template <class T>
+static void outputs(const Performer& a, int64_t task, void* state, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto t = FavorState<A>::at(state, s.mp, s.ep);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *q = arena.take(a.tile * s.dp), *o = arena.take(a.tile * s.ep), *x = arena.take(a.tile * s.mp);
+  A *den = arena.take(a.tile * W<A>), *top = arena.take(a.tile * W<A>), *r = arena.take(a.tile);
+  for (int64_t i = s.from; i < s.to; i += a.tile) {
+    const int64_t count = S::count(s, i);
+    S::load(s, a.q, i, count, a.d, q);
+    for (int64_t j = 0; j < count * W<A>; ++j) top[j] = -INF<A>, den[j] = 0;
+    for (int64_t p = 0; p < s.mp / P<A>; ++p) {
+      A* y = x + p * P<A> * a.tile;
+      exponents(s, p, count, q, y);
+      const Vec<A> c0 = load(t.c + p * P<A>), c1 = load(t.c + p * P<A> + W<A>);
+      for (int64_t j = 0; j < count; ++j, y += P<A>)
+        store(top + j * W<A>, maximum<A>(maximum<A>(load(y) + c0, load(y + W<A>) + c1),
+                                         load(top + j * W<A>)));
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      r[j] = a.kernel == 0 ? largest<A>(load(top + j * W<A>)) : A(0);
+      r[j] = r[j] == -INF<A> ? A(0) : r[j];
+    }
+    for (int64_t p = 0; p < s.mp / P<A>; ++p) {
+      A* y = x + p * P<A> * a.tile;
+      const Vec<A> c[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+      features(a.kernel, count, y, c, r);
+      const Vec<A> z0 = load(t.z + p * P<A>), z1 = load(t.z + p * P<A> + W<A>);
+      for (int64_t j = 0; j < count; ++j)
+        store(den + j * W<A>, load(den + j * W<A>) + load(y + j * P<A>) * z0 +
+                                  load(y + j * P<A> + W<A>) * z1);
+      gemm(count, s.ep, P<A>, y, P<A>, t.s + p * P<A> * s.ep, s.ep, o, s.ep, p != 0);
+    }
+    for (int64_t j = 0; j < count; ++j)
+      finish(s, i + j, o + j * s.ep, sum<A>(load(den + j * W<A>)), r[j]);
+  }
+}
+
+/// r_i = -do_i·o_i of a tile whose do is loaded.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void row_products(const Stretch<T>& s, int64_t t, int64_t count, const A* g, A* o, A* r) {
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(Stretch<T>::row(s, s.a.o, t + i), s.a.e, o);
+    r[i] = -dot(g + i * s.ep, o, s.ep);
+  }
+}
+
+/// dq over the segment, and dstate += Σ φ(q) (do, r) at the state's shift; bidirectional.
+template <class T>
+static void queries(const Performer& a, int64_t task, void* state, void* dstate, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto t = FavorState<A>::at(state, s.mp, s.ep), dt = FavorState<A>::at(dstate, s.mp, s.ep);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *q = arena.take(a.tile * s.dp), *dq = arena.take(a.tile * s.dp), *g = arena.take(a.tile * s.ep);
+  A *x = arena.take(a.tile * P<A>), *y = arena.take(a.tile * P<A>), *st = arena.take(s.mp * a.e);
+  A *r = arena.take(a.tile), *o = arena.take(s.ep);
+  for (int64_t p = 0; p < s.mp / P<A>; ++p)
+    transpose(P<A>, a.e, t.s + p * P<A> * s.ep, s.ep, st + p * P<A> * a.e, P<A>);
+  for (int64_t i = s.from; i < s.to; i += a.tile) {
+    const int64_t count = S::count(s, i);
+    const A* lse = S::lse(s, i);
+    S::load(s, a.q, i, count, a.d, q);
+    S::load(s, a.grad, i, count, a.e, g);
+    row_products(s, i, count, g, o, r);
+    for (int64_t p = 0; p < s.mp / P<A>; ++p) {
+      exponents(s, p, count, q, x);
+      const Vec<A> c[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+      features(a.kernel, count, x, c, lse);
+      gemm_panel<false, 2>(count, a.e, g, s.ep, st + p * P<A> * a.e, P<A>, y, P<A>, false);
+      slopes(a.kernel, count, y, r, t.z + p * P<A>, x, lse);
+      accumulate_panel(dt, p, s.ep, count, x, g, r);
+      const A* w = static_cast<const A*>(a.rows) + p * P<A> * s.dp;
+      gemm(count, s.dp, P<A>, y, P<A>, w, s.dp, dq, s.dp, p != 0);
+    }
+    for (int64_t j = 0; j < count; ++j) store_row(S::row(s, a.dq, i + j), a.d, dq + j * s.dp, A(1));
+  }
+}
+
+/// dk and dv of a tile, but for its ‖k̂‖²: da_i summed over features stands in `total`.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void store_keys(const Stretch<T>& s, int64_t i, int64_t count, const A* k, A* dk,
+                           const A* dv, const A* total) {
+  const Performer& a = s.a;
+  for (int64_t j = 0; j < count; ++j) {
+    if (a.kernel == 0)
+      add_scaled(dk + j * s.dp, -sum<A>(load(total + j * W<A>)) * static_cast<A>(a.scale),
+                 k + j * s.dp, s.dp);
+    store_row(Stretch<T>::row(s, a.dk, i + j), a.d, dk + j * s.dp, A(1));
+    store_row(Stretch<T>::row(s, a.dv, i + j), a.e, dv + j * s.ep, A(1));
+  }
+}
+/// dk += da·W and total += Σ_m da_m over one panel.
+template <class T, class A = acc_t<T>>
+TAB_INLINE void key_panel(const Stretch<T>& s, int64_t p, int64_t count, const A* da, A* dk,
+                          A* total) {
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec<A> both = load(da + j * P<A>) + load(da + j * P<A> + W<A>);
+    store(total + j * W<A>, p == 0 ? both : load(total + j * W<A>) + both);
+  }
+  const A* w = static_cast<const A*>(s.a.rows) + p * P<A> * s.dp;
+  gemm(count, s.dp, P<A>, da, P<A>, w, s.dp, dk, s.dp, p != 0);
+}
+
+/// dk and dv over the segment, given the whole dstate at the shift it carries; bidirectional.
+template <class T>
+static void gradients(const Performer& a, int64_t task, void* dstate, void* scratch) {
+  using A = acc_t<T>;
+  using S = Stretch<T>;
+  const auto s = S::at(a, task);
+  const auto dt = FavorState<A>::at(dstate, s.mp, s.ep);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  A *k = arena.take(a.tile * s.dp), *dk = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
+  A *dv = arena.take(a.tile * s.ep), *x = arena.take(a.tile * P<A>), *y = arena.take(a.tile * P<A>);
+  A *st = arena.take(s.mp * a.e), *off = arena.take(a.tile), *one = arena.take(a.tile);
+  A* total = arena.take(a.tile * W<A>);
+  for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
+  for (int64_t p = 0; p < s.mp / P<A>; ++p)
+    transpose(P<A>, a.e, dt.s + p * P<A> * s.ep, s.ep, st + p * P<A> * a.e, P<A>);
+  for (int64_t i = s.from; i < s.to; i += a.tile) {
+    const int64_t count = S::count(s, i);
+    S::load(s, a.k, i, count, a.d, k);
+    S::load(s, a.v, i, count, a.e, v);
+    S::key_offsets(s, i, count, k, off);
+    for (int64_t p = 0; p < s.mp / P<A>; ++p) {
+      exponents(s, p, count, k, x);
+      const Vec<A> shift[2] = {-finite<A>(load(dt.c + p * P<A>)),
+                               -finite<A>(load(dt.c + p * P<A> + W<A>))};
+      features(a.kernel, count, x, shift, off);
+      gemm_panel<false, 2>(count, a.e, v, s.ep, st + p * P<A> * a.e, P<A>, y, P<A>, false);
+      slopes(a.kernel, count, y, one, dt.z + p * P<A>, x, off);
+      gemm(count, s.ep, P<A>, x, P<A>, dt.s + p * P<A> * s.ep, s.ep, dv, s.ep, p != 0);
+      key_panel(s, p, count, y, dk, total);
+    }
+    store_keys(s, i, count, k, dk, dv, total);
+  }
+}
+
+}  // namespace tab::TAB_ISA
+
+#include "performer_causal.h"
