@@ -1,10 +1,14 @@
 """local_attention against its formula with a dense mask, and the layer "local"."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import LAYOUTS, assert_accurate, layout
+from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 
 from tab import local_attention
 from tab.layers import build_attention
@@ -12,6 +16,10 @@ from tab.ops import OPS
 
 DOUBLE = {"dtype": torch.float64}
 NAMES = "o dq dk dv"
+needs_cpp = pytest.mark.skipif(
+    OPS["local_fwd"].why_not("cpp") is not None, reason=str(OPS["local_fwd"].why_not("cpp"))
+)
+BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
 
 
 def dense_mask(n, left, right, causal=False, cols=0):
@@ -39,10 +47,11 @@ def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
 @pytest.mark.parametrize("n", [1, 63, 65, 150])
 @pytest.mark.parametrize("window", [0, 1, 7, 200, (0, 5), (70, 3)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_line(n, window, causal):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_line(n, window, causal, backend):
     left, right = (window, window) if isinstance(window, int) else window
     assert_accurate(
-        lambda *x: local_attention(*x, window=window, causal=causal),
+        lambda *x: local_attention(*x, window=window, causal=causal, backend=backend),
         naive(dense_mask(n, left, right, causal)),
         qkv(2, 3, n, 8, 12),
         names=NAMES,
@@ -52,11 +61,12 @@ def test_line(n, window, causal):
 @pytest.mark.parametrize("grid", [(1, 1), (8, 8), (3, 21), (65, 1), (1, 65), (11, 10)], ids=str)
 @pytest.mark.parametrize("window", [0, 1, (2, 1), 100], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_grid(grid, window, causal):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grid(grid, window, causal, backend):
     left, right = (window, window) if isinstance(window, int) else window
     n = grid[0] * grid[1]
     assert_accurate(
-        lambda *x: local_attention(*x, window=window, causal=causal, grid=grid),
+        lambda *x: local_attention(*x, window=window, causal=causal, grid=grid, backend=backend),
         naive(dense_mask(n, left, right, causal, grid[1])),
         qkv(1, 2, n, 4),
         names=NAMES,
@@ -65,21 +75,107 @@ def test_grid(grid, window, causal):
 
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("heads", [1, 3, 8])
-def test_layouts(how, heads):
-    inputs = [layout(x, how) for x in qkv(2, heads, 65, 4)]
+@pytest.mark.parametrize("d", [4, 16])  # whole vectors are read where they lie, others are copied
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(how, heads, d, backend):
+    inputs = [layout(x, how) for x in qkv(2, heads, 65, d)]
     attend = naive(dense_mask(65, 3, 3))
-    assert_accurate(lambda *x: local_attention(*x, window=3), attend, inputs, names=NAMES)
+
+    def local(*x):
+        return local_attention(*x, window=3, backend=backend)
+
+    assert_accurate(local, attend, inputs, names=NAMES)
+    o, lse = OPS["local_fwd"](backend, *inputs, 3, 3, 0, 0, False, 0.5)
+    grads = OPS["local_bwd"](backend, o, *inputs, o, lse, 3, 3, 0, 0, False, 0.5)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (o, *grads))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_last_stride_not_one(backend):
+    inputs = [x.mT.contiguous().mT for x in qkv(1, 2, 40, 16)]
+    attend = naive(dense_mask(40, 5, 5))
+    assert_accurate(lambda *x: local_attention(*x, window=5, backend=backend), attend, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
-    inputs = [x.to(dtype) for x in qkv(1, 2, 66, 8)]
-    out = local_attention(*inputs, window=2)
+@pytest.mark.parametrize("d", [8, 32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes(dtype, d, backend):
+    inputs = [x.to(dtype) for x in qkv(1, 2, 66, d)]
+    out = local_attention(*inputs, window=2, backend=backend)
     assert out.dtype == dtype
     assert out.transpose(1, 2).is_contiguous()
     assert_accurate(
-        lambda *x: local_attention(*x, window=2), naive(dense_mask(66, 2, 2)), inputs, names=NAMES
+        lambda *x: local_attention(*x, window=2, backend=backend),
+        naive(dense_mask(66, 2, 2)),
+        inputs,
+        names=NAMES,
     )
+
+
+SHAPES = [  # B, H, N, D, Dv, window, causal
+    (1, 1, 1, 16, 16, 0, False),
+    (1, 3, 130, 64, 32, 20, False),
+    (2, 2, 65, 32, 64, 9, True),
+    (1, 1, 700, 48, 16, (40, 25), False),  # one sequence: threads share it in segments
+    (1, 1, 700, 20, 33, (300, 0), False),
+    (1, 2, 1100, 16, 16, 600, False),  # several chunks of keys
+    (1, 1, 150, 256, 256, 100, False),  # the smallest chunk
+    (1, 2, 90, 129, 200, 30, True),
+]
+
+
+@needs_cpp
+@pytest.mark.parametrize(("b", "h", "n", "d", "dv", "window", "causal"), SHAPES)
+def test_shapes(b, h, n, d, dv, window, causal):
+    left, right = (window, window) if isinstance(window, int) else window
+    assert_accurate(
+        lambda *x: local_attention(*x, window=window, causal=causal, backend="cpp"),
+        naive(dense_mask(n, left, right, causal)),
+        qkv(b, h, n, d, dv),
+        names=NAMES,
+    )
+
+
+@needs_cpp
+@pytest.mark.parametrize("grid", [(20, 32), (40, 9)], ids=str)
+def test_large_grid(grid):
+    n = grid[0] * grid[1]
+    assert_accurate(
+        lambda *x: local_attention(*x, window=(3, 2), grid=grid, backend="cpp"),
+        naive(dense_mask(n, 3, 2, cols=grid[1])),
+        qkv(1, 1, n, 16),
+        names=NAMES,
+    )
+
+
+@needs_cpp
+def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
+    inputs = qkv(1, 1, 900, 16)
+
+    def results():
+        return outputs_and_gradients(lambda *x: local_attention(*x, window=40), inputs)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        three, again = results(), results()
+        torch.set_num_threads(1)
+        one = results()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, three, again))
+    for x, y in zip(one, three, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@needs_cpp
+def test_nan_stays_in_its_window():
+    q, k, v = qkv(1, 1, 100, 16)
+    k[0, 0, 50, 3] = torch.nan
+    out = local_attention(q, k, v, window=4, backend="cpp")
+    assert torch.equal(out[0, 0].isnan().all(-1).nonzero().flatten(), torch.arange(46, 55))
+    assert not out[0, 0, [45, 55]].isnan().any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -193,6 +289,40 @@ def test_meta_and_autocast():
 def test_bad_options(change, message):
     with pytest.raises(ValueError, match=message):
         local_attention(*qkv(1, 2, 12, 4), **{"window": 1, **change})
+
+
+@needs_cpp
+def test_op_guards_its_memory():
+    q, k, v = qkv(1, 2, 12, 4)
+    forward, backward = OPS["local_fwd"].overload, OPS["local_bwd"].overload
+    o, lse = forward(q, k, v, 1, 1, 0, 0, False, 0.5)
+    for bad, message in (
+        ((q, k[:, :, :3], v, 1, 1, 0, 0), "wrong shape"),
+        ((q, k, v.double(), 1, 1, 0, 0), "wrong dtype"),
+        ((q, k, v, -1, 1, 0, 0), "0 ≤ left"),
+        ((q, k, v, 1, 1, 3, 5), "rows · cols = N"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            forward(*bad, False, 0.5)
+    with pytest.raises(RuntimeError, match="lse has the wrong shape"):
+        backward(o, q, k, v, o, lse[:, :1], 1, 1, 0, 0, False, 0.5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_lower_instruction_sets(isa):
+    """The widest one runs in the tests above; each process chooses once."""
+    chosen = "test_shapes or large_grid or (test_dtypes and cpp)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen],
+        env={**os.environ, "TAB_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "does not have it" in run.stdout:
+        pytest.skip(f"this machine has no {isa}")
+    assert run.returncode == 0, run.stdout
 
 
 def test_bad_tensors():

@@ -1,16 +1,24 @@
 """sparse_attention against its formula with a dense mask, and the layer "sparse"."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import LAYOUTS, assert_accurate, layout
+from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 
 from tab import BlockPattern, sparse_attention
 from tab.layers import build_attention
 from tab.ops import OPS
 
 NAMES = "o dq dk dv"
+needs_cpp = pytest.mark.skipif(
+    OPS["sparse_fwd"].why_not("cpp") is not None, reason=str(OPS["sparse_fwd"].why_not("cpp"))
+)
+BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
 
 
 def naive(pattern, causal=False, scale=None):
@@ -38,10 +46,11 @@ def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
 @pytest.mark.parametrize("n", [1, 63, 65, 200])
 @pytest.mark.parametrize("block_size", [1, 8, 64])
 @pytest.mark.parametrize("causal", [False, True])
-def test_bigbird(n, block_size, causal):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bigbird(n, block_size, causal, backend):
     pattern = BlockPattern.bigbird(n, heads=3, block_size=block_size, num_random=2)
     assert_accurate(
-        lambda *x: sparse_attention(*x, pattern, causal=causal),
+        lambda *x: sparse_attention(*x, pattern, causal=causal, backend=backend),
         naive(pattern, causal),
         qkv(2, 3, n, 8, 12),
         names=NAMES,
@@ -50,20 +59,114 @@ def test_bigbird(n, block_size, causal):
 
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("heads", [1, 3, 8])
-def test_layouts(how, heads):
+@pytest.mark.parametrize("d", [4, 16])  # whole vectors are read where they lie, others are copied
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(how, heads, d, backend):
     pattern = BlockPattern.bigbird(65, heads=heads, block_size=8)
-    inputs = [layout(x, how) for x in qkv(2, heads, 65, 4)]
-    assert_accurate(lambda *x: sparse_attention(*x, pattern), naive(pattern), inputs, names=NAMES)
+    inputs = [layout(x, how) for x in qkv(2, heads, 65, d)]
+
+    def sparse(*x):
+        return sparse_attention(*x, pattern, backend=backend)
+
+    assert_accurate(sparse, naive(pattern), inputs, names=NAMES)
+    o, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, 8, False, 0.5)
+    grads = OPS["sparse_bwd"](backend, o, *inputs, o, lse, *pattern.tensors, 8, False, 0.5)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (o, *grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
+@pytest.mark.parametrize("d", [8, 32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes(dtype, d, backend):
     pattern = BlockPattern.bigbird(67, heads=2, block_size=8, num_random=1)
-    inputs = [x.to(dtype) for x in qkv(1, 2, 67, 8)]
-    out = sparse_attention(*inputs, pattern)
+    inputs = [x.to(dtype) for x in qkv(1, 2, 67, d)]
+    out = sparse_attention(*inputs, pattern, backend=backend)
     assert out.dtype == dtype
     assert out.transpose(1, 2).is_contiguous()
-    assert_accurate(lambda *x: sparse_attention(*x, pattern), naive(pattern), inputs, names=NAMES)
+    assert_accurate(
+        lambda *x: sparse_attention(*x, pattern, backend=backend),
+        naive(pattern),
+        inputs,
+        names=NAMES,
+    )
+
+
+SHAPES = [  # B, H, N, D, Dv, block_size, causal
+    (1, 3, 130, 64, 32, 16, False),
+    (2, 2, 65, 32, 64, 3, True),
+    (1, 1, 700, 48, 16, 64, False),  # one sequence: threads share it in segments
+    (1, 2, 1300, 16, 16, 64, False),  # global rows are several chunks of keys
+    (1, 1, 300, 256, 256, 20, False),  # the smallest chunk
+    (1, 2, 190, 129, 200, 48, True),  # blocks that strips of queries straddle
+]
+
+
+@needs_cpp
+@pytest.mark.parametrize(("b", "h", "n", "d", "dv", "block_size", "causal"), SHAPES)
+def test_shapes(b, h, n, d, dv, block_size, causal):
+    pattern = BlockPattern.bigbird(n, heads=h, block_size=block_size, num_random=2)
+    assert_accurate(
+        lambda *x: sparse_attention(*x, pattern, causal=causal, backend="cpp"),
+        naive(pattern, causal),
+        qkv(b, h, n, d, dv),
+        names=NAMES,
+    )
+
+
+@needs_cpp
+def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
+    inputs = qkv(1, 1, 900, 16)
+    pattern = BlockPattern.bigbird(900, heads=1, block_size=16)
+
+    def results():
+        return outputs_and_gradients(lambda *x: sparse_attention(*x, pattern), inputs)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        three, again = results(), results()
+        torch.set_num_threads(1)
+        one = results()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, three, again))
+    for x, y in zip(one, three, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@needs_cpp
+def test_op_guards_its_memory():
+    q, k, v = qkv(1, 2, 12, 4)
+    pattern = BlockPattern.bigbird(12, heads=2, block_size=4)
+    row_ptr, col, col_ptr, row = pattern.tensors
+    forward = OPS["sparse_fwd"].overload
+    for bad, message in (
+        ((q, k[:, :, :3], v, row_ptr, col), "wrong shape"),
+        ((q, k, v.double(), row_ptr, col), "wrong dtype"),
+        ((q, k, v, row_ptr[:, :2], col), "row_ptr has the wrong shape"),
+        ((q, k, v, row_ptr.long(), col), "row_ptr has the wrong dtype"),
+        ((q, k, v, row_ptr, col + 1), "outside the pattern"),
+        ((q, k, v, row_ptr, col[:2]), "outside the pattern"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            forward(*bad, col_ptr, row, 4, False, 0.5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_lower_instruction_sets(isa):
+    """The widest one runs in the tests above; each process chooses once."""
+    chosen = "test_shapes or ((test_dtypes or test_bigbird) and cpp)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen],
+        env={**os.environ, "TAB_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "does not have it" in run.stdout:
+        pytest.skip(f"this machine has no {isa}")
+    assert run.returncode == 0, run.stdout
 
 
 @settings(max_examples=30, deadline=None)
@@ -86,17 +189,18 @@ def test_any_mask(b, h, n, d, dv, block_size, shared, p, causal, scale, seed):
     )
 
 
-def test_rows_that_see_nothing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing(backend):
     """Block row 0 sees only block 1: causally that is nothing. Block row 2 lists no block."""
     mask = torch.tensor([[0, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
     pattern = BlockPattern.from_blocks(mask, 4, 11)
     inputs = [x.requires_grad_() for x in qkv(1, 2, 11, 4)]
-    out = sparse_attention(*inputs, pattern, causal=True)
+    out = sparse_attention(*inputs, pattern, causal=True, backend=backend)
     dq, dk, dv = torch.autograd.grad(out.sum(), inputs)
     nothing = torch.tensor([0, 1, 2, 3, 8, 9, 10])
     assert not out[:, :, nothing].any() and not dq[:, :, nothing].any()
     assert not dk[:, :, 8:].any() and not dv[:, :, 8:].any()
-    _, lse = OPS["sparse_fwd"]("auto", *inputs, *pattern.tensors, 4, True, 0.5)
+    _, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, 4, True, 0.5)
     assert torch.equal(lse[0, 0].isneginf().nonzero().flatten(), nothing)
 
 
