@@ -28,12 +28,6 @@ TAB_INLINE A largest(Vec<A> x) {
   for (int64_t i = 1; i < W<A>; ++i) y = x[i] > y ? x[i] : y;
   return y;
 }
-/// -inf as 0: the shift of a state that has seen nothing.
-template <class A>
-TAB_INLINE Vec<A> finite(Vec<A> x) {
-  return x == -INF<A> ? Vec<A>{} : x;
-}
-
 TAB_INLINE Vec<double> exp_below(Vec<double> x) { return exp<double>(x); }
 /// exp(x) for x < 87, and 0 for x < -86: what is left of a shifted exponent below that is nothing.
 /// As `exp` with degree 6 (minimax, 2e-9): the power of two is added to the exponent bits.
