@@ -76,7 +76,7 @@ static void load_cotangents(const Mla& a, int64_t b, int64_t h, int64_t i0, int6
     load_row(row<T>(a.o, b, h, i0 + i), a.dv, o);
     Vec<A> products{};
     for (int64_t j = 0; j < dvp; j += W<A>) products += load(g + j) * load(o + j);
-    delta[i] = tree_sum<A>(products) - (dl == nullptr ? A(0) : dl[first + i]);
+    delta[i] = sum<A>(products) - (dl == nullptr ? A(0) : dl[first + i]);
     lse[i] = l[i] == A(-__builtin_inf()) ? A(__builtin_inf()) : l[i] * LOG2E<A>;
   }
 }

@@ -42,34 +42,6 @@ template <class A>
 constexpr A LN2 = A(0.6931471805599453);
 
 TAB_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
-TAB_INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
-
-template <class A>
-TAB_INLINE void multiply(A* x, A factor, int64_t n) {
-  for (int64_t i = 0; i < n; i += W<A>) store(x + i, load(x + i) * factor);
-}
-
-/// The lanes of x, those whose numbers differ by `half` exchanged.
-template <class A>
-TAB_INLINE Vec<A> exchange(Vec<A> x, int64_t half) {
-  Int<A> lane;
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < W<A>; ++i) lane[i] = i ^ half;
-  return __builtin_shuffle(x, lane);
-}
-/// Sum and maximum over the lanes, in a tree.
-template <class A>
-TAB_INLINE A tree_sum(Vec<A> x) {
-#pragma GCC unroll 4
-  for (int64_t half = W<A> / 2; half > 0; half /= 2) x += exchange<A>(x, half);
-  return x[0];
-}
-template <class A>
-TAB_INLINE A tree_maximum(Vec<A> x) {
-#pragma GCC unroll 4
-  for (int64_t half = W<A> / 2; half > 0; half /= 2) x = maximum<A>(x, exchange<A>(x, half));
-  return x[0];
-}
 
 // --- latents and queries --------------------------------------------------------------------------
 
@@ -146,20 +118,20 @@ static void softmax(const Mla& a, int64_t i0, int64_t count, int64_t columns, co
                     int64_t lds, A* top, A* total) {
   for (int64_t i = 0; i < count; ++i, s += lds) {
     const int64_t seen = masked && a.causal ? least(columns, padded<A>(i0 + i + 1)) : columns;
-    Vec<A> high = splat<A>(-__builtin_inf()), sum{};
+    Vec<A> high = splat<A>(-__builtin_inf()), all{};
     for (int64_t j = 0; j < seen; j += W<A>) {
       const Vec<A> x = hide<masked>(load(s + j), bias, a.causal, i0 + i, j);
       if (masked) store(s + j, x);
       high = maximum<A>(high, x);
     }
-    top[i] = tree_maximum<A>(high);
+    top[i] = highest<A>(high);
     const Vec<A> shift = finite<A>(splat<A>(top[i]));
     for (int64_t j = 0; j < seen; j += W<A>) {
       const Vec<A> p = exp2<A>(load(s + j) - shift);
       store(s + j, p);
-      sum += p;
+      all += p;
     }
-    total[i] = tree_sum<A>(sum);
+    total[i] = sum<A>(all);
     clear(s + seen, columns - seen);
   }
 }

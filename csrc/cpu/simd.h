@@ -148,18 +148,36 @@ static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, ac
 // --- whole padded rows ----------------------------------------------------------------------------
 
 /// Σ of the lanes by halves: log W additions one after the other, not W.
+/// The lanes of x, those whose numbers differ by `half` exchanged.
 template <class A>
-TAB_INLINE A sum(Vec<A> x) {
+TAB_INLINE Vec<A> exchange(Vec<A> x, int64_t half) {
   Int<A> lane;
 #pragma GCC unroll 16
-  for (int i = 0; i < W<A>; ++i) lane[i] = i;
+  for (int64_t i = 0; i < W<A>; ++i) lane[i] = i ^ half;
+  return __builtin_shuffle(x, lane);
+}
+/// The sum over the lanes, in a tree.
+template <class A>
+TAB_INLINE A sum(Vec<A> x) {
 #pragma GCC unroll 4
-  for (int half = W<A> / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lane ^ half);
+  for (int64_t half = W<A> / 2; half > 0; half /= 2) x += exchange<A>(x, half);
   return x[0];
 }
 template <class A>
 TAB_INLINE Vec<A> maximum(Vec<A> x, Vec<A> y) {
   return x > y ? x : y;
+}
+/// The largest of the lanes.
+template <class A>
+TAB_INLINE A highest(Vec<A> x) {
+#pragma GCC unroll 4
+  for (int64_t half = W<A> / 2; half > 0; half /= 2) x = maximum<A>(x, exchange<A>(x, half));
+  return x[0];
+}
+/// x *= factor over n padded elements.
+template <class A>
+TAB_INLINE void multiply(A* x, A factor, int64_t n) {
+  for (int64_t i = 0; i < n; i += W<A>) store(x + i, load(x + i) * factor);
 }
 /// Σ_i x_i y_i over n padded elements.
 template <class A>

@@ -28,7 +28,8 @@ def decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
     lse = s.logsumexp(-1)
     # Rows past the end may hold anything, NaN too, and 0·NaN is NaN.
     z = probabilities(s, lse) @ cached[..., :r].masked_fill(~seen[..., None], 0.0)  # (B, H, R)
-    return torch.einsum("bhr,hvr->bhv", z, w_uv.to(acc)).to(q_nope.dtype), lse
+    o = torch.einsum("bhr,hvr->bhv", z, w_uv.to(acc))
+    return o.to(q_nope.dtype).contiguous(), lse  # one layout from every backend
 
 
 mla_decode_op = Op(
