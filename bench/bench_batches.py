@@ -93,6 +93,7 @@ def epochs(kind, value):
     ],
 )
 def test_assembly(benchmark, kind, value):
+    benchmark.group = "batch assembly"
     run = epochs(kind, value)
     shapes = benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
     assert shapes == [(BATCH, 3, 32, 32)] * (IMAGES // BATCH)

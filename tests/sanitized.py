@@ -185,6 +185,12 @@ def check_batches() -> None:
             raise SystemExit(f"assemble: images of {height}×{width} differ")
 
 
+def kernels() -> list[str]:
+    """The ops that have a C++ kernel, x for x_fwd and x_bwd."""
+    built = [name for name, op in OPS.items() if op.why_not("cpp") is None]
+    return sorted({name.removesuffix("_fwd").removesuffix("_bwd") for name in built})
+
+
 def run_isa(names: list[str]) -> None:
     start, count = time.perf_counter(), 0
     check_batches()
@@ -202,8 +208,7 @@ def main() -> None:
     here = Path(tab.__file__).resolve().parent
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         raise SystemExit(f"libasan is not preloaded; run `make sanitize` (this tab is in {here})")
-    built = {name.removesuffix("_fwd").removesuffix("_bwd") for name, op in OPS.items()
-             if op.why_not("cpp") is None}  # fmt: skip
+    built = set(kernels())
     if uncovered := built - set(CASES):
         raise SystemExit(f"C++ kernels without a case in tests/sanitized.py: {sorted(uncovered)}")
     names = [name for name in CASES if name in built and name in (sys.argv[1:] or CASES)]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 app = typer.Typer(help="Microbenchmark the ops against what you could run instead.")
 
+Out = Annotated[Path | None, typer.Option(help="JSON; PNG and HTML are put beside it.")]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,7 +36,7 @@ def run(
     contestants: Annotated[str, typer.Option(help="Names (prefixes), or all.")] = "all",
     budget: Annotated[float, typer.Option(help="Seconds per contestant and direction.")] = 3.0,
     cold: Annotated[bool, typer.Option(help="Empty the caches before each call.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON; a PNG is put beside it.")] = None,
+    out: Out = None,
 ) -> None:
     """Check each contestant against float64, then time them in turns."""
     if context.invoked_subcommand:
@@ -45,6 +46,7 @@ def run(
     from .cases import SIZES, cases
     from .contestants import PYTORCH
     from .measure import DIRECTIONS, measure
+    from .page import write_page
     from .results import picture, save, tables
     from .roofline import measure_roofline
 
@@ -74,10 +76,68 @@ def run(
         )
         console.print(tables([row for row in rows if row.case == case.name])[0])
         if out:  # after each case, so that what was measured is kept
-            save(out, rows, roofline, device, shlex.join(["tab", *sys.argv[1:]]))
+            record = save(out, rows, roofline, device, _command())
     if out:
         picture(rows, out.with_suffix(".png"))
-        console.print(f"wrote {out} and {out.with_suffix('.png')}")
+        write_page(out.with_suffix(".html"), record, rows)
+        console.print(f"wrote {out}, and .png and .html beside it")
+
+
+@app.command("steps")
+def steps_command(
+    recipe: Annotated[str, typer.Option(help="Sizes: a recipe or a file.")] = "fair",
+    models: Annotated[str, typer.Option(help="mlp, cnn or all.")] = "all",
+    attentions: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    batch: Annotated[int | None, typer.Option(min=1, help="Images; default: recipe's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    budget: Annotated[float, typer.Option(help="Seconds per contestant.")] = 3.0,
+    out: Annotated[Path | None, typer.Option(help="JSON; HTML is put beside it.")] = None,
+) -> None:
+    """Whole training steps of the models, against control and against plain PyTorch attention."""
+    from ..layers import attention_names
+    from ..models import model_names
+    from ..recipe import load_recipe
+    from .page import write_page
+    from .results import save, steps_table
+    from .steps import steps
+
+    console, rows = Console(), []
+    names = _chosen(attentions, attention_names(), "attention")
+    for model in _chosen(models, model_names(), "model"):
+        new = steps(load_recipe(recipe), model, names, batch=batch, device=device, budget=budget)
+        rows += new
+        console.print(steps_table(new))
+        if out:
+            write_page(out.with_suffix(".html"), save(out, rows, None, device, _command()), rows)
+
+
+@app.command("memory")
+def memory_command(
+    ops: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    longest: Annotated[int, typer.Option(help="The last N.")] = 16384,
+    out: Out = None,
+) -> None:
+    """Peak memory of each op, forward and backward, against N on the CPU, and how it grows."""
+    from .contestants import PYTORCH
+    from .memory import LENGTHS, memory, picture
+    from .page import write_page
+    from .results import memory_table, save
+
+    console, rows = Console(), []
+    if longest < LENGTHS[1]:
+        raise ValueError(f"longest {longest}: growth needs two N; at least {LENGTHS[1]}")
+    for op in _chosen(ops, list(PYTORCH), "op"):
+        new = memory(op, tuple(n for n in LENGTHS if n <= longest))
+        rows += new
+        console.print(memory_table(new))
+        if out:
+            write_page(out.with_suffix(".html"), save(out, rows, None, "cpu", _command()), rows)
+    if out:
+        picture(rows, out.with_suffix(".png"))
+
+
+def _command() -> str:
+    return shlex.join(["tab", *sys.argv[1:]])
 
 
 @app.command("compare")

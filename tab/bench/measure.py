@@ -32,6 +32,7 @@ class Row:
     skipped: str | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
+    batch: int | None = None  # images in a call, where it is a training step
     floor: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)

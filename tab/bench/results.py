@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from .measure import DIRECTIONS, Row, percentiles, speedup
+from .memory import growth, tokens
 from .roofline import Roofline
 
 
@@ -34,18 +35,22 @@ def environment(device: str) -> dict[str, object]:
     return facts
 
 
-def save(path: Path, rows: Iterable[Row], roofline: Roofline, device: str, command: str) -> None:
-    """Writes the run atomically: everything that the tables are made of, each single time."""
+def save(
+    path: Path, rows: Iterable[Row], roofline: Roofline | None, device: str, command: str
+) -> dict:
+    """Writes the run atomically: everything that the tables are made of, each single time. Returns
+    the record. roofline: None where nothing is compared with it."""
     record = {
         "command": command,
         "environment": environment(device),
-        "roofline": roofline.to_dict(),
+        "roofline": roofline.to_dict() if roofline else None,
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1))
     os.replace(part, path)
+    return record
 
 
 def load(path: Path) -> tuple[dict, list[Row]]:
@@ -103,6 +108,53 @@ def _ratio(row: Row, base: Row, direction: str) -> str:
         return ""
     low, mid, high = speedup(row.seconds[direction], base.seconds[direction])
     return f"{mid:.2f} ({low:.2f}–{high:.2f})"
+
+
+def steps_table(rows: list[Row]) -> Table:
+    """A model's training steps: images/s (median, p10–p90), ratios of steps in the same round."""
+    table = Table(title=rows[0].case, title_justify="left")
+    for title in ("attention", "images/s", "ms", "× control", "tab is × eager", "difference"):
+        table.add_column(title, justify="left" if title == "attention" else "right")
+    timed = {row.contestant: row for row in rows}
+    for row in rows:
+        if row.skipped:
+            table.add_row(row.contestant, row.skipped)
+            continue
+        times = row.seconds["step"]
+        low, mid, high = percentiles(times)
+        rates = [f"{row.batch / x:,.0f}" for x in (mid, high, low)]
+        control, eager = timed["none"], timed.get(row.contestant.replace("tab ", "eager ", 1))
+        over = speedup(times, control.seconds["step"]) if row is not control else None
+        wins = None
+        if row.contestant.startswith("tab ") and eager and not eager.skipped:
+            wins = speedup(eager.seconds["step"], times)
+        table.add_row(
+            row.contestant,
+            f"{rates[0]} ({rates[1]}–{rates[2]})",
+            f"{1e3 * mid:.1f}",
+            *("" if r is None else f"{r[1]:.2f} ({r[0]:.2f}–{r[2]:.2f})" for r in (over, wins)),
+            "" if row.error is None else _number(max(row.error, row.gradient_error)),
+        )
+    return table
+
+
+def memory_table(rows: list[Row]) -> Table:
+    """Peak MB of one op for each N, and the exponent of its growth."""
+    table = Table(title=f"{rows[0].case.split('/')[0]}: peak MB, forward + backward")
+    table.title_justify = "left"
+    lengths = sorted({tokens(row) for row in rows})
+    for title in ("contestant", *(f"N {n}" for n in lengths), "grows as"):
+        table.add_column(title, justify="left" if title == "contestant" else "right")
+    for name in dict.fromkeys(row.contestant for row in rows):
+        mine = {tokens(row): row for row in rows if row.contestant == name}
+        cells = [
+            "–" if r.skipped else f"{r.peak_bytes / 1e6:,.1f}" for _, r in sorted(mine.items())
+        ]
+        exponent = growth(list(mine.values()))
+        table.add_row(name, *cells, "–" if exponent is None else f"N^{exponent:.2f}")
+    notes = [f"{r.contestant} at {r.case}: {r.skipped}" for r in rows if r.skipped]
+    table.caption, table.caption_justify = "\n".join(notes), "left"
+    return table
 
 
 def _number(x: float | None) -> str:

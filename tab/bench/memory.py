@@ -1,0 +1,150 @@
+"""`tab bench memory`: the peak memory of forward + backward against N, and how it grows.
+
+Each point is measured in a process of its own, forked from one that has only imported: nothing
+that an allocator or a kernel kept from an earlier point can hide what this one needs. The peak is
+the resident high-water mark above the inputs: outputs, gradients, masks, scratch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .cases import Case, problem
+from .contestants import PYTORCH, Contestant, contestants
+from .measure import Row, call, peak
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+COMPILED = ("compile", "flex")  # what they allocate while compiling would count
+
+
+def entrants(op: str) -> list[str]:
+    """TAB, and what of eager PyTorch computes the same."""
+    given = PYTORCH[op](problem(Case(op, "tiny")))
+    return ["tab", *(c.name for c in given if not any(word in c.name for word in COMPILED))]
+
+
+def memory(
+    op: str, lengths: tuple[int, ...] = LENGTHS, available: float | None = None
+) -> list[Row]:
+    """One row for each contestant and N, `peak_bytes` or the reason why it was not run.
+
+    available: bytes that a point may take. A point is not run when the last one, grown as N², would
+    not fit. Default: half of what the machine has free.
+    """
+    available = _free() / 2 if available is None else available
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    rows = []
+    for name in entrants(op):
+        before: tuple[int, int] | None = None  # N, bytes
+        for n in lengths:
+            case = Case(op, f"n{n}")
+            row = Row(case.name, name)
+            rows.append(row)
+            if before and (guess := before[1] * (n / before[0]) ** 2) > available:
+                row.skipped = f"would take about {guess / 1e9:.0f} GB, {available / 1e9:.0f} may"
+                continue
+            row.peak_bytes = _in_its_own_process(context, case, name)
+            before = n, row.peak_bytes
+    return rows
+
+
+def growth(rows: list[Row]) -> float | None:
+    """e in peak ~ N^e, least squares over the logarithms; None of fewer than two points."""
+    points = [(tokens(row), row.peak_bytes) for row in rows if row.peak_bytes]
+    if len(points) < 2:
+        return None
+    n, size = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(n, size, 1)[0])
+
+
+def tokens(row: Row) -> int:
+    return int(row.case.split("/")[1].removeprefix("n"))
+
+
+def _in_its_own_process(context, case: Case, name: str) -> int:
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(send, case, name, torch.get_num_threads()))
+    process.start()
+    send.close()
+    try:
+        answer = receive.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{name} at {case.name} ended with code {process.exitcode}") from None
+    process.join()
+    if isinstance(answer, str):
+        raise RuntimeError(f"{name} at {case.name}: {answer}")
+    return answer
+
+
+def _measure(send, case: Case, name: str, threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        run(Case(case.op, "tiny"), name)  # libraries and thread stacks are there then
+        send.send(run(case, name))
+    except Exception as error:  # it would only be printed here
+        send.send(f"{type(error).__name__}: {error}")
+
+
+def run(case: Case, name: str) -> int:
+    p = problem(case)
+
+    def find() -> Contestant:  # masks are made here: part of the cost
+        return next(c for c in contestants(p) if c.name == name)
+
+    def both(entrant: Contestant) -> None:
+        prepare, timed = call(entrant.build(p), p, "both")
+        timed(prepare())
+
+    size = peak((find, both), case.device)
+    if size is None:
+        raise RuntimeError("this system does not tell peak memory (/proc/self/clear_refs)")
+    return size
+
+
+def _free() -> int:
+    with open("/proc/meminfo") as f:
+        line = next(line for line in f if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Peak against N, both logarithmic, a panel for each op; dotted lines grow as N and N²."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ops = list(dict.fromkeys(row.case.split("/")[0] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(ops), figsize=(3.2 * len(ops) + 1, 3.6), sharey=True, squeeze=False
+    )
+    for axis, op in zip(axes[0], ops, strict=True):
+        mine = [row for row in rows if row.case.startswith(f"{op}/") and row.peak_bytes]
+        for name in dict.fromkeys(row.contestant for row in mine):
+            points = [(tokens(r), r.peak_bytes / 1e6) for r in mine if r.contestant == name]
+            ours = name == "tab"
+            style = {"color": "#0072B2", "linewidth": 2.2} if ours else {}
+            axis.loglog(*zip(*points, strict=True), marker="o", label=name, **style)
+        first, last = min(map(tokens, mine)), max(map(tokens, mine))
+        base = min(r.peak_bytes for r in mine) / 1e6
+        for e in (1, 2):
+            ends = [base, base * (last / first) ** e]
+            axis.loglog([first, last], ends, ":", color="#999999", linewidth=1)
+            axis.annotate(f"N{'²' if e == 2 else ''}", (last, ends[1]), color="#777777")
+        ticks = sorted({tokens(r) for r in mine})
+        axis.set_xticks(ticks, [str(n) for n in ticks], rotation=45, minor=False)
+        axis.set_xticks([], minor=True)
+        axis.set(title=op, xlabel="tokens N")
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("peak MB, forward + backward")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
