@@ -49,7 +49,29 @@ def _linear() -> None:
             linear_backward.backward(o, s, z, q, q, v, o, mask, s, z, 0, causal, 0.0)
 
 
-LAUNCHERS: dict[str, Callable[[], None]] = {"linear": _linear}
+def _performer() -> None:
+    """Calls the launchers of `performer` once for each way they go."""
+    from .kernels import performer, performer_backward
+
+    half, full = torch.bfloat16, torch.float32
+    cases = [  # B, H, N, D, Dv, M, causal, type
+        (512, 8, 64, 64, 64, 256, False, half),  # one launch
+        (512, 8, 64, 64, 64, 256, False, full),
+        (1, 8, 8192, 64, 64, 256, True, half),  # segments
+        (1, 8, 8192, 256, 256, 512, True, full),  # several tiles of everything
+    ]
+    for b, h, n, d, dv, m, causal, dtype in cases:
+        q = torch.empty(b, n, h, d, dtype=dtype, device="meta").transpose(1, 2)
+        v = torch.empty(b, n, h, dv, dtype=dtype, device="meta").transpose(1, 2)
+        w = torch.empty(m, d, device="meta")
+        mask = torch.empty(b, n, dtype=torch.bool, device="meta")
+        z0 = torch.empty(b, h, m, device="meta")
+        state = torch.empty(b, h, m, dv, device="meta"), z0, z0
+        o, s, z, c, lse = performer.forward(q, q, v, w, mask, *state, 0, causal, 0.0)
+        performer_backward.backward(o, s, z, q, q, v, w, o, s, z, c, lse, mask, *state, 0, causal)
+
+
+LAUNCHERS: dict[str, Callable[[], None]] = {"linear": _linear, "performer": _performer}
 
 
 def launches(op: str) -> list[tuple]:

@@ -14,7 +14,12 @@ from .projection import orthogonal_projection
 from .sparse import sparse_attention
 
 # Files of kernels/ that register ops.
-TRITON_MODULES: tuple[str, ...] = ("linear", "linear_backward")
+TRITON_MODULES: tuple[str, ...] = (
+    "linear",
+    "linear_backward",
+    "performer",
+    "performer_backward",
+)
 
 load_kernels(TRITON_MODULES)
 

@@ -1,0 +1,406 @@
+"""tab::performer_bwd for CUDA in Triton. With g_i = do_i, r_i = -do_i·o_i and the query's features
+divided by the denominator already (norm = lse; tab/ops/performer.py):
+
+    dφ(q_i) = T_i [g_i r_i],  dT_j = dT_N + Σ_{i≥j} φ(q_i) [g_i r_i]ᵀ
+    dφ(k_j) = dT_j [v_j 1],   dv_j = dS_jᵀ φ(k_j)
+    db = dφ(q)∘φ', da = dφ(k)∘φ';  dq̂ = db W,  dk̂ = da W - (Σ_m da_m) k̂
+
+φ is computed again, never stored; T is held at a shift c and dT then at -c, so that nothing
+overflows. Bidirectional with few tokens or many heads: one launch. Otherwise queries (dq and r),
+states and scan of dT, then keys (dk and dv); causal first makes T of every segment again, and
+inside a token's own segment uses pairs, as the forward does.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tab.ops.performer import backward_reference
+
+from ._common import block, dot, head, launch, put, rows, tile, token_major_empty
+from ._favor import (
+    NOTHING,
+    factor,
+    is_far,
+    key_exponents,
+    key_features,
+    key_slope,
+    pairs,
+    project,
+    pull_keys,
+    pull_queries,
+    query_features,
+    query_slope,
+    shifts,
+    vector,
+)
+from .performer import (
+    SCAN,
+    fits_fused,
+    mask_bytes,
+    meta,
+    once,
+    scanned,
+    seen,
+    segments,
+    takes,
+)
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pair_gradients(
+    do, g_n, r_i, v, v_n, i, j, N, DV: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[g_i r_i]·[v_j 1] where j ≤ i, else 0: (BN, BN)"""
+    g = tl.zeros((BN, BN), tl.float32) + r_i[:, None]
+    for v0 in range(0, DV, BV):
+        left, right = tile(do, g_n, i, N, v0, DV, BV), tile(v, v_n, j, N, v0, DV, BV)
+        g += dot(left, tl.trans(right), PRECISION)
+    return tl.where(i[:, None] >= j[None, :], g, 0.0)
+
+
+@triton.jit
+def queries(
+    q, q_n, k, k_n, v, v_n, do, g_n, o, o_n, w, mask, s, z, c, lse, r, dq, dq_n,
+    start, first, N, x0,
+    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BX: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BX columns of dq of the tile of tokens at start, and its r."""
+    at = start + tl.arange(0, BN)
+    norm = vector(lse, at, N, float("inf"))
+    r_i = tl.zeros((BN,), tl.float32)
+    for v0 in range(0, DV, BV):
+        r_i -= tl.sum(tile(do, g_n, at, N, v0, DV, BV) * tile(o, o_n, at, N, v0, DV, BV), 1)
+    if x0 == 0:
+        tl.store(r + at, r_i, mask=at < N)
+    dx = tl.zeros((BN, BX), tl.float32)
+    for m0 in range(0, M, BM):
+        m = m0 + tl.arange(0, BM)
+        b, _ = project(q, q_n, w, at, N, m0, D, M, BN, BM, BD, EXACT)
+        known = vector(c, m, M, NOTHING)
+        db = r_i[:, None] * vector(z, m, M, 0.0)[None, :]  # (BN, BM)
+        for v0 in range(0, DV, BV):
+            g = tile(do, g_n, at, N, v0, DV, BV)
+            db += dot(g, tl.trans(tile(s, DV, m, M, v0, DV, BV)), PRECISION)
+        db *= query_slope(b, query_features(b, known, norm, KERNEL), norm, KERNEL)
+        if CAUSAL:
+            for j0 in range(first, start + BN, BN):
+                j = j0 + tl.arange(0, BN)
+                a = key_exponents(k, k_n, w, mask, j, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
+                top, low = shifts(a, known, j0 == start, KERNEL)
+                far = is_far(top, low, KERNEL)
+                g = pair_gradients(do, g_n, r_i, v, v_n, at, j, N, DV, BN, BV, PRECISION)
+                db += pull_queries(g, b, a, top, norm, far, KERNEL, BN, PRECISION)
+                known = top
+        dx += dot(db, tile(w, D, m, M, x0, D, BX), PRECISION)
+    put(dq, dq_n, at, N, x0, dx * D**-0.25, D, BX)
+
+
+@triton.jit
+def pulled(
+    q, q_n, do, g_n, w, lse, r, c, first, last, N, ds, dz, m0, v0,
+    KERNEL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM features and BV columns of dT at shift c over queries [first, last), on top of ds, dz."""
+    m = m0 + tl.arange(0, BM)
+    known = vector(c, m, M, NOTHING)
+    S = tl.zeros((BM, BV), tl.float32)
+    Z = tl.zeros((BM,), tl.float32)
+    if ds is not None:
+        S += tile(ds, DV, m, M, v0, DV, BV)
+        Z += vector(dz, m, M, 0.0)
+    for start in range(first, last, BN):
+        at = start + tl.arange(0, BN)
+        b, _ = project(q, q_n, w, at, N, m0, D, M, BN, BM, BD, EXACT)
+        f = query_features(b, known, vector(lse, at, N, float("inf")), KERNEL)  # (BN, BM)
+        S += dot(tl.trans(f), tile(do, g_n, at, N, v0, DV, BV), PRECISION)
+        Z += tl.sum(f * vector(r, at, N, 0.0)[:, None], 0)
+    return S, Z
+
+
+@triton.jit
+def keys(
+    q, q_n, k, k_n, v, v_n, do, g_n, w, mask, ds, dz, c, before, lse, r, dk, dk_n, dv, dv_n,
+    start, last, N, x0,
+    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BX: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BX columns of dk and of dv of the tile of tokens at start. ds, dz at shift c hold the queries
+    from `last` on when causal, else all; `before` is the shift before the tile's segment."""
+    at = start + tl.arange(0, BN)
+    dx = tl.zeros((BN, BX), tl.float32)
+    dy = tl.zeros((BN, BX), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    for m0 in range(0, M, BM):
+        m = m0 + tl.arange(0, BM)
+        a = key_exponents(k, k_n, w, mask, at, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
+        f = key_features(a, vector(c, m, M, NOTHING), KERNEL)  # (BN, BM)
+        da = tl.zeros((BN, BM), tl.float32) + vector(dz, m, M, 0.0)[None, :]
+        for v0 in range(0, DV, BV):
+            x = tile(v, v_n, at, N, v0, DV, BV)
+            da += dot(x, tl.trans(tile(ds, DV, m, M, v0, DV, BV)), PRECISION)
+        da *= key_slope(a, f, KERNEL)
+        dy += dot(f, tile(ds, DV, m, M, x0, DV, BX), PRECISION)
+        if CAUSAL:
+            known = vector(before, m, M, NOTHING)
+            for i0 in range(start, last, BN):
+                i = i0 + tl.arange(0, BN)
+                norm = vector(lse, i, N, float("inf"))
+                b, _ = project(q, q_n, w, i, N, m0, D, M, BN, BM, BD, EXACT)
+                top, low = shifts(a, known, i0 == start, KERNEL)
+                keep, far = i[:, None] >= at[None, :], is_far(top, low, KERNEL)
+                p = pairs(b, a, top, norm, keep, far, KERNEL, BN, PRECISION)
+                dy += dot(tl.trans(p), tile(do, g_n, i, N, x0, DV, BX), PRECISION)
+                r_i = vector(r, i, N, 0.0)
+                g = pair_gradients(do, g_n, r_i, v, v_n, i, at, N, DV, BN, BV, PRECISION)
+                da += pull_keys(g, b, a, top, norm, far, KERNEL, BN, PRECISION)
+        dx += dot(da, tile(w, D, m, M, x0, D, BX), PRECISION)
+        total += tl.sum(da, 1)
+    if KERNEL == 0:
+        dx -= total[:, None] * (tile(k, k_n, at, N, x0, D, BX) * D**-0.25)
+    put(dk, dk_n, at, N, x0, dx * D**-0.25, D, BX)
+    put(dv, dv_n, at, N, x0, dy, DV, BX)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def performer_queries(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n,
+    w, mask, s, z, c, s_bh, z_bh, c_bh, t_seg, c_seg, lse, r, dq, dq_b, dq_h, dq_n, N, H, segment,
+    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BX: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of tokens, BX of its columns; r (B·H, N)"""
+    bh, start, x0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BX
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    i, part = bh.to(tl.int64), (start // segment).to(tl.int64)
+    queries(
+        head(q, bh, H, q_b, q_h), q_n, head(k, bh, H, k_b, k_h), k_n, head(v, bh, H, v_b, v_h),
+        v_n, head(do, bh, H, g_b, g_h), g_n, head(o, bh, H, o_b, o_h), o_n, w, mask,
+        s + i * s_bh + part * t_seg, z + i * z_bh + part * t_seg, c + i * c_bh + part * c_seg,
+        lse + i * N, r + i * N, head(dq, bh, H, dq_b, dq_h), dq_n,
+        start, start // segment * segment, N, x0,
+        KERNEL, CAUSAL, D, DV, M, BN, BM, BD, BV, BX, EXACT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def performer_pulled(
+    q, q_b, q_h, q_n, do, g_b, g_h, g_n, w, lse, r, c, c_bh, c_seg, t, N, H, segment,
+    KERNEL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """t (B·H, segments, M·Dv + M): dT of each segment's queries at the shift they see."""
+    bh, part = tl.program_id(0), tl.program_id(1)
+    m0, v0 = tl.program_id(2) // tl.cdiv(DV, BV) * BM, tl.program_id(2) % tl.cdiv(DV, BV) * BV
+    i, m, first = bh.to(tl.int64), m0 + tl.arange(0, BM), part * segment
+    S, Z = pulled(
+        head(q, bh, H, q_b, q_h), q_n, head(do, bh, H, g_b, g_h), g_n, w, lse + i * N, r + i * N,
+        c + i * c_bh + part.to(tl.int64) * c_seg, first, tl.minimum(first + segment, N), N,
+        None, None, m0, v0, KERNEL, D, DV, M, BN, BM, BD, BV, EXACT, PRECISION,
+    )  # fmt: skip
+    t += (i * tl.num_programs(1) + part) * (M * DV + M)
+    put(t, DV, m, M, v0, S, DV, BV)
+    if v0 == 0:
+        tl.store(t + M * DV + m, Z, mask=m < M)
+
+
+@triton.jit
+def performer_unwind(
+    t, ds, dz, c0, c, running, ds0, dz0, segments,
+    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Causal: t becomes dT after each segment at the shift there; else its first part becomes the
+    sum of all. ds0, dz0: moved on to the initial state's shift c0."""
+    bh = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_s, in_z = at < M * DV, (at >= M * DV) & (at < M * DV + M)
+    m = tl.where(in_s, at // DV, at - M * DV)
+    live = in_s | in_z
+    total = tl.zeros((BLOCK,), tl.float32)
+    if ds is not None:
+        total += tl.load(ds + bh * M * DV + at, mask=in_s, other=0.0)
+        total += tl.load(dz + bh * M + m, mask=in_z, other=0.0)
+    top = tl.load(c + bh * M + m, mask=live, other=0.0)
+    t += bh * segments * (M * DV + M) + at
+    for i in range(segments):
+        here = t + (segments - 1 - i).to(tl.int64) * (M * DV + M)
+        x = tl.load(here, mask=live, other=0.0)
+        if CAUSAL:
+            tl.store(here, total, mask=live)
+            at_part = running + (bh * (segments + 1) + segments - 1 - i) * M + m
+            new = tl.load(at_part, mask=live, other=0.0)
+            total *= factor(new, top, KERNEL)
+            top = new
+        total += x
+    if not CAUSAL:
+        tl.store(t, total, mask=live)
+        new = tl.full((BLOCK,), NOTHING, tl.float32)
+        if c0 is not None:
+            new = tl.load(c0 + bh * M + m, mask=live, other=0.0)
+        total *= factor(new, top, KERNEL)
+    tl.store(ds0 + bh * M * DV + at, total, mask=in_s)
+    tl.store(dz0 + bh * M + m, total, mask=in_z)
+
+
+@triton.jit
+def performer_keys(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, w, mask,
+    ds, dz, c, s_bh, z_bh, c_bh, t_seg, c_seg, before, lse, r,
+    dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n, N, H, segment,
+    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BX: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of tokens, BX of their columns."""
+    bh, start, x0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BX
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    i, part = bh.to(tl.int64), (start // segment).to(tl.int64)
+    shift = i * c_bh + part * c_seg
+    keys(
+        head(q, bh, H, q_b, q_h), q_n, head(k, bh, H, k_b, k_h), k_n, head(v, bh, H, v_b, v_h),
+        v_n, head(do, bh, H, g_b, g_h), g_n, w, mask,
+        ds + i * s_bh + part * t_seg, dz + i * z_bh + part * t_seg, c + shift, before + shift,
+        lse + i * N, r + i * N, head(dk, bh, H, dk_b, dk_h), dk_n,
+        head(dv, bh, H, dv_b, dv_h), dv_n,
+        start, tl.minimum((start // segment + 1) * segment, N), N, x0,
+        KERNEL, CAUSAL, D, DV, M, BN, BM, BD, BV, BX, EXACT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def performer_fused_backward(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n,
+    w, mask, s, z, c, c0, ds, dz, lse, r, t, dq, dq_b, dq_h, dq_n, dk, dk_b, dk_h, dk_n,
+    dv, dv_b, dv_h, dv_n, ds0, dz0, N, H,
+    KERNEL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Bidirectional, one program per (batch, head): queries, dT, keys. t (B·H, 1, M·Dv + M)"""
+    bh = tl.program_id(0)
+    i = bh.to(tl.int64)
+    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
+    do, o, dq = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h), head(dq, bh, H, dq_b, dq_h)
+    dk, dv = head(dk, bh, H, dk_b, dk_h), head(dv, bh, H, dv_b, dv_h)
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    if ds is not None:
+        ds, dz = ds + i * M * DV, dz + i * M
+    s, z, c, lse, r = s + i * M * DV, z + i * M, c + i * M, lse + i * N, r + i * N
+    t, ds0, dz0 = t + i * (M * DV + M), ds0 + i * M * DV, dz0 + i * M
+    for start in range(0, N, BN):
+        for x0 in range(0, D, BX):
+            queries(
+                q, q_n, k, k_n, v, v_n, do, g_n, o, o_n, w, mask, s, z, c, lse, r, dq, dq_n,
+                start, 0, N, x0,
+                KERNEL, False, D, DV, M, BN, BM, BD, BV, BX, EXACT, PRECISION,
+            )  # fmt: skip
+    tl.debug_barrier()  # r is read back by other threads of this program
+    for m0 in range(0, M, BM):
+        m = m0 + tl.arange(0, BM)
+        for v0 in range(0, DV, BV):
+            S, Z = pulled(
+                q, q_n, do, g_n, w, lse, r, c, 0, N, N, ds, dz, m0, v0,
+                KERNEL, D, DV, M, BN, BM, BD, BV, EXACT, PRECISION,
+            )  # fmt: skip
+            put(t, DV, m, M, v0, S, DV, BV)
+            before = tl.full((BM,), NOTHING, tl.float32)
+            if c0 is not None:
+                before = vector(c0 + i * M, m, M, NOTHING)
+            less = factor(before, vector(c, m, M, NOTHING), KERNEL)
+            put(ds0, DV, m, M, v0, S * less[:, None], DV, BV)
+            if v0 == 0:
+                tl.store(t + M * DV + m, Z, mask=m < M)
+                tl.store(dz0 + m, Z * less, mask=m < M)
+    tl.debug_barrier()  # and so is dT
+    for start in range(0, N, BN):
+        for x0 in range(0, max(D, DV), BX):
+            keys(
+                q, q_n, k, k_n, v, v_n, do, g_n, w, mask, t, t + M * DV, c, c, lse, r, dk, dk_n,
+                dv, dv_n, start, N, N, x0,
+                KERNEL, False, D, DV, M, BN, BM, BD, BV, BX, EXACT, PRECISION,
+            )  # fmt: skip
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def backward(
+    do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
+):
+    """tab::performer_bwd"""
+    if not takes(q, v):
+        return backward_reference(
+            do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
+        )
+    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
+    w, mask = projection.contiguous(), mask_bytes(key_mask)
+    s, z, c, lse = s.contiguous(), z.contiguous(), c.contiguous(), lse.contiguous()
+    s0, z0, c0 = (None if x is None else x.contiguous() for x in (s0, z0, c0))
+    ds, dz = (None, None) if ds is None else (ds.contiguous(), dz.contiguous())
+    b, h, n, d = q.shape
+    forward_m = meta(q, v, w, kernel)
+    m = {**forward_m, "BM": block(w.shape[0], 32)}  # two sums crowd the registers
+    dim_v, features = m["DV"], m["M"]
+    dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
+    ds0, dz0 = torch.empty_like(s), torch.empty_like(z)
+    r = torch.empty_like(lse)
+    q_, k_, v_, do_, o_ = ((x, *x.stride()[:3]) for x in (q, k, v, do, o))
+    to_q, to_k, to_v = ((x, *x.stride()[:3]) for x in (dq, dk, dv))
+    wide = {**m, "BX": block(max(d, dim_v))}
+    if fits_fused(q, causal):
+        t = w.new_empty(b * h, 1, features * dim_v + features)
+        launch(
+            performer_fused_backward, (b * h,), *q_, *k_, *v_, *do_, *o_, w, mask, s, z, c, c0,
+            ds, dz, lse, r, t, *to_q, *to_k, *to_v, ds0, dz0, n, h, **wide,
+        )  # fmt: skip
+        return dq, dk, dv, ds0, dz0
+    size, count = segments(q, v, w, causal)
+    tiles, columns = -(-n // m["BN"]), wide["BX"]
+    state, running = once(s, z, c), None
+    if causal:
+        _, state, running = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, forward_m)
+    launch(
+        performer_queries, (b * h, tiles, -(-d // columns)), *q_, *k_, *v_, *do_, *o_, w, mask,
+        *state, lse, r, *to_q, n, h, size, CAUSAL=causal, **wide,
+    )  # fmt: skip
+    t = w.new_empty(b * h, count, features * dim_v + features)
+    c_bh, c_seg = state[5], state[7]
+    launch(
+        performer_pulled, (b * h, count, -(-features // m["BM"]) * -(-dim_v // m["BV"])), *q_,
+        *do_, w, lse, r, state[2], c_bh, c_seg, t, n, h, size, **m,
+    )  # fmt: skip
+    launch(
+        performer_unwind, (b * h, -(-t.shape[-1] // SCAN)), t, ds, dz, c0, c, running, ds0, dz0,
+        count, KERNEL=kernel, CAUSAL=causal, DV=dim_v, M=features, BLOCK=SCAN,
+    )  # fmt: skip
+    if causal:
+        after = seen(t, running, after=1)
+    else:  # the sum lies in the first segment's place
+        after = (t, t.flatten()[features * dim_v :], c, count * t.shape[-1], count * t.shape[-1])
+        after += (features, 0, 0)
+    launch(
+        performer_keys, (b * h, tiles, -(-max(d, dim_v) // columns)), *q_, *k_, *v_, *do_, w, mask,
+        *after, state[2], lse, r, *to_k, *to_v, n, h, size, CAUSAL=causal,
+        **wide | {"num_stages": 1},
+    )  # fmt: skip
+    return dq, dk, dv, ds0, dz0
+
+
+torch.library.impl("tab::performer_bwd", "CUDA", backward)
