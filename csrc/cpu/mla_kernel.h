@@ -104,9 +104,7 @@ TAB_INLINE Vec<A> hide(Vec<A> x, const A* bias, bool causal, int64_t i, int64_t 
   if constexpr (masked) {
     if (bias != nullptr) x += load(bias + j);
     if (causal && j + W<A> > i + 1) {
-      Int<A> lane;
-      for (int64_t l = 0; l < W<A>; ++l) lane[l] = l;
-      x = lane > static_cast<typename integer<A>::scalar>(i - j) ? splat<A>(-__builtin_inf()) : x;
+      x = lanes<A>() > static_cast<typename integer<A>::scalar>(i - j) ? splat<A>(-__builtin_inf()) : x;
     }
   }
   return x;

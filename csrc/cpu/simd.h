@@ -148,19 +148,20 @@ static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, ac
 // --- whole padded rows ----------------------------------------------------------------------------
 
 /// Σ of the lanes by halves: log W additions one after the other, not W.
-/// The lanes of x, those whose numbers differ by `half` exchanged.
+/// 0, 1, 2, …: the numbers of the lanes.
 template <class A>
-TAB_INLINE Vec<A> exchange(Vec<A> x, int64_t half) {
-  Int<A> lane;
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < W<A>; ++i) lane[i] = i ^ half;
-  return __builtin_shuffle(x, lane);
+TAB_INLINE Int<A> lanes() {
+  static constexpr typename integer<A>::scalar all[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                          8, 9, 10, 11, 12, 13, 14, 15};
+  Int<A> x;
+  __builtin_memcpy(&x, all, sizeof x);
+  return x;
 }
 /// The sum over the lanes, in a tree.
 template <class A>
 TAB_INLINE A sum(Vec<A> x) {
 #pragma GCC unroll 4
-  for (int64_t half = W<A> / 2; half > 0; half /= 2) x += exchange<A>(x, half);
+  for (int half = W<A> / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes<A>() ^ half);
   return x[0];
 }
 template <class A>
@@ -171,7 +172,8 @@ TAB_INLINE Vec<A> maximum(Vec<A> x, Vec<A> y) {
 template <class A>
 TAB_INLINE A highest(Vec<A> x) {
 #pragma GCC unroll 4
-  for (int64_t half = W<A> / 2; half > 0; half /= 2) x = maximum<A>(x, exchange<A>(x, half));
+  for (int half = W<A> / 2; half > 0; half /= 2)
+    x = maximum<A>(x, __builtin_shuffle(x, lanes<A>() ^ half));
   return x[0];
 }
 /// x *= factor over n padded elements.
