@@ -225,7 +225,7 @@ def performer_unwind(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Causal: t becomes dT after each segment at the shift there; else its first part becomes the
-    sum of all. ds0, dz0: moved on to the initial state's shift c0."""
+    sum of all. ds0, dz0, where c0 is given: moved on to the initial state's shift."""
     bh = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_s, in_z = at < M * DV, (at >= M * DV) & (at < M * DV + M)
@@ -249,12 +249,11 @@ def performer_unwind(
         total += x
     if not CAUSAL:
         tl.store(t, total, mask=live)
-        new = tl.full((BLOCK,), NOTHING, tl.float32)
-        if c0 is not None:
-            new = tl.load(c0 + bh * M + m, mask=live, other=0.0)
-        total *= factor(new, top, KERNEL)
-    tl.store(ds0 + bh * M * DV + at, total, mask=in_s)
-    tl.store(dz0 + bh * M + m, total, mask=in_z)
+    if c0 is not None:
+        if not CAUSAL:
+            total *= factor(tl.load(c0 + bh * M + m, mask=live, other=0.0), top, KERNEL)
+        tl.store(ds0 + bh * M * DV + at, total, mask=in_s)
+        tl.store(dz0 + bh * M + m, total, mask=in_z)
 
 
 @triton.jit
@@ -303,7 +302,7 @@ def performer_fused_backward(
     if ds is not None:
         ds, dz = ds + i * M * DV, dz + i * M
     s, z, c, lse, r = s + i * M * DV, z + i * M, c + i * M, lse + i * N, r + i * N
-    t, ds0, dz0 = t + i * (M * DV + M), ds0 + i * M * DV, dz0 + i * M
+    t += i * (M * DV + M)
     for start in range(0, N, BN):
         for x0 in range(0, D, BX):
             queries(
@@ -320,14 +319,14 @@ def performer_fused_backward(
                 KERNEL, D, DV, M, BN, BM, BD, BV, EXACT, PRECISION,
             )  # fmt: skip
             put(t, DV, m, M, v0, S, DV, BV)
-            before = tl.full((BM,), NOTHING, tl.float32)
-            if c0 is not None:
-                before = vector(c0 + i * M, m, M, NOTHING)
-            less = factor(before, vector(c, m, M, NOTHING), KERNEL)
-            put(ds0, DV, m, M, v0, S * less[:, None], DV, BV)
             if v0 == 0:
                 tl.store(t + M * DV + m, Z, mask=m < M)
-                tl.store(dz0 + m, Z * less, mask=m < M)
+            if c0 is not None:
+                before = vector(c0 + i * M, m, M, NOTHING)
+                less = factor(before, vector(c, m, M, NOTHING), KERNEL)
+                put(ds0 + i * M * DV, DV, m, M, v0, S * less[:, None], DV, BV)
+                if v0 == 0:
+                    tl.store(dz0 + i * M + m, Z * less, mask=m < M)
     tl.debug_barrier()  # and so is dT
     for start in range(0, N, BN):
         for x0 in range(0, max(D, DV), BX):
@@ -359,7 +358,7 @@ def backward(
     m = {**forward_m, "BM": block(w.shape[0], 32)}  # two sums crowd the registers
     dim_v, features = m["DV"], m["M"]
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
-    ds0, dz0 = torch.empty_like(s), torch.empty_like(z)
+    ds0, dz0 = (x.new_empty(0) if s0 is None else torch.empty_like(x) for x in (s, z))
     r = torch.empty_like(lse)
     q_, k_, v_, do_, o_ = ((x, *x.stride()[:3]) for x in (q, k, v, do, o))
     to_q, to_k, to_v = ((x, *x.stride()[:3]) for x in (dq, dk, dv))
