@@ -71,7 +71,49 @@ def _performer() -> None:
         performer_backward.backward(o, s, z, q, q, v, w, o, s, z, c, lse, mask, *state, 0, causal)
 
 
-LAUNCHERS: dict[str, Callable[[], None]] = {"linear": _linear, "performer": _performer}
+def _heads(n: int, *sizes: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Token-major (2, 8, n, size) without memory."""
+    return [torch.empty(2, n, 8, s, dtype=dtype, device="meta").transpose(1, 2) for s in sizes]
+
+
+SOFTMAX = (  # D = Dv, type: a head in one tile and in several
+    (64, torch.bfloat16),
+    (64, torch.float32),
+    (128, torch.bfloat16),
+    (256, torch.bfloat16),
+)
+
+
+def _local() -> None:
+    """Line and causal grid."""
+    from .kernels import local
+
+    for d, dtype in SOFTMAX:
+        q, lse = *_heads(8192, d, dtype=dtype), torch.empty(2, 8, 8192, device="meta")
+        for rows, cols in ((0, 0), (128, 64))[: 2 if (d, dtype) == SOFTMAX[0] else 1]:
+            options = 64, 64, rows, cols, cols > 0, 0.1
+            local.forward(q, q, q, *options)
+            local.backward(q, q, q, q, q, lse, *options)
+
+
+def _sparse() -> None:
+    """Causal, with long rows."""
+    from .kernels import sparse, sparse_backward
+
+    ptr, entries = (torch.empty(n, dtype=torch.int32, device="meta") for n in ((8, 129), 9999))
+    for d, dtype in SOFTMAX:
+        q, lse = *_heads(8192, d, dtype=dtype), torch.empty(2, 8, 8192, device="meta")
+        options = ptr, entries, ptr, entries, 64, True, 0.1
+        sparse.forward(q, q, q, *options)
+        sparse_backward.backward(q, q, q, q, q, lse, *options)
+
+
+LAUNCHERS: dict[str, Callable[[], None]] = {
+    "linear": _linear,
+    "performer": _performer,
+    "local": _local,
+    "sparse": _sparse,
+}
 
 
 def launches(op: str) -> list[tuple]:
@@ -92,7 +134,13 @@ def launches(op: str) -> list[tuple]:
 def _type(x) -> str:
     """Triton's name of an argument's type; None and 1 are compiled in."""
     if isinstance(x, torch.Tensor):
-        short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
+        short = {
+            "float32": "fp32",
+            "float16": "fp16",
+            "bfloat16": "bf16",
+            "uint8": "u8",
+            "int32": "i32",
+        }
         return "*" + short[str(x.dtype).removeprefix("torch.")]
     if x is None or (x == 1 and isinstance(x, int)):
         return "constexpr"

@@ -29,7 +29,7 @@ SPILLS = {
 FEW = 128
 
 
-@pytest.mark.parametrize("op", ["linear", "performer"])
+@pytest.mark.parametrize("op", kernel_report.LAUNCHERS)
 def test_interpreted(op):
     """In a process of its own: whether Triton interprets is settled when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"interpreted_{op}.py"]
@@ -54,6 +54,8 @@ def test_compiled():
     assert {"fused", "states", "scan", "outputs", "fused_backward", "grad_q"} <= kernels
     assert {"performer_fused", "performer_outputs", "performer_scan"} <= kernels
     assert {"performer_fused_backward", "performer_queries", "performer_keys"} <= kernels
+    assert {"local_forward", "local_grad_q", "local_grad_kv"} <= kernels
+    assert {"sparse_forward", "combine", "sparse_grad_q", "sparse_grad_kv", "add_parts"} <= kernels
     for row in rows:
         assert row["shared"] <= row["limit"], row
         assert 0 < row["registers"] <= 255, row

@@ -19,6 +19,9 @@ TRITON_MODULES: tuple[str, ...] = (
     "linear_backward",
     "performer",
     "performer_backward",
+    "local",
+    "sparse",
+    "sparse_backward",
 )
 
 load_kernels(TRITON_MODULES)
