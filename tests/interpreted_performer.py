@@ -6,10 +6,10 @@ tests/test_triton.py runs this file in a process of its own, with TRITON_INTERPR
 import pytest
 import torch
 import triton
+from performer_textbook import draw, naive
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 from tab.kernels import performer as kernels
 from tab.kernels import performer_backward
-from test_performer import draw, naive
 
 from tab.ops.performer import _Performer, backward_reference, forward_reference
 
