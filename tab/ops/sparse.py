@@ -181,6 +181,10 @@ def sparse_attention(
     q, k, v = autocast(q, k, v)
     pattern = pattern.to(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    # The kernel is faster than dense SDPA even at density 1, so "auto" never leaves it. float32,
+    # one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
+    #   B 128 H 4 N 64 D 64, blocks of 8   5.7 and 9.0,  18.1 and 31.4
+    #   B 1 H 2 N 1024 D 64, blocks of 64  2.6 and 5.6,   8.8 and 20.0
     backend = choose(backend, sparse_fwd, q)
     return _Sparse.apply(
         q, k, v, *pattern.tensors, pattern.block_size, bool(causal), scale, backend
