@@ -108,11 +108,38 @@ def _sparse() -> None:
         sparse_backward.backward(q, q, q, q, q, lse, *options)
 
 
+def _mla() -> None:
+    """Calls the launchers of `mla` once for each way they go."""
+    from .kernels import mla, mla_backward, mla_decode
+
+    both, half = (torch.float32, torch.bfloat16), (torch.bfloat16,)
+    cases = [  # B, H, N, Dn, Dr, R, Dv, causal, types
+        (512, 8, 64, 48, 16, 128, 64, False, both),  # bfloat16: one tile
+        (1, 128, 256, 128, 64, 512, 128, True, half),  # DeepSeek-V3
+        (1, 8, 256, 128, 64, 512, 128, True, (torch.float32,)),  # float32's widest
+        (1, 8, 256, 256, 128, 512, 256, True, (torch.float16, torch.bfloat16)),  # and the halves'
+    ]
+    for b, h, n, dn, dr, r, dv, causal, dtypes in cases:
+        for dtype in dtypes:
+            shapes = (b, h, n, dn), (b, h, n, dr), (b, n, r), (b, n, dr), (h, dn, r), (h, dv, r)
+            x = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            mask = torch.empty(b, n, dtype=torch.bool, device="meta")
+            o, lse, _ = mla.forward(*x, mask, 0.1, causal)
+            mla_backward.backward(o, lse, *x, o, lse, mask, 0.1, causal)
+    for h, r, dtypes in ((128, 512, both), (16, 64, half), (128, 576, both)):
+        for dtype in dtypes:
+            shapes = (1, h, 128), (1, h, 64), (1, 8192, r + 64), (1,), (h, 128, r), (h, 128, r)
+            x = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            x[3] = x[3].int()
+            mla_decode.decode(*x, 0.1)
+
+
 LAUNCHERS: dict[str, Callable[[], None]] = {
     "linear": _linear,
     "performer": _performer,
     "local": _local,
     "sparse": _sparse,
+    "mla": _mla,
 }
 
 

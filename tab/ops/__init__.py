@@ -17,6 +17,9 @@ from .sparse import sparse_attention
 TRITON_MODULES: tuple[str, ...] = (
     "linear",
     "linear_backward",
+    "mla",
+    "mla_backward",
+    "mla_decode",
     "performer",
     "performer_backward",
     "local",

@@ -75,7 +75,7 @@ def backward_reference(
     delta = delta if dlse is None else delta - dlse
     hide = hidden(key_mask, n, causal, q_nope.device)
     dqn, dqr, duk, duv = [], [], [], []
-    dc, dkr = torch.zeros_like(c), torch.zeros_like(kr)
+    dc, dkr = (x.new_zeros(x.shape) for x in (c, kr))
     for h in range(q_nope.shape[1]):
         k, v, s = _head(h, qn, qr, c, kr, uk, uv, hide, scale)
         p = probabilities(s, lse[:, h])  # (B, N, N)

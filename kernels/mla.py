@@ -1,0 +1,163 @@
+"""tab::mla_fwd for CUDA in Triton (formula and symbols: tab/ops/mla.py).
+
+    k_n,h = W_uk,h c,  v_h = W_uv,h c,  S_h = (q_n·k_n + q_r·k_r)·scale,  o_h = softmax(S_h) v_h
+
+One program per (batch entry, head) and tile of queries. It expands the head's keys and values from
+the latents tile by tile, R in chunks, and never writes them; the softmax is online. The heads of
+one entry run side by side and share its latents in L2. With N in one tile (the study's 64 tokens)
+each key is expanded once; beyond, once for each tile of queries, which is why the public function
+comes here for short N only. Any N and R are right. Deterministic, nothing is atomic.
+float64, Dr above 128, and Dn or Dv above 256 (float32: 128, tf32x3 outgrows the registers) run the
+reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tab.ops.mla import forward_reference  # tab.ops loads this module after defining its ops
+
+from ._common import (
+    PRECISION,
+    block,
+    dot,
+    head,
+    launch,
+    precision,
+    put,
+    rows,
+    tile,
+    token_major_empty,
+)
+
+MAX_SIZE = {"bf16": 256, "tf32": 256, "tf32x3": 128}  # Dn and Dv, by precision
+MAX_ROTARY = 128
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def expanded(
+    c, c_n, w, w_d, at, N, R: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr,
+    BLOCK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of one head, c Wᵀ (BN, SIZE) with c (N, R) and W (SIZE, R)."""
+    x = tl.zeros((BN, BLOCK), tl.float32)
+    for r0 in range(0, R, BR):
+        chunk = tile(w, w_d, tl.arange(0, BLOCK), SIZE, r0, R, BR)  # (BLOCK, BR)
+        x += dot(tile(c, c_n, at, N, r0, R, BR), tl.trans(chunk), PRECISION)
+    return x
+
+
+@triton.jit
+def scores(
+    qn, qr, k, kr, i, j, mask, N, scale,
+    CAUSAL: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """log2(e)·S of queries i and keys j, −inf where i must not see j and outside N."""
+    s = dot(qn, tl.trans(k), PRECISION)
+    if DR > 0:
+        s += dot(qr, tl.trans(kr), PRECISION)
+    seen = j < N
+    if mask is not None:
+        seen = seen & (tl.load(mask + j, mask=j < N, other=0) != 0)
+    seen = seen[None, :] & (i < N)[:, None]
+    if CAUSAL:
+        seen = seen & (i[:, None] >= j[None, :])
+    return tl.where(seen, s * (scale * LOG2E), float("-inf"))
+
+
+@triton.jit
+def latent_forward(
+    qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
+    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, o, o_b, o_h, o_n, lse, peak, N, H, scale,
+    CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o and lse of BN queries, and the largest score among them: peak (B·H, tiles)."""
+    bh, i = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    qn, qr = head(qn, bh, H, qn_b, qn_h), head(qr, bh, H, qr_b, qr_h)
+    c, kr, uk, uv = c + b * c_b, kr + b * kr_b, uk + h * uk_h, uv + h * uv_h
+    if mask is not None:
+        mask += b * N
+    x = tile(qn, qn_n, i, N, 0, DN, BK)  # (BN, BK)
+    y = tile(qr, qr_n, i, N, 0, DR, BP)  # (BN, BP)
+    top = tl.full((BN,), float("-inf"), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    z = tl.zeros((BN, BV), tl.float32)
+    end = tl.minimum((tl.program_id(1) + 1) * BN, N) if CAUSAL else N
+    for start in range(0, end, BN):
+        j = start + tl.arange(0, BN)
+        k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)  # (BN, BK)
+        rotary = tile(kr, kr_n, j, N, 0, DR, BP)
+        s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
+        higher = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+        p, fade = tl.exp2(s - base[:, None]), tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)  # (BN, BV)
+        z = z * fade[:, None] + dot(p, v, PRECISION)
+        top = higher
+    z *= tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[:, None]
+    put(head(o, bh, H, o_b, o_h), o_n, i, N, 0, z, DV, BV)
+    log = tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
+    tl.store(lse + bh.to(tl.int64) * N + i, log * LN2, mask=i < N)
+    if mask is not None:  # a token that is not real does not count as a query either
+        top = tl.where(tl.load(mask + i, mask=i < N, other=0) != 0, top, float("-inf"))
+    largest = tl.max(top, 0) * LN2
+    tl.store(peak + bh.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), largest)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def takes(q_nope, q_rope, w_uv) -> bool:
+    if q_nope.dtype not in PRECISION or q_rope.shape[-1] > MAX_ROTARY:
+        return False
+    return max(q_nope.shape[-1], w_uv.shape[1]) <= MAX_SIZE[precision(q_nope)]
+
+
+def meta(q_nope, q_rope, w_uv, causal, backward: bool = False) -> dict:
+    """The compile-time arguments. Not measured: tiles as long as the registers hold."""
+    (dn, dr), (dv, r) = (x.shape[-1] for x in (q_nope, q_rope)), w_uv.shape[1:]
+    how, wide = precision(q_nope), max(dn, dv)
+    tokens = {"bf16": 64, "tf32": 32, "tf32x3": 16 if backward or wide > 64 else 32}[how]
+    half = how == "bf16" and wide <= 128
+    return {
+        "CAUSAL": causal, "DN": dn, "DR": dr, "DV": dv, "R": r,
+        "BN": block(q_nope.shape[2], 16 if wide > 128 else tokens), "BK": block(dn, 256),
+        "BP": block(dr, MAX_ROTARY), "BV": block(dv, 256), "BR": block(r, 64 if half else 32),
+        "PRECISION": how, "num_warps": 4 if half and wide <= 64 else 8, "num_stages": 2,
+    }  # fmt: skip
+
+
+def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask) -> tuple:
+    """The operands, with the strides that the kernels take; one copy where rows are not whole."""
+    qn, qr, c, kr, uk, uv = (rows(x) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    four = (y for x in (qn, qr) for y in (x, *x.stride()[:3]))
+    three = (y for x in (c, kr, uk, uv) for y in (x, *x.stride()[:2]))
+    return *four, *three, mask
+
+
+def forward(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
+    """tab::mla_fwd"""
+    operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
+    if not takes(q_nope, q_rope, w_uv):
+        return forward_reference(*operands, key_mask, scale, causal)
+    (b, h, n, _), m = q_nope.shape, meta(q_nope, q_rope, w_uv, causal)
+    tiles = triton.cdiv(n, m["BN"])
+    o = token_major_empty(q_nope[..., :1].expand(b, h, n, w_uv.shape[1]))
+    lse = q_nope.new_empty(b, h, n, dtype=torch.float32)
+    peak = q_nope.new_empty(b, h, tiles, dtype=torch.float32)
+    launch(
+        latent_forward, (b * h, tiles), *arguments(*operands, key_mask), o, *o.stride()[:3],
+        lse, peak, n, h, scale, **m,
+    )  # fmt: skip
+    return o, lse, peak[..., 0] if tiles == 1 else peak.amax(-1)
+
+
+torch.library.impl("tab::mla_fwd", "CUDA", forward)

@@ -1,0 +1,164 @@
+"""tab::mla_bwd for CUDA in Triton. With P = exp(S − lse) computed again (tab/ops/mla.py):
+
+    Δ = Σ do·o − dlse,  dS = scale·P∘(do·vᵀ − Δ),  dq_n = dS k,  dq_r = dS k_r,
+    dk = dSᵀ q_n,  dv = Pᵀ do,  dk_r = Σ_h dSᵀ q_r,
+    dc = Σ_h(dk W_uk,h + dv W_uv,h),  dW_uk,h = Σ_b dkᵀ c,  dW_uv,h = Σ_b dvᵀ c
+
+One program per (batch entry, head) and tile of keys, which it expands once; dk and dv are written
+side by side, (B, N, H, Dn+Dv). dc is then one matrix product over all heads, [dW_uk dW_uv] one over
+all tokens: PyTorch's, with float32 sums and no atomics. Partial sums of dc and dW for each (b, h)
+would be more to write than dk and dv, unless R < (Dn + Dv)/2. With N in one tile the same program
+has all of dS and writes dq too, one launch; beyond, a second one goes over tiles of queries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tab.ops.mla import backward_reference
+
+from ._common import dot, head, launch, put, rows, tile, token_major_empty
+from .mla import LOG2E, arguments, expanded, meta, scores, takes
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def slopes(
+    s, v, do, g_n, o, o_n, lse, dlse, i, N, scale,
+    DV: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P, dS and the tile do (BN, BV) of queries i"""
+    log = tl.load(lse + i, mask=i < N, other=0.0)
+    p = tl.exp2(s - tl.where(log == float("-inf"), 0.0, log * LOG2E)[:, None])
+    g = tile(do, g_n, i, N, 0, DV, BV)
+    delta = tl.sum(g * tile(o, o_n, i, N, 0, DV, BV), 1)
+    if dlse is not None:
+        delta -= tl.load(dlse + i, mask=i < N, other=0.0)
+    ds = p * (dot(g, tl.trans(v), PRECISION) - delta[:, None]) * scale
+    return p, ds, g
+
+
+@triton.jit
+def latent_grad_kv(
+    qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
+    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
+    dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, dkv, dkr, N, H, scale,
+    CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, WITH_Q: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and this head's dk_r of BN keys; WITH_Q, when these are all keys: dq_n and dq_r too.
+
+    dkv (B, N, H, Dn+Dv), dkr (B, H, N, Dr) float32.
+    """
+    bh, start = tl.program_id(0), tl.program_id(1) * BN
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    qn, qr = head(qn, bh, H, qn_b, qn_h), head(qr, bh, H, qr_b, qr_h)
+    c, kr, uk, uv = c + b * c_b, kr + b * kr_b, uk + h * uk_h, uv + h * uv_h
+    do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
+    lse += bh.to(tl.int64) * N
+    if dlse is not None:
+        dlse += bh.to(tl.int64) * N
+    if mask is not None:
+        mask += b * N
+    j = start + tl.arange(0, BN)
+    k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)  # (BN, BK)
+    v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)  # (BN, BV)
+    rotary = tile(kr, kr_n, j, N, 0, DR, BP)  # (BN, BP)
+    dk = tl.zeros((BN, BK), tl.float32)
+    dv = tl.zeros((BN, BV), tl.float32)
+    drotary = tl.zeros((BN, BP), tl.float32)
+    for i0 in range(start if CAUSAL else 0, N, BN):
+        i = i0 + tl.arange(0, BN)
+        x, y = tile(qn, qn_n, i, N, 0, DN, BK), tile(qr, qr_n, i, N, 0, DR, BP)
+        s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
+        p, ds, g = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
+        dv += dot(tl.trans(p), g, PRECISION)
+        dk += dot(tl.trans(ds), x, PRECISION)
+        if DR > 0:
+            drotary += dot(tl.trans(ds), y, PRECISION)
+        if WITH_Q:
+            put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dot(ds, k, PRECISION), DN, BK)
+            if DR > 0:
+                dy = dot(ds, rotary, PRECISION)
+                put(head(dqr, bh, H, dqr_b, dqr_h), dqr_n, i, N, 0, dy, DR, BP)
+    stride = H * (DN + DV)
+    dkv += b * N * stride + h * (DN + DV)
+    put(dkv, stride, j, N, 0, dk, DN, BK)
+    put(dkv + DN, stride, j, N, 0, dv, DV, BV)
+    if DR > 0:
+        put(dkr + bh.to(tl.int64) * N * DR, DR, j, N, 0, drotary, DR, BP)
+
+
+@triton.jit
+def latent_grad_q(
+    qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
+    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
+    dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, N, H, scale,
+    CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_n and dq_r of BN queries; keys are expanded again."""
+    bh, i = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    qn, qr = head(qn, bh, H, qn_b, qn_h), head(qr, bh, H, qr_b, qr_h)
+    c, kr, uk, uv = c + b * c_b, kr + b * kr_b, uk + h * uk_h, uv + h * uv_h
+    do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
+    lse += bh.to(tl.int64) * N
+    if dlse is not None:
+        dlse += bh.to(tl.int64) * N
+    if mask is not None:
+        mask += b * N
+    x, y = tile(qn, qn_n, i, N, 0, DN, BK), tile(qr, qr_n, i, N, 0, DR, BP)
+    dx = tl.zeros((BN, BK), tl.float32)
+    dy = tl.zeros((BN, BP), tl.float32)
+    end = tl.minimum((tl.program_id(1) + 1) * BN, N) if CAUSAL else N
+    for start in range(0, end, BN):
+        j = start + tl.arange(0, BN)
+        k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)
+        v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)
+        rotary = tile(kr, kr_n, j, N, 0, DR, BP)
+        s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)
+        _, ds, _ = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
+        dx += dot(ds, k, PRECISION)
+        if DR > 0:
+            dy += dot(ds, rotary, PRECISION)
+    put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dx, DN, BK)
+    if DR > 0:
+        put(head(dqr, bh, H, dqr_b, dqr_h), dqr_n, i, N, 0, dy, DR, BP)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal):
+    """tab::mla_bwd"""
+    operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
+    if not takes(q_nope, q_rope, w_uv):
+        return backward_reference(do, dlse, *operands, o, lse, key_mask, scale, causal)
+    do, o, lse = rows(do), rows(o), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    (b, h, n, dn), dr, (dv, r) = q_nope.shape, q_rope.shape[-1], w_uv.shape[1:]
+    m = meta(q_nope, q_rope, w_uv, causal, backward=True)
+    tiles = triton.cdiv(n, m["BN"])
+    dqn, dqr = token_major_empty(q_nope), token_major_empty(q_rope)
+    dkv = q_nope.new_empty(b, n, h, dn + dv)
+    dkr = q_nope.new_empty(b, h, n, dr, dtype=torch.float32)
+    gradients = (y for x in (do, o) for y in (x, *x.stride()[:3]))
+    to_q = [y for x in (dqn, dqr) for y in (x, *x.stride()[:3])]
+    given = *arguments(*operands, key_mask), *gradients, lse, dlse, *to_q
+    launch(
+        latent_grad_kv, (b * h, tiles), *given, dkv, dkr, n, h, scale, WITH_Q=tiles == 1, **m
+    )  # fmt: skip
+    if tiles > 1:
+        launch(latent_grad_q, (b * h, tiles), *given, n, h, scale, **m)
+    dkv, c = dkv.view(b * n, -1), c_kv.reshape(b * n, r)  # (B·N, H·(Dn+Dv)), (B·N, R)
+    dc = (dkv @ torch.cat([w_uk, w_uv], 1).flatten(0, 1)).view(b, n, r)
+    dw = (dkv.mT @ c).view(h, dn + dv, r)
+    dw_uk, dw_uv = (x.contiguous() for x in dw.split([dn, dv], 1))
+    return dqn, dqr, dc, dkr.sum(1).to(q_nope.dtype), dw_uk, dw_uv
+
+
+torch.library.impl("tab::mla_bwd", "CUDA", backward)

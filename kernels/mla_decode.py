@@ -1,0 +1,160 @@
+"""tab::mla_decode for CUDA in Triton (formula and symbols: tab/ops/mla_decode.py).
+
+    q̃_h = W_uk,hᵀ q_n,h,  S_h = (q̃_h·c + q_r,h·k_r)·scale,  z_h = softmax(S_h) c,  o_h = W_uv,h z_h
+
+q̃ and o are batched matrix products, PyTorch's. Between them:
+
+    split   a block of heads over a part of one sequence: rows of heads share each tile of latents,
+            which serves as keys and as values; 16 heads at least, fewer are padded
+    merge   z = Σ_s z_s·exp(lse_s − lse) over the parts; empty parts are not read
+
+A sequence is divided by its own length, read on the device: ragged lengths stay balanced and
+nothing synchronises. One tile serves both products where it fits on chip: bfloat16, R up to 512.
+Elsewhere the scores go over R in chunks, and above 512 programs share out the columns of z.
+float64 and Dr above 128 run the reference. The order of every sum is fixed by shapes and lengths:
+same input, same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tab.ops.mla_decode import decode_reference
+
+from ._common import PRECISION, block, dot, launch, precision, processors, put, rounded, rows, tile
+from .mla import LN2, LOG2E, MAX_ROTARY
+
+WHOLE = 512  # largest rank whose z one program holds
+CHUNK = 32  # of R, for the scores where a tile does not serve whole
+PART = 256  # tokens below which a sequence is not divided further
+COLUMNS = 256  # of z in one program of merge
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def latent_split(
+    q, q_b, q_h, qr, qr_b, qr_h, cache, c_b, c_n, seqlens, z, z_s, z_b, z_h, lse, Nmax, H, scale,
+    DR: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    BR: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z of one part, BH heads and BV columns; lse (parts, B, H), −inf where the part is empty."""
+    chunks: tl.constexpr = (R + BV - 1) // BV
+    whole: tl.constexpr = R <= BR and BR == BV
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    h, v0 = tl.program_id(1) // chunks * BH + tl.arange(0, BH), tl.program_id(1) % chunks * BV
+    q, qr, cache = q + b * q_b, qr + b * qr_b, cache + b * c_b
+    n = tl.minimum(tl.load(seqlens + b), Nmax).to(tl.int32)
+    size = tl.cdiv(tl.cdiv(n, tl.num_programs(2)), BN) * BN
+    first = part * size
+    rotary = tile(qr, qr_h, h, H, 0, DR, BP)  # (BH, BP)
+    if whole:
+        latent = tile(q, q_h, h, H, 0, R, BR)  # (BH, BR)
+    top = tl.full((BH,), float("-inf"), tl.float32)
+    total = tl.zeros((BH,), tl.float32)
+    out = tl.zeros((BH, BV), tl.float32)
+    for start in range(first, tl.minimum(first + size, n), BN):
+        j = start + tl.arange(0, BN)
+        c = tile(cache, c_n, j, n, v0, R, BV)  # (BN, BV); rows past the length are never read
+        if whole:
+            s = dot(latent, tl.trans(c), PRECISION)  # (BH, BN)
+        else:
+            s = tl.zeros((BH, BN), tl.float32)
+            for r0 in range(0, R, BR):
+                x = tile(q, q_h, h, H, r0, R, BR)
+                s += dot(x, tl.trans(tile(cache, c_n, j, n, r0, R, BR)), PRECISION)
+        if DR > 0:
+            s += dot(rotary, tl.trans(tile(cache + R, c_n, j, n, 0, DR, BP)), PRECISION)
+        s = tl.where((j < n)[None, :], s * (scale * LOG2E), float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))  # finite: the first token of a tile is in the part
+        p, fade = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+        total = total * fade + tl.sum(p, 1)
+        out = out * fade[:, None] + dot(p, c, PRECISION)
+        top = higher
+    seen = total != 0  # NaN passes through
+    out *= tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None]
+    log = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    if v0 == 0:
+        at = (part.to(tl.int64) * tl.num_programs(0) + b) * H + h
+        tl.store(lse + at, log, mask=h < H)
+    if n > first or tl.num_programs(2) == 1:
+        put(z + part.to(tl.int64) * z_s + b * z_b, z_h, h, H, v0, out, R, BV)
+
+
+@triton.jit
+def latent_merge(
+    parts_z, parts_lse, z, z_b, z_h, lse, parts, H,
+    R: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z (B, H, R) and lse (B, H) of one (b, h) from parts_z (parts, B, H, R), float32."""
+    bh, BH = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    each = tl.arange(0, PARTS)
+    log = tl.load(parts_lse + each * BH + bh, mask=each < parts, other=float("-inf"))
+    top = tl.max(log, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2((log - base) * LOG2E), 0)
+    all_of_it = tl.where(total != 0, base + tl.log2(tl.where(total != 0, total, 1.0)) * LN2, top)
+    if tl.program_id(1) == 0:
+        tl.store(lse + bh, all_of_it)
+    base = tl.where(total != 0, all_of_it, 0.0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.zeros((BLOCK,), tl.float32)
+    for s in range(parts):
+        at = s * BH + bh
+        log_s = tl.load(parts_lse + at)
+        if log_s != float("-inf"):
+            x += tl.exp2((log_s - base) * LOG2E) * tl.load(
+                parts_z + at * R + column, mask=column < R, other=0.0
+            )
+    if z.dtype.element_ty == tl.bfloat16:
+        x = rounded(x)
+    z += bh // H * z_b + bh % H * z_h
+    tl.store(z + column, x.to(z.dtype.element_ty), mask=column < R)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def decode(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
+    """tab::mla_decode"""
+    if q_nope.dtype not in PRECISION or q_rope.shape[-1] > MAX_ROTARY:
+        return decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
+    (b, h, _), n, r = q_nope.shape, cache.shape[1], w_uk.shape[-1]
+    q = torch.bmm(q_nope.transpose(0, 1), w_uk)  # (H, B, R)
+    q_rope, cache, seqlens = rows(q_rope), rows(cache), seqlens.contiguous()
+    m = meta(h, r, q_rope.shape[-1], precision(cache[:, None]))
+    programs = b * triton.cdiv(h, m["BH"]) * triton.cdiv(r, m["BV"])
+    parts = max(1, min(2 * processors(cache.device) // programs, triton.cdiv(n, PART)))
+    z = torch.empty_like(q)  # (H, B, R)
+    lse = q.new_empty(b, h, dtype=torch.float32)
+    to = z, 0, r, b * r, lse
+    if parts > 1:
+        parts_z = q.new_empty(parts, b, h, r, dtype=torch.float32)
+        parts_lse = parts_z.new_empty(parts, b, h)
+        to = parts_z, b * h * r, h * r, r, parts_lse
+    launch(
+        latent_split, (b, programs // b, parts), q, r, b * r, q_rope, *q_rope.stride()[:2],
+        cache, *cache.stride()[:2], seqlens, *to, n, h, scale, **m,
+    )  # fmt: skip
+    if parts > 1:
+        launch(
+            latent_merge, (b * h, triton.cdiv(r, COLUMNS)), parts_z, parts_lse, z, r, b * r, lse,
+            parts, h, R=r, PARTS=triton.next_power_of_2(parts), BLOCK=block(r, COLUMNS),
+        )  # fmt: skip
+    o = q.new_empty(b, h, w_uv.shape[1])
+    torch.bmm(z, w_uv.mT, out=o.transpose(0, 1))
+    return o, lse
+
+
+def meta(h: int, r: int, dr: int, how: str) -> dict:
+    """The compile-time arguments of `split`. Not measured: what fits on chip without spills."""
+    columns = block(r, WHOLE if r <= WHOLE else WHOLE // 2)
+    heads, tokens = (64, 64 if columns <= 256 else 32) if how == "bf16" else (16, 32)
+    return {
+        "DR": dr, "R": r, "BH": block(h, heads), "BN": tokens, "BP": block(dr, MAX_ROTARY),
+        "BR": columns if how == "bf16" and r <= WHOLE else min(columns, CHUNK), "BV": columns,
+        "PRECISION": how, "num_warps": 8, "num_stages": 2,
+    }  # fmt: skip
+
+
+torch.library.impl("tab::mla_decode", "CUDA", decode)
