@@ -72,6 +72,27 @@ def test_compiled():
         assert row["spilled"] <= known, row
 
 
+def test_compiled_ones(monkeypatch):
+    """Triton compiles an integer 1 in, as a constant: no kernel may want a tensor there."""
+    from tab.kernels import local, sparse, sparse_backward
+
+    def ones():
+        q, lse = torch.empty(1, 1, 1, 16, device="meta"), torch.empty(1, 1, 1, device="meta")
+        options = 1, 1, 1, 1, True, 1.0
+        local.forward(q, q, q, *options)
+        local.backward(q, q, q, q, q, lse, *options)
+        pattern = (torch.empty(n, dtype=torch.int32, device="meta") for n in ((1, 2), 1) * 2)
+        options = *pattern, 1, True, 1.0
+        sparse.forward(q, q, q, *options)
+        sparse_backward.backward(q, q, q, q, q, lse, *options)
+
+    monkeypatch.setitem(kernel_report.LAUNCHERS, "ones", ones)
+    launches = kernel_report.launches("ones")
+    assert len(launches) == 6
+    for launch in launches:
+        assert kernel_report._compile("ones", *launch, 90)["registers"] > 0
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 NAMES = "o S z dq dk dv dS0 dz0"
