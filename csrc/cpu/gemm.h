@@ -69,7 +69,7 @@ TAB_INLINE void gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, c
 
 /// y (columns, padded rows) = xᵀ of x (rows, columns), the padding zeroed.
 template <class A>
-static __attribute__((noinline)) void transpose(int64_t rows, int64_t columns, const A* x, int64_t ldx, A* y, int64_t ldy) {
+static __attribute__((noinline, noclone)) void transpose(int64_t rows, int64_t columns, const A* x, int64_t ldx, A* y, int64_t ldy) {
   typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
   typedef typename integer<A>::scalar Index __attribute__((vector_size(4 * sizeof(A))));
   int64_t i = 0;

@@ -74,6 +74,7 @@ struct Tensors {
       : s(torch::stable::new_empty(like, {a.b, a.h, a.m, a.e}, accumulator(like))),
         z(torch::stable::new_empty(like, {a.b, a.h, a.m}, accumulator(like))),
         c(torch::stable::new_empty(like, {a.b, a.h, a.m}, accumulator(like))) {
+    large_pages(*s);
     sp = data(*s), zp = data(*z), cp = data(*c);
   }
   static A* data(const Tensor& x) { return static_cast<A*>(x.data_ptr()); }
@@ -178,7 +179,7 @@ Performer prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor
   }
   a.kernel = static_cast<int>(kernel), a.causal = causal, a.eps = eps;
   a.scale = 1 / std::sqrt(static_cast<double>(a.d)), a.root = std::sqrt(a.scale);
-  a.tile = 32;
+  a.tile = causal || a.d > 128 || a.e > 128 ? 32 : 64;  // causal tiles cost their square
   const int64_t tiles = (a.n + a.tile - 1) / a.tile;
   const int64_t wanted = segments(a.b * a.h, tiles);
   a.length = (tiles + wanted - 1) / wanted * a.tile;
