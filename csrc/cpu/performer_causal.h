@@ -92,7 +92,7 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
       }
     }
     for (int64_t j = 0; j < count; ++j) {
-      r[j] = a.kernel == 0 ? largest<A>(load(top + j * W<A>)) : A(0);
+      r[j] = a.kernel == 0 ? highest<A>(load(top + j * W<A>)) : A(0);
       r[j] = r[j] == -INF<A> ? A(0) : r[j];
     }
     for (int64_t p = 0; p < panels; ++p) {
@@ -215,7 +215,8 @@ static void causal_gradients(const Performer& a, int64_t task, void* dstate, voi
   A *dv = arena.take(a.tile * s.ep), *xq = arena.take(a.tile * s.mp), *x = arena.take(size);
   A *y = arena.take(size), *vt = arena.take(a.e * padded<A>(a.tile));
   A *kt = arena.take(P<A> * padded<A>(a.tile)), *st = arena.take(a.e * P<A>);
-  A *pairs = arena.take(a.tile * padded<A>(a.tile)), *cotangents = arena.take(a.tile * padded<A>(a.tile));
+  A* pairs = arena.take(a.tile * padded<A>(a.tile));
+  A* cotangents = arena.take(a.tile * padded<A>(a.tile));
   A *off = arena.take(a.tile), *one = arena.take(a.tile), *all_r = arena.take(a.tile);
   A *o = arena.take(s.ep), *total = arena.take(a.tile * W<A>);
   for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;

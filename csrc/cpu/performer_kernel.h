@@ -22,12 +22,6 @@ TAB_INLINE bool any(Int<A> lanes) {
   for (int64_t i = 0; i < W<A>; ++i) all |= lanes[i];
   return all != 0;
 }
-template <class A>
-TAB_INLINE A largest(Vec<A> x) {
-  A y = x[0];
-  for (int64_t i = 1; i < W<A>; ++i) y = x[i] > y ? x[i] : y;
-  return y;
-}
 TAB_INLINE Vec<double> exp_below(Vec<double> x) { return exp<double>(x); }
 /// exp(x) for x < 87, and 0 for x < -86: what is left of a shifted exponent below that is nothing.
 /// As `exp` with degree 6 (minimax, 2e-9): the power of two is added to the exponent bits.
@@ -172,11 +166,8 @@ TAB_INLINE void rescale(const FavorState<A>& t, int64_t p, int64_t ep, const Vec
     const Vec<A> factor = exp_below(before - finite<A>(top[j]));
     store(t.c + m, top[j]);
     store(t.z + m, load(t.z + m) * factor);
-    for (int64_t i = 0; i < W<A>; ++i) {
-      if (factor[i] == 1) continue;
-      A* row = t.s + (m + i) * ep;
-      for (int64_t q = 0; q < ep; q += W<A>) store(row + q, load(row + q) * factor[i]);
-    }
+    for (int64_t i = 0; i < W<A>; ++i)
+      if (factor[i] != 1) multiply<A>(t.s + (m + i) * ep, factor[i], ep);
   }
 }
 
@@ -264,7 +255,7 @@ static void outputs(const Performer& a, int64_t task, void* state, void* scratch
                                          load(top + j * W<A>)));
     }
     for (int64_t j = 0; j < count; ++j) {
-      r[j] = a.kernel == 0 ? largest<A>(load(top + j * W<A>)) : A(0);
+      r[j] = a.kernel == 0 ? highest<A>(load(top + j * W<A>)) : A(0);
       r[j] = r[j] == -INF<A> ? A(0) : r[j];
     }
     for (int64_t p = 0; p < s.mp / P<A>; ++p) {
