@@ -101,7 +101,9 @@ def grouped_outer_reference(g: Tensor, x: Tensor, counts: Tensor) -> Tensor:
             torch.mm(g[rows].mT, x[rows], out=dw[e])
         return dw
     if _native(x, g):
-        return torch._grouped_mm(g.mT, x, offs=counts.cumsum(0).to(torch.int32))
+        dw = torch._grouped_mm(g.mT, x, offs=counts.cumsum(0).to(torch.int32))
+        # On sm_100 it leaves an empty group unwritten (pytorch/pytorch issue 172439).
+        return dw.masked_fill_((counts == 0)[:, None, None], 0.0)
     return grouped_outer_in_blocks(g, x, counts)
 
 
