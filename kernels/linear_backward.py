@@ -246,11 +246,11 @@ def fused_backward(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def backward(do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, causal, eps):
+def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_bwd"""
     if not takes(q, v):
         return backward_reference(
-            do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, causal, eps
+            do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps
         )
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     s0, z0 = (None, None) if s0 is None else (s0.contiguous(), z0.contiguous())

@@ -97,7 +97,7 @@ def test_layouts(path, how, generator):
     for q, k, v, do in (x, [t.contiguous() for t in x]):
         o, s, z = kernels.forward(q, k, v, None, None, None, 0, causal, 0.0)
         grads = linear_backward.backward(
-            do, None, None, q, k, v, o, None, None, None, 0, causal, 0.0
+            do, None, None, q, k, v, o, s, z, None, None, None, 0, causal, 0.0
         )
         results.append((o, s, z, *grads))
     for strided, plain in zip(*results, strict=True):
@@ -116,7 +116,7 @@ def test_like_the_reference_outside_its_range(path, generator):
         options = feature_map, causal, 0.0
         given = kernels.forward(q, k, v, None, None, None, *options)
         wanted = forward_reference(q, k, v, None, None, None, *options)
-        tail = (torch.ones_like(v), None, None, q, k, v, wanted[0], None, None, None, *options)
+        tail = (torch.ones_like(v), None, None, q, k, v, *wanted, None, None, None, *options)
         given += linear_backward.backward(*tail)
         wanted += backward_reference(*tail)
         for x, y in zip(given, wanted, strict=True):

@@ -74,7 +74,9 @@ def test_linear_small(linear_small, n, d, dv, feature_map, state, backwards, gen
     states = mask, exact["s0"], exact["z0"], feature_map, False, eps
     o, s, z = forward_reference(exact["q"], exact["k"], exact["v"], *states)
     x["o"] = o.float()  # token-major like dout
-    grads = backward_reference(*(exact[i] for i in ("dout", "ds", "dz", "q", "k", "v")), o, *states)
+    grads = backward_reference(
+        *(exact[i] for i in ("dout", "ds", "dz", "q", "k", "v")), o, s, z, *states
+    )
     wanted = dict(zip(OUTPUTS, (o, s, z, *grads), strict=True))
     given = {name: torch.full_like(t, torch.nan, dtype=torch.float32) for name, t in wanted.items()}
     given |= {name: torch.full_like(x[like], torch.nan) for name, like in LIKE.items()}

@@ -108,8 +108,9 @@ def test_shapes(backend, causal, b, h, n, d, dv, generator):
 def test_layouts_in_token_major_out(backend, how, causal, generator):
     x = [layout(t, how) for t in inputs(generator)]
     check(backend, x, causal=causal)
-    o, *_, dq, dk, dv = outputs_and_gradients(call(backend, causal=causal), x)
-    for y in (o, *linear_bwd(backend, o, None, None, *x, o, None, None, None, 0, causal, 0.0)[:3]):
+    o, s, z, dq, dk, dv = outputs_and_gradients(call(backend, causal=causal), x)
+    rest = None, None, None, 0, causal, 0.0
+    for y in (o, *linear_bwd(backend, o, None, None, *x, o, s, z, *rest)[:3]):
         assert y.transpose(1, 2).is_contiguous()
     assert {t.dtype for t in (o, dq, dk, dv)} == {torch.float32}
 
@@ -253,7 +254,8 @@ def test_opcheck(causal, state, generator):
     s = s or (None, None)
     keep = mask(generator, 2, 65)
     torch.library.opcheck(linear_fwd.overload, (q, k, v, keep, *s, 0, causal, 0.0))
-    args = (v, *s, q, k, v, v, keep, *s, 0, causal, 0.0)
+    end = q.new_ones(2, 3, 20, 28), q.new_ones(2, 3, 20)
+    args = (v, *s, q, k, v, v, *end, keep, *s, 0, causal, 0.0)
     torch.library.opcheck(linear_bwd.overload, args)
 
 

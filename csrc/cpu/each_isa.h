@@ -14,11 +14,6 @@
 // Helpers are TAB_INLINE. Lambdas belong in the driver. Scratch rows are padded to whole vectors
 // with zeros (padded<A>(n)), so that gemm needs no masks; tensors are read by load_row and written
 // by store_row, which convert. Vectors never cross a function that is not inlined.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TAB_WIDE 1
-#else
-#define TAB_WIDE 0  // other machines: the baseline, in the vectors the compiler has
-#endif
 #define TAB_INLINE static inline __attribute__((always_inline))
 
 #include "task.h"

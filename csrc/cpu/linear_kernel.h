@@ -22,12 +22,6 @@ TAB_INLINE Vec<A> slope(Vec<A> f, int map) {
   return map == 1 ? (f > 0 ? one : Vec<A>{}) : one;
 }
 
-/// x *= φ'(·), f = φ(·), over n padded elements.
-template <class A>
-TAB_INLINE void times_slope(A* x, const A* f, int64_t n, int map) {
-  for (int64_t j = 0; j < n; j += W<A>) store(x + j, load(x + j) * slope<A>(load(f + j), map));
-}
-
 /// f (count, padded d) = φ of rows of x, which lie `step` apart; masked rows are 0.
 template <int map, class T>
 static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t count, int64_t d,
@@ -83,6 +77,40 @@ struct Segment {
   }
 };
 
+/// z += Σ_i w_i·f_i over the rows f (count, padded width); w null for ones.
+template <class A>
+static void add_rows(A* z, const A* w, const A* f, int64_t count, int64_t width) {
+  for (int64_t j = 0; j < width; j += W<A>) {
+    Vec<A> even = load(z + j), odd{};
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      even += load(f + i * width + j) * (w == nullptr ? A(1) : w[i]);
+      odd += load(f + (i + 1) * width + j) * (w == nullptr ? A(1) : w[i + 1]);
+    }
+    if (i < count) even += load(f + i * width + j) * (w == nullptr ? A(1) : w[i]);
+    store(z + j, even + odd);
+  }
+}
+
+/// scale·row into n elements of a tensor, past the caches if `past`.
+template <class T>
+TAB_INLINE void write_row(T* x, int64_t n, const acc_t<T>* row, acc_t<T> scale, bool past) {
+  using A = acc_t<T>;
+  if (!past) return store_row(x, n, row, scale);
+  int64_t i = 0;
+  for (; i + W<A> <= n; i += W<A>) stream(x + i, load(row + i) * scale);
+  if (i < n) store_part(x + i, load(row + i) * scale, n - i);
+}
+
+/// x = φ'(·)∘df for the gradient of one token, f = φ(·).
+template <class T>
+TAB_INLINE void write_gradient(T* x, int64_t n, acc_t<T>* df, const acc_t<T>* f, int map,
+                               bool past) {
+  using A = acc_t<T>;
+  for (int64_t j = 0; j < n; j += W<A>) store(df + j, load(df + j) * slope<A>(load(f + j), map));
+  write_row(x, n, df, A(1), past);
+}
+
 /// p (count, Tp) = tril(x·yᵀ + r), r one number a row, given yᵀ (width, Tp).
 template <class A>
 static void triangle(int64_t count, int64_t width, const A* x, int64_t ldx, const A* yt, const A* r,
@@ -134,7 +162,7 @@ static void keys(const Linear& a, int64_t task, void* state, void* scratch) {
     S::features(a.k, s, a.mask, t, count, fk);
     S::values(a.v, s, t, count, v);
     gemm<true>(a.d, s.ep, count, fk, s.dp, v, s.ep, sum, s.ep, true);
-    for (int64_t i = 0; i < count; ++i) add_scaled(z, A(1), fk + i * s.dp, s.dp);
+    add_rows<A>(z, nullptr, fk, count, s.dp);
   }
 }
 
@@ -164,124 +192,17 @@ static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
     for (int64_t i = 0; i < count; ++i) {
       if (a.causal) add_scaled(z, A(1), fk + i * s.dp, s.dp);
       const A den = dot(fq + i * s.dp, z, s.dp) + static_cast<A>(a.eps);
-      store_row(S::row(a.o, s, t + i), a.e, o + i * s.ep, inverse(den));
+      write_row(S::row(a.o, s, t + i), a.e, o + i * s.ep, inverse(den), a.stream);
     }
   }
+  fence();
 }
 
-/// g (count, Ep) = do·(1/den), 1/den as noted by `queries`.
-template <class T>
-TAB_INLINE void cotangents(const Segment<T>& s, int64_t t, int64_t count, const acc_t<T>* inverses,
-                           acc_t<T>* g) {
-  using A = acc_t<T>;
-  Segment<T>::values(s.a.grad, s, t, count, g);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < s.ep; j += W<A>)
-      store(g + i * s.ep + j, load(g + i * s.ep + j) * inverses[i]);
-}
+}  // namespace tab::TAB_ISA
 
-/// dq over the segment; dstate += Σ φ(q) gᵀ and φ(q) r unless it is null. Causal: `state` as in
-/// `outputs`; notes (1/den, r) of each token for `gradients`.
-template <class T>
-static void queries(const Linear& a, int64_t task, void* state, void* dstate, void* scratch) {
-  using A = acc_t<T>;
-  using S = Segment<T>;
-  const auto s = S::at(a, task);
-  Arena<A> arena{static_cast<A*>(scratch)};
-  const int64_t tp = padded<A>(a.tile);
-  A *fq = arena.take(a.tile * s.dp), *fk = arena.take(a.tile * s.dp);
-  A *v = arena.take(a.tile * s.ep), *g = arena.take(a.tile * s.ep), *o = arena.take(s.ep);
-  A *df = arena.take(a.tile * s.dp), *st = arena.take(a.e * s.dp);
-  A *vt = arena.take(a.e * tp), *p = arena.take(a.tile * tp), *r = arena.take(a.tile);
-  A *den = arena.take(a.tile), *z = static_cast<A*>(state) + a.d * s.ep;
-  A* dsum = static_cast<A*>(dstate);
-  transpose(a.d, a.e, static_cast<A*>(state), s.ep, st, s.dp);  // (Dv, Dp)
-  for (int64_t t = s.from; t < s.to; t += a.tile) {
-    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
-    S::features(a.q, s, nullptr, t, count, fq);
-    if (a.causal) S::features(a.k, s, a.mask, t, count, fk);
-    S::values(a.grad, s, t, count, g);
-    for (int64_t i = 0; i < count; ++i) {
-      if (a.causal) add_scaled(z, A(1), fk + i * s.dp, s.dp);
-      den[i] = inverse(dot(fq + i * s.dp, z, s.dp) + static_cast<A>(a.eps));
-      prefetch_row(S::row(a.o, s, t + i + AHEAD), a.e);
-      load_row(S::row(a.o, s, t + i), a.e, o);
-      Vec<A> product{};
-      for (int64_t j = 0; j < s.ep; j += W<A>) {
-        const Vec<A> x = load(g + i * s.ep + j) * den[i];
-        store(g + i * s.ep + j, x);
-        product += x * load(o + j);
-      }
-      r[i] = -sum<A>(product);
-      for (int64_t j = 0; j < s.dp; j += W<A>) store(df + i * s.dp + j, load(z + j) * r[i]);
-    }
-    gemm(count, s.dp, a.e, g, s.ep, st, s.dp, df, s.dp, true);
-    if (a.causal) {
-      S::values(a.v, s, t, count, v);
-      transpose(count, a.e, v, s.ep, vt, padded<A>(count));
-      triangle<A>(count, a.e, g, s.ep, vt, nullptr, p);
-      triangle_times<false>(count, s.dp, p, fk, df);
-      gemm<true>(a.e, s.dp, count, v, s.ep, fk, s.dp, st, s.dp, true);
-      A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
-      for (int64_t i = 0; i < count; ++i) notes[i] = den[i], notes[a.n + i] = r[i];
-    }
-    if (dstate != nullptr) {
-      gemm<true>(a.d, s.ep, count, fq, s.dp, g, s.ep, dsum, s.ep, true);
-      for (int64_t i = 0; i < count; ++i) add_scaled(dsum + a.d * s.ep, r[i], fq + i * s.dp, s.dp);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      times_slope(df + i * s.dp, fq + i * s.dp, s.dp, a.map);
-      store_row(S::row(a.dq, s, t + i), a.d, df + i * s.dp, A(1));
-    }
-  }
-}
+#include "linear_backward.h"
 
-/// dk and dv over the segment. Causal: from the last tile to the first, `dstate` is that after the
-/// segment and leaves as that before it.
-template <class T>
-static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch) {
-  using A = acc_t<T>;
-  using S = Segment<T>;
-  const auto s = S::at(a, task);
-  Arena<A> arena{static_cast<A*>(scratch)};
-  const int64_t tp = padded<A>(a.tile), tiles = (s.to - s.from + a.tile - 1) / a.tile;
-  A *fq = arena.take(a.tile * s.dp), *fk = arena.take(a.tile * s.dp);
-  A *v = arena.take(a.tile * s.ep), *g = arena.take(a.tile * s.ep);
-  A *df = arena.take(a.tile * s.dp), *dv = arena.take(a.tile * s.ep);
-  A *dst = arena.take(a.e * s.dp), *turned = arena.take(tp * (a.d > a.e ? a.d : a.e));
-  A *p = arena.take(a.tile * tp);
-  A *dsum = static_cast<A*>(dstate), *dz = dsum + a.d * s.ep;
-  transpose(a.d, a.e, dsum, s.ep, dst, s.dp);  // (Dv, Dp)
-  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-    const int64_t t = s.from + tile * a.tile, count = t + a.tile < s.to ? a.tile : s.to - t;
-    S::features(a.k, s, a.mask, t, count, fk);
-    S::values(a.v, s, t, count, v);
-    gemm(count, s.ep, a.d, fk, s.dp, dsum, s.ep, dv, s.ep, false);
-    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(df + i * s.dp, dz, s.dp * sizeof(A));
-    gemm(count, s.dp, a.e, v, s.ep, dst, s.dp, df, s.dp, true);
-    if (a.causal) {
-      const A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
-      const A* r = notes + a.n;
-      S::features(a.q, s, nullptr, t, count, fq);
-      cotangents<T>(s, t, count, notes, g);
-      transpose(count, a.d, fk, s.dp, turned, padded<A>(count));
-      triangle<A>(count, a.d, fq, s.dp, turned, nullptr, p);
-      triangle_times<true>(count, s.ep, p, g, dv);
-      transpose(count, a.e, v, s.ep, turned, padded<A>(count));
-      triangle<A>(count, a.e, g, s.ep, turned, r, p);
-      triangle_times<true>(count, s.dp, p, fq, df);
-      gemm<true>(a.d, s.ep, count, fq, s.dp, g, s.ep, dsum, s.ep, true);
-      gemm<true>(a.e, s.dp, count, g, s.ep, fq, s.dp, dst, s.dp, true);
-      for (int64_t i = 0; i < count; ++i) add_scaled(dz, r[i], fq + i * s.dp, s.dp);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      times_slope(df + i * s.dp, fk + i * s.dp, s.dp, a.map);
-      const bool hidden = a.mask != nullptr && !a.mask[s.b * a.n + t + i];
-      store_row(S::row(a.dk, s, t + i), a.d, df + i * s.dp, hidden ? A(0) : A(1));
-      store_row(S::row(a.dv, s, t + i), a.e, dv + i * s.ep, A(1));
-    }
-  }
-}
+namespace tab::TAB_ISA {
 
 template <class T>
 constexpr LinearKernels linear_kernels = {W<acc_t<T>>, keys<T>, outputs<T>, queries<T>,

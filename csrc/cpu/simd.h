@@ -94,6 +94,31 @@ TAB_INLINE void store(fp16* p, Vec<float> x) {
   __builtin_memcpy(p, &s, sizeof s);
 }
 
+/// store, but past the caches where the type and the address allow it: the line is not read first,
+/// and evicts nothing. Other threads see it after `fence`.
+template <class T>
+TAB_INLINE void stream(T* p, Vec<acc_t<T>> x) {
+#if defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    if (reinterpret_cast<uintptr_t>(p) % TAB_VECTOR_BYTES == 0) {
+#if TAB_VECTOR_BYTES == 64
+      __builtin_ia32_movntps512(p, x);
+#elif TAB_VECTOR_BYTES == 32
+      __builtin_ia32_movntps256(p, x);
+#else
+      __builtin_ia32_movntps(p, x);
+#endif
+      return;
+    }
+#endif
+  store(p, x);
+}
+TAB_INLINE void fence() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 /// The first n < W lanes; the others load as 0.
 template <class T>
 TAB_INLINE Vec<acc_t<T>> load_part(const T* p, int64_t n) {

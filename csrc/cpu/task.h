@@ -11,6 +11,12 @@
 
 #include "../common.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TAB_WIDE 1
+#else
+#define TAB_WIDE 0  // other machines: the baseline, in the vectors the compiler has
+#endif
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #else

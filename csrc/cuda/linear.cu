@@ -137,8 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dout, std::optional<Tensor> ds, std::optional<Tensor> dz, Tensor q, Tensor k, Tensor v,
-    Tensor o, std::optional<Tensor> key_mask, std::optional<Tensor> s0, std::optional<Tensor> z0,
-    int64_t feature_map, bool causal, double eps) {
+    Tensor o, Tensor /* s */, Tensor /* z */, std::optional<Tensor> key_mask,
+    std::optional<Tensor> s0, std::optional<Tensor> z0, int64_t feature_map, bool causal,
+    double eps) {  // S and z are summed again: they would come from further away than the tokens
   const char* op = "tab_cuda::linear_bwd";
   const auto mask = whole(key_mask), s_in = whole(s0), z_in = whole(z0);
   const auto ds_in = whole(ds), dz_in = whole(dz);

@@ -73,10 +73,11 @@ def _operands(q, k, v, key_mask, feature_map):
     return fq, fk, with_ones(v.to(acc))  # (B, H, N, Dv+1)
 
 
-def _sums(fq, fk, v1, state, causal):
-    """φ(q)ᵀ[S z] (B, H, N, Dv+1), the state each chunk (or everyone) sees, and the final state."""
+def _sums(fq, fk, v1, state, causal, total=None):
+    """φ(q)ᵀ[S z] (B, H, N, Dv+1), the state each chunk (or everyone) sees, and the final state,
+    which is not summed again when `total` gives it."""
     if not causal:
-        total = fk.mT @ v1 + state  # (B, H, D, Dv+1)
+        total = fk.mT @ v1 + state if total is None else total  # (B, H, D, Dv+1)
         return fq @ total, total, total
     cq, ck, cv = chunks(fq), chunks(fk), chunks(v1)
     sums = ck.mT @ cv  # (B, H, c, D, Dv+1)
@@ -98,15 +99,16 @@ def forward_reference(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     return token_major(o.to(v.dtype)), total[..., :-1].contiguous(), total[..., -1].contiguous()
 
 
-def backward_reference(do, ds, dz, q, k, v, o, key_mask, s0, z0, feature_map, causal, eps):
-    """-> dq, dk, dv, dS₀, dz₀. With g = do/den, r = -g·o, g' = [g r], v' = [v 1], T = [S z]:
+def backward_reference(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
+    """-> dq, dk, dv, dS₀, dz₀; o, S, z are the forward pass's.
+    With g = do/den, r = -g·o, g' = [g r], v' = [v 1], T = [S z]:
 
     dφ(q_i) = T_i g'_i,  dT_j = dT_N + Σ_{i≥j} φ(q_i) g'_iᵀ,
     dφ(k_j) = dT_j v'_j,  dv'_j = dT_jᵀ φ(k_j)
     """
     acc, n = accumulate(q), q.shape[2]
     fq, fk, v1 = _operands(q, k, v, key_mask, feature_map)
-    out, before, _ = _sums(fq, fk, v1, join(s0, z0), causal)
+    out, before, _ = _sums(fq, fk, v1, join(s0, z0), causal, join(s, z))
     g = do.to(acc) * _inverse(out[..., -1:] + eps)
     g1 = torch.cat([g, -(g * o.to(acc)).sum(-1, keepdim=True)], -1)  # (B, H, N, Dv+1)
     last = join(ds, dz)
@@ -141,8 +143,8 @@ linear_fwd = Op(
 )
 linear_bwd = Op(
     "linear_bwd",
-    "(Tensor do, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? key_mask, "
-    "Tensor? s0, Tensor? z0, int feature_map, bool causal, float eps) "
+    "(Tensor do, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor o, Tensor s, "
+    "Tensor z, Tensor? key_mask, Tensor? s0, Tensor? z0, int feature_map, bool causal, float eps) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
     backward_reference,
 )
@@ -154,7 +156,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_mask, s0, z0, feature_map, causal, eps, backend):
         o, s, z = linear_fwd(backend, q, k, v, key_mask, s0, z0, feature_map, causal, eps)
-        ctx.save_for_backward(q, k, v, o, key_mask, s0, z0)
+        ctx.save_for_backward(q, k, v, o, s, z, key_mask, s0, z0)
         ctx.options = feature_map, causal, eps
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -162,13 +164,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, ds, dz):
-        q, k, v, o, key_mask, s0, z0 = ctx.saved_tensors
+        q, k, v, o, s, z, key_mask, s0, z0 = ctx.saved_tensors
         do = torch.zeros_like(o) if do is None else do
         if (ds is None) != (dz is None):  # the ops take both or none
             ds = dz.new_zeros(*dz.shape, v.shape[-1]) if ds is None else ds
             dz = torch.zeros_like(ds[..., 0]) if dz is None else dz
         dq, dk, dv, ds0, dz0 = linear_bwd(
-            ctx.backend, do, ds, dz, q, k, v, o, key_mask, s0, z0, *ctx.options
+            ctx.backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *ctx.options
         )
         if s0 is None:
             ds0 = dz0 = None
