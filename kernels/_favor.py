@@ -1,4 +1,4 @@
-"""What the Triton kernels of `performer` share: features of a tile and sums over pairs of tokens.
+"""The parts of the Triton kernels of `performer`: features of a tile, pairs of tokens, the forward.
 
 Formula and symbols: tab/ops/performer.py. a (keys) and b (queries) are exponents, `top` is the
 shift c of a tile's features. Nothing here is stored: features exist on chip only.
@@ -13,7 +13,7 @@ that meets itself can be far.
 import triton
 import triton.language as tl
 
-from ._common import dot, tile
+from ._common import dot, put, tile
 
 FAR = tl.constexpr(60.0)
 NOTHING = tl.constexpr(float("-inf"))
@@ -161,35 +161,89 @@ def pairs(
     return tl.where(keep, p, 0.0)
 
 
-@triton.jit
-def pull_queries(
-    g, b, a, top, norm, far, KERNEL: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
-):
-    """db = Σ_j g_ij ∂P_ij/∂b, (BN, BM); g_ij is 0 where j > i."""
-    x, at = tl.zeros(b.shape, tl.float32), tl.arange(0, BN)
-    if far:
-        for j in range(BN):
-            g_j = tl.sum(tl.where((at == j)[None, :], g, 0.0), 1)
-            e = b + row(a, j, BN)[None, :] - norm[:, None]
-            x += g_j[:, None] * exponential(tl.where((at >= j)[:, None], e, NOTHING))
-    else:
-        x = dot(g, key_features(a, top, KERNEL), PRECISION)
-        x *= query_slope(b, query_features(b, top, norm, KERNEL), norm, KERNEL)
-    return x
+# --- forward, a tile at a time --------------------------------------------------------------------
 
 
 @triton.jit
-def pull_keys(
-    g, b, a, top, norm, far, KERNEL: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
-):
-    """da = Σ_i g_ij ∂P_ij/∂a, likewise"""
-    x, at = tl.zeros(a.shape, tl.float32), tl.arange(0, BN)
-    if far:
-        for i in range(BN):
-            g_i = tl.sum(tl.where((at == i)[:, None], g, 0.0), 0)
-            e = a + (row(b, i, BN) - tl.max(tl.where(at == i, norm, NOTHING), 0))[None, :]
-            x += g_i[:, None] * exponential(tl.where((at <= i)[:, None], e, NOTHING))
-    else:
-        x = dot(tl.trans(g), query_features(b, top, norm, KERNEL), PRECISION)
-        x *= key_slope(a, key_features(a, top, KERNEL), KERNEL)
-    return x
+def state(
+    k, k_n, v, v_n, w, mask, first, last, N, s0, z0, c0, s, z, c, m0, v0,
+    KERNEL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM features and BV columns of S (M, Dv), z and c (M,) over tokens [first, last), on top of
+    s0, z0 and c0 if given."""
+    m = m0 + tl.arange(0, BM)
+    S = tl.zeros((BM, BV), tl.float32)
+    Z = tl.zeros((BM,), tl.float32)
+    top = tl.full((BM,), 0.0 if KERNEL == 1 else NOTHING, tl.float32)
+    if s0 is not None:
+        S += tile(s0, DV, m, M, v0, DV, BV)
+        Z += vector(z0, m, M, 0.0)
+        top = vector(c0, m, M, NOTHING)
+    for start in range(first, last, BN):
+        at = start + tl.arange(0, BN)
+        a = key_exponents(k, k_n, w, mask, at, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
+        if KERNEL == 0:
+            new = tl.maximum(top, tl.max(a, 0))
+            less = factor(top, new, KERNEL)
+            S *= less[:, None]
+            Z *= less
+            top = new
+        f = key_features(a, top, KERNEL)  # (BN, BM)
+        S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION)
+        Z += tl.sum(f, 0)
+    put(s, DV, m, M, v0, S, DV, BV)
+    if v0 == 0:
+        tl.store(z + m, Z, mask=m < M)
+        tl.store(c + m, top, mask=m < M)
+
+
+@triton.jit
+def output(
+    q, q_n, k, k_n, v, v_n, w, mask, s, z, c, o, o_n, lse, start, first, N, eps, v0,
+    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BV columns of o of the tile of tokens at start, whose segment begins at `first`."""
+    at = start + tl.arange(0, BN)
+    num = tl.zeros((BN, BV), tl.float32)
+    den = tl.zeros((BN,), tl.float32)
+    r = tl.full((BN,), 0.0 if KERNEL == 1 else NOTHING, tl.float32)
+    for m0 in range(0, M, BM):
+        m = m0 + tl.arange(0, BM)
+        b, _ = project(q, q_n, w, at, N, m0, D, M, BN, BM, BD, EXACT)
+        seen = vector(c, m, M, NOTHING)
+        if KERNEL == 0:
+            new = tl.maximum(r, tl.max(b + seen[None, :], 1))
+            less = factor(r, new, KERNEL)
+            num *= less[:, None]
+            den *= less
+            r = new
+        f = query_features(b, seen, finite(r), KERNEL)  # (BN, BM)
+        num += dot(f, tile(s, DV, m, M, v0, DV, BV), PRECISION)
+        den += tl.sum(f * vector(z, m, M, 0.0)[None, :], 1)
+        if CAUSAL:
+            for j0 in range(first, start + BN, BN):
+                j = j0 + tl.arange(0, BN)
+                a = key_exponents(k, k_n, w, mask, j, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
+                top, low = shifts(a, seen, j0 == start, KERNEL)
+                if KERNEL == 0:
+                    new = tl.maximum(r, tl.max(b + low, 1))
+                    less = factor(r, new, KERNEL)
+                    num *= less[:, None]
+                    den *= less
+                    r = new
+                keep, far = at[:, None] >= j[None, :], is_far(top, low, KERNEL)
+                p = pairs(b, a, top, finite(r), keep, far, KERNEL, BN, PRECISION)  # (BN, BN)
+                num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION)
+                den += tl.sum(p, 1)
+                seen = top
+    den += eps
+    none = den == 0
+    num *= tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, den))[:, None]
+    put(o, o_n, at, N, v0, num, DV, BV)
+    if v0 == 0:
+        whole = finite(r) + tl.log(tl.where(none, 1.0, den))
+        tl.store(lse + at, tl.where(none, float("inf"), whole), mask=at < N)

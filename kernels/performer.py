@@ -23,29 +23,14 @@ from tab.ops.performer import forward_reference
 from ._common import (
     PRECISION,
     block,
-    dot,
     head,
     launch,
     precision,
     processors,
-    put,
     rows,
-    tile,
     token_major_empty,
 )
-from ._favor import (
-    NOTHING,
-    factor,
-    finite,
-    is_far,
-    key_exponents,
-    key_features,
-    pairs,
-    project,
-    query_features,
-    shifts,
-    vector,
-)
+from ._favor import NOTHING, factor, output, state
 
 SEGMENT = 256  # tokens whose causal pairs are computed directly: less state traffic, more FLOPs
 FUSED_TOKENS = 256  # not measured yet: up to here one launch is expected to win
@@ -53,91 +38,6 @@ MAX_SIZE = 256
 SCAN = 1024  # elements of T one scan program walks
 
 # --- kernels --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def state(
-    k, k_n, v, v_n, w, mask, first, last, N, s0, z0, c0, s, z, c, m0, v0,
-    KERNEL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BM features and BV columns of S (M, Dv), z and c (M,) over tokens [first, last), on top of
-    s0, z0 and c0 if given."""
-    m = m0 + tl.arange(0, BM)
-    S = tl.zeros((BM, BV), tl.float32)
-    Z = tl.zeros((BM,), tl.float32)
-    top = tl.full((BM,), 0.0 if KERNEL == 1 else NOTHING, tl.float32)
-    if s0 is not None:
-        S += tile(s0, DV, m, M, v0, DV, BV)
-        Z += vector(z0, m, M, 0.0)
-        top = vector(c0, m, M, NOTHING)
-    for start in range(first, last, BN):
-        at = start + tl.arange(0, BN)
-        a = key_exponents(k, k_n, w, mask, at, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
-        if KERNEL == 0:
-            new = tl.maximum(top, tl.max(a, 0))
-            less = factor(top, new, KERNEL)
-            S *= less[:, None]
-            Z *= less
-            top = new
-        f = key_features(a, top, KERNEL)  # (BN, BM)
-        S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION)
-        Z += tl.sum(f, 0)
-    put(s, DV, m, M, v0, S, DV, BV)
-    if v0 == 0:
-        tl.store(z + m, Z, mask=m < M)
-        tl.store(c + m, top, mask=m < M)
-
-
-@triton.jit
-def output(
-    q, q_n, k, k_n, v, v_n, w, mask, s, z, c, o, o_n, lse, start, first, N, eps, v0,
-    KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BV columns of o of the tile of tokens at start, whose segment begins at `first`."""
-    at = start + tl.arange(0, BN)
-    num = tl.zeros((BN, BV), tl.float32)
-    den = tl.zeros((BN,), tl.float32)
-    r = tl.full((BN,), 0.0 if KERNEL == 1 else NOTHING, tl.float32)
-    for m0 in range(0, M, BM):
-        m = m0 + tl.arange(0, BM)
-        b, _ = project(q, q_n, w, at, N, m0, D, M, BN, BM, BD, EXACT)
-        seen = vector(c, m, M, NOTHING)
-        if KERNEL == 0:
-            new = tl.maximum(r, tl.max(b + seen[None, :], 1))
-            less = factor(r, new, KERNEL)
-            num *= less[:, None]
-            den *= less
-            r = new
-        f = query_features(b, seen, finite(r), KERNEL)  # (BN, BM)
-        num += dot(f, tile(s, DV, m, M, v0, DV, BV), PRECISION)
-        den += tl.sum(f * vector(z, m, M, 0.0)[None, :], 1)
-        if CAUSAL:
-            for j0 in range(first, start + BN, BN):
-                j = j0 + tl.arange(0, BN)
-                a = key_exponents(k, k_n, w, mask, j, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
-                top, low = shifts(a, seen, j0 == start, KERNEL)
-                if KERNEL == 0:
-                    new = tl.maximum(r, tl.max(b + low, 1))
-                    less = factor(r, new, KERNEL)
-                    num *= less[:, None]
-                    den *= less
-                    r = new
-                keep, far = at[:, None] >= j[None, :], is_far(top, low, KERNEL)
-                p = pairs(b, a, top, finite(r), keep, far, KERNEL, BN, PRECISION)  # (BN, BN)
-                num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION)
-                den += tl.sum(p, 1)
-                seen = top
-    den += eps
-    none = den == 0
-    num *= tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, den))[:, None]
-    put(o, o_n, at, N, v0, num, DV, BV)
-    if v0 == 0:
-        whole = finite(r) + tl.log(tl.where(none, 1.0, den))
-        tl.store(lse + at, tl.where(none, float("inf"), whole), mask=at < N)
 
 
 @triton.jit

@@ -93,6 +93,27 @@ def test_compiled_ones(monkeypatch):
         assert kernel_report._compile("ones", *launch, 90)["registers"] > 0
 
 
+LAUNCHES = [  # B, N, causal -> launches forward, backward
+    (1, 64, False, 1, 1),
+    (512, 1024, False, 1, 1),  # heads fill the GPU
+    (1, 1024, False, 3, 4),
+    (1, 1024, True, 3, 6),
+]
+
+
+@pytest.mark.parametrize("b, n, causal, forward, backward", LAUNCHES)
+def test_launches_of_performer(b, n, causal, forward, backward):
+    from tab.kernels import _common, performer, performer_backward
+
+    q, w = torch.empty(b, 2, n, 16, device="meta"), torch.empty(32, 16, device="meta")
+    state, count = (None,) * 3, []
+    with _common.recording(lambda kernel, *_, **__: count.append(kernel)):
+        o, *rest = performer.forward(q, q, q, w, None, *state, 0, causal, 0.0)
+        assert len(count) == forward
+        performer_backward.backward(o, None, None, q, q, q, w, o, *rest, None, *state, 0, causal)
+    assert len(count) == forward + backward
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 NAMES = "o S z dq dk dv dS0 dz0"
