@@ -74,7 +74,7 @@ def test_compiled():
 
 def test_compiled_ones(monkeypatch):
     """Triton compiles an integer 1 in, as a constant: no kernel may want a tensor there."""
-    from tab.kernels import local, sparse, sparse_backward
+    from tab.kernels import local, performer, performer_backward, sparse, sparse_backward
 
     def ones():
         q, lse = torch.empty(1, 1, 1, 16, device="meta"), torch.empty(1, 1, 1, device="meta")
@@ -85,10 +85,15 @@ def test_compiled_ones(monkeypatch):
         options = *pattern, 1, True, 1.0
         sparse.forward(q, q, q, *options)
         sparse_backward.backward(q, q, q, q, q, lse, *options)
+        w, state = torch.empty(1, 16, device="meta"), (None,) * 3
+        for kernel, causal in ((0, True), (1, False)):
+            options = None, *state, kernel, causal
+            o, *rest = performer.forward(q, q, q, w, *options, 0.0)
+            performer_backward.backward(o, None, None, q, q, q, w, o, *rest, *options)
 
     monkeypatch.setitem(kernel_report.LAUNCHERS, "ones", ones)
     launches = kernel_report.launches("ones")
-    assert len(launches) == 6
+    assert len(launches) == 6 + 9
     for launch in launches:
         assert kernel_report._compile("ones", *launch, 90)["registers"] > 0
 
