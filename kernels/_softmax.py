@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import PRECISION, block, dot, precision, tile
+from ._common import INTERPRETED, PRECISION, block, dot, precision, rounded, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -36,19 +36,30 @@ def wide_product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def turned(x, PRECISION: tl.constexpr):
+    """xᵀ for `product`, in its type first: bits that are moved as loaded are turned by addressing
+    shared memory, not through registers."""
+    if PRECISION == "fp16":
+        x = x.to(tl.float16)
+    elif PRECISION == "bf16":
+        x = rounded(x) if INTERPRETED else x.to(tl.bfloat16)
+    return tl.trans(x)
+
+
+@triton.jit
 def similarity(
     x, y, a, a_n, i, stop_i, b, b_n, j, stop_j,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a[i] b[j]ᵀ. x and y are their tiles of the first BLOCK columns."""
     if SIZE <= BLOCK:
-        return product(x, tl.trans(y), PRECISION)
+        return product(x, turned(y, PRECISION), PRECISION)
     else:
-        s = product(x, tl.trans(y), PRECISION)
+        s = product(x, turned(y, PRECISION), PRECISION)
         for d in range(BLOCK, SIZE, BLOCK):
             x = tile(a, a_n, i, stop_i, d, SIZE, BLOCK)
             y = tile(b, b_n, j, stop_j, d, SIZE, BLOCK)
-            s += product(x, tl.trans(y), PRECISION)
+            s += product(x, turned(y, PRECISION), PRECISION)
         return s
 
 
