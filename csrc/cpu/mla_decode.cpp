@@ -1,6 +1,7 @@
 // tab::mla_decode on the CPU: one query per sequence against a cache of latents, absorbed.
 //
-//     q̃_h = W_uk,hᵀ q_n,h,  S_h = scale·(q̃_h·c + q_r,h·k_r),  z_h = softmax(S_h) c,  o_h = W_uv,h z_h
+//     q̃_h = W_uk,hᵀ q_n,h,  S_h = scale·(q̃_h·c + q_r,h·k_r),
+//     z_h = softmax(S_h) c,  o_h = W_uv,h z_h
 //
 // DeepSeek-V2 2024, appendix C. Three steps:
 //     absorb  q̃ of a head for all sequences: the weights are read once
@@ -91,7 +92,9 @@ std::tuple<Tensor, Tensor> decode(Tensor qn, Tensor qr, Tensor cache, Tensor seq
   return dispatch(op, qn, [&]<class T>() -> std::tuple<Tensor, Tensor> {
     using A = acc_t<T>;
     const DecodeKernels& kernels = TAB_SELECT(decode_kernels<T>);
-    const auto padded = [&](int64_t n) { return (n + kernels.lanes - 1) / kernels.lanes * kernels.lanes; };
+    const auto padded = [&](int64_t n) {
+      return (n + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+    };
     const DecodeScratch work = kernels.scratch(a);
     const Tensor q = torch::stable::new_empty(
         qn, {a.b * a.h * (padded(a.r + a.dr) + kernels.lanes)}, acc);

@@ -104,7 +104,8 @@ TAB_INLINE Vec<A> hide(Vec<A> x, const A* bias, bool causal, int64_t i, int64_t 
   if constexpr (masked) {
     if (bias != nullptr) x += load(bias + j);
     if (causal && j + W<A> > i + 1) {
-      x = lanes<A>() > static_cast<typename integer<A>::scalar>(i - j) ? splat<A>(-__builtin_inf()) : x;
+      const auto last = static_cast<typename integer<A>::scalar>(i - j);
+      x = lanes<A>() > last ? splat<A>(-__builtin_inf()) : x;
     }
   }
   return x;
