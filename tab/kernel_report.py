@@ -46,7 +46,7 @@ def _linear() -> None:
             s0 = torch.empty(b, h, d, dv, device="meta")
             z0 = torch.empty(b, h, d, device="meta")
             o, s, z = linear.forward(q, q, v, mask, s0, z0, 0, causal, 0.0)
-            linear_backward.backward(o, s, z, q, q, v, o, mask, s, z, 0, causal, 0.0)
+            linear_backward.backward(o, s, z, q, q, v, o, s, z, mask, s, z, 0, causal, 0.0)
 
 
 def _performer() -> None:
