@@ -230,37 +230,45 @@ TAB_INLINE void clear(A* x, int64_t n) {
 
 // --- exp ------------------------------------------------------------------------------------------
 
-/// exp(x) = 2^n·exp(r) with n = round(x/ln 2), |r| ≤ ln 2 / 2, and exp(r) by its Taylor series
-/// (degree 7 for float, 13 for double), whose remainder is below half a unit of the last place.
-/// The scale goes on in two halves, or by AVX-512's instruction for it: so subnormal results and
-/// overflow to infinity come out right.
-/// NaN gives NaN. Within 1.6 units of the last place of exp, 2.5 for double (tests/test_simd.py).
+/// max(x, low), NaN where x is: one instruction, where the comparison and choice are two.
+template <class A>
+TAB_INLINE Vec<A> at_least(Vec<A> x, A low) {
+#if TAB_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4)
+    return __builtin_ia32_maxps512_mask(splat<A>(low), x, x, -1, 4);
+#elif TAB_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps256(splat<A>(low), x);
+#endif
+  return x < low ? splat<A>(low) : x;
+}
+
+/// exp(x) = 2^n·exp(r) with n = round(x/ln 2), |r| ≤ ln 2 / 2, for x up to 88 (double: 709).
+/// exp(r) is a polynomial: degree 6, minimax, for float; Taylor of degree 13 for double.
+/// The scale goes on in two halves, or by AVX-512's instruction for it, so that subnormal results
+/// come out right. NaN gives NaN. Within 1.6 units of the last place of exp, 2.5 for double
+/// (tests/test_simd.py).
 template <class A>
 TAB_INLINE Vec<A> exp(Vec<A> x) {
   constexpr bool single = sizeof(A) == 4;
-  constexpr A low = single ? A(-104) : A(-746), high = single ? A(89) : A(710);
   constexpr A magic = single ? A(0x1.8p23) : A(0x1.8p52);  // adding it rounds to an integer
   constexpr A ln2_high = single ? A(0x1.62e4p-1) : A(0x1.62e42fefa38p-1);
   constexpr A ln2_low = single ? A(0x1.7f7d1cp-20) : A(0x1.ef35793c7673p-45);
-  x = x < low ? splat<A>(low) : x;
-  x = x > high ? splat<A>(high) : x;
+  x = at_least<A>(x, single ? A(-104) : A(-746));
   const Vec<A> shifted = x * A(1.4426950408889634) + magic, n = shifted - magic;
   const Vec<A> r = (x - n * ln2_high) - n * ln2_low;
-  Vec<A> y = splat<A>(single ? A(1) / 5040 : A(1) / 6227020800);
-  if constexpr (!single) {
-    y = y * r + A(1) / 479001600;
-    y = y * r + A(1) / 39916800;
-    y = y * r + A(1) / 3628800;
-    y = y * r + A(1) / 362880;
-    y = y * r + A(1) / 40320;
-    y = y * r + A(1) / 5040;
+  Vec<A> y;
+  if constexpr (single) {
+    y = splat<A>(0x1.6d75363351e56p-10f);
+    y = y * r + 0x1.123d86e1f311cp-7f;
+    y = y * r + 0x1.5554acdbfbdc3p-5f;
+    y = y * r + 0x1.55547ca8485cdp-3f;
+    y = y * r + 0x1.000000287bc68p-1f;
+    y = y * r + 0x1.0000002e48681p+0f;
+  } else {
+    double inverse = 1.0 / 6227020800;  // 1/13!
+    y = splat<A>(inverse);
+    for (int i = 13; i >= 2; --i) y = y * r + (inverse *= i);
   }
-  y = y * r + A(1) / 720;
-  y = y * r + A(1) / 120;
-  y = y * r + A(1) / 24;
-  y = y * r + A(1) / 6;
-  y = y * r + A(0.5);
-  y = y * r + A(1);
   y = y * r + A(1);
 #if TAB_VECTOR_BYTES == 64
   constexpr int rounding = 4;  // as the machine is set
