@@ -24,6 +24,13 @@
 namespace tab {
 namespace {
 
+/// Kernels with the sizes built in where D = Dv = 64: their rows stay in registers.
+template <class T>
+const LinearKernels& kernels_for(const Linear& a) {
+  if (a.d == 64 && a.e == 64) return TAB_SELECT(linear_kernels_64<T>);
+  return TAB_SELECT(linear_kernels<T>);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                                            std::optional<Tensor> s0, std::optional<Tensor> z0,
                                            int64_t map, bool causal, double eps) {
@@ -37,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::op
 
   return dispatch("linear_fwd", q, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = acc_t<T>;
-    const LinearKernels& kernels = TAB_SELECT(linear_kernels<T>);
+    const LinearKernels& kernels = kernels_for<T>(a);
     const Pair<A> first("linear_fwd", a, q, s0, z0), last(a, q);
     const States<A> states(a, kernels.lanes);
     const int64_t heads = a.b * a.h, work = scratch_size(a, kernels.lanes);
@@ -99,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   return dispatch("linear_bwd", q, [&]<class T>() -> Result {
     using A = acc_t<T>;
-    const LinearKernels& kernels = TAB_SELECT(linear_kernels<T>);
+    const LinearKernels& kernels = kernels_for<T>(a);
     const Pair<A> first("linear_bwd", a, q, s0, z0), total("linear_bwd", a, q, s, z);
     const Pair<A> last("linear_bwd", a, q, ds, dz), out(a, q);
     const Pair<A>& start = causal ? first : total;  // what the first query sees

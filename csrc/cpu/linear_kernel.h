@@ -23,11 +23,11 @@ TAB_INLINE Vec<A> slope(Vec<A> f, int map) {
 }
 
 /// f (count, padded d) = φ of rows of x, which lie `step` apart; masked rows are 0.
-template <int map, class T>
-static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t count, int64_t d,
-                          acc_t<T>* f) {
+template <int map, int64_t fixed, class T>
+static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t count,
+                          int64_t size, acc_t<T>* f) {
   using A = acc_t<T>;
-  const int64_t dp = padded<A>(d);
+  const int64_t d = fixed ? fixed : size, dp = padded<A>(d);
   for (int64_t t = 0; t < count; ++t, f += dp, x += step) {
     if (mask != nullptr && !mask[t]) {
       clear(f, dp);
@@ -44,8 +44,9 @@ static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t
 
 // --- tiles ----------------------------------------------------------------------------------------
 
-/// The tokens [from, to) of head (b, h), and how their tiles are loaded.
-template <class T>
+/// The tokens [from, to) of head (b, h), and how their tiles are loaded. fixed: D and Dv where they
+/// are known to be that, so that rows are worked on in registers without loops; else 0.
+template <class T, int64_t fixed>
 struct Segment {
   using A = acc_t<T>;
   const Linear& a;
@@ -64,15 +65,16 @@ struct Segment {
                            int64_t count, A* f) {
     const uint8_t* m = mask == nullptr ? nullptr : mask + s.b * s.a.n + t;
     const T* p = row(x, s, t);
-    if (s.a.map == 0) load_features<0>(p, x.n, m, count, s.a.d, f);
-    if (s.a.map == 1) load_features<1>(p, x.n, m, count, s.a.d, f);
-    if (s.a.map == 2) load_features<2>(p, x.n, m, count, s.a.d, f);
+    if (s.a.map == 0) load_features<0, fixed>(p, x.n, m, count, s.a.d, f);
+    if (s.a.map == 1) load_features<1, fixed>(p, x.n, m, count, s.a.d, f);
+    if (s.a.map == 2) load_features<2, fixed>(p, x.n, m, count, s.a.d, f);
   }
   /// y (count, Ep) = rows t, t+1, … as they are.
   TAB_INLINE void values(const Rows& x, const Segment& s, int64_t t, int64_t count, A* y) {
+    const int64_t e = fixed ? fixed : s.a.e, ep = padded<A>(e);
     for (int64_t i = 0; i < count; ++i) {
-      prefetch_row(row(x, s, t + i + AHEAD), s.a.e);
-      load_row(row(x, s, t + i), s.a.e, y + i * s.ep);
+      prefetch_row(row(x, s, t + i + AHEAD), e);
+      load_row(row(x, s, t + i), e, y + i * ep);
     }
   }
 };
@@ -149,50 +151,54 @@ TAB_INLINE A inverse(A den) {
 // --- steps ----------------------------------------------------------------------------------------
 
 /// state += Σ over the segment of φ(k) vᵀ and φ(k).
-template <class T>
+template <class T, int64_t fixed>
 static void keys(const Linear& a, int64_t task, void* state, void* scratch) {
   using A = acc_t<T>;
-  using S = Segment<T>;
+  using S = Segment<T, fixed>;
   const auto s = S::at(a, task);
+  const int64_t d = fixed ? fixed : a.d, e = fixed ? fixed : a.e;
+  const int64_t dp = padded<A>(d), ep = padded<A>(e);
   Arena<A> arena{static_cast<A*>(scratch)};
-  A *fk = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
-  A *sum = static_cast<A*>(state), *z = sum + a.d * s.ep;
+  A *fk = arena.take(a.tile * dp), *v = arena.take(a.tile * ep);
+  A *sum = static_cast<A*>(state), *z = sum + d * ep;
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
     S::features(a.k, s, a.mask, t, count, fk);
     S::values(a.v, s, t, count, v);
-    gemm<true>(a.d, s.ep, count, fk, s.dp, v, s.ep, sum, s.ep, true);
-    add_rows<A>(z, nullptr, fk, count, s.dp);
+    gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true);
+    add_rows<A>(z, nullptr, fk, count, dp);
   }
 }
 
 /// o over the segment. Causal: the state is that before the segment, and leaves as that after it.
-template <class T>
+template <class T, int64_t fixed>
 static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
   using A = acc_t<T>;
-  using S = Segment<T>;
+  using S = Segment<T, fixed>;
   const auto s = S::at(a, task);
+  const int64_t d = fixed ? fixed : a.d, e = fixed ? fixed : a.e;
+  const int64_t dp = padded<A>(d), ep = padded<A>(e);
   Arena<A> arena{static_cast<A*>(scratch)};
-  A *fq = arena.take(a.tile * s.dp), *fk = arena.take(a.tile * s.dp);
-  A *v = arena.take(a.tile * s.ep), *o = arena.take(a.tile * s.ep);
-  A *fkt = arena.take(a.d * padded<A>(a.tile)), *p = arena.take(a.tile * padded<A>(a.tile));
-  A *sum = static_cast<A*>(state), *z = sum + a.d * s.ep;
+  A *fq = arena.take(a.tile * dp), *fk = arena.take(a.tile * dp);
+  A *v = arena.take(a.tile * ep), *o = arena.take(a.tile * ep);
+  A *fkt = arena.take(d * padded<A>(a.tile)), *p = arena.take(a.tile * padded<A>(a.tile));
+  A *sum = static_cast<A*>(state), *z = sum + d * ep;
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
     S::features(a.q, s, nullptr, t, count, fq);
-    gemm(count, s.ep, a.d, fq, s.dp, sum, s.ep, o, s.ep, false);
+    gemm(count, ep, d, fq, dp, sum, ep, o, ep, false);
     if (a.causal) {
       S::features(a.k, s, a.mask, t, count, fk);
       S::values(a.v, s, t, count, v);
-      transpose(count, a.d, fk, s.dp, fkt, padded<A>(count));
-      triangle<A>(count, a.d, fq, s.dp, fkt, nullptr, p);
-      triangle_times<false>(count, s.ep, p, v, o);
-      gemm<true>(a.d, s.ep, count, fk, s.dp, v, s.ep, sum, s.ep, true);
+      transpose(count, d, fk, dp, fkt, padded<A>(count));
+      triangle<A>(count, d, fq, dp, fkt, nullptr, p);
+      triangle_times<false>(count, ep, p, v, o);
+      gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true);
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (a.causal) add_scaled(z, A(1), fk + i * s.dp, s.dp);
-      const A den = dot(fq + i * s.dp, z, s.dp) + static_cast<A>(a.eps);
-      write_row(S::row(a.o, s, t + i), a.e, o + i * s.ep, inverse(den), a.stream);
+      if (a.causal) add_scaled(z, A(1), fk + i * dp, dp);
+      const A den = dot(fq + i * dp, z, dp) + static_cast<A>(a.eps);
+      write_row(S::row(a.o, s, t + i), e, o + i * ep, inverse(den), a.stream);
     }
   }
   fence();
@@ -204,8 +210,12 @@ static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
 
 namespace tab::TAB_ISA {
 
+template <class T, int64_t fixed>
+constexpr LinearKernels kernels_of = {W<acc_t<T>>, keys<T, fixed>, outputs<T, fixed>,
+                                      queries<T, fixed>, gradients<T, fixed>};
 template <class T>
-constexpr LinearKernels linear_kernels = {W<acc_t<T>>, keys<T>, outputs<T>, queries<T>,
-                                          gradients<T>};
+constexpr LinearKernels linear_kernels = kernels_of<T, 0>;
+template <class T>
+constexpr LinearKernels linear_kernels_64 = kernels_of<T, 64>;
 
 }  // namespace tab::TAB_ISA

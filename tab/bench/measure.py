@@ -57,11 +57,11 @@ def measure(
     p = problem(case, seed)
     entrants = [c for c in contestants(p) if only(c.name)]
     rows = {c.name: Row(case.name, c.name, skipped=c.why_not) for c in entrants}
-    needs_gradient = any(d != "forward" for d in directions)
     runners: dict[str, Callable] = {}
     for c in entrants:
         if c.why_not is None:
-            _admit(c, p, rows[c.name], runners, gradient=needs_gradient and c.differentiable)
+            runs = directions if c.differentiable else ("forward",)
+            _admit(c, p, rows[c.name], runners, runs)
     for direction in directions:
         able = {
             name: call(f, p, direction)
@@ -90,16 +90,20 @@ def _differentiable(entrants: list[Contestant], name: str) -> bool:
 # --- correct first -------------------------------------------------------------------------------
 
 
-def _admit(c: Contestant, p: Problem, row: Row, runners: dict, gradient: bool) -> None:
+def _admit(c: Contestant, p: Problem, row: Row, runners: dict, directions: tuple[str, ...]) -> None:
     """Checks c against float64; the wrong and the broken are told apart and not timed."""
+    gradient = any(d != "forward" for d in directions)
     exact, small = p.sliced(torch.float64), p.sliced(p.case.dtype)
     truth = _run(ours(exact, "reference"), exact, gradient)
     try:
         result = _run(c.build(small), small, gradient)
-        runners[c.name] = c.build(p)
+        runner = c.build(p)
+        for direction in directions:  # the first calls at full size: compilation, or out of memory
+            _timed(*call(runner, p, direction), p.case.device, None)
     except Exception as error:  # a peer may fail in any way; the table says how
-        row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        row.skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         return
+    runners[c.name] = runner
     errors = [_relative(x, t) for x, t in zip(result, truth, strict=True)]
     row.error, row.gradient_error = errors[0], max(errors[1:], default=None)
     # Each peer's own approximation differs for performer, so its error is shown, not judged.
@@ -142,10 +146,8 @@ def call(f: Callable, p: Problem, direction: str) -> tuple[Callable, Callable]:
 def take_turns(calls, device, budget, min_rounds, max_rounds, flush, seed) -> dict:
     """Rounds in which everyone runs once, in shuffled order; slow ones stop at their budget."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, (prepare, timed) in calls.items():  # warm up, and see who is slow
-        for _ in range(2):
-            _timed(prepare, timed, device, None)
-        del name
+    for prepare, timed in calls.values():  # warm up
+        _timed(prepare, timed, device, None)
     order, shuffle = list(calls), random.Random(seed)
     gc.collect()
     for done in range(max_rounds):
