@@ -71,7 +71,7 @@ def test_a_step_trains():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         steps(load_recipe("quick"), "mlp", ["none"], **ONCE)
-    assert rows == [True] * 3  # two to warm up
+    assert rows == [True] * 2  # one to warm up
 
 
 def test_a_wrong_twin_is_not_timed(monkeypatch):
