@@ -38,6 +38,7 @@ kernels: setup
 
 # One wheel, built on the installed torch, must pass the op tests on the oldest torch it is for.
 OLD := .venv-oldest
+OPS := linear performer performer_cpp local sparse mla mla_cpp moe batches
 two-torch: setup
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -46,7 +47,7 @@ two-torch: setup
 	$(OLD)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" pytest hypothesis expecttest
 	$(OLD)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OLD)/bin/python -m pip install --quiet dist/*.whl
-	$(OLD)/bin/python -P -m pytest tests/test_linear.py
+	$(OLD)/bin/python -P -m pytest $(OPS:%=tests/test_%.py)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 # Python is not built with them, so their libraries come first; what Python never frees is no leak.
