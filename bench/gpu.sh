@@ -44,7 +44,8 @@ if ! "$python" -c 'import hypothesis' 2>/dev/null; then
 fi
 step tests 200 "$python" -m pytest -m gpu -p no:cacheprovider "${files[@]}"
 if [ -f bench/bench_kernels.py ]; then
-    step bench 170 "$python" -m pytest bench/bench_kernels.py -p no:cacheprovider --budget 0.5 \
+    step bench 170 "$python" -m pytest bench/bench_kernels.py -p no:cacheprovider --ops all \
+        --sizes cifar,vision --budget 0.3 \
         --benchmark-json "$out/bench.json" --benchmark-columns=median,iqr,rounds
     grep -E '^test_throughput|^Name' "$out/bench.log" | cut -c1-110
 fi
