@@ -3,18 +3,12 @@
 
 namespace tab::TAB_ISA {
 
-/// x *= a over n padded elements.
-template <class A>
-TAB_INLINE void scale_row(A* x, A a, int64_t n) {
-  for (int64_t j = 0; j < n; j += W<A>) store(x + j, load(x + j) * a);
-}
-
 /// g (count, Ep) = do·(1/den), 1/den as noted by `queries`.
 template <class T, int64_t fixed>
 TAB_INLINE void cotangents(const Segment<T, fixed>& s, int64_t t, int64_t count,
                            const acc_t<T>* inverses, acc_t<T>* g) {
   Segment<T, fixed>::values(s.a.grad, s, t, count, g);
-  for (int64_t i = 0; i < count; ++i) scale_row(g + i * s.ep, inverses[i], s.ep);
+  for (int64_t i = 0; i < count; ++i) multiply(g + i * s.ep, inverses[i], s.ep);
 }
 
 /// dq over the segment; dstate += Σ φ(q) gᵀ and φ(q) r unless it is null. Causal: `state` as in
@@ -44,7 +38,7 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
     for (int64_t i = 0; i < count; ++i) {
       if (a.causal) add_scaled(z, A(1), fk + i * dp, dp);
       den[i] = inverse(dot(fq + i * dp, z, dp) + static_cast<A>(a.eps));
-      scale_row(g + i * ep, den[i], ep);
+      multiply(g + i * ep, den[i], ep);
     }
     gemm(count, dp, e, g, ep, st, dp, df, dp, false);
     if (a.causal) {
