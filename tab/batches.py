@@ -4,12 +4,13 @@
 
 dy, dx uniform in −translate … translate pixels, mirrored with probability ½. Pixels that the moved
 image leaves uncovered take the mean colour, which is 0 after normalisation. On the CPU one pass in
-C++ threads (tab._host) writes each batch; on another device the uint8 set lives there and the same
-is done in a few torch operations, to the same bits.
+C++ threads (tab._host) writes each batch; on another device the uint8 set lives there and one
+kernel does the same, to the same bits (tab/ops/batches.py).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .data import Split
+from .ops.batches import assemble
 
 try:
     from . import _host
@@ -81,10 +83,14 @@ class Batches:
             )
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads} must be 1 or more; None takes torch's number")
-        self.mean, self.scale = _normaliser(mean, std)
+        self.device = torch.device(device)
+        mean, scale = _normaliser(mean, std)
+        # On the device at once: a copy in each batch would make the host wait.
+        self.mean, self.scale = mean.to(self.device), scale.to(self.device)
+        if self.device.type == "cuda" and (reason := assemble.why_not("triton")):
+            warnings.warn(f"batches are assembled by several operations: {reason}", stacklevel=2)
         self.batch_size, self.samples, self.seed = batch_size, samples, seed
         self.shuffle, self.translate, self.flip = shuffle, translate, flip
-        self.device = torch.device(device)
         self.threads = threads or torch.get_num_threads()
         self.index = index.contiguous()
         self.images = split.images.contiguous().to(self.device)  # (N, H, W, 3) uint8
@@ -110,11 +116,12 @@ class Batches:
         moves = _host.moves(seed, epoch, index.numpy(), self.translate, self.flip)
         moves = torch.from_numpy(moves).to(self.device)  # (M, 3)
         index = index.to(self.device)
-        assemble = assemble_host if self.device.type == "cpu" else assemble_torch
 
         def batch(start: int) -> tuple[Tensor, Tensor]:
             part = slice(start, start + self.batch_size)
-            x = assemble(self.images, index[part], moves[part], self.mean, self.scale, self.threads)
+            given = self.images, index[part], moves[part], self.mean, self.scale
+            on_host = self.device.type == "cpu"
+            x = assemble_host(*given, self.threads) if on_host else assemble("auto", *given)
             return x, self.labels[index[part]]
 
         return (batch(start) for start in range(0, self.samples, self.batch_size))
@@ -128,23 +135,6 @@ def assemble_host(
     arrays = (tensor.numpy() for tensor in (images, index, moves, mean, scale, out))
     _host.assemble(*arrays, threads)
     return out.permute(0, 3, 1, 2)  # channels_last in memory
-
-
-def assemble_torch(
-    images: Tensor, index: Tensor, moves: Tensor, mean: Tensor, scale: Tensor, threads: int
-) -> Tensor:
-    """The same in torch operations, on the device of images; `threads` is the host's matter."""
-    height, width = images.shape[1:3]
-    device = images.device
-    dy, dx, mirror = moves.long().unbind(1)  # (B,) each
-    x = torch.arange(width, device=device).expand(len(index), -1)  # (B, W)
-    x = torch.where(mirror[:, None] == 1, width - 1 - x, x) - dx[:, None]
-    y = torch.arange(height, device=device) - dy[:, None]  # (B, H)
-    rows, columns = y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]
-    out = images[index[:, None, None], rows, columns].float()  # (B, H, W, 3)
-    out = (out - mean.to(device)) * scale.to(device)
-    covered = (y == y.clamp(0, height - 1))[:, :, None] & (x == x.clamp(0, width - 1))[:, None, :]
-    return torch.where(covered[..., None], out, 0.0).permute(0, 3, 1, 2)
 
 
 def _normaliser(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

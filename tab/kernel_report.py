@@ -27,6 +27,14 @@ OPTIONS = ("num_warps", "num_stages")
 # --- Triton: which launches -----------------------------------------------------------------------
 
 
+def _batches() -> None:
+    from .kernels import batches
+
+    shapes = ((50000, 32, 32, 3), torch.uint8), ((512,), torch.int64), ((512, 3), torch.int8)
+    x = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+    batches.assemble(*x, *torch.empty(2, 3, device="meta"))
+
+
 def _linear() -> None:
     """Calls the launchers of `linear` once for each way they go."""
     from .kernels import linear, linear_backward
@@ -135,6 +143,7 @@ def _mla() -> None:
 
 
 LAUNCHERS: dict[str, Callable[[], None]] = {
+    "batches": _batches,
     "linear": _linear,
     "performer": _performer,
     "local": _local,
@@ -166,7 +175,9 @@ def _type(x) -> str:
             "float16": "fp16",
             "bfloat16": "bf16",
             "uint8": "u8",
+            "int8": "i8",
             "int32": "i32",
+            "int64": "i64",
         }
         return "*" + short[str(x.dtype).removeprefix("torch.")]
     if x is None or (x == 1 and isinstance(x, int)):

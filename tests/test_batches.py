@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tab import batches
-from tab.batches import Batches, assemble_host, assemble_torch
+from tab.batches import Batches, assemble_host
 from tab.data import Split
+from tab.ops.batches import assemble
 
 MASK = 2**64 - 1
 MEAN, STD = torch.tensor([125.3, 122.9, 113.9]).double(), torch.tensor([62.5, 61.9, 66.5]).double()
@@ -76,8 +77,8 @@ def test_assembly_is_the_formula(count, height, width, translate, threads):
         ]
     )
     scale = 1 / STD
-    arguments = (data.images, index, torch.from_numpy(moves), MEAN.float(), scale.float(), threads)
-    host, device = assemble_host(*arguments), assemble_torch(*arguments)
+    arguments = (data.images, index, torch.from_numpy(moves), MEAN.float(), scale.float())
+    host, device = assemble_host(*arguments, threads), assemble("reference", *arguments)
     np.testing.assert_allclose(host.permute(0, 2, 3, 1).numpy(), truth, rtol=1e-6, atol=1e-6)
     assert torch.equal(host, device)
 
@@ -174,8 +175,17 @@ def test_normalised_with_its_own_statistics():
     assert (x.double().std((0, 2, 3), correction=0) - 1).abs().max() < 1e-6
 
 
+def test_opcheck():
+    images = split(3).images
+    moves = torch.ones(2, 3, dtype=torch.int8)
+    arguments = images, torch.tensor([2, 0]), moves, MEAN.float(), STD.float()
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(assemble.overload, arguments, test_utils=tests)
+
+
 @pytest.mark.gpu
 def test_cuda_gives_the_same_bits():
+    assert assemble.why_not("triton") is None, assemble.why_not("triton")
     for on_host, on_gpu in zip(epoch(2), epoch(2, device="cuda"), strict=True):
         assert on_gpu.is_cuda and torch.equal(on_host, on_gpu.cpu())
 

@@ -58,6 +58,7 @@ def test_compiled():
     rows = kernel_report.kernel_report()
     assert {row["arch"] for row in rows} == {80, 90, 100}
     kernels = {row["kernel"] for row in rows}
+    assert {"assemble_images"} <= kernels
     assert {"fused", "states", "scan", "outputs", "fused_backward", "grad_q"} <= kernels
     assert {"performer_fused", "performer_outputs", "performer_scan"} <= kernels
     assert {"performer_fused_backward", "performer_queries", "performer_keys"} <= kernels

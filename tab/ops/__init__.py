@@ -1,5 +1,6 @@
 """The operators, one a file. Importing this package defines them all and loads their kernels."""
 
+from . import batches
 from ._op import BACKENDS, OPS, load_kernels, use_backend
 from .h2o import H2OCache, h2o_attention
 from .linear import linear_attention
@@ -15,6 +16,7 @@ from .sparse import sparse_attention
 
 # Files of kernels/ that register ops.
 TRITON_MODULES: tuple[str, ...] = (
+    "batches",
     "linear",
     "linear_backward",
     "mla",
@@ -34,6 +36,7 @@ __all__ = [
     "OPS",
     "BlockPattern",
     "H2OCache",
+    "batches",
     "h2o_attention",
     "linear_attention",
     "linformer_attention",
