@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+PART, LOCK = ".part", "lock"  # names of what is no result: a file half written, and `locked`'s
 _MARK = b"tab sha256 "
 _HEAD = len(_MARK) + 64 + 1
 
@@ -25,13 +26,19 @@ class Corrupt(ValueError):
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces `path` in one step: a crash leaves the old file or the new one, never a half."""
-    aside = path.with_name(path.name + ".part")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """Replaces `path` in one step: a crash leaves the old file or the new one, never a half.
+    So does a full disk, which gets back what was written aside."""
+    aside = path.with_name(path.name + PART)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
 def save(path: Path, state: object) -> None:
@@ -54,7 +61,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`; the system drops the lock if the process dies."""
-    with open(folder / "lock", "a+") as file:
+    with open(folder / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -44,6 +44,31 @@ Device = Annotated[
     typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
 ]
 
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Runs at once, in as many processes. On a GPU they share it, its memory too: the "
+        "times of each run then say nothing of it alone.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of each process; default: its share of the cores."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS|local", help="Run on a Ray cluster, or one made here."),
+]
+Cpus = Annotated[
+    int | None,
+    typer.Option("--cpus-per-task", min=1, help="With --ray: cores, and threads, of each run."),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus-per-task", min=0, help="With --ray; default: 1 on --device cuda, else 0."),
+]
+
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -70,6 +95,11 @@ def compare(
         typer.Option(metavar="DIR", help="Continue a comparison that was stopped."),
     ] = None,
     device: Device = None,
+    jobs: Jobs = 1,
+    threads: Threads = None,
+    ray: RayAddress = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
 ) -> None:
     """Train every model with every attention and compare them: tables, pictures, a report."""
     from .compare import Plan
@@ -82,18 +112,20 @@ def compare(
     if resume:
         plan, out = _resumed(resume, given, recipe, epochs, overrides), resume
         plan.configs()
+        executor = _executor(plan.grid.device, jobs, threads, ray, cpus, gpus)
         dataset = _load(plan.grid.data)
         console.print(f"Resuming {out}")
     else:
         plan = Plan(_recipe(recipe or "fair", epochs, overrides), _grid(given, recipe or "fair"))
         plan.configs()  # every name and option is checked before anything is fetched or written
+        executor = _executor(plan.grid.device, jobs, threads, ray, cpus, gpus)
         dataset = _load(plan.grid.data)
         out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         plan.save(out, dataset)
     console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
     with or_resume(f"tab compare --resume {shlex.quote(str(out))}"):
         with _watcher() as watcher:
-            runs = run_grid(plan, dataset, out, watcher=watcher)
+            runs = run_grid(plan, dataset, out, watcher=watcher, executor=executor)
         path = _report(out, dataset)
     _tables(runs, plan.grid.models, dataset.note)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
@@ -278,6 +310,17 @@ def _device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
     return name
+
+
+def _executor(device: str, jobs: int, threads, ray, cpus, gpus):
+    """Where tasks run that are for `device`, as the options say."""
+    from .executor import executor
+
+    if ray is None and (cpus, gpus) != (None, None):
+        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
+    if gpus is None:
+        gpus = 1 if device.startswith("cuda") else 0
+    return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)
 
 
 def _load(spec: str):

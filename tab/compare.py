@@ -7,6 +7,7 @@ run, each run keeps its own state (tab/train.py), and the CSV files are rewritte
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 from functools import partial
@@ -16,13 +17,15 @@ import torch
 
 from . import __version__, checkpoint
 from .config import RunConfig
-from .data import Dataset
+from .data import Dataset, share
 from .doctor import available, cpu_name
-from .executor import run_tasks
+from .executor import Executor, InProcess, Shared, Task, run_tasks
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
 from .results import Grid, Run, read_run, read_runs, write_csvs
-from .train import Outcome, environment, splits, train
+from .train import environment, splits, train
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 class Watcher:
@@ -79,35 +82,56 @@ class Plan:
 
 
 def compare(
-    plan: Plan, dataset: Dataset, out: Path, *, watcher: Watcher | None = None, jobs: int = 1
+    plan: Plan,
+    dataset: Dataset,
+    out: Path,
+    *,
+    watcher: Watcher | None = None,
+    executor: Executor | None = None,
 ) -> list[Run]:
     """Runs what of `plan` is not yet done in `out` (which `Plan.save` started).
 
     An exception ends its own run, recorded as error.txt in the run's directory; a resumed
-    comparison tries such a run again.
+    comparison tries such a run again. A disk that fails is no matter of one run: that OSError ends
+    the comparison, which can be resumed.
     """
     watcher = watcher or Watcher()
-    configs = plan.configs()
-    watcher.start(len(configs), plan.recipe.tables["train"]["epochs"])
-    tasks = [partial(_run, config, dataset, out, plan.grid.device, watcher) for config in configs]
+    watcher.start(len(plan.configs()), plan.recipe.tables["train"]["epochs"])
+    shared = share(dataset, plan.grid.data)
     with checkpoint.locked(out):
-        for done in run_tasks(tasks, jobs):
-            config = configs[done.index]
-            if done.error:
-                path = out / "runs" / config.id
-                path.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_bytes(path / "error.txt", done.traceback.encode())
-            write_csvs(out, read_runs(out, plan.grid))
-            watcher.end(read_run(out, config.model, config.attention, config.seed))
+        old, new = [], []
+        for config in plan.configs():
+            run = read_run(out, config.model, config.attention, config.seed)
+            (old if run.status in ("done", "diverged") else new).append(config)
+        # What has ended is only checked, for which this process will do.
+        for configs, where in ((old, InProcess()), (new, executor)):
+            tasks = [
+                Task(_run, (config, shared, plan.grid.device), out / "runs" / config.id)
+                for config in configs
+            ]
+            for done in run_tasks(tasks, where, partial(_tell, watcher, configs)):
+                config = configs[done.index]
+                if isinstance(done.error, OSError) and done.error.errno in DISK:
+                    raise done.error
+                if done.error:
+                    path = out / "runs" / config.id / "error.txt"
+                    checkpoint.write_bytes(path, done.traceback.encode())
+                write_csvs(out, read_runs(out, plan.grid))
+                watcher.end(read_run(out, config.model, config.attention, config.seed))
     return read_runs(out, plan.grid)
 
 
-def _run(config: RunConfig, dataset: Dataset, out: Path, device: str, watcher: Watcher) -> Outcome:
-    path = out / "runs" / config.id
-    (path / "error.txt").unlink(missing_ok=True)
-    watcher.begin(config)
-    told = partial(watcher.epoch, config)
-    return train(config, dataset, path, device=device, resume=True, on_epoch=told)
+def _run(config: RunConfig, dataset: Shared[Dataset], device: str, *, folder: Path, emit) -> None:
+    (folder / "error.txt").unlink(missing_ok=True)
+    emit(None)
+    train(config, dataset.get(), folder, device=device, resume=True, on_epoch=emit)
+
+
+def _tell(watcher: Watcher, configs: list[RunConfig], index: int, row: dict | None) -> None:
+    if row is None:
+        watcher.begin(configs[index])
+    else:
+        watcher.epoch(configs[index], row)
 
 
 def facts_of(device: str, dataset: Dataset) -> dict:

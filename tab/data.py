@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from . import _cache, _pictures, shapes
 from . import _cifar10 as _cifar10_files
+from .executor import Shared
 
 SIDE = 32
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -99,6 +101,25 @@ def load_dataset(
     if path.is_dir() or (path.is_file() and tarfile.is_tarfile(path)):
         return _from_pictures(path, root, progress)
     raise ValueError(_unknown(spec, path))
+
+
+def share(dataset: Dataset, spec: str, *, root: str | Path | None = None) -> Shared[Dataset]:
+    """`dataset` for tasks of an executor: another process loads it by `spec`, from the cache that
+    loading it here has filled, and makes sure that it is the same."""
+    root = Path(root or os.environ.get("TAB_DATA") or "data").resolve()
+    shared = Shared(dataset.fingerprint, partial(_load_same, spec, root, dataset.fingerprint))
+    shared.put(dataset)
+    return shared
+
+
+def _load_same(spec: str, root: Path, fingerprint: str) -> Dataset:
+    dataset = load_dataset(spec, root=root, download=False)
+    if dataset.fingerprint != fingerprint:
+        raise ValueError(
+            f"{spec} is no longer the data set that this began with ({dataset.fingerprint}, was "
+            f"{fingerprint}): put the old one back, or start anew"
+        )
+    return dataset
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a comparison shows while it runs: two bars on a terminal, plain lines in a log."""
+"""What a comparison shows while it runs: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Lines(Watcher):
         self.console.print(f"[{self.count}/{self.runs}] {config.id}", markup=False)
 
     def epoch(self, config: RunConfig, row: dict) -> None:
-        text = f"  epoch {row['epoch']}/{self.epochs}  loss {row['train_loss']:.4f}  "
+        text = f"  {config.id}  epoch {row['epoch']}/{self.epochs}  loss {row['train_loss']:.4f}  "
         text += f"{accuracies(row)}  {row['seconds']:.1f} s"
         self.console.print(text, markup=False, highlight=False)
 
@@ -56,7 +56,7 @@ class Lines(Watcher):
 
 
 class Bars(Watcher):
-    """A bar over all epochs of the grid, one over those of the run; use it as a context."""
+    """A bar over all epochs of the grid, one for each run at work; use it as a context."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -79,21 +79,28 @@ class Bars(Watcher):
         self.progress.stop()
 
     def start(self, runs: int, epochs: int) -> None:
-        self.runs, self.epochs, self.count = runs, epochs, 0
+        self.runs, self.epochs, self.bars = runs, epochs, {}
+        self.done = {}  # epochs, by run
         self.grid = self.progress.add_task("grid", total=runs * epochs, note=f"{runs} runs")
-        self.run = self.progress.add_task("run", total=epochs, note="")
 
     def begin(self, config: RunConfig) -> None:
-        self.count += 1
-        self.progress.reset(self.run, description=config.id, note="")
-        self.progress.update(self.grid, note=f"run {self.count} of {self.runs}")
+        if config.id not in self.bars:  # else it begins again, where another process died
+            self.bars[config.id] = self.progress.add_task(config.id, total=self.epochs, note="")
+        self._show(config.id, 0)
 
     def epoch(self, config: RunConfig, row: dict) -> None:
-        self.progress.update(self.run, completed=row["epoch"], note=accuracies(row))
-        done = (self.count - 1) * self.epochs + row["epoch"]
-        self.progress.update(self.grid, completed=done)
+        bar = self.bars[config.id]
+        self.progress.update(bar, completed=row["epoch"], note=accuracies(row))
+        self._show(config.id, row["epoch"])
 
     def end(self, run: Run) -> None:
-        self.progress.update(self.grid, completed=self.count * self.epochs)
+        if run.id in self.bars:
+            self.progress.remove_task(self.bars.pop(run.id))
+        self._show(run.id, self.epochs)
         style = "red" if run.status != "done" else None
         self.progress.console.print(ended(run), style=style, markup=False, highlight=False)
+
+    def _show(self, run: str, epochs: int) -> None:
+        self.done[run] = max(epochs, self.done.get(run, 0))
+        note = f"{len(self.done)} of {self.runs} runs"
+        self.progress.update(self.grid, completed=sum(self.done.values()), note=note)

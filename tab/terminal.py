@@ -27,15 +27,18 @@ class Commands(TyperGroup):
             if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
                 raise
             text = str(error) or type(error).__name__
-            errors.print(f"error: {text}", style="bold red", markup=False, highlight=False)
+            say = {"style": "bold red", "markup": False, "highlight": False, "soft_wrap": True}
+            errors.print(f"error: {text}", **say)
             raise typer.Exit(2) from error
 
 
 @contextmanager
 def or_resume(command: str) -> Iterator[None]:
-    """Control-C says how to go on and exits with 130."""
+    """Control-C says how to go on and exits with 130; a disk that fails says so too."""
     try:
         yield
+    except OSError as error:
+        raise OSError(f"{error}; when that is mended, go on with: {command}") from error
     except KeyboardInterrupt:
         say = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
         errors.print(f"\nstopped; go on with: {command}", **say)

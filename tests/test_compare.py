@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import pytest
 from tab import checkpoint
 from tab.compare import Plan, Watcher, compare
 from tab.data import load_dataset
-from tab.executor import run_tasks
 from tab.recipe import load_recipe
 from tab.results import MEASURED, NAMES, RESULTS, SUMMARY, Grid, read_runs
 
@@ -204,20 +202,3 @@ def test_seeds_are_the_outer_loop():
     cells = Grid("quick", ["mlp", "cnn"], ["none", "self"], 2, "shapes", "cpu").cells()
     assert cells[:3] == [("mlp", "none", 0), ("cnn", "none", 0), ("mlp", "self", 0)]
     assert cells[4] == ("mlp", "none", 1) and len(cells) == 8
-
-
-def test_run_tasks_keeps_values_errors_and_order():
-    ends = list(run_tasks([lambda: 1, lambda: 1 / 0, lambda: math.pi]))
-    assert [end.value for end in ends] == [1, None, math.pi]
-    assert [type(end.error) for end in ends] == [type(None), ZeroDivisionError, type(None)]
-    assert "1 / 0" in ends[1].traceback
-    with pytest.raises(ValueError, match="jobs=2"):
-        list(run_tasks([], jobs=2))
-
-
-def test_control_c_ends_all_tasks():
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(run_tasks([stop]))

@@ -1,0 +1,234 @@
+"""What a comparison survives. Each fault ends in a clear message; what was finished is not run
+again, and after --resume both CSV files are those of an unbroken comparison, but for the times.
+
+fault                                      shown by
+a driver killed, at any moment             test_a_killed_driver_leaves_no_orphan_and_resumes,
+                                           test_compare.py
+a process of --jobs killed                 test_a_killed_process_costs_nothing, test_executor.py
+a node of a Ray cluster killed             test_ray.py
+Control-C                                  test_control_c_ends_cleanly_and_resumes, test_cli.py
+a full disk                                test_a_full_disk_*
+a directory that cannot be written         test_an_unwritable_directory_is_named
+a truncated or altered checkpoint          test_train.py
+two drivers in one directory               test_two_drivers_do_not_share_a_directory
+a loss that is not a number                test_train.py, test_compare.py
+altered, missing or truncated data         test_data.py; changed since: test_data_that_changed
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tasks import alive, children, until
+from typer.testing import CliRunner
+
+from tab.cli import app
+from tab.compare import Plan, compare
+from tab.data import load_dataset, share
+from tab.executor import Processes
+from tab.recipe import load_recipe
+from tab.results import MEASURED, Grid
+
+SMALL = {
+    "train.epochs": 30,  # about a second: time to be killed in the middle
+    "train.batch_size": 20,
+    "data.images": 60,
+    "data.validation": 20,
+    "model.mlp.hidden": 8,
+    "model.mlp.tokens": 4,
+    "attention.multi_head.num_heads": 2,
+    "attention.linear.num_heads": 2,
+}
+GRID = Grid("quick", ["mlp"], ["none", "self", "multi_head", "linear"], 1, "shapes:100/20", "cpu")
+RUNS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load_dataset(GRID.data)
+
+
+def begin(out: Path, dataset) -> Path:
+    Plan(load_recipe("quick", SMALL), GRID).save(out, dataset)
+    return out
+
+
+def resume(out: Path, dataset, executor=None) -> None:
+    compare(Plan.load(out), dataset, out, executor=executor)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, dataset):
+    """In this process."""
+    out = begin(tmp_path_factory.mktemp("faults") / "unbroken", dataset)
+    resume(out, dataset)
+    return out
+
+
+def start(out: Path) -> subprocess.Popen:
+    """`tab compare --resume out --jobs 2`, in a process group of its own, as in a terminal."""
+    words = ["compare", "--resume", str(out), "--jobs", "2", "--threads", "1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tab", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def in_the_middle(driver: subprocess.Popen, out: Path) -> list[int]:
+    """Waits until a run has an epoch on disk, but the last; the driver's processes."""
+    files = out / "runs"
+    assert until(lambda: list(files.glob("*/checkpoint.pt")) or driver.poll() is not None, 60)
+    assert driver.poll() is None, "too late: it had ended"
+    return children(driver.pid)
+
+
+def ended(driver: subprocess.Popen, code: int) -> str:
+    """What it said; it must end so."""
+    out, err = driver.communicate(timeout=120)
+    assert driver.returncode == code, out + err
+    return out + err
+
+
+def finished(out: Path) -> dict[str, int]:
+    """When each finished run ended: it must not be run again."""
+    paths = out.glob("runs/*/run.json")
+    done = [p for p in paths if json.loads(p.read_text())["status"] == "done"]
+    return {path.parent.name: path.stat().st_mtime_ns for path in done}
+
+
+def numbers(out: Path) -> list[list[dict]]:
+    """Both CSV files but for what is measured in seconds and bytes."""
+    tables = []
+    for name in ("experiment_results.csv", "experiment_summary.csv"):
+        with (out / name).open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        tables.append([{k: v for k, v in line.items() if k not in MEASURED} for line in lines])
+    return tables
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in sorted(out.glob("runs/*/model.pt"))}
+
+
+def same(out: Path, unbroken: Path, before: dict[str, int]) -> None:
+    """The numbers and weights of an unbroken comparison, without running again what had ended."""
+    assert numbers(out) == numbers(unbroken)
+    assert weights(out) == weights(unbroken) and len(weights(out)) == RUNS
+    assert before.items() <= finished(out).items()
+
+
+def test_jobs_change_nothing_bit_for_bit(unbroken, dataset, tmp_path):
+    out = begin(tmp_path / "jobs", dataset)
+    resume(out, dataset, Processes(2, 1))
+    same(out, unbroken, {})
+
+
+def test_a_killed_driver_leaves_no_orphan_and_resumes(unbroken, dataset, tmp_path):
+    out = begin(tmp_path / "killed", dataset)
+    driver = start(out)
+    workers = in_the_middle(driver, out)
+    driver.kill()
+    ended(driver, -signal.SIGKILL)
+    assert workers and until(lambda: not any(alive(worker) for worker in workers), 10)
+    before = finished(out)
+    resume(out, dataset)  # in one process now
+    same(out, unbroken, before)
+
+
+def test_a_killed_process_costs_nothing(unbroken, dataset, tmp_path):
+    out = begin(tmp_path / "killed", dataset)
+    driver = start(out)
+    os.kill(in_the_middle(driver, out)[0], signal.SIGKILL)
+    ended(driver, 0)
+    same(out, unbroken, {})
+
+
+def test_control_c_ends_cleanly_and_resumes(unbroken, dataset, tmp_path):
+    out = begin(tmp_path / "stopped", dataset)
+    driver = start(out)
+    workers = in_the_middle(driver, out)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: every process of the group
+    said = ended(driver, 130)
+    assert f"go on with: tab compare --resume {out}" in said and "Traceback" not in said
+    assert workers and not any(alive(worker) for worker in workers)
+    before = finished(out)
+    resume(out, dataset, Processes(2, 1))
+    same(out, unbroken, before)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("file", ["runs/mlp-linear-s0/checkpoint.pt", "experiment_summary.csv"])
+def test_a_full_disk_in_the_middle(file, jobs, unbroken, dataset, tmp_path):
+    """The kernel's own ENOSPC: what would be written aside goes to /dev/full."""
+    out = tmp_path / "full"
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(out / "runs" / "mlp-linear-s0")
+    aside = out / f"{file}.part"
+    aside.parent.mkdir(exist_ok=True)
+    aside.symlink_to("/dev/full")
+    before = finished(out)
+    said = CliRunner().invoke(app, ["compare", "--resume", str(out), "--jobs", str(jobs)])
+    assert said.exit_code == 2 and "Traceback" not in said.stderr
+    assert "No space left on device" in said.stderr and str(out / file) in said.stderr
+    assert f"go on with: tab compare --resume {out}" in said.stderr
+    resume(out, dataset)
+    same(out, unbroken, before)
+
+
+def test_a_full_disk_for_real(unbroken, dataset, tmp_path):
+    """A file system too small for the runs, then made larger."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        out = begin(tmp_path / "grid", dataset)
+        with pytest.raises(OSError, match="No space left on device"):
+            resume(out, dataset, Processes(2, 1))
+        before = finished(out)
+        subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)
+        resume(out, dataset)
+        same(out, unbroken, before)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_an_unwritable_directory_is_named(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=str(tmp_path / "file" / "out")):
+        begin(tmp_path / "file" / "out", dataset)
+
+
+def test_two_drivers_do_not_share_a_directory(unbroken, dataset, tmp_path):
+    out = begin(tmp_path / "shared", dataset)
+    first = start(out)
+    in_the_middle(first, out)
+    with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
+        resume(out, dataset)
+    ended(first, 0)
+    same(out, unbroken, {})
+
+
+def test_data_that_changed(dataset):
+    """A process that finds other data than the driver had does not train on it."""
+    shared = share(dataset, "shapes:100/30")
+    assert shared.get() is dataset  # the driver's own is at hand
+    with pytest.raises(ValueError, match="no longer the data set"):
+        shared.load()
