@@ -89,7 +89,7 @@ if with_cuda:
 setup(
     packages=[*find_packages(include=["tab", "tab.*"]), "tab.kernels"],
     package_dir={"tab.kernels": "kernels"},
-    package_data={"tab": ["recipes/*.toml"]},
+    package_data={"tab": ["recipes/*.toml", "spaces/*.toml"]},
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

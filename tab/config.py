@@ -47,7 +47,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluate:
-    split: Literal["test", "validation"]  # scored each epoch; validation: test once, at the end
+    # Scored each epoch. validation: the test set once, at the end; validation_only: never.
+    split: Literal["test", "validation", "validation_only"]
     batch_size: int
 
     def __post_init__(self):

@@ -4,10 +4,11 @@
     [train] [data] [evaluate]        see tab/config.py
     [model.cnn]                      options of a model
     [attention.local]                options of a mechanism, for both models
-    [attention.local.cnn]            options of mechanism or model, for this pair alone
+    [attention.local.cnn]            options of mechanism, model or training, for this pair alone
 
-A later layer wins: file over base, override over file. What a later layer says of a model
-(model.cnn.hidden) also replaces what an earlier one said of a pair (attention.local.cnn.hidden).
+A later layer wins: file over base, override over file. What a later layer says of a model or of
+training (model.cnn.hidden, train.lr) also replaces what an earlier one said of a pair
+(attention.local.cnn.hidden, attention.local.cnn.lr).
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ class Recipe:
             chosen.setdefault("seed", seed)
         fields = _fields(kind)
         shape = {**self.tables["model"][model], **{k: v for k, v in pair.items() if k in fields}}
+        sections = {name: self.tables[name] for name in SECTIONS}
+        sections["train"] = sections["train"] | {k: v for k, v in pair.items() if k in PAIR_TRAIN}
         config = RunConfig(
             recipe=self.name,
             model=model,
             attention=attention,
             seed=check_type("seed", seed, int),
-            **{name: options(part, name, self.tables[name]) for name, part in SECTIONS.items()},
+            **{name: options(part, name, sections[name]) for name, part in SECTIONS.items()},
             model_options=options(kind, f"model.{model}", shape),
             attention_options=chosen,
         )
@@ -60,6 +63,12 @@ class Recipe:
         if match in ("", attention):
             return config
         return match_width(config, parameters_of(self.run(model, match, seed)))
+
+    def with_pair(self, model: str, attention: str, table: dict) -> Recipe:
+        """This recipe with `table` laid over [attention.<attention>.<model>]."""
+        layer = {"attention": {attention: {model: table}}}
+        _check(f"{model}, {attention}", layer)
+        return dataclasses.replace(self, tables=_merge(self.tables, layer))
 
     def to_toml(self) -> str:
         """The whole recipe as TOML, without a base: `load_recipe` reads it back as it is."""
@@ -158,7 +167,7 @@ def _check_attention(where: str, table: dict, name: str) -> None:
             _check_option(f"{where}.{key}", value, known[key])
             continue
         pair = check_type(f"{where}.{key}", value, dict)
-        check_keys(f"{where}.{key}", pair, [*known, *_fields(MODELS[key])])
+        check_keys(f"{where}.{key}", pair, [*known, *_fields(MODELS[key]), *PAIR_TRAIN])
         for option in set(pair) & set(known):
             _check_option(f"{where}.{key}.{option}", pair[option], known[option])
 
@@ -173,11 +182,15 @@ def _fields(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
+# A comparison trains all its runs for the same number of epochs.
+PAIR_TRAIN = [name for name in _fields(SECTIONS["train"]) if name != "epochs"]
+
+
 def _merge(below: dict, layer: dict) -> dict:
     merged = copy.deepcopy(below)
-    for model, table in layer.get("model", {}).items():
+    for model in MODELS:
         for attention in merged["attention"].values():
-            for key in table:
+            for key in (*layer.get("model", {}).get(model, {}), *layer.get("train", {})):
                 attention.get(model, {}).pop(key, None)
     _update(merged, layer)
     return merged

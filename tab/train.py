@@ -136,9 +136,10 @@ class _Run:
         row |= {"cumulative_training_time": before + seconds}
         row |= {"images_per_second": self.batches.samples / seconds}
         row |= {"peak_memory_bytes": _peak_memory(self.device)}
-        each = self.config.evaluate.split == "test"
+        split = self.config.evaluate.split
+        test = split == "test" or (split == "validation" and last)
         row |= self._score("validation", self.validation)
-        row |= self._score("test", self.test if each or last else None)
+        row |= self._score("test", self.test if test else None)
         self.rows.append({key: row[key] for key in ROW})
         losses = [row[f"{part}_loss"] for part in ("train", "validation", "test")]
         if not all(math.isfinite(x) for x in losses if x is not None):
@@ -271,9 +272,10 @@ def splits(
     Which images are held out, and which are used, is one choice for all models and seeds.
     """
     data, labels = config.data, dataset.train.labels
-    if config.evaluate.split == "validation" and not data.validation:
+    if config.evaluate.split != "test" and not data.validation:
         raise ValueError(
-            'evaluate.split = "validation" needs data.validation above 0, images to hold out'
+            f'evaluate.split = "{config.evaluate.split}" needs data.validation above 0, images to '
+            "hold out"
         )
     index, held = torch.arange(len(labels)), None
     if data.validation:
