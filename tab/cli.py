@@ -13,6 +13,26 @@ from rich.table import Table
 
 from . import __version__
 from .bench.cli import app as bench
+from .options import (
+    Cpus,
+    Data,
+    Device,
+    Epochs,
+    Gpus,
+    Jobs,
+    Out,
+    Overrides,
+    RayAddress,
+    RecipeName,
+    Threads,
+    device_of,
+    executor_for,
+    load_data,
+    names_of,
+    place_of,
+    read_recipe,
+)
+from .sweep_cli import app as sweep
 from .terminal import Commands, bar, command_line, console, errors, or_resume, pairs, wide
 
 app = typer.Typer(
@@ -24,50 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
-
-Data = Annotated[
-    str | None,
-    typer.Option(help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures."),
-]
-RecipeName = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="NAME|FILE", help="A recipe; default: fair."),
-]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Sets train.epochs.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; can be repeated."),
-]
-Out = Annotated[Path | None, typer.Option(help="The new directory for the results.")]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
-]
-
-Jobs = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Runs at once, in as many processes. On a GPU they share it, its memory too: the "
-        "times of each run then say nothing of it alone.",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, help="Of each process; default: its share of the cores."),
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option("--ray", metavar="ADDRESS|local", help="Run on a Ray cluster, or one made here."),
-]
-Cpus = Annotated[
-    int | None,
-    typer.Option("--cpus-per-task", min=1, help="With --ray: cores, and threads, of each run."),
-]
-Gpus = Annotated[
-    float | None,
-    typer.Option("--gpus-per-task", min=0, help="With --ray; default: 1 on --device cuda, else 0."),
-]
+app.add_typer(sweep, name="sweep")
 
 
 @app.callback(invoke_without_command=True)
@@ -112,14 +89,16 @@ def compare(
     if resume:
         plan, out = _resumed(resume, given, recipe, epochs, overrides), resume
         plan.configs()
-        executor = _executor(plan.grid.device, jobs, threads, ray, cpus, gpus)
-        dataset = _load(plan.grid.data)
+        executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
+        dataset = load_data(plan.grid.data)
         console.print(f"Resuming {out}")
     else:
-        plan = Plan(_recipe(recipe or "fair", epochs, overrides), _grid(given, recipe or "fair"))
+        plan = Plan(
+            read_recipe(recipe or "fair", epochs, overrides), _grid(given, recipe or "fair")
+        )
         plan.configs()  # every name and option is checked before anything is fetched or written
-        executor = _executor(plan.grid.device, jobs, threads, ray, cpus, gpus)
-        dataset = _load(plan.grid.data)
+        executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
+        dataset = load_data(plan.grid.data)
         out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         plan.save(out, dataset)
     console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
@@ -153,8 +132,8 @@ def train(
 
     if resume and not out:
         raise ValueError("--resume needs --out DIR, the directory of the run to continue")
-    config = _recipe(recipe or "fair", epochs, overrides).run(model, attention, seed)
-    dataset = _load(data or "cifar10")
+    config = read_recipe(recipe or "fair", epochs, overrides).run(model, attention, seed)
+    dataset = load_data(data or "cifar10")
     out = out or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.id}"
     console.print(f"{out}: {config.id} on {dataset.note}", highlight=False)
 
@@ -166,7 +145,7 @@ def train(
     again = command_line("train", model, attention, overrides=overrides, device=device, **options)
     with or_resume(f"{again} --resume"):
         outcome = run_one(
-            config, dataset, out, device=_device(device), resume=resume, on_epoch=show
+            config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
         )
     pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))
 
@@ -180,7 +159,7 @@ def data(
     """Fetch or import a data set, and say what is in it."""
     from .data import describe
 
-    pairs(spec, describe(_load(spec)))
+    pairs(spec, describe(load_data(spec)))
 
 
 @app.command()
@@ -192,7 +171,7 @@ def report(
     from .results import Grid, read_runs, write_csvs
 
     grid = Grid.load(run)
-    dataset = _load(data or grid.data)
+    dataset = load_data(data or grid.data)
     runs = read_runs(run, grid)
     write_csvs(run, runs)
     path = _report(run, dataset)
@@ -232,25 +211,14 @@ def doctor(
 # --- shared ---------------------------------------------------------------------------------------
 
 
-def _recipe(name: str, epochs: int | None, overrides: list[str] | None):
-    from .recipe import load_recipe, parse_override
-
-    changes = dict(map(parse_override, overrides or []))
-    if epochs is not None:
-        if changes.get("train.epochs", epochs) != epochs:
-            raise ValueError(f"--epochs {epochs} and --set train.epochs disagree: give one")
-        changes["train.epochs"] = epochs
-    return load_recipe(name, changes)
-
-
 def _grid(given: dict, recipe: str):
     from .config import check_keys
     from .layers import attention_names
     from .models import model_names
     from .results import Grid
 
-    models = _names(given.get("models", "all"), model_names())
-    attentions = _names(given.get("attentions", "all"), attention_names())
+    models = names_of(given.get("models", "all"), model_names())
+    attentions = names_of(given.get("attentions", "all"), attention_names())
     check_keys("--models", models, model_names())
     check_keys("--attentions", attentions, attention_names())
     return Grid(
@@ -258,19 +226,9 @@ def _grid(given: dict, recipe: str):
         models=models,
         attentions=attentions,
         seeds=given.get("seeds", 1),
-        data=_place(given.get("data", "cifar10")),
-        device=_device(given.get("device")),
+        data=place_of(given.get("data", "cifar10")),
+        device=device_of(given.get("device")),
     )
-
-
-def _place(data: str) -> str:
-    """A folder or archive by its full path, so that a comparison can resume from anywhere."""
-    named = data.split(":")[0] in ("cifar10", "shapes")
-    return data if named or not Path(data).exists() else str(Path(data).resolve())
-
-
-def _names(text: str, everything: list[str]) -> list[str]:
-    return everything if text == "all" else [name.strip() for name in text.split(",")]
 
 
 def _resumed(resume: Path, given: dict, recipe, epochs, overrides):
@@ -286,7 +244,7 @@ def _resumed(resume: Path, given: dict, recipe, epochs, overrides):
     ]
     if recipe or epochs or overrides:
         source = recipe or str((resume / "config.toml").resolve())
-        other = _recipe(source, epochs, overrides)
+        other = read_recipe(source, epochs, overrides)
         if recipe and Path(recipe).stem != plan.recipe.name:
             differ.append(f"--recipe: was {plan.recipe.name!r}, now {recipe!r}")
         elif dataclasses.replace(other, name=plan.recipe.name) != plan.recipe:
@@ -301,33 +259,6 @@ def _resumed(resume: Path, given: dict, recipe, epochs, overrides):
 
 def _listed(grid) -> dict[str, str]:
     return {"models": ",".join(grid.models), "attentions": ",".join(grid.attentions)}
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
-    return name
-
-
-def _executor(device: str, jobs: int, threads, ray, cpus, gpus):
-    """Where tasks run that are for `device`, as the options say."""
-    from .executor import executor
-
-    if ray is None and (cpus, gpus) != (None, None):
-        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
-    if gpus is None:
-        gpus = 1 if device.startswith("cuda") else 0
-    return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)
-
-
-def _load(spec: str):
-    from .data import load_dataset
-
-    with bar("data") as show:
-        return load_dataset(spec, progress=show)
 
 
 def _report(out: Path, dataset) -> Path:

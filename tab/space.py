@@ -60,7 +60,9 @@ class Space:
         for known, tables in layers:
             merged = {k: v for table in tables for k, v in table.items() if k in known}
             if twice := sorted(set(axes) & set(merged)):
-                raise ValueError(f"{attention} has an option {twice[0]!r} like its model or training")
+                raise ValueError(
+                    f"{attention} has an option {twice[0]!r} like its model or training"
+                )
             axes |= merged
         return {name: axis for name, axis in axes.items() if not isinstance(axis, dict)}
 
@@ -189,5 +191,3 @@ def _write(lines: list[str], name: str, table: dict) -> None:
     for key, inner in table.items():
         if isinstance(inner, dict):
             _write(lines, f"{name}.{key}" if name else key, inner)
-
-

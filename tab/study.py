@@ -50,7 +50,7 @@ class Entry:
 
     configuration: int
     bracket: int
-    wave: int  # drawn in the bracket's so manieth batch
+    step: int  # of its bracket: each ends before the next begins
     rung: int
     epochs: int  # in all
     parent: str  # the checkpoint it goes on from; "" at first
@@ -79,6 +79,26 @@ class Record:
         self.study, self.axes = study, axes
         self.distributions = {name: _distribution(axis) for name, axis in axes.items()}
         self._asked: dict[tuple[int, int], Trial] = {}
+
+    @classmethod
+    def open(
+        cls, storage: optuna.storages.BaseStorage, name: str, axes: dict[str, Axis], *, mine: bool
+    ) -> Record:
+        """The study `name`. Only a driver may start it."""
+        if mine:
+            study = optuna.create_study(
+                study_name=name,
+                storage=storage,
+                direction="maximize",
+                sampler=RandomSampler(0),  # never asked: what is enqueued has all its values
+                load_if_exists=True,
+            )
+        else:
+            try:
+                study = optuna.load_study(study_name=name, storage=storage)
+            except KeyError:
+                raise ValueError(f"the storage holds no study {name!r}: nothing ran yet") from None
+        return cls(study, axes)
 
     def recover(self) -> int:
         """Ends the trials that a driver left RUNNING; -> how many. The caller holds the lock."""
@@ -136,14 +156,14 @@ class Record:
         return {_key(trial): _ended(trial) for trial in trials if "rung" in trial.user_attrs}
 
     def draw(
-        self, count: int, possible: Callable[[dict], bool], *, sampler: str, seed: int, wave: Wave
+        self, count: int, possible: Callable[[dict], bool], *, sampler: str, seed: int, step: Step
     ) -> list[dict]:
-        """Up to `count` new configurations: each possible, none that an earlier wave drew.
+        """Up to `count` new configurations: each possible, none that an earlier step drew.
 
-        A function of the seed and of what ended in earlier waves, so that a resumed sweep draws the
+        A function of the seed and of what ended in earlier steps, so that a resumed sweep draws the
         same. Drawing happens in a study in memory: what was refused leaves no trace in the record.
         """
-        before = [t for t in self._trials() if _wave(t) < wave and _key(t) != (None, None)]
+        before = [t for t in self._trials() if (-1, -1) < _step(t) < step]
         scratch = optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed))
         if sampler == "tpe":
             kept = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -161,8 +181,8 @@ class Record:
         return drawn
 
     def importance(self) -> dict[str, float]:
-        """Parameter -> share of what decides the score (PED-ANOVA; Watanabe et al. 2023), over all
-        scored trials of the rung where most were scored; {} where fewer than ten were."""
+        """Parameter -> share of what decides the score at the first rung (PED-ANOVA; Watanabe et
+        al. 2023); {} where fewer than ten configurations were scored there."""
         scored = [e for e in self.ended().values() if e.score is not None and e.entry.rung == 0]
         varied = {k: v for k, v in self.distributions.items() if not v.single()}
         if len(scored) < 10 or not varied:
@@ -182,13 +202,14 @@ class Record:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _fail(self, trial: Trial | FrozenTrial, status: str, error: str = "") -> None:
-        storage, number = self.study._storage, trial._trial_id
-        for key, value in {"status": status, "error": error}.items():
-            storage.set_trial_user_attr(number, key, value)
-        self.study.tell(trial.number, state=TrialState.FAIL)
+        trial = Trial(self.study, trial._trial_id)
+        trial.set_user_attr("status", status)
+        if error:
+            trial.set_user_attr("error", error)
+        self.study.tell(trial, state=TrialState.FAIL)
 
 
-Wave = tuple[int, int]  # (bracket, wave)
+Step = tuple[int, int]  # (bracket, step)
 
 
 def lease() -> str:
@@ -197,11 +218,21 @@ def lease() -> str:
 
 
 def seed_of(*parts: object) -> int:
-    """A seed for one wave of one pair, from the sweep's."""
+    """A seed for one step of one pair, from the sweep's."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
 
 
 # --- storage --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(url: str, path: Path, name: str, *, mine: bool) -> Iterator[optuna.storages.BaseStorage]:
+    """The storage of the sweep `name`: the database at `url`, or the journal file `path`."""
+    if url:
+        with postgresql(url, name, mine=mine) as storage:
+            yield storage
+    else:
+        yield journal(path, mine=mine)
 
 
 def journal(path: Path, *, mine: bool) -> optuna.storages.BaseStorage:
@@ -259,8 +290,8 @@ def _key(trial: FrozenTrial) -> tuple[int, int]:
     return trial.user_attrs.get("configuration"), trial.user_attrs.get("rung")
 
 
-def _wave(trial: FrozenTrial) -> Wave:
-    return trial.user_attrs.get("bracket", -1), trial.user_attrs.get("wave", -1)
+def _step(trial: FrozenTrial) -> Step:
+    return trial.user_attrs.get("bracket", -1), trial.user_attrs.get("step", -1)
 
 
 def _queued(trial: FrozenTrial) -> dict:
@@ -274,7 +305,7 @@ def _same(params: dict) -> str:
 
 def _ended(trial: FrozenTrial) -> Ended:
     attrs = trial.user_attrs
-    keys = ("configuration", "bracket", "wave", "rung", "epochs", "parent")
+    keys = ("configuration", "bracket", "step", "rung", "epochs", "parent")
     entry = Entry(**{key: attrs[key] for key in keys}, params=dict(trial.params))
     failed = trial.state == TrialState.FAIL
     return Ended(

@@ -1,0 +1,102 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import bar
+
+Data = Annotated[
+    str | None,
+    typer.Option(help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures."),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME|FILE", help="A recipe; default: fair."),
+]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Sets train.epochs.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; can be repeated."),
+]
+Out = Annotated[Path | None, typer.Option(help="The new directory for the results.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
+]
+
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Runs at once, in as many processes. On a GPU they share it, its memory too: the "
+        "times of each run then say nothing of it alone.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of each process; default: its share of the cores."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS|local", help="Run on a Ray cluster, or one made here."),
+]
+Cpus = Annotated[
+    int | None,
+    typer.Option("--cpus-per-task", min=1, help="With --ray: cores, and threads, of each run."),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus-per-task", min=0, help="With --ray; default: 1 on --device cuda, else 0."),
+]
+
+
+def read_recipe(name: str, epochs: int | None, overrides: list[str] | None):
+    from .recipe import load_recipe, parse_override
+
+    changes = dict(map(parse_override, overrides or []))
+    if epochs is not None:
+        if changes.get("train.epochs", epochs) != epochs:
+            raise ValueError(f"--epochs {epochs} and --set train.epochs disagree: give one")
+        changes["train.epochs"] = epochs
+    return load_recipe(name, changes)
+
+
+def place_of(data: str) -> str:
+    """A folder or archive by its full path, so that work can resume from anywhere."""
+    named = data.split(":")[0] in ("cifar10", "shapes")
+    return data if named or not Path(data).exists() else str(Path(data).resolve())
+
+
+def names_of(text: str, everything: list[str]) -> list[str]:
+    return everything if text == "all" else [name.strip() for name in text.split(",")]
+
+
+def device_of(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
+    return name
+
+
+def executor_for(device: str, jobs: int, threads, ray, cpus, gpus):
+    """Where tasks run that are for `device`, as the options say."""
+    from .executor import executor
+
+    if ray is None and (cpus, gpus) != (None, None):
+        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
+    if gpus is None:
+        gpus = 1 if device.startswith("cuda") else 0
+    return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)
+
+
+def load_data(spec: str):
+    from .data import load_dataset
+
+    with bar("data") as show:
+        return load_dataset(spec, progress=show)
