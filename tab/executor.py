@@ -8,6 +8,7 @@ nothing of its result.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 OnEvent = Callable[[int, object], None]
+log = logging.getLogger("tab")
 ATTEMPTS = 3  # of a task whose process or machine died; its own exception ends it at once
 
 
@@ -66,9 +68,9 @@ class Shared(Generic[T]):
     key: str
     load: Callable[[], T]
 
-    def get(self) -> T:
+    def get(self, load: Callable[[], T] | None = None) -> T:
         if self.key not in _shared:
-            self.put(self.load())
+            self.put((load or self.load)())
         return _shared[self.key]
 
     def put(self, value: T) -> None:
@@ -163,6 +165,7 @@ class Processes:
                         index, why = worker.index, workers.pop(pipe).end()
                         deaths[index] += 1
                         if deaths[index] < ATTEMPTS:
+                            log.warning("%s: %s; it goes on", tasks[index].folder.name, why)
                             waiting.appendleft(index)
                         else:
                             yield died(index, why)

@@ -79,3 +79,14 @@ def children(process: int) -> list[int]:
         if parent == process and "spawn_main" in command:
             found.append(int(path.name))
     return found
+
+
+def count_slowly(steps: int, seconds: float, *, folder: Path, emit) -> int:
+    """As count; each event says on which Ray node."""
+    import ray
+
+    def told(done: int) -> None:
+        emit((ray.get_runtime_context().get_node_id(), done))
+        time.sleep(seconds)
+
+    return count(steps, folder=folder, emit=told)

@@ -107,3 +107,10 @@ def test_what_the_options_ask_for():
     for wrong in ({"jobs": 0}, {"jobs": 2, "threads": 0}, {"jobs": 2, "ray": "local"}):
         with pytest.raises(ValueError, match="jobs"):
             executor(**wrong)
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "tab._ray", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "transformer-attention-bench\[ray\]"'):
+        executor(ray="local")

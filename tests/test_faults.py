@@ -5,7 +5,7 @@ fault                                      shown by
 a driver killed, at any moment             test_a_killed_driver_leaves_no_orphan_and_resumes,
                                            test_compare.py
 a process of --jobs killed                 test_a_killed_process_costs_nothing, test_executor.py
-a node of a Ray cluster killed             test_ray.py
+a worker or a node of Ray killed           test_ray.py
 Control-C                                  test_control_c_ends_cleanly_and_resumes, test_cli.py
 a full disk                                test_a_full_disk_*
 a directory that cannot be written         test_an_unwritable_directory_is_named
@@ -15,8 +15,6 @@ a loss that is not a number                test_train.py, test_compare.py
 altered, missing or truncated data         test_data.py; changed since: test_data_that_changed
 """
 
-import csv
-import json
 import os
 import shutil
 import signal
@@ -25,51 +23,24 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from small_grid import GRID, begin, finished, one_thread, resume, same
 from tasks import alive, children, until
 from typer.testing import CliRunner
 
 from tab.cli import app
-from tab.compare import Plan, compare
 from tab.data import load_dataset, share
 from tab.executor import Processes
-from tab.recipe import load_recipe
-from tab.results import MEASURED, Grid
-
-SMALL = {
-    "train.epochs": 30,  # about a second: time to be killed in the middle
-    "train.batch_size": 20,
-    "data.images": 60,
-    "data.validation": 20,
-    "model.mlp.hidden": 8,
-    "model.mlp.tokens": 4,
-    "attention.multi_head.num_heads": 2,
-    "attention.linear.num_heads": 2,
-}
-GRID = Grid("quick", ["mlp"], ["none", "self", "multi_head", "linear"], 1, "shapes:100/20", "cpu")
-RUNS = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def dataset():
     return load_dataset(GRID.data)
-
-
-def begin(out: Path, dataset) -> Path:
-    Plan(load_recipe("quick", SMALL), GRID).save(out, dataset)
-    return out
-
-
-def resume(out: Path, dataset, executor=None) -> None:
-    compare(Plan.load(out), dataset, out, executor=executor)
 
 
 @pytest.fixture(scope="module")
@@ -105,34 +76,6 @@ def ended(driver: subprocess.Popen, code: int) -> str:
     out, err = driver.communicate(timeout=120)
     assert driver.returncode == code, out + err
     return out + err
-
-
-def finished(out: Path) -> dict[str, int]:
-    """When each finished run ended: it must not be run again."""
-    paths = out.glob("runs/*/run.json")
-    done = [p for p in paths if json.loads(p.read_text())["status"] == "done"]
-    return {path.parent.name: path.stat().st_mtime_ns for path in done}
-
-
-def numbers(out: Path) -> list[list[dict]]:
-    """Both CSV files but for what is measured in seconds and bytes."""
-    tables = []
-    for name in ("experiment_results.csv", "experiment_summary.csv"):
-        with (out / name).open(newline="") as file:
-            lines = list(csv.DictReader(file))
-        tables.append([{k: v for k, v in line.items() if k not in MEASURED} for line in lines])
-    return tables
-
-
-def weights(out: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in sorted(out.glob("runs/*/model.pt"))}
-
-
-def same(out: Path, unbroken: Path, before: dict[str, int]) -> None:
-    """The numbers and weights of an unbroken comparison, without running again what had ended."""
-    assert numbers(out) == numbers(unbroken)
-    assert weights(out) == weights(unbroken) and len(weights(out)) == RUNS
-    assert before.items() <= finished(out).items()
 
 
 def test_jobs_change_nothing_bit_for_bit(unbroken, dataset, tmp_path):
