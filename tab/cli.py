@@ -14,6 +14,7 @@ from rich.table import Table
 from . import __version__
 from .bench.cli import app as bench
 from .options import (
+    Compile,
     Cpus,
     Data,
     Device,
@@ -31,6 +32,7 @@ from .options import (
     names_of,
     place_of,
     read_recipe,
+    with_compile,
 )
 from .sweep_cli import app as sweep
 from .terminal import Commands, bar, command_line, console, errors, or_resume, pairs, wide
@@ -66,6 +68,7 @@ def compare(
     data: Data = None,
     epochs: Epochs = None,
     overrides: Overrides = None,
+    compiled: Compile = False,
     out: Out = None,
     resume: Annotated[
         Path | None,
@@ -82,6 +85,7 @@ def compare(
     from .compare import Plan
     from .compare import compare as run_grid
 
+    overrides = with_compile(overrides, compiled)
     given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
     given = {key: value for key, value in {**given, "device": device}.items() if value is not None}
     if resume and out:
@@ -122,6 +126,7 @@ def train(
     data: Data = None,
     epochs: Epochs = None,
     overrides: Overrides = None,
+    compiled: Compile = False,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     device: Device = None,
@@ -132,6 +137,7 @@ def train(
 
     if resume and not out:
         raise ValueError("--resume needs --out DIR, the directory of the run to continue")
+    overrides = with_compile(overrides, compiled)
     config = read_recipe(recipe or "fair", epochs, overrides).run(model, attention, seed)
     dataset = load_data(data or "cifar10")
     out = out or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.id}"

@@ -19,11 +19,13 @@ from . import __version__, checkpoint
 from .config import RunConfig
 from .data import Dataset, share
 from .doctor import available, cpu_name
+from .environment import environment
 from .executor import Executor, InProcess, Shared, Task, run_tasks
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
 from .results import Grid, Run, read_run, read_runs, write_csvs
-from .train import environment, splits, train
+from .splits import splits
+from .train import train
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 

@@ -23,6 +23,8 @@ class Train:
     schedule: Literal["constant", "one_cycle"]
     label_smoothing: float
     amp: bool  # bfloat16 autocast, on a GPU only: CPUs often emulate it
+    compile: bool  # the model through torch.compile
+    graph: bool  # a step as a CUDA graph, on a GPU only
 
     def __post_init__(self):
         positive(self, "train", "epochs", "batch_size", "lr")

@@ -22,6 +22,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; can be repeated."),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Models through torch.compile: train.compile=true.")
+]
 Out = Annotated[Path | None, typer.Option(help="The new directory for the results.")]
 Device = Annotated[
     str | None,
@@ -63,6 +66,10 @@ def read_recipe(name: str, epochs: int | None, overrides: list[str] | None):
             raise ValueError(f"--epochs {epochs} and --set train.epochs disagree: give one")
         changes["train.epochs"] = epochs
     return load_recipe(name, changes)
+
+
+def with_compile(overrides: list[str] | None, compiled: bool) -> list[str] | None:
+    return [*(overrides or []), "train.compile=true"] if compiled else overrides
 
 
 def place_of(data: str) -> str:

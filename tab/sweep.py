@@ -40,8 +40,9 @@ from .halving import Bracket, Budget, brackets, promote
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
 from .space import Space, load_space, possible, with_chosen
+from .splits import splits
 from .study import Ended, Entry, Record, opened, seed_of, without_password
-from .train import Outcome, splits, train
+from .train import Outcome, train
 
 Pair = tuple[str, str]  # (model, attention)
 

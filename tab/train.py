@@ -1,4 +1,4 @@
-"""Training one model: the loop, its rows, and a state on disk that survives anything.
+"""Training one model: its epochs, its rows, and a state on disk that survives anything.
 
 A run directory holds run.json (config, status, environment, summary), rows.jsonl (one line an
 epoch), checkpoint.pt while it runs (all that the next epoch needs) and at the end model.pt.
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,14 +19,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import checkpoint
 from .batches import Batches
 from .config import RunConfig
-from .data import Dataset, Split, hold_out, statistics
+from .data import Dataset
+from .environment import environment, peak_memory
 from .flops import forward_flops
 from .models import ImageModel, build_model, parameter_count
+from .splits import splits
+from .step import Steps
 
 
 @dataclass(frozen=True)
@@ -103,23 +102,14 @@ class _Run:
         model = build_model(config, len(dataset.classes))
         self.flops = forward_flops(model)
         self.model = _place(model, device)
-        options = config.train
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay
-        )
-        steps = options.epochs * len(self.batches)
-        if options.schedule == "one_cycle":  # Smith & Topin 2018; PyTorch's shape of it
-            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, max_lr=options.lr, total_steps=steps
-            )
-        else:
-            self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        count = config.train.epochs * len(self.batches)
+        self.steps = Steps(self.model, config.train, count, device)
         self._describe()
 
     def epoch(self) -> None:
         """One pass over the training images, then the scores of this epoch: a new row."""
         epoch, last = len(self.rows), len(self.rows) + 1 == self.config.train.epochs
-        row = {"epoch": epoch + 1, "learning_rate": self.schedule.get_last_lr()[0]}
+        row = {"epoch": epoch + 1, "learning_rate": self.steps.schedule.get_last_lr()[0]}
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -127,15 +117,15 @@ class _Run:
             # A layer with noise of its own draws from here: a function of (seed, epoch).
             torch.manual_seed(self.config.seed * 1_000_003 + epoch)
             start = time.perf_counter()
-            loss, accuracy = self._pass(epoch)
-            if cuda:
-                torch.cuda.synchronize(self.device)
+            loss, correct = self.steps.learn(self.batches.epoch(epoch))
             seconds = time.perf_counter() - start
         before = self.rows[-1]["cumulative_training_time"] if self.rows else 0.0
-        row |= {"train_loss": loss, "train_accuracy": accuracy, "seconds": seconds}
+        samples = self.batches.samples
+        row |= {"train_loss": loss / samples, "train_accuracy": correct / samples}
+        row |= {"seconds": seconds}
         row |= {"cumulative_training_time": before + seconds}
-        row |= {"images_per_second": self.batches.samples / seconds}
-        row |= {"peak_memory_bytes": _peak_memory(self.device)}
+        row |= {"images_per_second": samples / seconds}
+        row |= {"peak_memory_bytes": peak_memory(self.device)}
         split = self.config.evaluate.split
         test = split == "test" or (split == "validation" and last)
         row |= self._score("validation", self.validation)
@@ -147,46 +137,12 @@ class _Run:
         elif last:
             self.status = "done"
 
-    def _pass(self, epoch: int) -> tuple[float, float]:
-        """Mean loss and accuracy over the epoch, in training mode, as the weights move."""
-        self.model.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        smoothing = self.config.train.label_smoothing
-        for x, y in self.batches.epoch(epoch):  # (B, 3, 32, 32), (B,)
-            with self._autocast():
-                logits = self.model(x)
-                loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
-                extra = self.model.attention.auxiliary_loss()
-            self.optimizer.zero_grad(set_to_none=True)
-            (loss if extra is None else loss + extra).backward()
-            self.optimizer.step()
-            self.schedule.step()
-            self.model.attention.after_step()
-            # Sums stay on the device: no step waits for the host.
-            loss_sum += loss.detach().double() * len(y)
-            correct += (logits.argmax(-1) == y).sum()
-        samples = self.batches.samples
-        return loss_sum.item() / samples, correct.item() / samples
-
     def _score(self, part: str, batches: Batches | None) -> dict:
-        loss, accuracy = (None, None) if batches is None else self._evaluate(batches)
+        loss, accuracy = None, None
+        if batches is not None:
+            loss, correct = self.steps.score(batches.epoch(0))
+            loss, accuracy = loss / batches.samples, correct / batches.samples
         return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
-
-    @torch.no_grad()
-    def _evaluate(self, batches: Batches) -> tuple[float, float]:
-        self.model.eval()
-        loss_sum, correct = 0.0, 0
-        for x, y in batches.epoch(0):
-            with self._autocast():
-                logits = self.model(x)
-            loss_sum += F.cross_entropy(logits.float(), y, reduction="sum").item()
-            correct += (logits.argmax(-1) == y).sum().item()
-        return loss_sum / batches.samples, correct / batches.samples
-
-    def _autocast(self):
-        enabled = self.config.train.amp and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     # --- disk ---
 
@@ -195,8 +151,8 @@ class _Run:
         the rows are also in the checkpoint, and run.json says "done" last."""
         if self.status == "running":
             state = {"rows": self.rows, "model": self.model.state_dict()}
-            state |= {"optimizer": self.optimizer.state_dict()}
-            state |= {"schedule": self.schedule.state_dict()}
+            state |= {"optimizer": self.steps.optimizer.state_dict()}
+            state |= {"schedule": self.steps.schedule.state_dict()}
             checkpoint.save(self.out / "checkpoint.pt", state)
         if self.status == "done":
             checkpoint.save(self.out / "model.pt", self.model.state_dict())
@@ -218,8 +174,8 @@ class _Run:
             return
         self.rows = state["rows"]
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.steps.optimizer.load_state_dict(state["optimizer"])
+        self.steps.schedule.load_state_dict(state["schedule"])
 
     def _describe(self) -> None:
         run = {
@@ -264,66 +220,6 @@ ROW = (
 # --- around it ------------------------------------------------------------------------------------
 
 
-def splits(
-    config: RunConfig, dataset: Dataset, device: torch.device
-) -> tuple[Batches, Batches | None, Batches]:
-    """Training, validation (None if nothing is held out) and test batches of a run.
-
-    Which images are held out, and which are used, is one choice for all models and seeds.
-    """
-    data, labels = config.data, dataset.train.labels
-    if config.evaluate.split != "test" and not data.validation:
-        raise ValueError(
-            f'evaluate.split = "{config.evaluate.split}" needs data.validation above 0, images to '
-            "hold out"
-        )
-    index, held = torch.arange(len(labels)), None
-    if data.validation:
-        index, held = hold_out(labels, data.validation, seed=0)
-    if data.images and data.images < len(index):
-        _, chosen = hold_out(labels[index], data.images, seed=0)
-        index = index[chosen]
-    mean, std = statistics(dataset.train.images[index])
-    common = {"mean": mean, "std": std, "device": device}
-    batches = Batches(
-        dataset.train,
-        index=index,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        shuffle=True,
-        translate=data.translate,
-        flip=data.flip,
-        drop_last=data.drop_last,
-        **common,
-    )
-    size = config.evaluate.batch_size
-    validation = None
-    if held is not None:
-        validation = Batches(dataset.train, index=held, batch_size=size, **common)
-    return batches, validation, test_batches(config, dataset.test, batch_size=size, **common)
-
-
-def test_batches(config: RunConfig, test: Split, *, mean, std, **options) -> Batches:
-    """The test images, normalised as the recipe says."""
-    if config.data.normalise == "each":
-        mean, std = statistics(test.images)
-    return Batches(test, mean=mean, std=std, **options)
-
-
-def environment(device: str | torch.device = "cpu") -> dict:
-    """What the numbers were measured with."""
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)  # of the convolutions' weights
 
@@ -358,11 +254,3 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def _read_rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU; of the whole process, from its start, on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,8 @@ from .. import checkpoint
 from ..data import Dataset
 from ..results import Grid, Run, read_runs
 from ..robustness import NOISE, noise_curve
-from ..train import load_trained, splits
+from ..splits import splits
+from ..train import load_trained
 from . import markdown, pictures
 from .tables import ranking
 from .weights import attention_picture, attention_weights, filters_picture

@@ -1,0 +1,213 @@
+"""The arithmetic of training: compiled and graphed steps give the numbers of eager ones."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tab.batches import Batches
+from tab.config import RunConfig
+from tab.data import Split
+from tab.layers import attention_names
+from tab.layers.basic import NoAttention
+from tab.models import build_model
+from tab.recipe import load_recipe
+from tab.step import Graphed, Steps
+
+SMALL = {"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16}
+SMALL |= {"model.mlp.match": "", "model.cnn.match": "", "model.cnn.channels": 4, "train.lr": 0.01}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These batches are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(model="mlp", attention="multi_head", **train) -> RunConfig:
+    given = {f"train.{key}": value for key, value in train.items()}
+    return load_recipe("fair", {**SMALL, **given}).run(model, attention, 0)
+
+
+def images(device="cpu", count=52):
+    """Batches of 16 and a last one of 4."""
+    generator = torch.Generator().manual_seed(3)
+    pictures = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    split = Split(pictures, torch.arange(count) % 10)
+    std = torch.full((3,), 70.0)
+    return Batches(split, batch_size=16, mean=std, std=std, shuffle=True, flip=True, device=device)
+
+
+def steps_of(config, device="cpu"):
+    device = torch.device(device)
+    model = build_model(config, 10).to(device, memory_format=torch.channels_last)
+    return Steps(model, config.train, 100, device)
+
+
+class Rehearsal:
+    """A Recorder without a GPU: what is captured is done again at each replay."""
+
+    def __init__(self):
+        self.captures = 0
+
+    def run(self, body):
+        body()
+
+    def capture(self, body):
+        self.captures += 1
+        body()
+        return body
+
+
+def rehearsed(steps):
+    steps.graphed, recorder = True, Rehearsal()
+    steps._run_gradients = Graphed(steps._gradients, steps, recorder, learns=True)
+    steps._run_sums = Graphed(steps._sums, steps, recorder, learns=False)
+    return steps, recorder
+
+
+def two_epochs(steps, batches):
+    """The sums of each pass, then every weight, buffer and optimizer state."""
+    sums = []
+    for epoch in (0, 1):
+        torch.manual_seed(epoch)  # of a layer that draws
+        sums += [*steps.learn(batches.epoch(epoch)), *steps.score(batches.epoch(0))]
+    state = [p["exp_avg"] for p in steps.optimizer.state.values()]
+    return sums, [*steps.model.parameters(), *steps.model.buffers(), *state]
+
+
+def assert_same(given, wanted, **tolerance):
+    assert given[0] == pytest.approx(wanted[0], rel=tolerance.get("rtol", 0))
+    for x, y in zip(given[1], wanted[1], strict=True):
+        torch.testing.assert_close(x, y, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("model, attention", [("cnn", "kimi_k2"), ("mlp", "performer")])
+def test_graphed_is_eager(model, attention):
+    """State put back after warming up, a last batch of another size, gradients that stay."""
+    config = config_of(model, attention)
+    steps, recorder = rehearsed(steps_of(config))
+    given = two_epochs(steps, images())
+    assert recorder.captures == 2  # one to learn, one to score
+    assert_same(given, two_epochs(steps_of(config), images()))
+
+
+def test_graphed_draws_what_eager_draws(monkeypatch):
+    def noisy(self, x, key_mask=None):
+        return x + 0.1 * torch.randn_like(x) if self.training else x
+
+    monkeypatch.setattr(NoAttention, "forward", noisy)
+    config = config_of(attention="none")
+    given = two_epochs(rehearsed(steps_of(config))[0], images())
+    assert_same(given, two_epochs(steps_of(config), images()))
+
+
+def test_gradients_stay_where_the_graph_writes_them():
+    steps, _ = rehearsed(steps_of(config_of()))
+    batches = list(images().epoch(0))
+    steps.learn(batches[:1])
+    places = [p.grad.data_ptr() for p in steps.model.parameters()]
+    steps.learn(batches)
+    assert places == [p.grad.data_ptr() for p in steps.model.parameters()]
+
+
+def test_a_graph_is_made_again_for_the_other_mode():
+    steps, recorder = rehearsed(steps_of(config_of("cnn")))
+    x, y = next(images().epoch(0))
+    for training in (True, True, False):
+        steps.model.train(training)
+        steps._step(x, y)
+    assert recorder.captures == 2
+
+
+def test_what_cannot_be_captured_is_named():
+    steps, recorder = rehearsed(steps_of(config_of()))
+
+    def capture(body):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder.capture = capture
+    with pytest.raises(RuntimeError, match=r"MultiHead.*not permitted.*train.graph=false"):
+        steps.learn(images().epoch(0))
+
+
+def test_graphs_are_for_gpus():
+    assert config_of().train.graph and not steps_of(config_of()).graphed
+
+
+def test_score_is_the_plain_sum():
+    steps, batches = steps_of(config_of("cnn")), images()
+    loss, correct = steps.score(batches.epoch(0))
+    steps.model.eval()
+    with torch.no_grad():
+        pairs = [(steps.model(x), y) for x, y in batches.epoch(0)]
+    logits, y = (torch.cat(part) for part in zip(*pairs, strict=True))
+    assert loss == pytest.approx(F.cross_entropy(logits, y, reduction="sum").item())
+    assert correct == (logits.argmax(-1) == y).sum().item()
+
+
+def test_compiled_is_eager():
+    """In code of its own: batches of one size, since each size is compiled anew."""
+    pair = [two_epochs(steps_of(config_of(compile=c)), images(count=32)) for c in (True, False)]
+    assert_same(*pair, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_with_state(monkeypatch):
+    """Router counts, largest scores and a loss of the layer's own, through the compiler's tracing
+    (compiling its code too would take long)."""
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: compiler(model, backend="aot_eager", **options)
+    )
+    name = "attention.kimi_k2.balance_alpha"
+    configs = [
+        load_recipe("fair", {**SMALL, name: 0.1, "train.compile": c}).run("mlp", "kimi_k2", 0)
+        for c in (True, False)
+    ]
+    torch._dynamo.reset()
+    pair = [two_epochs(steps_of(config), images()) for config in configs]
+    assert_same(*pair, rtol=1e-3, atol=1e-4)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", attention_names())
+def test_gpu_graphed_is_eager(attention):
+    """In float32: two epochs, a last batch of another size."""
+    config = config_of("cnn", attention, amp=False)
+    eager = config_of("cnn", attention, amp=False, graph=False)
+    graphed = steps_of(config, "cuda")
+    assert graphed.graphed
+    pair = [two_epochs(s, images("cuda")) for s in (graphed, steps_of(eager, "cuda"))]
+    assert_same(*pair, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("attention", attention_names())
+def test_gpu_no_step_waits(attention, graph):
+    steps = steps_of(config_of("cnn", attention, graph=graph), "cuda")
+    batches = list(images("cuda").epoch(0))
+    steps.learn(batches)  # compiles and captures
+    steps.score(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in batches:
+            steps._run_sums(x, y)
+        steps.model.train()
+        for x, y in batches:
+            steps._step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, False])
+def test_gpu_compiled_is_eager(graph):
+    configs = [config_of("cnn", amp=False, graph=graph, compile=c) for c in (True, False)]
+    pair = [two_epochs(steps_of(config, "cuda"), images("cuda")) for config in configs]
+    assert_same(*pair, rtol=1e-3, atol=1e-4)
