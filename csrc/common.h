@@ -17,6 +17,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "recycle.h"
+
 namespace tab {
 
 using torch::headeronly::ScalarType;
@@ -61,9 +63,7 @@ inline void large_pages(const Tensor& x) {
 
 /// A (B, H, N, D) output laid out in memory as (B, N, H, D): merging the heads then costs nothing.
 inline Tensor token_major(const Tensor& like, int64_t b, int64_t h, int64_t n, int64_t d) {
-  const Tensor x = torch::stable::new_empty(like, {b, n, h, d});
-  large_pages(x);
-  return torch::stable::transpose(x, 1, 2);
+  return torch::stable::transpose(empty(like, {b, n, h, d}), 1, 2);
 }
 
 /// Where the rows of a (B, H, N, D) tensor lie; strides count elements, the last one is 1.

@@ -24,9 +24,13 @@
 namespace tab {
 namespace {
 
-/// Kernels with the sizes built in where D = Dv = 64: their rows stay in registers.
+/// Kernels with the sizes built in where D = Dv = 64, and those of linear_wide.h where they serve.
 template <class T>
 const LinearKernels& kernels_for(const Linear& a) {
+#if TAB_WIDE
+  const LinearKernels& wide = avx512::linear_kernels_wide<T>;
+  if (isa() == Isa::avx512 && !a.causal && a.d == 4 * wide.lanes && a.e == a.d) return wide;
+#endif
   if (a.d == 64 && a.e == 64) return TAB_SELECT(linear_kernels_64<T>);
   return TAB_SELECT(linear_kernels<T>);
 }

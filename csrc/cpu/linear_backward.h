@@ -18,6 +18,7 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
   using A = acc_t<T>;
   using S = Segment<T, fixed>;
   const auto s = S::at(a, task);
+  const auto slope = Slope<A>::of(a.map);
   const int64_t d = fixed ? fixed : a.d, e = fixed ? fixed : a.e;
   const int64_t dp = padded<A>(d), ep = padded<A>(e);
   Arena<A> arena{static_cast<A*>(scratch)};
@@ -52,7 +53,7 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
       if (a.causal) add_scaled(seen, A(1), fk + i * dp, dp);
       r[i] = -den[i] * dot(fq + i * dp, df + i * dp, dp);
       add_scaled(df + i * dp, r[i], seen, dp);
-      write_gradient(S::row(a.dq, s, t + i), d, df + i * dp, fq + i * dp, a.map, a.stream);
+      write_gradient(S::row(a.dq, s, t + i), d, df + i * dp, fq + i * dp, slope, a.stream);
     }
     if (a.causal) {
       A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
@@ -73,6 +74,7 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
   using A = acc_t<T>;
   using S = Segment<T, fixed>;
   const auto s = S::at(a, task);
+  const auto slope = Slope<A>::of(a.map);
   const int64_t d = fixed ? fixed : a.d, e = fixed ? fixed : a.e;
   const int64_t dp = padded<A>(d), ep = padded<A>(e);
   Arena<A> arena{static_cast<A*>(scratch)};
@@ -108,7 +110,7 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
     }
     for (int64_t i = 0; i < count; ++i) {
       if (a.mask != nullptr && !a.mask[s.b * a.n + t + i]) clear(df + i * dp, dp);
-      write_gradient(S::row(a.dk, s, t + i), d, df + i * dp, fk + i * dp, a.map, a.stream);
+      write_gradient(S::row(a.dk, s, t + i), d, df + i * dp, fk + i * dp, slope, a.stream);
       write_row(S::row(a.dv, s, t + i), e, dv + i * ep, A(1), a.stream);
     }
   }

@@ -14,21 +14,28 @@ TAB_INLINE Vec<A> feature(Vec<A> x) {
   return map == 1 ? maximum<A>(x, Vec<A>{}) : x;
 }
 
-/// φ'(x) out of φ(x): for elu1, φ > 1 where x > 0, and φ' = φ elsewhere.
+/// φ'(x) out of φ(x): 1 above an edge and a multiple of φ below it. For elu1, φ > 1 where x > 0,
+/// and φ' = φ elsewhere.
 template <class A>
-TAB_INLINE Vec<A> slope(Vec<A> f, int map) {
-  const Vec<A> one = splat<A>(1);
-  if (map == 0) return f > 1 ? one : f;
-  return map == 1 ? (f > 0 ? one : Vec<A>{}) : one;
-}
+struct Slope {
+  Vec<A> edge, below;
 
-/// f (count, padded d) = φ of rows of x, which lie `step` apart; masked rows are 0.
+  TAB_INLINE Slope of(int map) {
+    const A edges[] = {1, 0, -A(__builtin_inf())};
+    return {splat<A>(edges[map]), splat<A>(map == 0)};
+  }
+  TAB_INLINE Vec<A> at(const Slope& s, Vec<A> f) { return f > s.edge ? splat<A>(1) : f * s.below; }
+};
+
+/// f (count, padded d) = φ of rows of x, which lie `step` apart; masked rows are 0. On the way it
+/// asks for rows of another tensor, `beside`, that will be read next, unless that is null.
 template <int map, int64_t fixed, class T>
-static void load_features(const T* x, int64_t step, const uint8_t* mask, int64_t count,
-                          int64_t size, acc_t<T>* f) {
+static void load_features(const T* x, int64_t step, const T* beside, int64_t beside_step,
+                          const uint8_t* mask, int64_t count, int64_t size, acc_t<T>* f) {
   using A = acc_t<T>;
   const int64_t d = fixed ? fixed : size, dp = padded<A>(d);
   for (int64_t t = 0; t < count; ++t, f += dp, x += step) {
+    if (beside != nullptr) prefetch_row(beside + (t + AHEAD) * beside_step, d);
     if (mask != nullptr && !mask[t]) {
       clear(f, dp);
       continue;
@@ -62,12 +69,13 @@ struct Segment {
   }
   /// f (count, Dp) = φ of rows t, t+1, …; masked rows are 0.
   TAB_INLINE void features(const Rows& x, const Segment& s, const uint8_t* mask, int64_t t,
-                           int64_t count, A* f) {
+                           int64_t count, A* f, const Rows* beside = nullptr) {
     const uint8_t* m = mask == nullptr ? nullptr : mask + s.b * s.a.n + t;
-    const T* p = row(x, s, t);
-    if (s.a.map == 0) load_features<0, fixed>(p, x.n, m, count, s.a.d, f);
-    if (s.a.map == 1) load_features<1, fixed>(p, x.n, m, count, s.a.d, f);
-    if (s.a.map == 2) load_features<2, fixed>(p, x.n, m, count, s.a.d, f);
+    const T *p = row(x, s, t), *next = beside == nullptr ? nullptr : row(*beside, s, t);
+    const int64_t step = beside == nullptr ? 0 : beside->n;
+    if (s.a.map == 0) load_features<0, fixed>(p, x.n, next, step, m, count, s.a.d, f);
+    if (s.a.map == 1) load_features<1, fixed>(p, x.n, next, step, m, count, s.a.d, f);
+    if (s.a.map == 2) load_features<2, fixed>(p, x.n, next, step, m, count, s.a.d, f);
   }
   /// y (count, Ep) = rows t, t+1, … as they are.
   TAB_INLINE void values(const Rows& x, const Segment& s, int64_t t, int64_t count, A* y) {
@@ -104,12 +112,24 @@ TAB_INLINE void write_row(T* x, int64_t n, const acc_t<T>* row, acc_t<T> scale, 
   if (i < n) store_part(x + i, load(row + i) * scale, n - i);
 }
 
+/// The same for a row of four vectors in registers.
+template <class T>
+TAB_INLINE void put_row(T* x, const Vec<acc_t<T>> (&row)[4], Vec<acc_t<T>> scale, bool past) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+    if (past)
+      stream(x + j * W<acc_t<T>>, row[j] * scale);
+    else
+      store(x + j * W<acc_t<T>>, row[j] * scale);
+}
+
 /// x = φ'(·)∘df for the gradient of one token, f = φ(·).
 template <class T>
-TAB_INLINE void write_gradient(T* x, int64_t n, acc_t<T>* df, const acc_t<T>* f, int map,
-                               bool past) {
+TAB_INLINE void write_gradient(T* x, int64_t n, acc_t<T>* df, const acc_t<T>* f,
+                               const Slope<acc_t<T>>& slope, bool past) {
   using A = acc_t<T>;
-  for (int64_t j = 0; j < n; j += W<A>) store(df + j, load(df + j) * slope<A>(load(f + j), map));
+  for (int64_t j = 0; j < n; j += W<A>)
+    store(df + j, load(df + j) * Slope<A>::at(slope, load(f + j)));
   write_row(x, n, df, A(1), past);
 }
 
@@ -207,6 +227,9 @@ static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
 }  // namespace tab::TAB_ISA
 
 #include "linear_backward.h"
+#if TAB_VECTOR_BYTES == 64
+#include "linear_wide.h"
+#endif
 
 namespace tab::TAB_ISA {
 

@@ -172,7 +172,6 @@ static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, ac
 
 // --- whole padded rows ----------------------------------------------------------------------------
 
-/// Σ of the lanes by halves: log W additions one after the other, not W.
 /// 0, 1, 2, …: the numbers of the lanes.
 template <class A>
 TAB_INLINE Int<A> lanes() {
@@ -182,12 +181,38 @@ TAB_INLINE Int<A> lanes() {
   __builtin_memcpy(&x, all, sizeof x);
   return x;
 }
-/// The sum over the lanes, in a tree.
+/// The sum over the lanes by halves: log W additions one after the other, not W.
 template <class A>
 TAB_INLINE A sum(Vec<A> x) {
 #pragma GCC unroll 4
   for (int half = W<A> / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes<A>() ^ half);
   return x[0];
+}
+/// x and y with the lanes `half` apart added: sums of x where (lane & half) is 0, else of y.
+template <class A>
+TAB_INLINE Vec<A> fold(Vec<A> x, Vec<A> y, int half) {
+  constexpr typename integer<A>::scalar width = W<A>;
+  const Int<A> lane = lanes<A>(), of_y = (lane & half) != 0 ? Int<A>{} + width : Int<A>{};
+  return __builtin_shuffle(x, y, lane + of_y) + __builtin_shuffle(x, y, (lane ^ half) + of_y);
+}
+/// The sums over the lanes of four vectors, in lanes 0 to 3: half the shuffles of four times `sum`.
+template <class A>
+TAB_INLINE Vec<A> four_sums(const Vec<A> (&x)[4]) {
+  Vec<A> s = fold<A>(fold<A>(x[0], x[1], 1), fold<A>(x[2], x[3], 1), 2);
+#pragma GCC unroll 4
+  for (int half = 4; half < W<A>; half *= 2) s += __builtin_shuffle(s, lanes<A>() ^ half);
+  return s;
+}
+/// Lanes 0 to 3 from and to memory.
+template <class A>
+TAB_INLINE Vec<A> load_four(const A* p) {
+  Vec<A> x{};
+  __builtin_memcpy(&x, p, 4 * sizeof(A));
+  return x;
+}
+template <class A>
+TAB_INLINE void store_four(A* p, Vec<A> x) {
+  __builtin_memcpy(p, &x, 4 * sizeof(A));
 }
 template <class A>
 TAB_INLINE Vec<A> maximum(Vec<A> x, Vec<A> y) {
