@@ -1,0 +1,68 @@
+"""Memory of large CPU outputs is used again, and never while somebody holds it (csrc/recycle.h)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tab
+from tab.ops.linear import linear_fwd
+
+pytestmark = pytest.mark.skipif(
+    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
+)
+
+Q = torch.randn(1, 1, 16384, 64)  # an output of 4 MiB
+
+
+def attend(value: float) -> torch.Tensor:
+    return tab.linear_attention(Q, Q, torch.full_like(Q, value), backend="cpp")
+
+
+def test_freed_memory_serves_the_next_output():
+    first = attend(1)
+    place = first.data_ptr()
+    del first
+    second = attend(2)
+    assert second.data_ptr() == place
+    torch.testing.assert_close(second, torch.full_like(Q, 2.0))
+
+
+def test_held_memory_is_never_given_away():
+    kept = [attend(value) for value in range(1, 6)]
+    view = kept[0][0, 0, 5:6]  # a view holds the memory too
+    del kept[0]
+    later = [attend(value) for value in range(6, 10)]
+    assert len({x.data_ptr() for x in kept + later}) == 8
+    for value, x in enumerate(kept + later, start=2):
+        torch.testing.assert_close(x, torch.full_like(Q, float(value)))
+    torch.testing.assert_close(view, torch.ones_like(view))
+
+
+SCRIPT = """
+import torch, tab
+q = torch.randn(1, 1, 262144, 64)  # 64 MiB
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+o = tab.linear_attention(q, q, q, backend="cpp")
+before = resident()
+del o
+print(before - resident())
+"""
+
+
+def run(keep: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TAB_KEEP_MIB": keep}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_limit():
+    size = 64 * 2**20
+    assert int(run("0").stdout) > size * 0.9  # nothing is kept
+    assert int(run("63").stdout) > size * 0.9  # too large to be kept
+    assert int(run("64").stdout) < size * 0.1
+    wrong = run("many")
+    assert wrong.returncode and "TAB_KEEP_MIB=many is no number of MiB" in wrong.stderr
