@@ -248,9 +248,7 @@ def _usage(binary: Path) -> dict[tuple[str, int], dict]:
 
 # --- CUDA C++ -------------------------------------------------------------------------------------
 
-# Op -> bytes of shared memory of the largest problem it takes (N 64, D = Dv = 128: Shared::bytes in
-# csrc/cuda/linear_small.cuh); asked for at launch, so the library does not tell.
-DYNAMIC_SHARED = {"linear": 4 * (64 * 2 * 129 + 128 * 129 + 2 * 128 + 2 * 64)}
+CUDA_OPS = {"Linear": "linear", "Softmax": "local sparse"}  # what a problem's name begins with
 
 
 def built() -> list[dict]:
@@ -259,13 +257,13 @@ def built() -> list[dict]:
     rows = []
     for (symbol, arch), usage in _usage(found[0]).items() if found else ():
         name = torch._C._demangle(symbol)
-        # tab::few::(anonymous namespace)::run<tab::few::Forward<float> >(…): op by namespace
-        kernel, kind = re.search(r"(\w+)<(\w+)>", name).groups()
-        op = {"few": "linear"}[re.match(r"(?:void )?tab::(\w+)", name)[1]]
+        # run<tab::few::LinearForward<float>, 128, 199168l>: problem, threads, most shared memory
+        problem, kind, threads, shared = re.search(r"::(\w+)<(\w+)>, (\d+), (\d+)", name).groups()
+        op = next(op for start, op in CUDA_OPS.items() if problem.startswith(start))
         rows.append({
-            "op": op, "kernel": f"cuda {kernel}", "config": f"{kind} N=64 D=128 DV=128",
+            "op": op, "kernel": f"cuda {problem}", "config": f"{kind} threads={threads}",
             "arch": arch, "registers": usage["registers"], "spilled": usage["spilled"],
-            "shared": usage["shared"] + DYNAMIC_SHARED[op], "limit": SHARED_LIMIT[arch],
+            "shared": usage["shared"] + int(shared), "limit": SHARED_LIMIT[arch],
         })  # fmt: skip
     return rows
 

@@ -1,69 +1,12 @@
 // tab_cuda::linear_fwd and tab_cuda::linear_bwd: few tokens, bidirectional, one block a (batch,
 // head), one launch. The arithmetic is in linear_small.cuh; here are checks, launch, registration.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "../common.h"
+#include "launch.h"
 #include "linear_small.cuh"
 
 namespace tab::few {
 namespace {
-
-template <typename Problem>
-__global__ void __launch_bounds__(MAX_THREADS) run(const Problem problem) {
-  extern __shared__ float memory[];
-#pragma unroll
-  for (int p = 0; p < Problem::PHASES; ++p) {
-    if (p > 0) __syncthreads();
-    problem.phase(p, blockIdx.x, threadIdx.x, blockDim.x, memory);
-  }
-}
-
-template <typename Problem>
-void launch(const Problem& problem, const Tensor& q) {
-  const int device = q.get_device_index();
-  const Sizes& a = problem.sizes;
-  const int64_t bytes = Shared::bytes(a.n, a.d, a.dv);
-  int most = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  STD_TORCH_CHECK(bytes <= most, "tab_cuda::linear: N ", a.n, ", D ", a.d, ", Dv ", a.dv, " need ",
-                  bytes, " bytes of shared memory, this GPU has ", most,
-                  "; use backend=\"auto\" or \"triton\"");
-  if (bytes > 48 * 1024)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(run<Problem>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)));
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int threads = a.d <= 64 && a.dv <= 64 ? 128 : MAX_THREADS;
-  const auto blocks = static_cast<unsigned>(q.size(0) * q.size(1));
-  run<Problem><<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(problem);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename T>
-Heads<T> heads(const Tensor& x) {
-  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-const float* floats(const std::optional<Tensor>& x) {
-  return x ? static_cast<const float*>(x->data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> whole(const std::optional<Tensor>& x) {
-  return x ? std::optional(torch::stable::contiguous(*x)) : std::nullopt;
-}
 
 /// Refuses what this kernel does not take, and inputs that do not fit together.
 Sizes check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -81,36 +24,14 @@ Sizes check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
   check_dtype(op, "v", v, q.scalar_type());
   STD_TORCH_CHECK(feature_map >= 0 && feature_map <= 2, op, ": feature_map is 0, 1 or 2");
   STD_TORCH_CHECK(s.has_value() == z.has_value(), op, ": S and z come together");
-  if (mask) {
-    check_shape(op, "key_mask", *mask, {b, n});
-    check_dtype(op, "key_mask", *mask, ScalarType::Bool);
-  }
+  check_mask(op, mask, b, n);
   if (s) {
-    check_shape(op, "S", *s, {b, h, d, dv});
-    check_shape(op, "z", *z, {b, h, d});
-    check_dtype(op, "S", *s, ScalarType::Float);
-    check_dtype(op, "z", *z, ScalarType::Float);
+    check_floats(op, "S", *s, {b, h, d, dv});
+    check_floats(op, "z", *z, {b, h, d});
   }
   return {static_cast<int>(h), static_cast<int>(n), static_cast<int>(d), static_cast<int>(dv),
           static_cast<int>(feature_map), static_cast<float>(eps),
-          mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr};
-}
-
-/// f(T{}) with T the element type of x
-template <typename F>
-void with_type(const char* op, const Tensor& x, F f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(__half{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, op, " (backend=\"cuda\") takes float32, bfloat16 and float16; ",
-                      "use backend=\"auto\"");
-  }
-}
-
-Tensor states(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+          bytes_of(mask)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
@@ -127,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
   Tensor s = states(q, {b, h, a.d, a.dv}), z = states(q, {b, h, a.d});
   with_type(op, q, [&](auto type) {
     using T = decltype(type);
-    launch(Forward<T>{a, heads<const T>(q), heads<const T>(k), heads<const T>(v), floats(s_in),
-                      floats(z_in), heads<T>(o), static_cast<float*>(s.data_ptr()),
-                      static_cast<float*>(z.data_ptr())},
-           q);
+    const LinearForward<T> problem{
+        a, heads<const T>(q), heads<const T>(k), heads<const T>(v), floats(s_in), floats(z_in),
+        heads<T>(o), static_cast<float*>(s.data_ptr()), static_cast<float*>(z.data_ptr())};
+    launch(op, problem, Shared::bytes(a.n, a.d, a.dv), q);
   });
   return {o, s, z};
 }
@@ -157,11 +78,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor ds0 = states(q, {b, h, a.d, a.dv}), dz0 = states(q, {b, h, a.d});
   with_type(op, q, [&](auto type) {
     using T = decltype(type);
-    launch(Backward<T>{a, heads<const T>(dout), heads<const T>(q), heads<const T>(k),
-                       heads<const T>(v), heads<const T>(o), floats(s_in), floats(z_in),
-                       floats(ds_in), floats(dz_in), heads<T>(dq), heads<T>(dk), heads<T>(dv),
-                       static_cast<float*>(ds0.data_ptr()), static_cast<float*>(dz0.data_ptr())},
-           q);
+    const LinearBackward<T> problem{
+        a, heads<const T>(dout), heads<const T>(q), heads<const T>(k), heads<const T>(v),
+        heads<const T>(o), floats(s_in), floats(z_in), floats(ds_in), floats(dz_in), heads<T>(dq),
+        heads<T>(dk), heads<T>(dv), static_cast<float*>(ds0.data_ptr()),
+        static_cast<float*>(dz0.data_ptr())};
+    launch(op, problem, Shared::bytes(a.n, a.d, a.dv), q);
   });
   return {dq, dk, dv, ds0, dz0};
 }

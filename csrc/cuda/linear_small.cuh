@@ -3,43 +3,14 @@
 //   o = φ(q)ᵀS / (φ(q)ᵀz + ε),  S = φ(k)ᵀv,  z = Σφ(k)                 (formula: tab/ops/linear.py)
 //
 // A block computes one (batch, head) in phases with a barrier between them. A phase is a function
-// that every thread runs; within a phase no thread reads what another one writes. So the same code
-// runs on the GPU, threads side by side, and in a test on the CPU, one after another in any order.
+// that every thread runs; within a phase no thread reads what another one writes.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define TAB_DEVICE __device__ __forceinline__
-#define TAB_UNROLL _Pragma("unroll")
-#else
-#define TAB_DEVICE inline
-#define TAB_UNROLL
-#endif
+#include "device.cuh"
 
 namespace tab::few {
 
-TAB_DEVICE float wide(float x) { return x; }
-TAB_DEVICE void narrow(float x, float* to) { *to = x; }
-#ifdef __CUDACC__
-TAB_DEVICE float wide(__half x) { return __half2float(x); }
-TAB_DEVICE float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-TAB_DEVICE void narrow(float x, __half* to) { *to = __float2half(x); }
-TAB_DEVICE void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
-#endif
-
-constexpr int MAX_TOKENS = 64, MAX_SIZE = 128, MAX_THREADS = 256;
-
-/// A (B, H, N, D) tensor: its strides in elements; the last one is 1.
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t b, h, n;
-  TAB_DEVICE T* at(int bh, int heads) const { return data + (bh / heads) * b + (bh % heads) * h; }
-};
+constexpr int MAX_SIZE = 128;
 
 struct Sizes {
   int heads, n, d, dv, feature_map;
@@ -58,9 +29,9 @@ struct Matrix {
   TAB_DEVICE Matrix transposed() const { return {data, column, row}; }
 };
 
-constexpr int odd(int size) { return size | 1; }
+constexpr TAB_DEVICE int odd(int size) { return size | 1; }
 
-/// The shared memory of a block, in floats: x (N, D), y (N, Dv), t (D, Dv), z and w (D), i and r (N).
+/// The shared memory of a block: x (N, D), y (N, Dv), t (D, Dv), z and w (D), i and r (N).
 struct Shared {
   Matrix x, y, t;
   float *z, *w, *i, *r;
@@ -166,15 +137,28 @@ TAB_DEVICE float inverse_denominator(const Shared& m, const Sizes& a, int i) {
   return inverse(den + a.eps);
 }
 
+/// Runs the phases of a problem.
+template <typename Problem>
+TAB_DEVICE void phases(const Problem& problem, unsigned char* memory) {
+  TAB_UNROLL
+  for (int p = 0; p < Problem::PHASES; ++p) {
+    if (p > 0) __syncthreads();
+    problem.phase(p, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), Problem::THREADS,
+                  reinterpret_cast<float*>(memory));
+  }
+}
+
 template <typename T>
-struct Forward {
-  static constexpr int PHASES = 5;
+struct LinearForward {
+  static constexpr int PHASES = 5, THREADS = 128, BLOCKS = 1;
+  static constexpr int64_t BYTES = Shared::bytes(MAX_TOKENS, MAX_SIZE, MAX_SIZE);
   Sizes sizes;
   Heads<const T> q, k, v;
   const float *s0, *z0;  // or null
   Heads<T> o;
   float *s, *z;
 
+  TAB_DEVICE void operator()(unsigned char* memory) const { phases(*this, memory); }
   TAB_DEVICE void phase(int p, int bh, int thread, int threads, float* memory) const {
     const Sizes& a = sizes;
     const Shared m(memory, a);
@@ -194,14 +178,16 @@ struct Forward {
 /// With g = do/den and r = -g·o: dφ(q) = S g + z r, dS = φ(q)ᵀg, dz = Σφ(q) r, dφ(k) = dS v + dz,
 /// dv = dSᵀφ(k). dS takes the place of S once dq is written.
 template <typename T>
-struct Backward {
-  static constexpr int PHASES = 8;
+struct LinearBackward {
+  static constexpr int PHASES = 8, THREADS = 128, BLOCKS = 1;
+  static constexpr int64_t BYTES = Shared::bytes(MAX_TOKENS, MAX_SIZE, MAX_SIZE);
   Sizes sizes;
   Heads<const T> dout, q, k, v, o;
   const float *s0, *z0, *ds, *dz;  // or null
   Heads<T> dq, dk, dv;
   float *ds0, *dz0;
 
+  TAB_DEVICE void operator()(unsigned char* memory) const { phases(*this, memory); }
   TAB_DEVICE void phase(int p, int bh, int thread, int threads, float* memory) const {
     const Sizes& a = sizes;
     const Shared m(memory, a);

@@ -25,6 +25,9 @@ from torch import Tensor
 from ._check import full_precision
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+# Op -> the N up to which "auto" takes CUDA C++ over Triton on a GPU. A measurement decides that
+# (bench/gpu.sh); there is none yet, so CUDA C++ is not taken unasked.
+CUDA_TOKENS: dict[str, int] = {}
 _DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 OPS: dict[str, Op] = {}
 
@@ -85,10 +88,11 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def choose(backend: str, op: Op, x: Tensor, auto: str = "auto") -> str:
-    """The backend that will run `op` on `x`: the caller's, else the default, else `auto`.
+def choose(backend: str, op: Op, x: Tensor, cuda: bool = True) -> str:
+    """The backend that will run `op` on `x` (…, N, D): the caller's, else the default, else what
+    CUDA_TOKENS says, else "auto", which is the dispatcher.
 
-    `auto` is the op's own measured preference at this size ("auto" is the dispatcher). An explicit
+    `cuda` says whether the CUDA C++ kernel, where there is one, takes this problem. An explicit
     backend that cannot run raises a RuntimeError that says why; it never falls back.
     """
     if backend not in BACKENDS:
@@ -96,7 +100,8 @@ def choose(backend: str, op: Op, x: Tensor, auto: str = "auto") -> str:
     if backend == "auto":
         backend = _default
     if backend == "auto":
-        return auto
+        few = x.is_cuda and x.dtype != torch.float64 and x.shape[-2] <= CUDA_TOKENS.get(op.name, 0)
+        return "cuda" if few and cuda and op.why_not("cuda") is None else "auto"
     device = x.device.type
     if device == "meta" or backend == "reference":
         return backend

@@ -230,19 +230,12 @@ def linear_attention(
             f"feature_map={feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}, softmax "
             '(a learned map is applied by the layer "linear")'
         )
-    backend = choose(backend, linear_fwd, q, _auto(q, v, causal))
+    small = not causal and max(q.shape[-1], v.shape[-1]) <= 128  # csrc/cuda/linear.cu
+    backend = choose(backend, linear_fwd, q, cuda=small)
     o, s, z = _Linear.apply(
         q, k, v, key_mask, s0, z0, FEATURE_MAPS[feature_map], causal, float(eps), backend
     )
     return (o, (s, z)) if return_state else o
-
-
-def _auto(q: Tensor, v: Tensor, causal: bool) -> str:
-    """On a GPU, CUDA C++ up to its limits (csrc/cuda/linear_small.cuh); else the dispatcher.
-    Whether it is the fastest in all of that range is not measured yet."""
-    few = not causal and q.shape[2] <= 64 and max(q.shape[-1], v.shape[-1]) <= 128
-    small = few and q.is_cuda and q.dtype != torch.float64
-    return "cuda" if small and linear_fwd.why_not("cuda") is None else "auto"
 
 
 def _softmax_tokens(k: Tensor, key_mask: Tensor | None) -> Tensor:

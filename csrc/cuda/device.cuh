@@ -1,0 +1,42 @@
+// The little that all device code shares. It compiles with nvcc, and with g++ for tests on a CPU:
+// tests/cuda_on_cpu.h then stands in for CUDA, with threads that really meet at barriers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define TAB_DEVICE __device__ __forceinline__
+#define TAB_UNROLL _Pragma("unroll")
+#define TAB_ROLLED _Pragma("unroll 1")
+#else
+#include "cuda_on_cpu.h"
+#define TAB_DEVICE inline
+#define TAB_UNROLL
+#define TAB_ROLLED
+#endif
+
+namespace tab::few {
+
+constexpr int MAX_TOKENS = 64;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+TAB_DEVICE float wide(float x) { return x; }
+TAB_DEVICE float wide(__half x) { return __half2float(x); }
+TAB_DEVICE float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+TAB_DEVICE void narrow(float x, float* to) { *to = x; }
+TAB_DEVICE void narrow(float x, __half* to) { *to = __float2half(x); }
+TAB_DEVICE void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
+
+/// A (B, H, N, D) tensor: its strides in elements; the last one is 1. h is 0 where heads share.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t b, h, n;
+  TAB_DEVICE T* at(int bh, int heads) const { return data + (bh / heads) * b + (bh % heads) * h; }
+};
+
+}  // namespace tab::few

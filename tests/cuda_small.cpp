@@ -1,0 +1,36 @@
+// The kernels of csrc/cuda for a few tokens on the CPU (cuda_on_cpu.h), called by
+// tests/test_cuda_small.py with the argument structures that the launchers fill. Each returns "" or
+// what went wrong.
+#include "../csrc/cuda/linear_small.cuh"
+#include "../csrc/cuda/softmax_small.cuh"
+
+using namespace tab::few;
+
+static std::string message;
+
+template <template <typename> typename Problem>
+static const char* run(const void* problem, int type, int blocks, int64_t bytes, bool backwards) {
+  const auto go = [&]<typename T>(T) {
+    const auto& typed = *static_cast<const Problem<T>*>(problem);
+    message = cpu::run(typed, blocks, typed.THREADS, bytes, backwards);
+  };
+  type == 0 ? go(float{}) : type == 1 ? go(__half{}) : go(__nv_bfloat16{});
+  return message.c_str();
+}
+
+/// BYTES(T) is the shared memory that the launcher asks for.
+#define TAB_KERNEL(name, Problem)                                                              \
+  extern "C" const char* name(const void* problem, int type, int blocks, bool backwards) {     \
+    const int64_t bytes = type == 0 ? Problem<float>::BYTES : Problem<__half>::BYTES;          \
+    return run<Problem>(problem, type, blocks, bytes, backwards);                              \
+  }
+TAB_KERNEL(softmax_fwd, SoftmaxForward)
+TAB_KERNEL(softmax_bwd, SoftmaxBackward)
+
+#define TAB_LINEAR(name, Problem)                                                              \
+  extern "C" const char* name(const void* problem, int type, int blocks, bool backwards) {     \
+    const Sizes& a = *static_cast<const Sizes*>(problem);                                      \
+    return run<Problem>(problem, type, blocks, Shared::bytes(a.n, a.d, a.dv), backwards);      \
+  }
+TAB_LINEAR(linear_fwd, LinearForward)
+TAB_LINEAR(linear_bwd, LinearBackward)

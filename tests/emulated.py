@@ -1,0 +1,87 @@
+"""The device code of csrc/cuda, compiled by g++ and run thread by thread (cuda_on_cpu.h)."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_small.cpp knows
+INT, LONG, FLOAT, BOOL, POINTER = (
+    ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_void_p,
+)  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "cuda_small.so"
+    flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{HERE}"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    subprocess.run([compiler, *flags, HERE / "cuda_small.cpp", "-o", path], check=True)
+    loaded = ctypes.CDLL(str(path))
+    folder.cleanup()  # it stays mapped
+    return loaded
+
+
+def struct(*fields) -> type[ctypes.Structure]:
+    return type("Struct", (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+def ints(names: str) -> list[tuple]:
+    return [(name, INT) for name in names.split()]
+
+
+HEADS = struct(("data", POINTER), ("b", LONG), ("h", LONG), ("n", LONG))
+
+
+def heads(x: torch.Tensor):
+    """x (B, H, N, D), last stride 1"""
+    assert x.stride(3) == 1 or x.shape[3] == 1
+    return HEADS(x.data_ptr(), *x.stride()[:3])
+
+
+def run(name: str, make, x: torch.Tensor, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Runs a kernel once with its threads in order and once backwards: the same bits, each output
+    written whole. make(*outputs) fills the argument structure."""
+    results = []
+    for backwards in (False, True):
+        fresh = [poison(out) for out in outputs]
+        f = getattr(library(), name)
+        f.restype, f.argtypes = ctypes.c_char_p, [POINTER, INT, INT, BOOL]
+        blocks = x.shape[0] * x.shape[1]
+        error = f(ctypes.byref(make(*fresh)), TYPES.index(x.dtype), blocks, backwards)
+        assert not error, f"{name}: {error.decode()}"
+        for out in fresh:
+            assert not out.isnan().any(), f"{name}: an output was not written"
+            margin = 0 if out._base is None else out._base.numel() - out.numel()
+            assert not margin or out._base.isnan().sum() == margin, f"{name}: wrote too far"
+        results.append(fresh)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other), f"{name}: the order of the threads changes the result"
+    return results[0]
+
+
+def poison(like: torch.Tensor) -> torch.Tensor:
+    """NaN in like's shape; (B, H, N, D) token-major, with a margin after each row."""
+    if like.dim() != 4:
+        return torch.full(like.shape, torch.nan)
+    b, h, n, d = like.shape
+    return torch.full((b, n, h, d + 8), torch.nan, dtype=like.dtype)[..., :d].transpose(1, 2)
+
+
+def unit_last(x: torch.Tensor) -> torch.Tensor:
+    """What the launcher does first."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,233 @@
+"""CUDA C++ for N ≤ 64: the device code run on the CPU (emulated.py) and held against float64; the
+ops as a whole where there is a GPU."""
+
+import pytest
+import torch
+from emulated import (
+    BOOL,
+    FLOAT,
+    HEADS,
+    INT,
+    POINTER,
+    TYPES,
+    heads,
+    ints,
+    pointer,
+    run,
+    struct,
+    unit_last,
+)  # fmt: skip
+from proof import assert_accurate
+
+import tab
+from tab.ops import BlockPattern
+from tab.ops._tile import tile_forward
+from tab.ops.linear import backward_reference, forward_reference
+from tab.ops.local import in_window
+
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+# --- local and sparse: softmax with 64 bits a row -------------------------------------------------
+
+SEES = struct(
+    ("n", INT), ("causal", BOOL), *ints("left right rows cols"), ("row_ptr", POINTER),
+    ("col", POINTER), *ints("block patterns"), ("mask", POINTER),
+)  # fmt: skip
+SIZES = [*ints("heads d dv"), ("scale", FLOAT), ("sees", SEES)]
+FORWARD = struct(*SIZES, *((name, HEADS) for name in ("q", "k", "v", "o")), ("lse", POINTER))
+BACKWARD = struct(
+    *SIZES, *((name, HEADS) for name in ("do", "q", "k", "v")), ("lse", POINTER),
+    *((name, HEADS) for name in ("dq", "dk", "dv_out")),
+)  # fmt: skip
+
+
+class Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sees, scale):
+        q, k, v = map(unit_last, (q, k, v))
+        sizes = q.shape[1], q.shape[3], v.shape[3], scale, sees
+
+        def make(o, lse):
+            return FORWARD(*sizes, *map(heads, (q, k, v, o)), lse.data_ptr())
+
+        o, lse = run("softmax_fwd", make, q, [v, q[..., 0].float()])
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.sizes = sizes
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, lse = ctx.saved_tensors
+        do = unit_last(do)
+
+        def make(*outputs):
+            inputs = map(heads, (do, q, k, v))
+            return BACKWARD(*ctx.sizes, *inputs, lse.data_ptr(), *map(heads, outputs))
+
+        return *run("softmax_bwd", make, q, [q, k, v]), None, None
+
+
+def inputs(generator, b, h, n, d, dv, dtype):
+    """q, k, v token-major"""
+    x = (torch.randn(b, n, h, s, generator=generator).to(dtype) for s in (d, d, dv))
+    return [t.transpose(1, 2) for t in x]
+
+
+def check_softmax(x, sees, allowed, scale=0.3):
+    """`allowed` (H or 1, N, N) must say what `sees` says."""
+
+    def naive(q, k, v):
+        acc = torch.promote_types(q.dtype, torch.float32)
+        return tile_forward(q.to(acc), k.to(acc), v.to(acc), allowed, scale)[0].to(q.dtype)
+
+    def given(q, k, v):
+        return Softmax.apply(q, k, v, sees, scale)
+
+    assert_accurate(given, naive, x, floor=FLOOR[x[0].dtype], names="o dq dk dv")
+
+
+def local(n, left, right, grid=(0, 0), causal=False):
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    return SEES(n, causal, left, right, *grid), in_window(i, j, left, right, grid[1], causal)[None]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("b", "h", "n", "d", "dv"),
+    [(1, 1, 1, 1, 1), (2, 1, 2, 8, 3), (1, 3, 17, 33, 64), (1, 1, 63, 64, 96), (1, 2, 64, 96, 40),
+     (1, 1, 64, 256, 130)],
+)  # fmt: skip
+def test_softmax_shapes(b, h, n, d, dv, dtype, generator):
+    x = inputs(generator, b, h, n, d, dv, dtype)
+    check_softmax(x, *local(n, n, n), scale=d**-0.5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("n", "left", "right", "grid", "causal"),
+    [(17, 3, 0, (0, 0), False), (64, 0, 5, (0, 0), False), (63, 2, 2, (7, 9), False),
+     (64, 1, 2, (8, 8), True), (40, 0, 0, (5, 8), False)],
+)  # fmt: skip
+def test_local(n, left, right, grid, causal, dtype, generator):
+    x = inputs(generator, 1, 2, n, 16, 24, dtype)
+    check_softmax(x, *local(n, left, right, grid, causal))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize(("n", "block"), [(63, 8), (64, 32), (50, 64), (33, 5)])
+def test_sparse(n, block, causal, dtype, generator):
+    """Each head its own blocks, some rows of blocks empty."""
+    blocks = -(-n // block)
+    mask = torch.rand(2, blocks, blocks, generator=generator) > 0.4
+    mask[:, -1] = False
+    pattern = BlockPattern.from_blocks(mask, block, n)
+    sees = SEES(n, causal, 0, 0, 0, 0, pattern.row_ptr.data_ptr(), pattern.col.data_ptr(),
+                min(block, n), 2)  # fmt: skip
+    allowed = pattern.to_dense()
+    x = inputs(generator, 2, 2, n, 24, 16, dtype)
+    check_softmax(x, sees, allowed.tril() if causal else allowed)
+    sees.keepalive = pattern
+
+
+# --- linear ---------------------------------------------------------------------------------------
+
+LINEAR_NAMES = ["o", "s", "z", "dq", "dk", "dv", "ds0", "dz0"]
+LINEAR = [*ints("heads n d dv feature_map"), ("eps", FLOAT), ("mask", POINTER)]
+LINEAR_FORWARD = struct(
+    *LINEAR, *((name, HEADS) for name in "qkv"), ("s0", POINTER), ("z0", POINTER), ("o", HEADS),
+    ("s", POINTER), ("z", POINTER),
+)  # fmt: skip
+LINEAR_BACKWARD = struct(
+    *LINEAR, *((name, HEADS) for name in ("do", "q", "k", "v", "o")),
+    *((name, POINTER) for name in ("s0", "z0", "ds", "dz")),
+    *((name, HEADS) for name in ("dq", "dk", "dv_out")), ("ds0", POINTER), ("dz0", POINTER),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("n, d, dv", [(1, 3, 2), (5, 16, 24), (63, 33, 65), (64, 128, 128)])
+@pytest.mark.parametrize("feature_map, state", [(0, True), (1, False), (2, True)])
+def test_linear(n, d, dv, feature_map, state, dtype, generator):
+    b, h, eps = 2, 2, 0.5
+    q, k, v = inputs(generator, b, h, n, d, dv, dtype)
+    do = inputs(generator, b, h, n, d, dv, dtype)[2]
+    if feature_map == 2:  # features are positive
+        q, k = q.abs(), k.abs()
+    s0, ds = (torch.randn(b, h, d, dv, generator=generator) for _ in range(2))
+    z0, dz = (torch.rand(b, h, d, generator=generator) for _ in range(2))
+    if not state:
+        s0 = z0 = ds = dz = None
+    mask = torch.rand(b, n, generator=generator) > 0.3
+    exact = [None if x is None else x.double() for x in (q, k, v, s0, z0, do, ds, dz)]
+    rest = mask, *exact[3:5], feature_map, False, eps
+    o, s, z = forward_reference(*exact[:3], *rest)
+    wanted = o, s, z, *backward_reference(*exact[5:], *exact[:3], o, s, z, *rest)
+    sizes, given = (h, n, d, dv, feature_map, eps, mask.data_ptr()), o.to(dtype)
+
+    def forward(o, s, z):
+        inputs = *map(heads, (q, k, v)), pointer(s0), pointer(z0)
+        return LINEAR_FORWARD(*sizes, *inputs, heads(o), s.data_ptr(), z.data_ptr())
+
+    def backward(dq, dk, dv, ds0, dz0):
+        inputs = *map(heads, (do, q, k, v, given)), *map(pointer, (s0, z0, ds, dz))
+        outputs = *map(heads, (dq, dk, dv)), ds0.data_ptr(), dz0.data_ptr()
+        return LINEAR_BACKWARD(*sizes, *inputs, *outputs)
+
+    states = s.float().flatten(0, 1), z.float()  # three dimensions: contiguous
+    results = run("linear_fwd", forward, q, [v, *states])
+    results += run("linear_bwd", backward, q, [q, k, v, *states])
+    for name, x, truth in zip(LINEAR_NAMES, results, wanted, strict=True):
+        scale = max(1.0, truth.abs().max().item())
+        error = (x.double().view_as(truth) - truth).abs().max().item() / scale
+        assert error < 2 * FLOOR[dtype], f"{name}: relative error {error:.2g}"
+
+
+# --- whole ops ------------------------------------------------------------------------------------
+
+
+def test_auto_takes_cuda_where_it_is_measured_to_win(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tab.ops import OPS, _op
+
+    op = OPS["local_fwd"]
+    monkeypatch.setitem(op.reasons, "cuda", None)
+    with FakeTensorMode():
+        x = torch.empty(2, 2, 64, 8, device="cuda")
+    assert _op.choose("auto", op, x) == "auto"
+    monkeypatch.setitem(_op.CUDA_TOKENS, "local_fwd", 64)
+    assert _op.choose("auto", op, x) == "cuda"
+    assert _op.choose("auto", op, x[:, :, :1].expand(2, 2, 65, 8)) == "auto"
+    assert _op.choose("auto", op, x, cuda=False) == _op.choose("auto", op, x.double()) == "auto"
+
+
+def attention(op: str, n: int, backend: str, causal: bool = False):
+    if op == "sparse":
+        pattern = BlockPattern.bigbird(n, heads=2, block_size=8)
+        return lambda *x: tab.sparse_attention(*x, pattern, causal=causal, backend=backend)
+    if op == "local":
+        return lambda *x: tab.local_attention(*x, window=(5, 3), causal=causal, backend=backend)
+    return lambda *x: tab.linear_attention(*x, backend=backend)
+
+
+OPERATORS = "linear", "local", "sparse"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("n", "d", "dv"), [(1, 8, 8), (17, 33, 64), (64, 64, 64), (63, 96, 40)])
+def test_gpu(op, n, d, dv, dtype, generator):
+    x = [t.cuda() for t in inputs(generator, 3, 2, n, d, dv, dtype)]
+    for causal in (False, True)[: 1 if op == "linear" else 2]:
+        f, naive = (attention(op, n, backend, causal) for backend in ("cuda", "reference"))
+        assert_accurate(f, naive, x, floor=max(FLOOR[dtype], 1e-5), names="o dq dk dv")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPERATORS)
+def test_gpu_names_its_limits(op, generator):
+    x = [t.cuda() for t in inputs(generator, 1, 2, 65, 8, 8, torch.float32)]
+    with pytest.raises(RuntimeError, match="N ≤ 64"):
+        attention(op, 65, "cuda")(*x)
