@@ -91,15 +91,14 @@ def compare(
     if resume and out:
         raise ValueError("--resume continues in its own directory: drop --out")
     if resume:
-        plan, out = _resumed(resume, given, recipe, epochs, overrides), resume
+        plan, out = _resumed(resume, given, recipe, epochs, overrides, ray), resume
         plan.configs()
         executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
         dataset = load_data(plan.grid.data)
         console.print(f"Resuming {out}")
     else:
-        plan = Plan(
-            read_recipe(recipe or "fair", epochs, overrides), _grid(given, recipe or "fair")
-        )
+        name = recipe or "fair"
+        plan = Plan(read_recipe(name, epochs, overrides), _grid(given, name, ray))
         plan.configs()  # every name and option is checked before anything is fetched or written
         executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
         dataset = load_data(plan.grid.data)
@@ -217,7 +216,7 @@ def doctor(
 # --- shared ---------------------------------------------------------------------------------------
 
 
-def _grid(given: dict, recipe: str):
+def _grid(given: dict, recipe: str, ray: str | None):
     from .config import check_keys
     from .layers import attention_names
     from .models import model_names
@@ -233,18 +232,19 @@ def _grid(given: dict, recipe: str):
         attentions=attentions,
         seeds=given.get("seeds", 1),
         data=place_of(given.get("data", "cifar10")),
-        device=device_of(given.get("device")),
+        device=device_of(given.get("device"), ray=ray),
     )
 
 
-def _resumed(resume: Path, given: dict, recipe, epochs, overrides):
+def _resumed(resume: Path, given: dict, recipe, epochs, overrides, ray):
     """The stored plan; an option that says otherwise is an error that names both values."""
     import dataclasses
 
     from .compare import Plan
 
     plan = Plan.load(resume)
-    was, now = vars(plan.grid), vars(_grid({**vars(plan.grid), **_listed(plan.grid), **given}, "x"))
+    stored = {**vars(plan.grid), **_listed(plan.grid)}
+    was, now = vars(plan.grid), vars(_grid({**stored, **given}, "x", ray))
     differ = [
         f"--{key}: was {was[key]!r}, now {now[key]!r}" for key in given if was[key] != now[key]
     ]

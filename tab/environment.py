@@ -12,13 +12,13 @@ import torch
 def environment(device: str | torch.device = "cpu") -> dict:
     """What the numbers were measured with."""
     device = torch.device(device)
-    cuda = device.type == "cuda"
+    cuda = device.type == "cuda" and torch.cuda.is_available()  # or on another machine only
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "threads": torch.get_num_threads(),
     }
 

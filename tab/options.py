@@ -82,9 +82,11 @@ def names_of(text: str, everything: list[str]) -> list[str]:
     return everything if text == "all" else [name.strip() for name in text.split(",")]
 
 
-def device_of(name: str | None) -> str:
+def device_of(name: str | None, *, ray: str | None = None) -> str:
     import torch
 
+    if ray is not None and name == "cuda":
+        return name  # of the cluster's nodes: this one may have none
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
@@ -97,6 +99,8 @@ def executor_for(device: str, jobs: int, threads, ray, cpus, gpus):
 
     if ray is None and (cpus, gpus) != (None, None):
         raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
+    if ray is not None and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: Ray chooses the GPU of each task; give --device cuda")
     if gpus is None:
         gpus = 1 if device.startswith("cuda") else 0
     return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)

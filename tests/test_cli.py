@@ -106,6 +106,8 @@ def test_failed_runs_are_named_and_the_exit_code_says_so(tmp_path):
         (["compare", "--data", "shape"], "shapes"),
         (["compare", "--device", "abacus", "--data", "shapes:10/10"], "abacus"),
         (["compare", "--epochs", "2", "--set", "train.epochs=3"], "disagree"),
+        (["compare", "--jobs", "2", "--ray", "local"], "drop jobs"),
+        (["compare", "--gpus-per-task", "1"], "are for --ray"),
         (["compare", "--resume", "nowhere"], "no config.toml"),
         (["train", "mlp", "softmax", "--data", "shapes:10/10"], "softmax"),
         (["train", "mlp", "none", "--resume"], "--out DIR"),

@@ -10,7 +10,7 @@ Control-C                                  test_control_c_ends_cleanly_and_resum
 a full disk                                test_a_full_disk_*
 a directory that cannot be written         test_an_unwritable_directory_is_named
 a truncated or altered checkpoint          test_train.py
-two drivers in one directory               test_two_drivers_do_not_share_a_directory
+two drivers in one directory               test_compare.py
 a loss that is not a number                test_train.py, test_compare.py
 altered, missing or truncated data         test_data.py; changed since: test_data_that_changed
 """
@@ -28,6 +28,7 @@ from tasks import alive, children, until
 from typer.testing import CliRunner
 
 from tab.cli import app
+from tab.compare import Plan, Watcher, compare
 from tab.data import load_dataset, share
 from tab.executor import Processes
 
@@ -66,7 +67,7 @@ def start(out: Path) -> subprocess.Popen:
 def in_the_middle(driver: subprocess.Popen, out: Path) -> list[int]:
     """Waits until a run has an epoch on disk, but the last; the driver's processes."""
     files = out / "runs"
-    assert until(lambda: list(files.glob("*/checkpoint.pt")) or driver.poll() is not None, 60)
+    assert until(lambda: list(files.glob("*/checkpoint.pt")) or driver.poll() is not None, 300)
     assert driver.poll() is None, "too late: it had ended"
     return children(driver.pid)
 
@@ -90,17 +91,24 @@ def test_a_killed_driver_leaves_no_orphan_and_resumes(unbroken, dataset, tmp_pat
     workers = in_the_middle(driver, out)
     driver.kill()
     ended(driver, -signal.SIGKILL)
-    assert workers and until(lambda: not any(alive(worker) for worker in workers), 10)
+    assert workers and until(lambda: not any(alive(worker) for worker in workers), 60)
     before = finished(out)
     resume(out, dataset)  # in one process now
     same(out, unbroken, before)
 
 
 def test_a_killed_process_costs_nothing(unbroken, dataset, tmp_path):
-    out = begin(tmp_path / "killed", dataset)
-    driver = start(out)
-    os.kill(in_the_middle(driver, out)[0], signal.SIGKILL)
-    ended(driver, 0)
+    out, killed, epochs = begin(tmp_path / "killed", dataset), [], []
+
+    class Kill(Watcher):
+        def epoch(self, config, row):
+            epochs.append((config.id, row["epoch"]))
+            if not killed:
+                killed.append(children(os.getpid())[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+    compare(Plan.load(out), dataset, out, watcher=Kill(), executor=Processes(2, 1))
+    assert killed and len(epochs) == len(set(epochs))  # none twice
     same(out, unbroken, {})
 
 
@@ -157,16 +165,6 @@ def test_an_unwritable_directory_is_named(dataset, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=str(tmp_path / "file" / "out")):
         begin(tmp_path / "file" / "out", dataset)
-
-
-def test_two_drivers_do_not_share_a_directory(unbroken, dataset, tmp_path):
-    out = begin(tmp_path / "shared", dataset)
-    first = start(out)
-    in_the_middle(first, out)
-    with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
-        resume(out, dataset)
-    ended(first, 0)
-    same(out, unbroken, {})
 
 
 def test_data_that_changed(dataset):

@@ -60,6 +60,8 @@ def noise_of(run: Run, dataset: Dataset, device: str) -> tuple[list[float], list
     """(σ, accuracy) of a finished run, from its noise.json or measured and written there."""
     path = run.path / "noise.json"
     if not path.is_file():
+        if not torch.cuda.is_available():  # it was trained on another machine
+            device = "cpu"
         model, config = load_trained(run.path, device)
         test = splits(config, dataset, torch.device(device))[2]
         found = {"sigma": NOISE, "accuracy": noise_curve(model, test), "images": test.samples}
