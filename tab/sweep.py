@@ -41,7 +41,7 @@ from .layers import get_attention
 from .recipe import Recipe, load_recipe
 from .space import Space, load_space, possible, with_chosen
 from .splits import splits
-from .study import Ended, Entry, Record, opened, seed_of, without_password
+from .study import SAMPLERS, Ended, Entry, Record, opened, seed_of, without_password
 from .train import Outcome, train
 
 Pair = tuple[str, str]  # (model, attention)
@@ -87,6 +87,10 @@ class Plan:
             get_attention(pair[1])
             self.space.axes(*pair)
         brackets(self.budget, self.brackets)
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler = {self.sampler!r}: choose {' or '.join(SAMPLERS)}")
+        if self.storage:
+            without_password(self.storage)  # raises what is wrong with it
 
     def save(self, out: Path, dataset: Dataset) -> None:
         """Starts the directory `out`; one that holds a sweep is an error."""

@@ -79,12 +79,12 @@ def run(
     gpus: Gpus = None,
 ) -> None:
     """Draw, train, keep the best and train those on; the winners become a recipe for compare."""
+    given = {name: value for name, value in locals().items() if name != "context"}
     if context.invoked_subcommand:
         return
     from .sweep import Plan
     from .sweep import sweep as run_sweep
 
-    given = dict(context.params)
     free = ("resume", "storage", "jobs", "threads", "ray", "cpus", "gpus")
     if resume:
         if fixed := [

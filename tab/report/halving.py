@@ -17,7 +17,7 @@ from .tables import title as name_of
 def rungs_table(found: dict[Pair, Record], budget: Budget, heading: str) -> Table:
     """One line for each pair: configurations scored and best accuracy by rung, and the winner."""
     best = winners(found)
-    columns = ["model", "attention", *(f"{epochs} epochs" for epochs in budget.epochs)]
+    columns = ["model", "attention", *(f"epoch {epochs}" for epochs in budget.epochs)]
     table = Table(*columns, "diverged", "failed", "best", "configuration", title=heading,
                   title_justify="left", title_style="bold")  # fmt: skip
     for pair, record in found.items():
@@ -41,7 +41,7 @@ def importance_table(found: dict[Pair, Record]) -> Table | None:
     if not shares:
         return None
     names = list(dict.fromkeys(name for share in shares.values() for name in share))
-    heading = "Importance of each option at the first rung (PED-ANOVA, shares of 1)"
+    heading = "Importance of each option at the first rung (fANOVA, shares of 1)"
     table = Table("model", "attention", *names, title=heading, title_justify="left",
                   title_style="bold")  # fmt: skip
     for pair, share in shares.items():
