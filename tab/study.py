@@ -13,33 +13,18 @@ Optuna's own pruners only stop trials; here nothing is stopped, the best are enq
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
 
 from .space import Axis, Range, size
-
-try:
-    import optuna
-except ImportError as error:
-    raise ImportError(
-        'a sweep needs Optuna: pip install "transformer-attention-bench[sweep]"'
-    ) from error
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.samplers import RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState
+from .storage import optuna  # says what to install where it is missing
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+FrozenTrial, Trial, TrialState = optuna.trial.FrozenTrial, optuna.Trial, optuna.trial.TrialState
 SAMPLERS = ("random", "tpe")
 TRIES = 1000  # draws in a row that give nothing new before a space counts as exhausted
 
@@ -55,9 +40,6 @@ class Entry:
     epochs: int  # in all
     parent: str  # the checkpoint it goes on from; "" at first
     params: dict[str, object]
-
-    def attrs(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "params"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +72,7 @@ class Record:
                 study_name=name,
                 storage=storage,
                 direction="maximize",
-                sampler=RandomSampler(0),  # never asked: what is enqueued has all its values
+                sampler=optuna.samplers.RandomSampler(0),  # never asked: all is enqueued whole
                 load_if_exists=True,
             )
         else:
@@ -100,20 +82,17 @@ class Record:
                 raise ValueError(f"the storage holds no study {name!r}: nothing ran yet") from None
         return cls(study, axes)
 
-    def recover(self) -> int:
-        """Ends the trials that a driver left RUNNING; -> how many. The caller holds the lock."""
-        lost = self._trials(TrialState.RUNNING)
-        for trial in lost:
+    def recover(self) -> None:
+        """Ends the trials that a driver left RUNNING. The caller holds the lock."""
+        for trial in self._trials(TrialState.RUNNING):
             self._fail(trial, "lost")
-        self._asked.clear()
-        return len(lost)
 
     def enqueue(self, entry: Entry) -> None:
         """Unless it waits already. (Optuna's skip_if_exists looks at params alone: it would drop
         every promotion.)"""
         waiting = {_key(trial) for trial in self._trials(TrialState.WAITING)}
         if (entry.configuration, entry.rung) not in waiting:
-            self.study.enqueue_trial(dict(entry.params), user_attrs=entry.attrs())
+            self.study.enqueue_trial(dict(entry.params), user_attrs=asdict(entry))
 
     def begin(self, entry: Entry) -> None:
         """RUNNING, with a lease. Optuna hands out what waits in order: should a later one begin
@@ -122,8 +101,7 @@ class Record:
         while key not in self._asked:
             trial = self.study.ask(fixed_distributions=self.distributions)
             trial.set_user_attr("lease", lease())
-            found = (trial.user_attrs.get("configuration"), trial.user_attrs.get("rung"))
-            if found == (None, None):
+            if (found := _key(trial)) == (None, None):
                 raise RuntimeError(
                     f"the study {self.study.study_name} has no waiting trial for {key}: was it "
                     "changed by another program?"
@@ -144,16 +122,11 @@ class Record:
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
 
-    def lose(self, entry: Entry) -> None:
-        """The entry's training was cut short by no fault of its own: it can be enqueued again."""
-        self.begin(entry)
-        self._fail(self._asked.pop((entry.configuration, entry.rung)), "lost")
-
     def ended(self) -> dict[tuple[int, int], Ended]:
         """(configuration, rung) -> its end."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         trials = [t for t in self._trials(*states) if t.user_attrs.get("status") != "lost"]
-        return {_key(trial): _ended(trial) for trial in trials if "rung" in trial.user_attrs}
+        return {_key(trial): _ended(trial) for trial in trials if _key(trial) != (None, None)}
 
     def draw(
         self, count: int, possible: Callable[[dict], bool], *, sampler: str, seed: int, step: Step
@@ -163,12 +136,14 @@ class Record:
         A function of the seed and of what ended in earlier steps, so that a resumed sweep draws the
         same. Drawing happens in a study in memory: what was refused leaves no trace in the record.
         """
-        before = [t for t in self._trials() if (-1, -1) < _step(t) < step]
+        # In an order that no kill changes: lost trials have equals with higher numbers.
+        ours = [t for t in self._trials() if _key(t) != (None, None)]
+        before = sorted((t for t in ours if _step(t) < step), key=lambda t: (_step(t), _key(t)))
         scratch = optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed))
         if sampler == "tpe":
             kept = (TrialState.COMPLETE, TrialState.PRUNED)
             scratch.add_trials([t for t in before if t.state in kept])
-        seen, drawn, tries = {_same(t.params or _queued(t)) for t in before}, [], 0
+        seen, drawn, tries = {_same(t.user_attrs["params"]) for t in before}, [], 0
         while len(drawn) < count and len(seen) < size(self.axes) and tries < TRIES:
             trial = scratch.ask(fixed_distributions=self.distributions)
             tries += 1
@@ -225,88 +200,16 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])
 
 
-# --- storage --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def opened(url: str, path: Path, name: str, *, mine: bool) -> Iterator[optuna.storages.BaseStorage]:
-    """The storage of the sweep `name`: the database at `url`, or the journal file `path`."""
-    if url:
-        with postgresql(url, name, mine=mine) as storage:
-            yield storage
-    else:
-        yield journal(path, mine=mine)
-
-
-def journal(path: Path, *, mine: bool) -> optuna.storages.BaseStorage:
-    """The journal file. mine: the caller is the only driver, so that what a killed one left (a lock
-    of the file, half a line at its end) is cleared; Optuna would wait for the first and never read
-    past the second."""
-    if mine:
-        path.with_name(path.name + ".lock").unlink(missing_ok=True)
-        if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
-    return optuna.storages.JournalStorage(backend)
-
-
-@contextlib.contextmanager
-def postgresql(url: str, name: str, *, mine: bool) -> Iterator[optuna.storages.BaseStorage]:
-    """The database at `url`. mine: held for the sweep `name` by an advisory lock, which the server
-    drops with the connection."""
-    import sqlalchemy
-
-    try:
-        parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
-        storage = optuna.storages.RDBStorage(parsed.render_as_string(hide_password=False))
-    except ImportError as error:
-        raise ImportError('PostgreSQL needs psycopg: pip install "psycopg[binary]"') from error
-    except sqlalchemy.exc.OperationalError as error:
-        raise ValueError(f"no database at {without_password(url)}: {error.orig}") from None
-    with storage.engine.connect() as connection:
-        connection.detach()  # from the pool, which would keep it open, and the lock with it
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
-        question = sqlalchemy.text("SELECT pg_try_advisory_lock(:key)")
-        if mine and not connection.execute(question, {"key": key}).scalar():
-            raise ValueError(
-                f"the sweep {name!r} in {without_password(url)} has another driver; wait for it, "
-                "or start a sweep in a directory of another name"
-            )
-        try:
-            yield storage
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
-
-
-def without_password(url: str) -> str:
-    import sqlalchemy
-
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        parsed = None
-    if parsed is None or parsed.get_backend_name() != "postgresql":
-        raise ValueError(f"storage = {url!r}: give postgresql://USER@HOST/DATABASE")
-    parts = (parsed.host, parsed.port, parsed.database, parsed.query)
-    kept = sqlalchemy.URL.create("postgresql", parsed.username, None, *parts)
-    return kept.render_as_string()
-
-
 # --- trials ---------------------------------------------------------------------------------------
 
 
-def _key(trial: FrozenTrial) -> tuple[int, int]:
+def _key(trial: Trial | FrozenTrial) -> tuple[int | None, int | None]:
+    """(configuration, rung); (None, None) of a trial that another program added."""
     return trial.user_attrs.get("configuration"), trial.user_attrs.get("rung")
 
 
 def _step(trial: FrozenTrial) -> Step:
-    return trial.user_attrs.get("bracket", -1), trial.user_attrs.get("step", -1)
-
-
-def _queued(trial: FrozenTrial) -> dict:
-    """The params of a trial that was never asked: Optuna keeps them aside."""
-    return trial.system_attrs.get("fixed_params", {})
+    return trial.user_attrs["bracket"], trial.user_attrs["step"]
 
 
 def _same(params: dict) -> str:
@@ -315,8 +218,7 @@ def _same(params: dict) -> str:
 
 def _ended(trial: FrozenTrial) -> Ended:
     attrs = trial.user_attrs
-    keys = ("configuration", "bracket", "step", "rung", "epochs", "parent")
-    entry = Entry(**{key: attrs[key] for key in keys}, params=dict(trial.params))
+    entry = Entry(**{field.name: attrs[field.name] for field in fields(Entry)})
     failed = trial.state == TrialState.FAIL
     return Ended(
         entry,
@@ -329,12 +231,15 @@ def _ended(trial: FrozenTrial) -> Ended:
 
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    return RandomSampler(seed) if name == "random" else TPESampler(seed=seed, n_startup_trials=5)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
+def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
+    kinds = optuna.distributions
     if not isinstance(axis, Range):
-        return CategoricalDistribution(axis)
+        return kinds.CategoricalDistribution(axis)
     whole = type(axis.low) is int and type(axis.high) is int
-    kind = IntDistribution if whole else FloatDistribution
+    kind = kinds.IntDistribution if whole else kinds.FloatDistribution
     return kind(axis.low, axis.high, log=axis.log)

@@ -21,115 +21,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import math
-import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from . import checkpoint
-from .compare import DISK, facts_of
+from .compare import DISK
 from .config import RunConfig
 from .data import Dataset, share
 from .executor import Executor, Shared, Task, run_tasks
-from .halving import Bracket, Budget, brackets, promote
-from .layers import get_attention
-from .recipe import Recipe, load_recipe
-from .space import Space, load_space, possible, with_chosen
-from .splits import splits
-from .study import SAMPLERS, Ended, Entry, Record, opened, seed_of, without_password
+from .halving import Bracket, brackets, promote
+from .recipe import Recipe
+from .space import possible, with_chosen
+from .storage import opened
+from .study import Ended, Entry, Record, seed_of
+from .sweep_plan import Pair, Plan, name_of
 from .train import Outcome, train
-
-Pair = tuple[str, str]  # (model, attention)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep does; DIR/*.toml hold it all."""
-
-    recipe: Recipe  # what is not drawn
-    space: Space
-    budget: Budget
-    models: list[str]
-    attentions: list[str]
-    data: str
-    device: str
-    seed: int  # of the draws, and of every run: all configurations see the same batches
-    sampler: str = "random"
-    brackets: int = 1
-    storage: str = ""  # "": the journal file
-
-    def pairs(self) -> list[Pair]:
-        return [(model, attention) for attention in self.attentions for model in self.models]
-
-    def config(self, pair: Pair, chosen: dict) -> RunConfig:
-        """The run of one configuration."""
-        config = with_chosen(self.recipe, *pair, chosen).run(*pair, self.seed)
-        budget = self.budget
-        return replace(
-            config,
-            train=replace(config.train, epochs=budget.epochs[-1]),
-            data=replace(config.data, images=budget.images, validation=budget.validation),
-            evaluate=replace(config.evaluate, split="validation_only"),
-        )
-
-    def check(self) -> None:
-        """Names, axes and brackets, before anything runs."""
-        for key in ("models", "attentions"):
-            names = getattr(self, key)
-            if not names or len(set(names)) < len(names):
-                raise ValueError(f"{key} = {', '.join(names)!r}: give each name once")
-        for pair in self.pairs():
-            get_attention(pair[1])
-            self.space.axes(*pair)
-        brackets(self.budget, self.brackets)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler = {self.sampler!r}: choose {' or '.join(SAMPLERS)}")
-        if self.storage:
-            without_password(self.storage)  # raises what is wrong with it
-
-    def save(self, out: Path, dataset: Dataset) -> None:
-        """Starts the directory `out`; one that holds a sweep is an error."""
-        if (out / "sweep.toml").exists():
-            raise ValueError(f"{out} already holds a sweep: resume it, or give another place")
-        self.check()
-        splits(self.config(self.pairs()[0], {}), dataset, torch.device("cpu"))  # images enough?
-        out.mkdir(parents=True, exist_ok=True)
-        facts = json.dumps(facts_of(self.device, dataset), indent=1, ensure_ascii=False)
-        checkpoint.write_bytes(out / "environment.json", f"{facts}\n".encode())
-        checkpoint.write_bytes(out / "recipe.toml", self.recipe.to_toml().encode())
-        checkpoint.write_bytes(out / "space.toml", self.space.to_toml().encode())
-        table = {"name": out.resolve().name, "recipe": self.recipe.name, "space": self.space.name}
-        keys = ("models", "attentions", "data", "device", "seed", "sampler", "brackets")
-        table |= {key: getattr(self, key) for key in keys}
-        # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.
-        table["storage"] = without_password(self.storage) if self.storage else ""
-        lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-        lines += ["", "[budget]"]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in asdict(self.budget).items()]
-        checkpoint.write_bytes(out / "sweep.toml", "\n".join([*lines, ""]).encode())
-
-    @classmethod
-    def load(cls, out: Path) -> Plan:
-        path = out / "sweep.toml"
-        if not path.is_file():
-            raise ValueError(f"{out} holds no sweep: there is no sweep.toml in it")
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        table.pop("name")
-        budget = table.pop("budget")
-        recipe = load_recipe((out / "recipe.toml").resolve())
-        return cls(
-            **table
-            | {
-                "recipe": replace(recipe, name=table["recipe"]),
-                "space": replace(load_space(out / "space.toml"), name=table["space"]),
-                "budget": Budget(**{**budget, "epochs": tuple(budget["epochs"])}),
-            }
-        )
 
 
 class Watcher:
@@ -173,8 +81,7 @@ def sweep(
 @contextlib.contextmanager
 def records(plan: Plan, out: Path, *, mine: bool = False) -> Iterator[dict[Pair, Record]]:
     """Each pair's record. mine: for the one that drives; others may only read."""
-    name = tomllib.loads((out / "sweep.toml").read_text(encoding="utf-8"))["name"]
-    path = out / "study.journal"
+    name, path = name_of(out), out / "study.journal"
     studies = [(f"{name}/{model}-{attention}", plan.space.axes(model, attention))
                for model, attention in plan.pairs()]  # fmt: skip
     with opened(plan.storage, path, name, mine=mine) as storage:
@@ -312,6 +219,7 @@ class _Driver:
                 raise trouble[0]
             if done.error:
                 path = tasks[done.index].folder / "error.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)  # if its process never began
                 checkpoint.write_bytes(path, done.traceback.encode())
                 last = done.traceback.strip().splitlines()[-1]
                 end = Ended(entry, "failed", None, {}, 0.0, last)

@@ -29,7 +29,7 @@ from .options import (
     place_of,
     read_recipe,
 )
-from .terminal import bar, console, or_resume, wide
+from .terminal import bar, console, errors, or_resume, wide
 
 app = typer.Typer(help="Find each mechanism's hyperparameters by successive halving.")
 
@@ -82,8 +82,8 @@ def run(
     given = {name: value for name, value in locals().items() if name != "context"}
     if context.invoked_subcommand:
         return
-    from .sweep import Plan
     from .sweep import sweep as run_sweep
+    from .sweep_plan import Plan
 
     free = ("resume", "storage", "jobs", "threads", "ray", "cpus", "gpus")
     if resume:
@@ -106,8 +106,12 @@ def run(
         plan.save(out, dataset)
     console.print(f"{out}: {_what(plan)} on {dataset.note}", highlight=False, soft_wrap=True)
     with or_resume(f"tab sweep --resume {shlex.quote(str(out))}"), _watcher(plan) as watcher:
-        run_sweep(plan, dataset, out, watcher=watcher, executor=where)
+        best = run_sweep(plan, dataset, out, watcher=watcher, executor=where)
     _show(plan, out)
+    if lost := [f"{model}-{attention}" for model, attention in plan.pairs()
+                if (model, attention) not in best]:  # fmt: skip
+        errors.print(f"nothing could be scored for: {', '.join(lost)} ({out}/runs/…)", style="red")
+        raise typer.Exit(1)
     recipe_path = shlex.quote(str(out / "winners.toml"))
     command = f"tab compare --recipe {recipe_path} --data {shlex.quote(plan.data)}"
     console.print(f"Compare the winners: {command}", highlight=False, soft_wrap=True)
@@ -119,7 +123,7 @@ def show(
     storage: Annotated[str | None, typer.Option(help="As it was given, with its password.")] = None,
 ) -> None:
     """Rungs, survivors, winners and what mattered, of a sweep that runs or ran; and its picture."""
-    from .sweep import Plan
+    from .sweep_plan import Plan
 
     _show(_with_storage(Plan.load(run), storage), run)
 
@@ -130,7 +134,7 @@ def _plan(given: dict):
     from .layers import attention_names
     from .models import model_names
     from .space import load_space
-    from .sweep import Plan
+    from .sweep_plan import Plan
 
     models = names_of(given["models"] or "all", model_names())
     attentions = names_of(given["attentions"] or "all", attention_names())
@@ -167,7 +171,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _with_storage(plan, storage: str | None):
     """The plan with the storage as given, which may add a password but name no other place."""
-    from .study import without_password
+    from .storage import without_password
 
     if storage is None:
         return plan

@@ -28,7 +28,8 @@ from tab.data import load_dataset
 from tab.halving import Budget
 from tab.recipe import load_recipe
 from tab.space import load_space
-from tab.sweep import Plan, sweep
+from tab.sweep import sweep
+from tab.sweep_plan import Plan
 
 DATA = "shapes:100/20"
 SMALL = {"train.batch_size": 20, "model.mlp.tokens": 4}

@@ -29,7 +29,8 @@ from tab.halving import Budget  # noqa: E402
 from tab.recipe import load_recipe  # noqa: E402
 from tab.space import load_space  # noqa: E402
 from tab.study import TrialState  # noqa: E402
-from tab.sweep import Plan, Watcher, records, sweep  # noqa: E402
+from tab.sweep import Watcher, records, sweep  # noqa: E402
+from tab.sweep_plan import Plan  # noqa: E402
 from tab.train import train  # noqa: E402
 
 SELF, MULTI = ("mlp", "self"), ("mlp", "multi_head")

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from ..halving import Budget
 from ..study import Ended, Record
-from ..sweep import Pair, winners
+from ..sweep import winners
+from ..sweep_plan import Pair
 from .style import figure, look
 from .tables import title as name_of
 
