@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -79,17 +80,20 @@ class Recycler {
   }
 };
 
-/// An uninitialised contiguous tensor like `like` in dtype and device.
-inline torch::stable::Tensor empty(const torch::stable::Tensor& like,
-                                   std::vector<int64_t> sizes) {
-  int64_t bytes = like.element_size();
+/// An uninitialised contiguous tensor on the device of `like`.
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like, std::vector<int64_t> sizes,
+                                   std::optional<torch::headeronly::ScalarType> dtype = {}) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = dtype.value_or(like.scalar_type());
   std::vector<int64_t> strides(sizes.size());
-  for (size_t i = sizes.size(), step = 1; i-- > 0; step *= sizes[i])
-    strides[i] = step, bytes *= sizes[i];
-  if (!like.is_cpu() || bytes < Recycler::page) return torch::stable::new_empty(like, sizes);
-  bytes = (bytes + Recycler::page - 1) / Recycler::page * Recycler::page;
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
+  constexpr int64_t page = Recycler::page;
+  const int64_t width = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  const int64_t bytes = (count * width + page - 1) / page * page;
+  if (!like.is_cpu() || count * width < page) return torch::stable::new_empty(like, sizes, type);
   return torch::stable::from_blob(
-      Recycler::of_process().take(bytes), sizes, strides, like.device(), like.scalar_type(),
+      Recycler::of_process().take(bytes), sizes, strides, like.device(), type,
       [bytes](void* data) { Recycler::of_process().give(data, bytes); });
 }
 

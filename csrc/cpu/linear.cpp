@@ -56,11 +56,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::op
 
     if (a.segments == 1) {
       parallel(heads, [&](int64_t head) {
-        Arena<A> scratch = arena<A>(work + 2 * Arena<A>::cost(states.size));
-        A *state = scratch.take(states.size), *carry = scratch.take(states.size);
-        states.clear(state);
+        Arena<A> scratch = arena<A>(work + Arena<A>::cost(states.size));
+        A* state = scratch.take(states.size);
+        states.set(state, first.sp, first.zp, head);
         if (!causal) kernels.keys(a, head, state, scratch.next);
-        states.scan(state, first.sp, first.zp, head, false, carry);
         kernels.outputs(a, head, state, scratch.next);
         states.copy_out(state, last.sp, last.zp, head);
       });
@@ -119,12 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
     if (a.segments == 1) {
       parallel(heads, [&](int64_t head) {
-        Arena<A> scratch = arena<A>(work + 3 * Arena<A>::cost(size));
-        A *state = scratch.take(size), *dstate = scratch.take(size), *carry = scratch.take(size);
+        Arena<A> scratch = arena<A>(work + 2 * Arena<A>::cost(size));
+        A *state = scratch.take(size), *dstate = scratch.take(size);
         states.set(state, start.sp, start.zp, head);
-        states.clear(dstate);
+        states.set(dstate, last.sp, last.zp, head);
         kernels.queries(a, head, state, causal ? nullptr : dstate, scratch.next);
-        states.scan(dstate, last.sp, last.zp, head, true, carry);
         kernels.gradients(a, head, dstate, scratch.next);
         states.copy_out(dstate, out.sp, out.zp, head);
       });

@@ -41,7 +41,7 @@ struct States {
   void clear(A* x) const { std::fill(x, x + size, A(0)); }
   /// x = (s, z) of this head, or 0.
   void set(A* x, const A* s, const A* z, int64_t head) const {
-    clear(x);
+    if (s == nullptr || ep != a.e || a.d % 16 != 0) clear(x);
     if (s == nullptr) return;
     for (int64_t i = 0; i < a.d; ++i) std::copy_n(s + (head * a.d + i) * a.e, a.e, x + i * ep);
     std::copy_n(z + head * a.d, a.d, x + a.d * ep);
@@ -135,9 +135,8 @@ struct Pair {
     point();
   }
   Pair(const Linear& a, const Tensor& like)
-      : s(torch::stable::new_empty(like, {a.b, a.h, a.d, a.e}, accumulator(like))),
+      : s(empty(like, {a.b, a.h, a.d, a.e}, accumulator(like))),
         z(torch::stable::new_empty(like, {a.b, a.h, a.d}, accumulator(like))) {
-    large_pages(*s);
     point();
   }
   void point() {

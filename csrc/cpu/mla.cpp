@@ -178,11 +178,10 @@ Six backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tens
   }
   const Tensor dqn = token_major(in.qn, a.b, a.h, a.n, a.dn);
   const Tensor dqr = token_major(in.qn, a.b, a.h, a.n, a.dr);
-  const Tensor dc = torch::stable::new_empty(in.qn, {a.b, a.n, a.r});
+  const Tensor dc = empty(in.qn, {a.b, a.n, a.r});
   const Tensor dkr = torch::stable::new_empty(in.qn, {a.b, a.n, a.dr});
   const Tensor duk = torch::stable::new_empty(in.qn, {a.h, a.dn, a.r});
   const Tensor duv = torch::stable::new_empty(in.qn, {a.h, a.dv, a.r});
-  large_pages(dc);
   a.grad = Rows(grad), a.o = Rows(o), a.dqn = Rows(dqn), a.dqr = Rows(dqr);
   a.dc = by_batch(dc), a.dkr = by_batch(dkr);
   a.lse = lse.data_ptr(), a.dlse = dlse ? dlse->data_ptr() : nullptr;

@@ -71,10 +71,9 @@ struct Tensors {
   }
   /// Fresh ones, contiguous.
   Tensors(const Performer& a, const Tensor& like)
-      : s(torch::stable::new_empty(like, {a.b, a.h, a.m, a.e}, accumulator(like))),
+      : s(empty(like, {a.b, a.h, a.m, a.e}, accumulator(like))),
         z(torch::stable::new_empty(like, {a.b, a.h, a.m}, accumulator(like))),
         c(torch::stable::new_empty(like, {a.b, a.h, a.m}, accumulator(like))) {
-    large_pages(*s);
     sp = data(*s), zp = data(*z), cp = data(*c);
   }
   static A* data(const Tensor& x) { return static_cast<A*>(x.data_ptr()); }

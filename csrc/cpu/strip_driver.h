@@ -139,8 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> strips_backward(Args& a, const StripKernels<A
     parts[task] = {nullptr, nullptr, dp, ep, from, to};
     size += (to - from) * (dp + ep);
   }
-  Tensor buffer = torch::stable::new_empty(q, {size}, accumulator(q));
-  large_pages(buffer);
+  Tensor buffer = empty(q, {size}, accumulator(q));
   A* next = static_cast<A*>(buffer.data_ptr());
   for (Sums& s : parts) {
     s.dk = next, next += (s.last - s.first) * dp;
