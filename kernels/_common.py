@@ -15,6 +15,8 @@ from torch import Tensor
 # through tf32: as many mantissa bits, and sums over many tokens do not overflow.
 PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "bf16"}
 FEW = 16  # tokens up to which bfloat16 takes tf32 too: rounding errors do not average out yet
+# Triton 3.6 fails on the causal tiles of 64 tokens of performer for sm_100; 3.8 compiles them.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

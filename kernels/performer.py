@@ -21,6 +21,7 @@ import triton.language as tl
 from tab.ops.performer import forward_reference
 
 from ._common import (
+    OLD,
     PRECISION,
     block,
     head,
@@ -173,11 +174,12 @@ def mask_bytes(key_mask):
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
-def meta(q, v, w, kernel) -> dict:
+def meta(q, v, w, kernel, causal) -> dict:
     """The compile-time arguments of every tiled kernel."""
     d, dv, m = q.shape[-1], v.shape[-1], w.shape[0]
     # tf32x3 holds three times the operands: fewer tokens, more threads.
-    tokens, warps = (32, 8) if q.dtype == torch.float32 else (64, 4)
+    few = q.dtype == torch.float32
+    tokens, warps = (32 if few or (causal and OLD) else 64), (8 if few else 4)
     return {
         "KERNEL": kernel, "D": d, "DV": dv, "M": m,
         "BN": tokens, "BM": block(m), "BD": block(d), "BV": block(dv),
@@ -241,7 +243,7 @@ def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     if s0 is not None:
         s0, z0, c0 = s0.contiguous(), z0.contiguous(), c0.contiguous()
     b, h, n, _ = q.shape
-    m, o = meta(q, v, w, kernel), token_major_empty(v)
+    m, o = meta(q, v, w, kernel, causal), token_major_empty(v)
     lse = w.new_empty(b, h, n)
     strides = q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3]
     if fits_fused(q, causal):

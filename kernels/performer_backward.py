@@ -216,7 +216,7 @@ def backward(
     s0, z0, c0 = (None if x is None else x.contiguous() for x in (s0, z0, c0))
     ds, dz = (None, None) if ds is None else (ds.contiguous(), dz.contiguous())
     b, h, n, d = q.shape
-    forward_m = meta(q, v, w, kernel)
+    forward_m = meta(q, v, w, kernel, causal)
     m = {**forward_m, "BM": block(w.shape[0], 32)}  # two sums crowd the registers
     dim_v, features = m["DV"], m["M"]
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)

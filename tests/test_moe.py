@@ -265,6 +265,37 @@ def test_gpu_asks_the_device_nothing(dtype, generator):
     torch.testing.assert_close(y.double().cpu(), truth, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("width", [7, 64])
+def test_gpu_grouped_products(width, dtype, generator):
+    """Triton's, PyTorch's and the padded blocks', whichever takes it: float64's values, and the
+    same bits each time, in a CUDA graph too."""
+    for op in (moe_grouped, moe_grouped_outer):
+        assert op.why_not("triton") is None, op.why_not("triton")
+    sizes = [3, 0, 900, 1, 0, 120]
+    counts = torch.tensor(sizes).cuda()
+    x, g = (
+        torch.randn(sum(sizes), n, generator=generator).to("cuda", dtype)
+        for n in (width, 2 * width)
+    )
+    w = torch.randn(len(sizes), 2 * width, width, generator=generator).to("cuda", dtype)
+    y = torch.cat([p.double() @ m.double().mT for p, m in zip(x.split(sizes), w, strict=True)])
+    pairs = zip(g.double().split(sizes), x.double().split(sizes), strict=True)
+    dw = torch.stack([a.mT @ b for a, b in pairs])
+    for op, args, exact in ((moe_grouped, (x, w), y), (moe_grouped_outer, (g, x), dw)):
+        given = op("auto", *args, counts)
+        bound = 1e-5 if dtype in (torch.float32, torch.float64) else 8e-3
+        assert (given.double() - exact).abs().max() <= bound * exact.abs().max()
+        assert torch.equal(op("auto", *args, counts), given)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = op("auto", *args, counts)
+        graph.replay()
+        assert torch.equal(captured, given)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -17,11 +17,13 @@ from .sparse import sparse_attention
 # Files of kernels/ that register ops.
 TRITON_MODULES: tuple[str, ...] = (
     "batches",
+    "h2o",
     "linear",
     "linear_backward",
     "mla",
     "mla_backward",
     "mla_decode",
+    "moe",
     "performer",
     "performer_backward",
     "local",

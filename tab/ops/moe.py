@@ -7,7 +7,8 @@ DeepSeek-V3 2024, eq. 12-16: the bias b steers the selection and never the weigh
 no gradient ("noaux_tc": no auxiliary loss). T tokens, E experts, k of them per token, width F.
 
 No loop over experts in Python but on the CPU, no device sync: tokens are sorted by expert, and one
-grouped matrix product serves all groups, whose sizes stay on the device.
+grouped matrix product serves all groups, whose sizes stay on the device: PyTorch's own where it
+does not ask for them, a Triton kernel elsewhere (kernels/moe.py), padded blocks without Triton.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def grouped_reference(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
         for e, rows in _slices(x, counts):
             torch.mm(x[rows], w[e].mT, out=y[rows])
         return y
-    if _native(x, w):
+    if native(x, w):
         return torch._grouped_mm(x, w.mT, offs=counts.cumsum(0).to(torch.int32))
     return grouped_in_blocks(x, w, counts)
 
@@ -100,7 +101,7 @@ def grouped_outer_reference(g: Tensor, x: Tensor, counts: Tensor) -> Tensor:
         for e, rows in _slices(x, counts):
             torch.mm(g[rows].mT, x[rows], out=dw[e])
         return dw
-    if _native(x, g):
+    if native(x, g):
         dw = torch._grouped_mm(g.mT, x, offs=counts.cumsum(0).to(torch.int32))
         # On sm_100 it leaves an empty group unwritten (pytorch/pytorch issue 172439).
         return dw.masked_fill_((counts == 0)[:, None, None], 0.0)
@@ -116,7 +117,7 @@ def _slices(x: Tensor, counts: Tensor) -> list[tuple[int, slice]]:
     return [(e, slice(a, a + n)) for e, (a, n) in enumerate(zip(starts, sizes, strict=True)) if n]
 
 
-def _native(*tensors: Tensor) -> bool:
+def native(*tensors: Tensor) -> bool:
     """Where torch._grouped_mm runs without asking the device for the group sizes: bfloat16 on
     sm_90 and sm_100, every row a multiple of 16 bytes. Elsewhere it loops and synchronises."""
     return torch.cuda.get_device_capability(tensors[0].device)[0] in (9, 10) and all(
@@ -145,7 +146,8 @@ def grouped_outer_in_blocks(g: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     pg, px = (t.unflatten(0, (-1, size)) for t in padded)  # (blocks, size, O), (blocks, size, I)
     acc = accumulate(x)
     dw = torch.zeros(counts.shape[0], g.shape[1], x.shape[1], dtype=acc, device=x.device)
-    return dw.index_add(0, owner, (pg.mT @ px).to(acc)).to(x.dtype)
+    # Sorts where index_add would add in any order: the same bits each time.
+    return dw.index_put((owner,), (pg.mT @ px).to(acc), accumulate=True).to(x.dtype)
 
 
 def _blocks(rows: int, counts: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -1,0 +1,123 @@
+"""tab::h2o_choose for CUDA in Triton (formula: tab/ops/h2o.py; what it returns: h2o_choice.py).
+
+One program per (batch, head) walks over the blocks with the cache on chip: a table of slots, each a
+token number, its position among the real tokens, and its score A. A block's tokens take the free
+slots, its queries credit all slots, and the least leave. Keys are read where they are.
+
+float64, and more than MAX_SLOTS slots, run the reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tab.ops.h2o_choice import choose_reference
+
+from ._common import PRECISION, dot, head, launch, precision, rows, tile
+
+MAX_SLOTS = 512  # a row of scores over all slots stays in registers
+ROWS = 16  # queries at once, the least that tl.dot takes
+
+# --- kernel ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def credit(
+    q, q_n, k, k_n, mask, token, start, stop, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_i P_ij over the queries start … stop - 1 for each slot j, (BS,)"""
+    live = token >= 0
+    total = tl.zeros((BS,), tl.float32)
+    for first in range(start, stop, BR):
+        i = first + tl.arange(0, BR)
+        s = tl.zeros((BR, BS), tl.float32)
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            inside = live[None, :] & (d < D)[:, None]
+            at = k + token[None, :].to(tl.int64) * k_n + d[:, None]
+            keys = tl.load(at, mask=inside, other=0.0).to(tl.float32)  # (BD, BS)
+            s += dot(tile(q, q_n, i, stop, d0, D, BD), keys, PRECISION)
+        counted = i < stop
+        if mask is not None:  # what padding attends to counts for nothing
+            counted = counted & (tl.load(mask + i, mask=counted, other=0) != 0)
+        visible = live[None, :] & counted[:, None]
+        if CAUSAL:
+            visible = visible & (token[None, :] <= i[:, None])
+        s = tl.where(visible, s * scale, float("-inf"))
+        top = tl.max(s, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp(s - top[:, None])
+        weight = tl.sum(p, 1)
+        total += tl.sum(p / tl.where(weight == 0, 1.0, weight)[:, None], 0)
+    return total
+
+
+@triton.jit
+def h2o_scan(
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, mask, chosen, N, H, blocks, block, width, budget, recent,
+    scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """chosen (B·H, blocks, width)"""
+    bh = tl.program_id(0)
+    q, k = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h)
+    if mask is not None:
+        mask += (bh // H).to(tl.int64) * N
+    chosen += bh.to(tl.int64) * blocks * width
+    slot = tl.arange(0, BS)
+    token = tl.full((BS,), -1, tl.int32)
+    position = tl.zeros((BS,), tl.int32)
+    score = tl.zeros((BS,), tl.float32)
+    seen = 0  # real tokens so far
+    for t in range(0, blocks - 1):
+        start = t * block
+        rank = tl.cumsum((token < 0).to(tl.int32), 0) - 1  # among the free slots
+        new = (token < 0) & (rank < block)
+        if mask is not None:
+            new = new & (tl.load(mask + start + rank, mask=new, other=0) != 0)
+        position = tl.where(new, seen + tl.cumsum(new.to(tl.int32), 0) - 1, position)
+        seen += tl.sum(new.to(tl.int32), 0)
+        score = tl.where(new, 0.0, score)
+        token = tl.where(new, start + rank, token)
+        score += credit(
+            q, q_n, k, k_n, mask, token, start, start + block, scale,
+            CAUSAL, D, BS, BR, BD, PRECISION,
+        )  # fmt: skip
+        # The last `recent` stay; free slots are not there to leave.
+        stays = (position >= seen - recent) | (token < 0)
+        priority = tl.where(stays, float("inf"), score)
+        excess = tl.sum((token >= 0).to(tl.int32), 0) - budget
+        for _ in range(0, excess):
+            least = tl.argmin(priority, 0)
+            token = tl.where(slot == least, -1, token)
+            priority = tl.where(slot == least, float("inf"), priority)
+        live = token >= 0
+        at = (t + 1) * width + tl.cumsum(live.to(tl.int32), 0) - 1
+        tl.store(chosen + at, token.to(tl.int64), mask=live)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def choose(q, k, key_mask, heavy, recent, causal, block, scale):
+    """tab::h2o_choose"""
+    (b, h, n, d), budget = q.shape, heavy + recent
+    slots = max(16, triton.next_power_of_2(min(n, budget + block)))
+    if q.dtype not in PRECISION or slots > MAX_SLOTS:
+        return choose_reference(q, k, key_mask, heavy, recent, causal, block, scale)
+    q, k, blocks, width = rows(q), rows(k), -(-n // block), min(budget, n)
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    chosen = torch.full((b, h, blocks, width), -1, dtype=torch.int64, device=q.device)
+    launch(
+        h2o_scan, (b * h,), q, *q.stride()[:3], k, *k.stride()[:3], mask, chosen, n, h, blocks,
+        block, width, budget, recent, float(scale), CAUSAL=causal, D=d, BS=slots, BR=ROWS,
+        BD=16 if slots > 256 else min(64, max(16, triton.next_power_of_2(d))),
+        PRECISION=precision(q), num_warps=max(4, slots // 64), num_stages=2,
+    )  # fmt: skip
+    return chosen
+
+
+torch.library.impl("tab::h2o_choose", "CUDA", choose)
