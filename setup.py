@@ -81,7 +81,7 @@ if with_cuda:
         cpp_extension.CUDAExtension(
             "tab._C_cuda",
             sorted(glob("csrc/cuda/*.cu")),
-            depends=sorted(glob("csrc/cuda/*.*h") + ["csrc/common.h"]),
+            depends=sorted([*glob("csrc/cuda/*.*h"), *glob("csrc/*.h")]),
             py_limited_api=True,
             extra_compile_args={"cxx": CXX, "nvcc": NVCC},
         )

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from tab.bench import contestants as entrants
-from tab.bench.cases import Case, problem, work
+from tab.bench.cases import Case, cases, problem, work
 from tab.bench.cli import app
 from tab.bench.measure import Row, measure, percentiles, speedup
 from tab.bench.regress import compare
@@ -47,8 +47,10 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     assert race(monkeypatch, detached)["x"].skipped.startswith("wrong")
 
 
-@pytest.mark.parametrize("op", ["linear", "performer", "local", "sparse", "mla"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("op", "causal"),
+    [(c.op, c.causal) for c in cases(list(entrants.PYTORCH), ["tiny"], (False, True))],
+)
 def test_every_contestant_of_every_op_is_right(op, causal):
     rows = measure(
         Case(op, "tiny", causal=causal),

@@ -30,6 +30,9 @@ FEATURES = 256  # M of performer
 WINDOW = 128  # tokens on each side in local
 BLOCK = 64  # sparse
 RANK, ROPE = 64, 16  # R and Dr of mla
+ROWS = 256  # K of linformer, a quarter of N where that is less
+NOT_CAUSAL = ("linformer",)  # its projection mixes all tokens
+SHARED = {"mla": 2, "linformer": 1}  # how many of the last inputs are weights, without a batch
 CIFAR_WINDOW, CIFAR_BLOCK = 8, 8  # at 64 tokens the wider ones would be dense
 
 
@@ -80,7 +83,7 @@ class Problem:
 
     def sliced(self, dtype: torch.dtype) -> Problem:
         """One batch entry and all heads, in another type: for the check against float64."""
-        batched = len(self.inputs) - (2 if self.case.op == "mla" else 0)  # its weights have none
+        batched = len(self.inputs) - SHARED.get(self.case.op, 0)
         cut = tuple(
             _at_least(x[:1] if i < batched else x, dtype) for i, x in enumerate(self.inputs)
         )
@@ -99,9 +102,13 @@ def _at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
 def cases(ops, sizes, causal=(False,), dtype=torch.float32, device="cpu") -> list[Case]:
     """Each op at each size; only some have a `decode` form, which is causal by itself."""
     every = [Case(op, size, c, dtype, device) for op in ops for size in sizes for c in causal]
+    every = [case for case in every if not (case.causal and case.op in NOT_CAUSAL)]
     some = [c for c in every if not c.decode or (c.op in DECODES and c.causal == causal[0])]
     if not some:
-        raise ValueError(f"{', '.join(ops)}: no size decode; it is for {', '.join(DECODES)}")
+        raise ValueError(
+            f"{', '.join(ops)}: nothing to measure; size decode is for {', '.join(DECODES)}, and "
+            f"{', '.join(NOT_CAUSAL)} has no causal form"
+        )
     return some
 
 
@@ -137,6 +144,8 @@ def problem(case: Case, seed: int = 0) -> Problem:
         return Problem(case, inputs, {})
     inputs = (randn(b, h, n, d), randn(b, h, n, d), randn(b, h, n, d))
     fixed: dict[str, object] = {}
+    if case.op == "linformer":
+        inputs = (*inputs, randn(n, min(ROWS, -(-n // 4)), scale=n**-0.5))
     if case.op == "performer":
         projection = tab.orthogonal_projection(FEATURES, d, generator=generator)
         fixed["projection"] = projection.to(case.device, acc)
@@ -160,6 +169,8 @@ def ours(p: Problem, backend: str) -> Callable[..., Tensor]:
         )
     if p.case.op == "linear":
         return lambda q, k, v: tab.linear_attention(q, k, v, causal=causal, backend=backend)
+    if p.case.op == "linformer":
+        return tab.linformer_attention  # a composition: no backends to choose from
     if p.case.op == "performer":
         w = p.fixed["projection"]
         return lambda q, k, v: tab.performer_attention(q, k, v, w, causal=causal, backend=backend)
@@ -189,6 +200,9 @@ def work(p: Problem) -> dict[str, tuple[float, float]]:
         out, forward, backward = d, 4 * d * d * tokens, 8 * d * d * tokens
     elif p.case.op == "performer":
         out, forward, backward = d, 8 * d * FEATURES * tokens, 16 * d * FEATURES * tokens
+    elif p.case.op == "linformer":
+        out, forward = d, 8 * d * p.inputs[3].shape[1] * tokens
+        backward = 2 * forward
     elif p.case.op == "mla":
         nope, value = p.inputs[0].shape[-1], d // 2
         pairs = b * h * n * (n + 1) // 2 if p.case.causal else b * h * n * n

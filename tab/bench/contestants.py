@@ -30,10 +30,11 @@ class Contestant:
 
 def contestants(p: Problem) -> Iterator[Contestant]:
     """TAB first, then PyTorch, then peers; those that cannot run here carry the reason."""
-    op = OPS["mla_decode" if p.case.decode and p.case.op == "mla" else f"{p.case.op}_fwd"]
+    op = OPS.get("mla_decode" if p.case.decode and p.case.op == "mla" else f"{p.case.op}_fwd")
     device, gradient = p.case.device.split(":")[0], not p.case.decode
     yield Contestant("tab", lambda p: ours(p, "auto"), differentiable=gradient)
-    for backend in ("reference", "cpp") if device == "cpu" else ("reference", "triton", "cuda"):
+    backends = ("reference", "cpp") if device == "cpu" else ("reference", "triton", "cuda")
+    for backend in backends if op else ():
         yield Contestant(
             f"tab {backend}",
             lambda p, b=backend: ours(p, b),
@@ -52,6 +53,10 @@ def _linear(p: Problem) -> Iterator[Contestant]:
     if p.case.decode:
         return _eager_and_compiled(eager.linear_decode, differentiable=False)
     return _eager_and_compiled(partial(eager.linear, causal=p.case.causal))
+
+
+def _linformer(p: Problem) -> Iterator[Contestant]:
+    return _eager_and_compiled(eager.linformer)
 
 
 def _performer(p: Problem) -> Iterator[Contestant]:
@@ -122,6 +127,7 @@ PYTORCH = {
     "local": _banded,
     "sparse": _banded,
     "mla": _mla,
+    "linformer": _linformer,
 }
 
 # --- peers: never a dependency, found when installed ----------------------------------------------
@@ -136,6 +142,8 @@ def _peers(p: Problem) -> Iterator[Contestant]:
             reason = "runs on CUDA GPUs only"
         elif importlib.util.find_spec(module) is None:
             reason = f"{module} is not installed (pip install transformer-attention-bench[peers])"
+        elif name == "natten" and not p.case.causal:
+            reason = "its window moves inwards at both ends: another function unless causal"
         yield Contestant(name, build, why_not=reason)
 
 
@@ -167,6 +175,23 @@ def _local_attention(p: Problem):
     return lambda q, k, v: attention(q, k, v, mask=real)  # else its own padding takes part
 
 
+def _linformer_package(p: Problem):
+    module = importlib.import_module("linformer.linformer")
+    (_, h, n, d), rows = p.case.shape, p.inputs[3].shape[1]
+    layer = module.LinformerSelfAttention(h * d, n, k=rows, heads=h).to(p.case.device)
+    # Its attention alone: the projections in and out are taken away, and E is ours.
+    layer.to_q = layer.to_out = torch.nn.Identity()
+    del layer.to_k, layer.to_v, layer.proj_k, layer.proj_v
+    layer.to_k, layer.to_v = (lambda x: x[..., : h * d]), (lambda x: x[..., h * d :])
+
+    def attend(q, k, v, e):
+        layer.proj_k = layer.proj_v = e
+        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))  # (B, N, H·D)
+        return layer(q, context=torch.cat((k, v), -1)).unflatten(-1, (h, d)).transpose(1, 2)
+
+    return attend
+
+
 def _fla_linear(p: Problem):
     module = importlib.import_module("fla.ops.linear_attn")
 
@@ -191,10 +216,36 @@ def _flash_attn_window(p: Problem):
     return attend
 
 
+def _xformers_window(p: Problem):
+    ops = importlib.import_module("xformers.ops")
+    bias = importlib.import_module("xformers.ops.fmha.attn_bias")
+    w = p.case.window
+    mask = bias.LocalAttentionFromBottomRightMask(w, 0 if p.case.causal else w)
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return ops.memory_efficient_attention(q, k, v, attn_bias=mask).transpose(1, 2)
+
+    return attend
+
+
+def _natten_window(p: Problem):
+    module = importlib.import_module("natten")
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return module.na1d(q, k, v, kernel_size=p.case.window + 1, is_causal=True).transpose(1, 2)
+
+    return attend
+
+
 # op, contestant, module that must be importable, GPU only, builder
 PEERS = [
     ("performer", "performer-pytorch", "performer_pytorch", False, _performer_pytorch),
     ("local", "local-attention", "local_attention", False, _local_attention),
     ("linear", "flash-linear-attention", "fla", True, _fla_linear),
     ("local", "flash-attn", "flash_attn", True, _flash_attn_window),
+    ("local", "xformers", "xformers", True, _xformers_window),
+    ("local", "natten", "natten", True, _natten_window),
+    ("linformer", "linformer", "linformer", False, _linformer_package),
 ]

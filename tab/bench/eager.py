@@ -28,6 +28,12 @@ def _normalised(fq, fk, v, causal) -> Tensor:
     return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
 
 
+def linformer(q, k, v, e) -> Tensor:
+    """softmax(q (eᵀk)ᵀ/√D) eᵀv; e (N, K)."""
+    weights = ((q @ (e.mT @ k).mT) * q.shape[-1] ** -0.5).softmax(-1)
+    return weights @ (e.mT @ v)
+
+
 def performer(q, k, v, projection, *, causal: bool = False) -> Tensor:
     """FAVOR+ with one shift for all keys of a head; projection (M, D)."""
     w = projection.to(q.dtype)
