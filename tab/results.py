@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import checkpoint
+from .data import Dataset
 
 NAMES = ["model_name", "architecture", "attention_type"]
 RESULTS = [
@@ -117,6 +118,18 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
         error=error,
         device=found["environment"]["device"],
     )
+
+
+def made_with(out: Path, dataset: Dataset) -> dict:
+    """The facts in environment.json; a ValueError if `out` was made with other data."""
+    facts = json.loads((out / "environment.json").read_text())
+    was = facts["dataset"]
+    if was["fingerprint"] != dataset.fingerprint:
+        raise ValueError(
+            f"{out} was made with {was['name']} ({was['fingerprint']}), "
+            f"not with {dataset.name} ({dataset.fingerprint}): give the same data"
+        )
+    return facts
 
 
 def attention_label(attention: str) -> str:

@@ -33,6 +33,7 @@ from .data import Dataset, share
 from .executor import Executor, Shared, Task, run_tasks
 from .halving import Bracket, brackets, promote
 from .recipe import Recipe
+from .results import made_with
 from .space import possible, with_chosen
 from .storage import opened
 from .study import Ended, Entry, Record, seed_of
@@ -66,6 +67,7 @@ def sweep(
     An exception, or a loss that is not finite, ends its own configuration. A disk that fails ends
     the sweep, which can be resumed.
     """
+    made_with(out, dataset)
     with checkpoint.locked(out), records(plan, out, mine=True) as found:
         for record in found.values():
             record.recover()

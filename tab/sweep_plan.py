@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -80,7 +81,10 @@ class Plan:
         checkpoint.write_bytes(out / "environment.json", f"{facts}\n".encode())
         checkpoint.write_bytes(out / "recipe.toml", self.recipe.to_toml().encode())
         checkpoint.write_bytes(out / "space.toml", self.space.to_toml().encode())
-        table = {"name": out.resolve().name, "recipe": self.recipe.name, "space": self.space.name}
+        name = out.resolve().name
+        if self.storage:  # where others may have a sweep of that name
+            name += f"-{uuid.uuid4().hex[:6]}"
+        table = {"name": name, "recipe": self.recipe.name, "space": self.space.name}
         keys = ("models", "attentions", "data", "device", "seed", "sampler", "brackets")
         table |= {key: getattr(self, key) for key in keys}
         # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.

@@ -1,4 +1,22 @@
-"""The sweep: what promotion means, what is chosen, what faults cost, what Optuna sees."""
+"""The sweep: what promotion means, what is chosen, what Optuna sees, what faults cost.
+
+Each fault ends in a clear message; nothing that ended is trained again or counted twice, and the
+winners are those of an unbroken sweep.
+
+fault                                       shown by
+a driver killed, at any moment              test_killed_drivers_*, kill_sweep.py (a hundred times)
+what it left: RUNNING trials, a lock,       test_what_a_killed_driver_left_is_cleared
+half a line of the journal
+a process of --jobs killed, a Ray node      test_executor.py, test_ray.py
+Control-C                                   test_control_c_*, test_postgresql_holds_the_same_sweep
+a full disk                                 test_a_full_disk_*, test_batches_and_brackets_*
+a truncated checkpoint                      test_a_truncated_checkpoint_*
+two drivers of one sweep                    test_two_drivers_*, test_postgresql_has_one_driver
+a loss that is not a number                 test_a_diverged_run_*
+an exception in one configuration           test_an_exception_*
+other data than it began with               test_other_data_*
+no database                                 test_a_database_that_is_not_there
+"""
 
 import errno
 import itertools
@@ -30,7 +48,7 @@ from tab.recipe import load_recipe  # noqa: E402
 from tab.space import load_space  # noqa: E402
 from tab.study import TrialState  # noqa: E402
 from tab.sweep import Watcher, records, sweep  # noqa: E402
-from tab.sweep_plan import Plan  # noqa: E402
+from tab.sweep_plan import Plan, name_of  # noqa: E402
 from tab.train import train  # noqa: E402
 
 SELF, MULTI = ("mlp", "self"), ("mlp", "multi_head")
@@ -343,6 +361,13 @@ def test_two_drivers_do_not_share_a_sweep(done, dataset):
         sweep(Plan.load(out), dataset, out)
 
 
+def test_other_data_is_refused_before_anything_fails_of_it(dataset, tmp_path):
+    out = begin(tmp_path, dataset, attentions=["self"])
+    with pytest.raises(ValueError, match=r"was made with shapes:100/20 .* give the same data"):
+        sweep(Plan.load(out), load_dataset("shapes:110/20"), out)
+    assert not (out / "study.journal").exists()
+
+
 def test_a_directory_of_something_else(done, dataset, tmp_path):
     with pytest.raises(ValueError, match="already holds a sweep"):
         plan(tmp_path).save(done[0], dataset)
@@ -471,14 +496,13 @@ def test_postgresql_holds_the_same_sweep(database, done, dataset, tmp_path):
     assert stopped.epochs + watcher.epochs == 2 * (5 + 2 + 2)
     assert not (out / "study.journal").exists()
     assert tab_sweep("show", out).exit_code == 0
-    study = optuna.load_study(
-        study_name="sweep/mlp-self", storage=database.replace("postgresql", "postgresql+psycopg")
-    )
+    address = database.replace("postgresql", "postgresql+psycopg")
+    study = optuna.load_study(study_name=f"{name_of(out)}/mlp-self", storage=address)
     assert study.best_trial.user_attrs["rung"] == 2
 
 
 def test_postgresql_has_one_driver(database, dataset, tmp_path):
-    """Also from another directory, or machine, with a sweep of the same name."""
+    """Also from a copy of the directory, on another machine perhaps."""
     out = begin(tmp_path / "a", dataset, storage=database)
     copy = shutil.copytree(out, tmp_path / "b" / "sweep")
     with records(Plan.load(out), out, mine=True), pytest.raises(ValueError, match="another driver"):

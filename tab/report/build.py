@@ -10,7 +10,7 @@ import torch
 
 from .. import checkpoint
 from ..data import Dataset
-from ..results import Grid, Run, read_runs
+from ..results import Grid, Run, made_with, read_runs
 from ..robustness import NOISE, noise_curve
 from ..splits import splits
 from ..train import load_trained
@@ -26,12 +26,7 @@ def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = Non
 
     The accuracy under noise is measured once for each run and kept beside it (noise.json).
     """
-    facts = json.loads((out / "environment.json").read_text())
-    if facts["dataset"]["fingerprint"] != dataset.fingerprint:
-        raise ValueError(
-            f"{out} was made with {facts['dataset']['name']} ({facts['dataset']['fingerprint']}), "
-            f"not with {dataset.name} ({dataset.fingerprint}): give the same data"
-        )
+    facts = made_with(out, dataset)
     grid = Grid.load(out)
     runs = read_runs(out, grid)
     done = [run for run in runs if run.status == "done"]
