@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections import Counter, deque
@@ -99,6 +100,14 @@ class Ray:
             options = {"num_cpus": cores(), "include_dashboard": False}
         if variables := {name: os.environ[name] for name in INHERITED if name in os.environ}:
             options["runtime_env"] = {"env_vars": variables}
+        host, _, port = self.address.rpartition(":")
+        if port.isdigit():  # Ray itself would try for minutes
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            except OSError as error:
+                raise ConnectionError(
+                    f"no Ray cluster answers at {self.address}: {error}"
+                ) from None
         ray.init(self.address, log_to_driver=False, logging_level="WARNING", **options)
         try:
             yield

@@ -124,6 +124,11 @@ def test_what_no_node_has_is_an_error(cluster, tmp_path):
         list(run_tasks([task], Ray(cluster.address, gpus=2)))
 
 
+def test_no_cluster_at_the_address_is_an_error(tmp_path):
+    with pytest.raises(ConnectionError, match="no Ray cluster answers at localhost:1"):
+        list(run_tasks([Task(count, (1,), tmp_path / "a")], Ray("localhost:1")))
+
+
 def test_what_the_options_ask_for():
     where = executor(ray="local", cpus=2, gpus=0.5)
     assert (where.address, where.cpus, where.gpus) == ("local", 2, 0.5)
