@@ -133,7 +133,7 @@ def test_dtypes(generator, dtype, causal, mode):
 def in_two_steps(q, k, v, *, heavy, recent, causal, block, key_mask=None):
     scale = q.shape[-1] ** -0.5
     options = heavy, recent, causal, block, scale
-    chosen = h2o_choose("reference", q.detach(), k.detach(), key_mask, *options)
+    chosen = h2o_choose("auto", q.detach(), k.detach(), key_mask, *options)
     return attend_chosen(q, k, v, chosen, key_mask, *options[2:])
 
 
@@ -151,6 +151,15 @@ def test_two_steps_are_the_stream(generator, n, heavy, recent, block, causal):
             for f in (in_two_steps, h2o_attention)
         )
         assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("n", (16, 40))
+def test_two_steps_compile(generator, n):
+    options = {"heavy": 2, "recent": 2, "causal": True, "block": 4}
+    inputs = draw(generator, n=n)
+    f = lambda *x: in_two_steps(*x, **options)  # noqa: E731
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_close(outputs_and_gradients(compiled, inputs), outputs_and_gradients(f, inputs))
 
 
 def test_choose_opcheck(generator):
