@@ -45,7 +45,7 @@ class Watcher:
     """Told what happens; this one keeps silent."""
 
     def step(self, bracket: Bracket, rung: int, entries: list[tuple[Pair, Entry]]) -> None:
-        """Before the tasks of a step; those that ended in an earlier session are not among them."""
+        """Before the tasks of a step; those that ended before a stop are not among them."""
 
     def epoch(self, pair: Pair, entry: Entry, row: dict) -> None:
         """After an epoch."""
