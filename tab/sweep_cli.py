@@ -217,7 +217,7 @@ def _watcher(plan):
             self.before, self.done = before, {}
             if entries:
                 epochs = plan.budget.epochs[rung]
-                self.print(f"rung {rung + 1}, {epochs} epochs: {self.runs} configurations")
+                self.print(f"rung {rung + 1}, to epoch {epochs}: {self.runs} configurations")
 
         def epoch(self, pair, entry, row):
             self.done[pair, entry.configuration] = row["epoch"] - self.before

@@ -252,16 +252,23 @@ def test_importance_of_what_matters(tmp_path, dataset):
 # --- faults ---------------------------------------------------------------------------------------
 
 
+def kills(times: int, folder: Path, **changes) -> str:
+    """What kill_sweep.kill returns, in a process of its own: it forks."""
+    program = (
+        "import json, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import kill_sweep\n"
+        "changes = json.loads(sys.argv[4])\n"
+        "print(kill_sweep.kill(int(sys.argv[3]), Path(sys.argv[2]), **changes))"
+    )
+    words = (Path(__file__).parent, folder, times, json.dumps(changes))
+    command = [sys.executable, "-c", program, *map(str, words)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return ran.stdout.strip() or ran.stderr
+
+
 def test_killed_drivers_lose_and_double_nothing(tmp_path):
     """tests/kill_sweep.py does it a hundred times."""
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "import kill_sweep\n"
-        "print(kill_sweep.kill(2, Path(sys.argv[2])))"
-    )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert re.fullmatch(r"\(2, [12], \[\]\)\n", ran.stdout), ran.stdout + ran.stderr
+    assert re.fullmatch(r"\(2, [12], \[\]\)", found := kills(2, tmp_path)), found
 
 
 def test_what_a_killed_driver_left_is_cleared(dataset, tmp_path):
@@ -499,6 +506,11 @@ def test_postgresql_holds_the_same_sweep(database, done, dataset, tmp_path):
     address = database.replace("postgresql", "postgresql+psycopg")
     study = optuna.load_study(study_name=f"{name_of(out)}/mlp-self", storage=address)
     assert study.best_trial.user_attrs["rung"] == 2
+
+
+def test_postgresql_after_a_kill(database, tmp_path):
+    """The server notices that the driver is gone, and lets the next one in."""
+    assert kills(1, tmp_path, storage=database) == "(1, 1, [])"
 
 
 def test_postgresql_has_one_driver(database, dataset, tmp_path):
