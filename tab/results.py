@@ -15,12 +15,16 @@ import csv
 import io
 import json
 import tomllib
+import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from . import checkpoint
 from .data import Dataset
+from .verdicts import COLUMNS, verdicts
 
 NAMES = ["model_name", "architecture", "attention_type"]
 RESULTS = [
@@ -34,11 +38,13 @@ SUMMARY = [
     *("min_train_loss", "total_training_time", "num_epochs"),
     *("seed", "status", "images_per_second", "parameters", "attention_parameters", "flops"),
     *("peak_memory_bytes", "final_validation_accuracy", "error"),
+    *COLUMNS,  # of the mechanism over its seeds: the same in the line of each
 ]
 MEASURED = {  # columns that differ between two equal runs: times, and what follows from them
     *("cumulative_training_time", "total_training_time", "seconds", "images_per_second"),
     "peak_memory_bytes",
 }
+ANSWERS = "test.npz"  # in a run's directory: predicted and label of each test image
 ENDED = ("done", "diverged", "failed")
 
 
@@ -91,6 +97,30 @@ class Run:
     @property
     def id(self) -> str:
         return self.path.name
+
+    @property
+    def scored(self) -> bool:
+        """It ended with a test accuracy."""
+        return self.status == "done" and self.summary.get("final_test_accuracy") is not None
+
+    @property
+    def accuracy(self) -> float:
+        """Of the final test."""
+        return self.summary["final_test_accuracy"]
+
+    def right(self) -> np.ndarray | None:
+        """(N,) bool: which test images it answered rightly; None for a run that did not keep it."""
+        path = self.path / ANSWERS
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                return found["predicted"] == found["label"]
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it, and the statistics of this run rest on "
+                "its accuracy alone"
+            ) from None
 
 
 def read_runs(out: Path, grid: Grid) -> list[Run]:
@@ -146,6 +176,7 @@ def names(run: Run) -> dict[str, str]:
 def write_csvs(out: Path, runs: list[Run]) -> None:
     """Both files from all runs; a run that has not ended has no line in the summary."""
     ended = [run for run in runs if run.status in ENDED]
+    found = {model: verdicts(runs, model) for model in {run.model for run in runs}}
     lines = (names(run) | row | {"seed": run.seed} for run in runs for row in run.rows)
     write_csv(out / "experiment_results.csv", NAMES + RESULTS, lines)
     lines = (
@@ -153,6 +184,7 @@ def write_csvs(out: Path, runs: list[Run]) -> None:
         | run.summary
         | {"seed": run.seed, "status": run.status, "error": run.error.strip().split("\n")[-1]}
         | {"final_validation_accuracy": last(run.rows, "validation_accuracy")}
+        | (found[run.model][run.attention].columns() if run.scored else {})
         for run in ended
     )
     write_csv(out / "experiment_summary.csv", NAMES + SUMMARY, lines)

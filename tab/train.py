@@ -1,7 +1,8 @@
 """Training one model: its epochs, its rows, and a state on disk that survives anything.
 
 A run directory holds run.json (config, status, environment, summary), rows.jsonl (one line an
-epoch), checkpoint.pt while it runs (all that the next epoch needs) and at the end model.pt.
+epoch), checkpoint.pt while it runs (all that the next epoch needs) and at the end model.pt and,
+where the test set was scored, test.npz: each test image's class and what it was taken for.
 
 Everything random is a function of (seed, epoch): a run that was stopped and resumed continues to
 the same numbers as an unbroken one, on a CPU bit for bit.
@@ -9,6 +10,7 @@ the same numbers as an unbroken one, on a CPU bit for bit.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +30,7 @@ from .data import Dataset
 from .environment import environment, peak_memory
 from .flops import forward_flops
 from .models import ImageModel, build_model, parameter_count
+from .results import ANSWERS
 from .splits import splits
 from .step import Steps
 
@@ -156,11 +160,24 @@ class _Run:
             checkpoint.save(self.out / "checkpoint.pt", state)
         if self.status == "done":
             checkpoint.save(self.out / "model.pt", self.model.state_dict())
+            if self.rows[-1]["test_accuracy"] is not None:
+                self._save_answers()
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         checkpoint.write_bytes(self.out / "rows.jsonl", lines.encode())
         if self.status != "running":
             self._describe()
             (self.out / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _save_answers(self) -> None:
+        """The scored weights once more over the test set, for statistics by image."""
+        kind = np.min_scalar_type(len(self.dataset.classes) - 1)
+        file = io.BytesIO()
+        np.savez(
+            file,
+            predicted=self.steps.predict(self.test.epoch(0)).numpy().astype(kind),
+            label=self.test.labels.cpu().numpy().astype(kind),
+        )
+        checkpoint.write_bytes(self.out / ANSWERS, file.getvalue())
 
     def restore(self) -> None:
         """Back to the last complete epoch; to the start if there is none, or it is damaged."""

@@ -87,6 +87,8 @@ def test_csv_files_begin_with_the_published_columns(unbroken):
     )
     assert line["final_test_accuracy"] == last["test_accuracy"] != ""
     assert line["final_validation_accuracy"] == last["validation_accuracy"] != ""
+    assert line["accuracy_mean"] == line["final_test_accuracy"]
+    assert rows(unbroken / "experiment_summary.csv")[1]["verdict"] == "one seed: no verdict"
 
 
 def test_environment_and_config_are_enough_to_resume(unbroken, dataset):

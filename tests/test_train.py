@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from tab.layers.basic import NoAttention
 from tab.models import build_model
 from tab.ops._op import OPS
 from tab.recipe import load_recipe
+from tab.results import ANSWERS
 from tab.train import ROW, load_trained, train
 
 SMALL = {
@@ -78,10 +80,22 @@ def test_it_learns_and_leaves_what_it_promises(model, recipe, dataset, tmp_path)
     assert tested == ([True] * 6 if recipe == "document" else [False] * 5 + [True])
     assert (seen[0]["validation_loss"] is None) == (recipe == "document")
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"run.json", "rows.jsonl", "model.pt", "lock"}
+    assert files == {"run.json", "rows.jsonl", "model.pt", "test.npz", "lock"}
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "done" and run["summary"] == outcome.summary
     assert run["environment"]["torch"] == torch.__version__
+
+
+def test_answers_of_the_scored_test_set_are_kept(dataset, tmp_path):
+    outcome = train(config_of("cnn"), dataset, tmp_path / "a")
+    with np.load(tmp_path / "a" / ANSWERS, allow_pickle=False) as found:
+        assert found["label"].tolist() == dataset.test.labels.tolist()
+        assert found["predicted"].dtype == np.uint8
+        right = found["predicted"] == found["label"]
+    assert right.mean() == outcome.summary["final_test_accuracy"]
+    never = config_of(evaluate__split="validation_only")
+    train(never, dataset, tmp_path / "b")
+    assert not (tmp_path / "b" / ANSWERS).exists()
 
 
 def test_the_trained_model_comes_back(dataset, tmp_path):
@@ -108,6 +122,8 @@ def test_stopped_and_resumed_is_the_unbroken_run(model, schedule, dataset, tmp_p
     assert numbers(rest.rows) == numbers(whole.rows)
     a, b = (load_trained(tmp_path / d)[0].state_dict() for d in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = ((tmp_path / d / ANSWERS).read_bytes() for d in ("whole", "parts"))
+    assert a == b
     again = train(config, dataset, tmp_path / "parts", resume=True)
     assert again.rows == rest.rows and again.summary == rest.summary
 

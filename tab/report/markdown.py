@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..results import Grid, Run
-from .tables import Entry, markdown_table, ranking, title
+from ..statistics import LEVEL, MARGIN
+from .tables import Entry, markdown_table, ranking, statistics_table, title
 
 
 def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> str:
@@ -23,7 +24,16 @@ def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> s
     ]
     for model, entries in ranked.items():
         parts += [f"## {model.upper()}", markdown_table(entries)]
-    parts += [explanation(grid.seeds), "## Pictures" if shown else ""]
+    parts += [explanation(grid.seeds)]
+    if grid.seeds > 1:
+        parts += ["## Statistics"]
+        parts += [
+            f"**{model.upper()}**\n\n{statistics_table(entries)}"
+            for model, entries in ranked.items()
+            if any(entry.verdict for entry in entries)
+        ]
+        parts += [what_it_means(ranked)]
+    parts += ["## Pictures" if shown else ""]
     parts += [
         f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()
     ]
@@ -73,18 +83,14 @@ def verdict(ranked: list[Entry]) -> str:
             "One seed: no interval. Another seed can reorder mechanisms that lie close, so small "
             "differences here mean nothing yet."
         )
-    sure = [e for e in ranked if e.points and e.points.half is not None
-            and abs(e.points.value) > e.points.half]  # fmt: skip
-    compared = [e for e in ranked if e.points and e.points.half is not None]
-    if not compared:
+    judged = {v.attention: v for e in ranked if (v := e.verdict) and v.pairs > 1}
+    if not judged:
         return ""
-    if not sure:
-        return "No difference from the control exceeds its 95 % interval."
-    names = ", ".join(f"{title(e.attention)} ({e.points.show('+.1f', 100)})" for e in sure)
-    return (
-        f"Differences from the control beyond their own 95 % interval: {names}; the intervals are "
-        f"not corrected for looking at {len(compared)} mechanisms."
-    )
+    said: dict[str, list[str]] = {}
+    for v in judged.values():
+        said.setdefault(v.verdict, []).append(title(v.attention))
+    parts = "; ".join(f"{words}: {', '.join(names)}" for words, names in said.items())
+    return f"Against the control over paired seeds (Holm's correction over {len(judged)}): {parts}."
 
 
 def points(entry: Entry) -> str:
@@ -121,8 +127,28 @@ def explanation(seeds: int) -> str:
         "control's."
     )
     if seeds > 1:
-        text += (
-            " ± is half the 95 % t-interval over seeds; differences and ratios pair the seeds "
-            "(same data order, same initial weights of the common layers)."
-        )
+        text += " ± is half the width of a 95 % interval; differences and ratios pair the seeds."
     return text
+
+
+def what_it_means(ranked: dict[str, list[Entry]]) -> str:
+    """The statistics in words."""
+    found = [entry.verdict for entries in ranked.values() for entry in entries if entry.verdict]
+    over = {v.interval_over for v in found if v.interval_over}
+    kinds = {
+        "seeds and images": "a bootstrap of seeds and test images",
+        "seeds": "Student's t over seeds, for want of the answers image by image",
+    }
+    by = ", or ".join(text for name, text in kinds.items() if name in over) or "nothing yet"
+    margin, alpha = f"±{100 * MARGIN:g} points", f"{1 - LEVEL:g}"
+    return (
+        "Points of test accuracy. Seeds pair: with one seed all variants see the same images in "
+        "the same order, and layers of equal shape start from the same weights. Intervals are 95 % "
+        f"by {by}. p: paired t-test over seeds against the control, then Holm's correction over "
+        f"the mechanisms; better and worse mean p (Holm) ≤ {alpha}. McNemar: exact mid-p over "
+        "images, each with the side that answers it rightly in more seeds. Equivalence: two "
+        f"one-sided t-tests of a difference within {margin}, corrected likewise. undecided: "
+        "neither a difference nor equality is shown; more seeds may show it. A mechanism that "
+        "answers each image as rightly as the control, in each seed, is called equivalent without "
+        "a test."
+    )

@@ -10,6 +10,8 @@ import numpy as np
 from rich.table import Table
 
 from ..results import Run
+from ..statistics import t_interval
+from ..verdicts import Verdict, verdicts
 
 TITLES = {
     "none": "Control",
@@ -32,18 +34,9 @@ def title(attention: str) -> str:
     return TITLES.get(attention, attention)
 
 
-def student_t(df: int, p: float = 0.975) -> float:
-    """The p-quantile of Student's t, by its density under t = √df·tan θ: ∝ cos^(df-1) θ."""
-    theta = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
-    density = np.cos(theta).clip(0) ** (df - 1)
-    steps = (density[1:] + density[:-1]) / 2
-    cdf = np.concatenate([[0.0], steps.cumsum()]) / steps.sum()
-    return math.sqrt(df) * math.tan(np.interp(p, cdf, theta))
-
-
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and the half width of its 95 % t-interval (None with one seed)."""
+    """A mean over seeds and half the width of its 95 % interval (None with one seed)."""
 
     value: float
     half: float | None = None
@@ -52,10 +45,11 @@ class Mean:
     def of(cls, values: list[float]) -> Mean | None:
         if not values:
             return None
-        half = None
-        if (n := len(values)) > 1:
-            half = student_t(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-        return cls(float(np.mean(values)), half)
+        return cls.between(float(np.mean(values)), *(t_interval(values) or (None, None)))
+
+    @classmethod
+    def between(cls, value: float, low: float | None, high: float | None) -> Mean:
+        return cls(value, None if low is None else (high - low) / 2)
 
     def show(self, form: str, scale: float = 1.0, unit: str = "") -> str:
         half = "" if self.half is None else f" ± {self.half * scale:{form.lstrip('+')}}"
@@ -79,15 +73,16 @@ class Entry:
     parameters: int | None
     flops: int | None
     memory: int | None
+    verdict: Verdict | None  # None: no result
     rank: int = 0  # equals share one; 0: no result
 
 
 def ranking(runs: list[Run], model: str) -> list[Entry]:
     """The model's entries, best mean test accuracy first; those without a result come last."""
-    mine = [run for run in runs if run.model == model]
-    control = {run.seed: run.summary for run in mine if run.attention == "none" and usable(run)}
+    mine, found = [run for run in runs if run.model == model], verdicts(runs, model)
+    control = {run.seed: run.summary for run in mine if run.attention == "none" and run.scored}
     entries = [
-        _entry(model, attention, [run for run in mine if run.attention == attention], control)
+        _entry([run for run in mine if run.attention == attention], control, found.get(attention))
         for attention in dict.fromkeys(run.attention for run in mine)
     ]
     entries.sort(key=lambda e: -math.inf if e.test is None else e.test.value, reverse=True)
@@ -100,12 +95,8 @@ def ranking(runs: list[Run], model: str) -> list[Entry]:
     ]
 
 
-def usable(run: Run) -> bool:
-    return run.status == "done" and run.summary.get("final_test_accuracy") is not None
-
-
-def _entry(model: str, attention: str, runs: list[Run], control: dict[int, dict]) -> Entry:
-    good = [run for run in runs if usable(run)]
+def _entry(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> Entry:
+    good = [run for run in runs if run.scored]
     paired = [(run.summary, control[run.seed]) for run in good if run.seed in control]
 
     def mean(key: str) -> Mean | None:
@@ -114,23 +105,28 @@ def _entry(model: str, attention: str, runs: list[Run], control: dict[int, dict]
     def first(key: str) -> int | None:
         return next((run.summary[key] for run in good if run.summary.get(key) is not None), None)
 
-    difference, ratio = "final_test_accuracy", "total_training_time"
-    compared = attention != "none"
+    ratio, test, points = "total_training_time", None, None
+    if found:
+        test = Mean.between(found.accuracy_mean, found.accuracy_low, found.accuracy_high)
+    if found and found.difference is not None:
+        points = Mean.between(found.difference, found.difference_low, found.difference_high)
+    compared = runs[0].attention != "none"
     return Entry(
-        model=model,
-        attention=attention,
+        model=runs[0].model,
+        attention=runs[0].attention,
         runs=good,
         notes=", ".join(f"{run.status} (seed {run.seed})" for run in runs if run not in good),
-        test=mean("final_test_accuracy"),
+        test=test,
         train=mean("final_train_accuracy"),
         seconds=mean("total_training_time"),
-        points=Mean.of([a[difference] - b[difference] for a, b in paired]) if compared else None,
+        points=points,
         ratio=Mean.of([a[ratio] / b[ratio] for a, b in paired if b[ratio]]) if compared else None,
         rate=mean("images_per_second"),
         parameters=first("parameters"),
         flops=first("flops"),
         # On a CPU it is the whole process's peak so far: it says nothing of one run.
         memory=None if good and good[0].device == "cpu" else first("peak_memory_bytes"),
+        verdict=found,
     )
 
 
@@ -157,6 +153,11 @@ def versus(entry: Entry) -> str:
     return entry.points.show("+.1f", 100) if entry.points else "–"
 
 
+def p_value(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+WORDS = ("Attention", "Verdict", "Note")  # columns of text, set left
 COLUMNS: dict[str, Callable[[Entry], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),
@@ -164,6 +165,8 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "Train acc.": lambda e: e.train.show(".1f", 100, " %") if e.train else "–",
     "Train time": lambda e: seconds(e.seconds) if e.seconds else "–",
     "vs control": versus,
+    "p (Holm)": lambda e: p_value(e.verdict and e.verdict.p_holm),
+    "Verdict": lambda e: (e.verdict and e.verdict.verdict) or "–",
     "Time ratio": lambda e: e.ratio.show(".2f", unit="×") if e.ratio else "–",
     "Images/s": lambda e: count(e.rate.value) if e.rate else "–",
     "Parameters": lambda e: count(e.parameters),
@@ -184,15 +187,49 @@ def cells(entries: list[Entry], leave_out: tuple[str, ...] = ()) -> tuple[list, 
 
 def markdown_table(entries: list[Entry]) -> str:
     header, lines = cells(entries)
-    rule = ["---" if name in ("Attention", "Note") else "---:" for name in header]
+    return markdown_lines(header, lines)
+
+
+def markdown_lines(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---" if name in WORDS else "---:" for name in header]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+STATISTICS: dict[str, Callable[[Verdict], str]] = {
+    "Attention": lambda v: title(v.attention),
+    "Seeds": lambda v: str(v.seeds),
+    "Test acc. (%)": lambda v: percent(v.accuracy_mean),
+    "SD": lambda v: percent(v.accuracy_std),
+    "95 %": lambda v: ends(v.accuracy_low, v.accuracy_high),
+    "Difference": lambda v: percent(v.difference, "+"),
+    "95 % ": lambda v: ends(v.difference_low, v.difference_high, "+"),
+    "p": lambda v: p_value(v.p),
+    "p (Holm)": lambda v: p_value(v.p_holm),
+    "McNemar": lambda v: p_value(v.p_mcnemar),
+    "Equivalence": lambda v: p_value(v.p_equivalent),
+    "Verdict": lambda v: v.verdict or "–",
+}
+
+
+def statistics_table(entries: list[Entry]) -> str:
+    """Of report.md: what each verdict rests on."""
+    rows = [entry.verdict for entry in entries if entry.verdict]
+    return markdown_lines([*STATISTICS], [[f(v) for f in STATISTICS.values()] for v in rows])
+
+
+def percent(x: float | None, sign: str = "") -> str:
+    return "–" if x is None else f"{100 * x:{sign}.2f}"
+
+
+def ends(low: float | None, high: float | None, sign: str = "") -> str:
+    return "–" if low is None else f"{percent(low, sign)} … {percent(high, sign)}"
 
 
 def terminal_table(entries: list[Entry], caption: str) -> Table:
     header, lines = cells(entries, leave_out=("FLOPs/image", "Peak memory"))
     table = Table(title=caption, title_justify="left", title_style="bold")
     for name in header:
-        table.add_column(name, justify="left" if name in ("Attention", "Note") else "right")
+        table.add_column(name, justify="left" if name in WORDS else "right")
     for entry, line in zip(entries, lines, strict=True):
         control, best = entry.attention == "none", entry.rank == 1
         table.add_row(*line, style="bold" if best else "cyan" if control else None)
