@@ -85,6 +85,14 @@ def test_resume_with_a_conflicting_option_is_an_error(option, message, compared)
     assert message in flat(result.stderr)
 
 
+def test_compile_is_a_key_of_the_recipe(compared):
+    """--compile reaches the recipe: there it contradicts how the comparison was started."""
+    result = tab("compare", "--resume", compared[0], "--compile")
+    assert result.exit_code == 2 and "the recipe that results is another one" in flat(result.output)
+    config = (compared[0] / "config.toml").read_text()
+    assert "compile = false" in config and "graph = true" in config
+
+
 def test_failed_runs_are_named_and_the_exit_code_says_so(tmp_path):
     names = ("--models", "mlp", "--attentions", "multi_head,none")
     broken = ("--set", "attention.multi_head.num_heads=7", "--out", tmp_path / "out")
