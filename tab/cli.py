@@ -61,7 +61,7 @@ def root(
 
 @app.command()
 def compare(
-    models: Annotated[str | None, typer.Option(help="mlp,cnn (the default) or one.")] = None,
+    models: Annotated[str | None, typer.Option(help="mlp,cnn (default), resnet9, all.")] = None,
     attentions: Annotated[str | None, typer.Option(help="all (the default) or a,b,c.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each; default: 1.")] = None,
     recipe: RecipeName = None,
@@ -98,7 +98,8 @@ def compare(
         console.print(f"Resuming {out}")
     else:
         name = recipe or "fair"
-        plan = Plan(read_recipe(name, epochs, overrides), _grid(given, name, ray))
+        found = read_recipe(name, epochs, overrides)
+        plan = Plan(found, _grid(given, name, ray, found))
         plan.configs()  # every name and option is checked before anything is fetched or written
         executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
         dataset = load_data(plan.grid.data)
@@ -118,7 +119,7 @@ def compare(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="mlp or cnn.")],
+    model: Annotated[str, typer.Argument(help="mlp, cnn or resnet9.")],
     attention: Annotated[str, typer.Argument(help="The mechanism; `none` is the control.")],
     seed: Annotated[int, typer.Option(help="Of weights, data order and augmentation.")] = 0,
     recipe: RecipeName = None,
@@ -216,18 +217,18 @@ def doctor(
 # --- shared ---------------------------------------------------------------------------------------
 
 
-def _grid(given: dict, recipe: str, ray: str | None):
+def _grid(given: dict, name: str, ray: str | None, recipe):
     from .config import check_keys
     from .layers import attention_names
-    from .models import model_names
+    from .models import STUDY, model_names
     from .results import Grid
 
-    models = names_of(given.get("models", "all"), model_names())
-    attentions = names_of(given.get("attentions", "all"), attention_names())
+    models = names_of(given.get("models", STUDY), model_names())
+    attentions = names_of(given.get("attentions", "all"), recipe.attentions())
     check_keys("--models", models, model_names())
     check_keys("--attentions", attentions, attention_names())
     return Grid(
-        recipe=Path(recipe).stem,
+        recipe=Path(name).stem,
         models=models,
         attentions=attentions,
         seeds=given.get("seeds", 1),
@@ -244,7 +245,7 @@ def _resumed(resume: Path, given: dict, recipe, epochs, overrides, ray):
 
     plan = Plan.load(resume)
     stored = {**vars(plan.grid), **_listed(plan.grid)}
-    was, now = vars(plan.grid), vars(_grid({**stored, **given}, "x", ray))
+    was, now = vars(plan.grid), vars(_grid({**stored, **given}, "x", ray, plan.recipe))
     differ = [
         f"--{key}: was {was[key]!r}, now {now[key]!r}" for key in given if was[key] != now[key]
     ]

@@ -21,6 +21,8 @@ class Train:
     lr: float  # the constant rate, or the peak of the cycle
     weight_decay: float
     schedule: Literal["constant", "one_cycle"]
+    # first_epoch: later ones run in eval mode, so that batch norm stands still (a published fault)
+    train_mode: Literal["always", "first_epoch"]
     label_smoothing: float
     amp: bool  # bfloat16 autocast, on a GPU only: CPUs often emulate it
     compile: bool  # the model through torch.compile
@@ -60,6 +62,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Mlp:
     hidden: int  # C, the width of a token
+    forms: Literal["library", "published"]  # of each attention; see tab/layers/published.py
     match: str  # an attention: others get the `hidden` that gives them its parameters; "": as given
     tokens: int  # the Linear's outputs are split into this many tokens
     block: Literal["replace", "residual"]  # y = A(x), or y = x + γ·A(norm(x)) with γ = 0 at first
@@ -82,7 +85,18 @@ class Cnn(Mlp):
         positive(self, "model", "channels")
 
 
-MODELS: dict[str, type[Mlp]] = {"mlp": Mlp, "cnn": Cnn}
+@dataclass(frozen=True)
+class Resnet9(Mlp):
+    tokens: Literal["grid"]
+    channels: int  # of the first convolution; then 2×, 4×, and C
+    cells: Literal[4, 8]  # rows and columns of the last feature map
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive(self, "model", "channels")
+
+
+MODELS: dict[str, type[Mlp]] = {"mlp": Mlp, "cnn": Cnn, "resnet9": Resnet9}
 SECTIONS = {"train": Train, "data": Data, "evaluate": Evaluate}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .models import IMAGE
+from .backbones import IMAGE
 from .ops.local import in_window
 
 

@@ -1,6 +1,6 @@
-"""The two image models: backbone → tokens → attention block → head. Any attention fits any model.
+"""The image models: backbone → tokens → attention block → head. Any attention fits any model.
 
-Tokens are (B, N, C): N cells of the CNN's feature map ("grid"), or N slices of one Linear's output.
+Tokens are (B, N, C): N cells of a feature map ("grid"), or N slices of one Linear's output.
 Each part draws its initial weights from a generator of its own, seeded by (seed, part): two
 variants with the same seed start from the same backbone and head, whatever lies between.
 """
@@ -18,11 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .config import MODELS, Cnn, Mlp, RunConfig
+from .backbones import BACKBONES
+from .config import MODELS, RunConfig
 from .layers import Attention, attention_options, build_attention
-
-IMAGE = 32  # rows and columns
-GRID = (IMAGE // 4, IMAGE // 4)  # of the CNN's last feature map
 
 
 class ImageModel(nn.Module):
@@ -53,31 +51,53 @@ class ImageModel(nn.Module):
 def build_model(config: RunConfig, classes: int) -> ImageModel:
     """The model of this run with its initial weights, on the CPU."""
     options, c = config.model_options, config.model_options.hidden
-    grid = GRID if options.tokens == "grid" else None
-    n = GRID[0] * GRID[1] if grid else options.tokens
+    kind = BACKBONES[config.model]
+    grid, n = kind.grid(options), tokens_of(config)
     with _own_seed(config.seed, "backbone"):
-        backbone = _BACKBONES[config.model](options)
+        backbone = kind(options)
     with _own_seed(config.seed, "position"):
         learned = options.position == "learned"
         position = nn.Parameter(nn.init.trunc_normal_(torch.empty(n, c), std=0.02))
-    extra = {}
-    # A layer without the option `rope` has its own rule for positions, or needs none.
-    if options.position == "rope" and "rope" in attention_options(config.attention):
-        extra["rope"] = True
-    with _own_seed(config.seed, "attention"):
-        attention = build_attention(
-            config.attention, c, seq_len=n, grid=grid, **{**extra, **config.attention_options}
-        )
+    attention = build_layer(config)
     # The control's block is the identity: no norm, no scale.
     residual = options.block == "residual" and config.attention != "none"
     block = Residual(c) if residual else Replace()
     with _own_seed(config.seed, "head"):
-        head = Head(c if grid else n * c, c, options.head_layers, classes, mean=grid is not None)
+        pool = kind.pool if grid else "flatten"
+        head = Head(c if grid else n * c, c, options.head_layers, classes, pool=pool)
     return ImageModel(backbone, position if learned else None, attention, block, head)
+
+
+def build_layer(config: RunConfig) -> Attention:
+    """The attention of this run with its initial weights."""
+    options, published = config.model_options, config.model_options.forms == "published"
+    extra = {}
+    # A layer without the option `rope` has its own rule for positions, or needs none.
+    known = attention_options(config.attention, published=published)
+    if options.position == "rope" and "rope" in known:
+        extra["rope"] = True
+    with _own_seed(config.seed, "attention"):
+        return build_attention(
+            config.attention,
+            options.hidden,
+            seq_len=tokens_of(config),
+            grid=BACKBONES[config.model].grid(options),
+            published=published,
+            **{**extra, **config.attention_options},
+        )
+
+
+def tokens_of(config: RunConfig) -> int:
+    """N, the tokens that the attention sees."""
+    grid = BACKBONES[config.model].grid(config.model_options)
+    return grid[0] * grid[1] if grid else config.model_options.tokens
 
 
 def model_names() -> list[str]:
     return list(MODELS)
+
+
+STUDY = "mlp,cnn"  # the models of a comparison or a sweep that names none
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -85,55 +105,6 @@ def parameter_count(module: nn.Module) -> int:
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-class MlpBackbone(nn.Module):
-    """Linear(3072 → N·C), ReLU. Pixels are flattened as 32×32×3, the order in memory."""
-
-    def __init__(self, options: Mlp):
-        super().__init__()
-        self.tokens = options.tokens
-        self.linear = nn.Linear(3 * IMAGE * IMAGE, options.tokens * options.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.permute(0, 2, 3, 1).flatten(1)  # (B, 3072)
-        return self.linear(flat).relu().unflatten(1, (self.tokens, -1))
-
-    def filters(self) -> Tensor:
-        return self.linear.weight.unflatten(1, (IMAGE, IMAGE, 3)).permute(0, 3, 1, 2)
-
-
-class CnnBackbone(nn.Module):
-    """Two convolutions to 8×8 cells; the cells are the tokens, or flatten → Linear → N tokens."""
-
-    def __init__(self, options: Cnn):
-        super().__init__()
-        first = options.channels
-        last = options.hidden if options.tokens == "grid" else 2 * first
-        pool = options.stem == "pool"
-        self.convolutions = nn.Sequential(*_conv(3, first, pool), *_conv(first, last, pool))
-        self.tokens, self.linear = options.tokens, None
-        if options.tokens != "grid":
-            cells = GRID[0] * GRID[1] * last
-            self.linear = nn.Linear(cells, options.tokens * options.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        cells = self.convolutions(x).permute(0, 2, 3, 1)  # (B, 8, 8, C)
-        if self.linear is None:
-            return cells.flatten(1, 2)
-        return self.linear(cells.flatten(1)).unflatten(1, (self.tokens, -1))
-
-    def filters(self) -> Tensor:
-        return self.convolutions[0].weight
-
-
-_BACKBONES = {"mlp": MlpBackbone, "cnn": CnnBackbone}
-
-
-def _conv(into: int, out: int, pool: bool) -> list[nn.Module]:
-    """Halves rows and columns. Batch norm makes a bias redundant."""
-    convolution = nn.Conv2d(into, out, 3, stride=1 if pool else 2, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(out), nn.ReLU(), *([nn.MaxPool2d(2)] if pool else [])]
 
 
 class Replace(nn.Module):
@@ -165,12 +136,20 @@ class Residual(nn.Module):
         return x + self.scale * attention(self.norm(x))
 
 
-class Head(nn.Module):
-    """(B, N, C) -> logits. Cells of a grid are averaged, other tokens are laid side by side."""
+POOLS = {
+    "mean": lambda x: x.mean(1),
+    "max": lambda x: x.amax(1),
+    "flatten": lambda x: x.flatten(1),
+}
 
-    def __init__(self, into: int, hidden: int, layers: int, classes: int, *, mean: bool):
+
+class Head(nn.Module):
+    """(B, N, C) -> logits. pool: "mean" or "max" over the cells of a grid; "flatten" lays other
+    tokens side by side."""
+
+    def __init__(self, into: int, hidden: int, layers: int, classes: int, *, pool: str):
         super().__init__()
-        self.mean = mean
+        self.pool = pool
         widths = [into, *[hidden] * layers]
         parts = [
             part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())
@@ -178,7 +157,7 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Linear(widths[-1], classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x.mean(1) if self.mean else x.flatten(1))
+        return self.layers(POOLS[self.pool](x))
 
 
 # --- seeds and widths -----------------------------------------------------------------------------

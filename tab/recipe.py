@@ -23,6 +23,7 @@ from pathlib import Path
 from .config import MODELS, SECTIONS, RunConfig, check_keys, check_type, model_class, options
 from .layers import attention_names, attention_options
 from .models import match_width, parameters_of
+from .published import published_attentions
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -40,9 +41,14 @@ class Recipe:
 
     def run(self, model: str, attention: str, seed: int) -> RunConfig:
         kind = model_class(model)
-        known = attention_options(attention)
+        published = self.tables["model"][model]["forms"] == "published"
+        known = attention_options(attention, published=published)
         own = dict(self.tables["attention"].get(attention, {}))
-        pair = own.get(model, {})
+        pair = own.pop(model, {})
+        own = {k: v for k, v in own.items() if k not in MODELS}
+        where = f"attention.{attention}{' as published' * published}"
+        check_keys(where, own, known)
+        check_keys(f"{where}, {model}", pair, [*known, *_fields(kind), *PAIR_TRAIN])
         chosen = {k: v for k, v in {**own, **pair}.items() if k in known}
         if "seed" in known:  # of its random parts
             chosen.setdefault("seed", seed)
@@ -63,6 +69,12 @@ class Recipe:
         if match in ("", attention):
             return config
         return match_width(config, parameters_of(self.run(model, match, seed)))
+
+    def attentions(self) -> list[str]:
+        """All that this recipe is about: those of the published table if it trains their forms."""
+        if any(table["forms"] == "published" for table in self.tables["model"].values()):
+            return published_attentions()
+        return attention_names()
 
     def with_pair(self, model: str, attention: str, table: dict) -> Recipe:
         """This recipe with `table` laid over [attention.<attention>.<model>]."""

@@ -48,10 +48,10 @@ class Steps:
             self._run_gradients = Graphed(self._gradients, self, Recorder(device), learns=True)
             self._run_sums = Graphed(self._sums, self, Recorder(device), learns=False)
 
-    def learn(self, batches: Iterable[Batch]) -> tuple[float, int]:
+    def learn(self, batches: Iterable[Batch], training: bool = True) -> tuple[float, int]:
         """An optimizer step on each batch -> the sum of the losses, the number of right answers,
-        as the weights move."""
-        self.model.train()
+        as the weights move. training: the mode of the model, if not eval."""
+        self.model.train(training)
         return self._over(batches, self._step)
 
     def score(self, batches: Iterable[Batch]) -> tuple[float, int]:

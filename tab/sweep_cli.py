@@ -37,7 +37,7 @@ app = typer.Typer(help="Find each mechanism's hyperparameters by successive halv
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    models: Annotated[str | None, typer.Option(help="mlp,cnn (the default) or one.")] = None,
+    models: Annotated[str | None, typer.Option(help="mlp,cnn (default), resnet9, all.")] = None,
     attentions: Annotated[str | None, typer.Option(help="all (the default) or a,b,c.")] = None,
     recipe: RecipeName = None,
     data: Data = None,
@@ -132,11 +132,11 @@ def _plan(given: dict):
     from .config import check_keys
     from .halving import BUDGETS
     from .layers import attention_names
-    from .models import model_names
+    from .models import STUDY, model_names
     from .space import load_space
     from .sweep_plan import Plan
 
-    models = names_of(given["models"] or "all", model_names())
+    models = names_of(given["models"] or STUDY, model_names())
     attentions = names_of(given["attentions"] or "all", attention_names())
     check_keys("--models", models, model_names())
     check_keys("--attentions", attentions, attention_names())

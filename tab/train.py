@@ -121,7 +121,8 @@ class _Run:
             # A layer with noise of its own draws from here: a function of (seed, epoch).
             torch.manual_seed(self.config.seed * 1_000_003 + epoch)
             start = time.perf_counter()
-            loss, correct = self.steps.learn(self.batches.epoch(epoch))
+            training = epoch == 0 or self.config.train.train_mode == "always"
+            loss, correct = self.steps.learn(self.batches.epoch(epoch), training)
             seconds = time.perf_counter() - start
         before = self.rows[-1]["cumulative_training_time"] if self.rows else 0.0
         samples = self.batches.samples

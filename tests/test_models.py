@@ -8,7 +8,8 @@ from tab.models import build_model, model_names, parameter_count
 from tab.recipe import load_recipe
 
 SMALL = {"model.mlp.hidden": 16, "model.cnn.hidden": 16, "model.cnn.channels": 4}
-SMALL |= {"model.mlp.match": "", "model.cnn.match": ""}
+SMALL |= {"model.mlp.match": "", "model.cnn.match": "", "model.resnet9.match": ""}
+SMALL |= {"model.resnet9.hidden": 16, "model.resnet9.channels": 4}
 BOTH = pytest.mark.parametrize("model", model_names())
 
 

@@ -86,7 +86,7 @@ def run(
 @app.command("steps")
 def steps_command(
     recipe: Annotated[str, typer.Option(help="Sizes: a recipe or a file.")] = "fair",
-    models: Annotated[str, typer.Option(help="mlp, cnn or all.")] = "all",
+    models: Annotated[str, typer.Option(help="mlp, cnn, resnet9 or all.")] = "mlp,cnn",
     attentions: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
     batch: Annotated[int | None, typer.Option(min=1, help="Images; default: recipe's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -10,6 +10,7 @@ from . import kv_compression
 from . import deepseek_mla
 from . import kimi_k2
 from . import flex
+from . import published  # forms of the published study, under no name of their own
 
 from ._base import Attention, HeadsAttention
 from ._registry import (

@@ -18,18 +18,25 @@ from importlib.metadata import entry_points
 from ._base import Attention
 
 _layers: dict[str, type[Attention]] = {}
+_published: dict[str, type[Attention]] = {}  # in place of those, where a recipe asks for it
 
 
-def register_attention(name: str) -> Callable[[type[Attention]], type[Attention]]:
-    """Class decorator: makes a layer available under `name` (CLI, recipes, reports)."""
+def register_attention(
+    name: str, *, published: bool = False
+) -> Callable[[type[Attention]], type[Attention]]:
+    """Class decorator: makes a layer available under `name` (CLI, recipes, reports).
+
+    published: as what the published study ran under that name (tab/layers/published.py).
+    """
+    layers = _published if published else _layers
 
     def register(layer: type[Attention]) -> type[Attention]:
         if not (inspect.isclass(layer) and issubclass(layer, Attention)):
             raise TypeError(
                 f"register_attention({name!r}) wants a tab.layers.Attention, got {layer!r}"
             )
-        if _layers.setdefault(name, layer) is not layer:
-            raise ValueError(f"the attention {name!r} is already {_layers[name].__qualname__}")
+        if layers.setdefault(name, layer) is not layer:
+            raise ValueError(f"the attention {name!r} is already {layers[name].__qualname__}")
         return layer
 
     return register
@@ -40,8 +47,11 @@ def attention_names() -> list[str]:
     return [*_layers, *sorted(set(_entry_points()) - set(_layers))]
 
 
-def get_attention(name: str) -> type[Attention]:
-    """The layer class called `name`, or a ValueError with the nearest name."""
+def get_attention(name: str, *, published: bool = False) -> type[Attention]:
+    """The layer class called `name`, or a ValueError with the nearest name.
+
+    published: the form that the published study ran, where it was another.
+    """
     if name not in _layers:
         if name not in (found := _entry_points()):
             near = difflib.get_close_matches(name, attention_names(), n=1)
@@ -49,12 +59,13 @@ def get_attention(name: str) -> type[Attention]:
             names = ", ".join(attention_names())
             raise ValueError(f"unknown attention {name!r}{hint} Choose one of: {names}")
         register_attention(name)(found[name].load())
-    return _layers[name]
+    return _published.get(name, _layers[name]) if published else _layers[name]
 
 
-def attention_options(name: str) -> dict[str, object]:
+def attention_options(name: str, *, published: bool = False) -> dict[str, object]:
     """The layer's own options with their defaults, read off its signature."""
-    parameters = inspect.signature(get_attention(name).__init__).parameters.values()
+    layer = get_attention(name, published=published)
+    parameters = inspect.signature(layer.__init__).parameters.values()
     common = {"self", "dim", "seq_len", "grid"}
     return {
         p.name: p.default for p in parameters if p.name not in common and p.kind != p.VAR_KEYWORD
@@ -62,13 +73,19 @@ def attention_options(name: str) -> dict[str, object]:
 
 
 def build_attention(
-    name: str, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None, **options
+    name: str,
+    dim: int,
+    *,
+    seq_len: int,
+    grid: tuple[int, int] | None = None,
+    published: bool = False,
+    **options,
 ) -> Attention:
     """The layer `name` for tokens (B, N, dim), N ≤ seq_len, with its own options.
 
     grid (rows, cols): the tokens are the cells of an image, rows · cols = seq_len.
     """
-    known = attention_options(name)
+    known = attention_options(name, published=published)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"{name} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
@@ -77,7 +94,8 @@ def build_attention(
         raise ValueError(f"{name} wants dim ≥ 1 and seq_len ≥ 1, got dim {dim}, seq_len {seq_len}")
     if grid is not None and grid[0] * grid[1] != seq_len:
         raise ValueError(f"grid {grid} has {grid[0] * grid[1]} cells, but seq_len is {seq_len}")
-    return get_attention(name)(dim, seq_len=seq_len, grid=grid, **options)
+    layer = get_attention(name, published=published)
+    return layer(dim, seq_len=seq_len, grid=grid, **options)
 
 
 def _entry_points() -> dict:

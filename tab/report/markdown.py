@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..results import Grid, Run
 from ..statistics import LEVEL, MARGIN
+from .published import published_section
 from .tables import Entry, markdown_table, ranking, statistics_table, title
 
 
@@ -33,6 +34,8 @@ def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> s
             if any(entry.verdict for entry in entries)
         ]
         parts += [what_it_means(ranked)]
+    if grid.recipe == "published":
+        parts += [published_section(runs, facts["dataset"]["note"])]
     parts += ["## Pictures" if shown else ""]
     parts += [
         f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()
