@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from ..published import EPOCHS, NEAR, figures
 from ..results import Run
-from .tables import Mean, title, usable
+from .tables import Mean, markdown_lines, title
 
 
 def published_section(runs: list[Run], note: str) -> str:
     """All published figures, ours beside them, and how many of ours lie near; "" without any."""
     lines, near, compared, epochs = [], 0, 0, set()
     for (model, attention), figure in figures().items():
-        mine = [r for r in runs if (r.model, r.attention) == (model, attention) and usable(r)]
+        mine = [r for r in runs if (r.model, r.attention) == (model, attention)]
+        mine = [r for r in mine if r.status == "done"]  # and so has a test accuracy
         epochs |= {len(run.rows) for run in mine}
         test, train = (
             Mean.of([run.summary[f"final_{part}_accuracy"] for run in mine])
@@ -30,8 +31,7 @@ def published_section(runs: list[Run], note: str) -> str:
         return ""
     header = ["Model", "Attention", "Published test", "Here", "Difference", "Near"]
     header += ["Published train", "Here"]
-    rule = ["---", "---", "---:", "---:", "---:", ":---:", "---:", "---:"]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+    table = markdown_lines(header, lines)
     return "\n\n".join([_words(near, compared, len(lines), epochs, note), table])
 
 
