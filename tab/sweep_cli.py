@@ -157,7 +157,7 @@ def _plan(given: dict):
         device=device_of(given["device"]),
         seed=given["seed"] or 0,
         sampler=given["sampler"] or "random",
-        brackets=given["brackets"] or 1,
+        brackets=1 if given["brackets"] is None else given["brackets"],
         storage=given["storage"] or "",
     )
 

@@ -412,6 +412,7 @@ def test_show_reads_what_is_there(done):
         (["--epochs", "3,x"], "whole numbers"),
         (["--epochs", "3,2"], "rising"),
         (["--brackets", "4"], "1 to 3"),
+        (["--brackets", "0"], "1 to 3"),
         (["--sampler", "grid"], "random or tpe"),
         (["--storage", "sqlite:///x"], "postgresql://"),
         (["--attentions", "multihead"], "did you mean 'multi_head'"),
