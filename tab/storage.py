@@ -35,7 +35,13 @@ def journal(path: Path, *, mine: bool) -> optuna.storages.BaseStorage:
         if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
     backend = optuna.storages.journal.JournalFileBackend(str(path))
-    return optuna.storages.JournalStorage(backend)
+    try:
+        return optuna.storages.JournalStorage(backend)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put a copy back, or remove it and resume: the results "
+            "will be the same, but what went no further is trained again"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ a process of --jobs killed, a Ray node      test_executor.py, test_ray.py
 Control-C                                   test_control_c_*, test_postgresql_holds_the_same_sweep
 a full disk                                 test_a_full_disk_*, test_batches_and_brackets_*
 a truncated checkpoint                      test_a_truncated_checkpoint_*
+a damaged journal                           test_a_damaged_journal_*
 two drivers of one sweep                    test_two_drivers_*, test_postgresql_has_one_driver
 a loss that is not a number                 test_a_diverged_run_*
 an exception in one configuration           test_an_exception_*
@@ -287,6 +288,17 @@ def test_what_a_killed_driver_left_is_cleared(dataset, tmp_path):
     assert (trials[0].state, trials[0].user_attrs["status"]) == (TrialState.FAIL, "lost")
     assert not {t.state for t in trials} & {TrialState.RUNNING, TrialState.WAITING}
     assert len(read(out)[SELF].ended()) == 5 + 2 + 1
+
+
+def test_a_damaged_journal_is_named_and_can_be_made_anew(done, dataset, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "sweep")
+    journal = out / "study.journal"
+    journal.write_bytes(journal.read_bytes().replace(b'"op_code":4', b'"op_code:4', 1))
+    with pytest.raises(ValueError, match=r"study\.journal is damaged"):
+        sweep(Plan.load(out), dataset, out)
+    journal.unlink()
+    sweep(Plan.load(out), dataset, out)
+    assert result(out) == result(done[0])
 
 
 def test_a_diverged_run_is_counted_and_never_promoted(dataset, tmp_path):
