@@ -124,7 +124,12 @@ def _usage(binary: Path) -> dict[tuple[str, int], dict]:
 
 # --- CUDA C++ -------------------------------------------------------------------------------------
 
-CUDA_OPS = {"Linear": "linear", "Softmax": "local sparse"}  # what a problem's name begins with
+CUDA_OPS = {  # what a problem's name begins with
+    "Linear": "linear",
+    "Mla": "mla",
+    "Performer": "performer",
+    "Softmax": "local sparse",
+}
 
 
 def built() -> list[dict]:

@@ -6,7 +6,7 @@
 //   shared memory that is read before it is written: it starts as NaN;
 //   a write outside of the block's shared memory (256 KiB around it are looked at afterwards).
 // Between barriers of the block a warp runs alone, and between warp-wide instructions a thread; the
-// first one first or (`backwards`) the last one: a missing barrier gives other results in one order.
+// first one first or (`backwards`) the last one: without a barrier that is needed, results differ.
 #pragma once
 
 #include <ucontext.h>
@@ -185,6 +185,7 @@ std::array<T, WARP> exchange(T x, std::source_location where) {
 
 }  // namespace cpu
 
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   cpu::wait(cpu::Fiber::AT_BLOCK, where);
 }

@@ -2,6 +2,8 @@
 // tests/test_cuda_small.py with the argument structures that the launchers fill. Each returns "" or
 // what went wrong.
 #include "../csrc/cuda/linear_small.cuh"
+#include "../csrc/cuda/mla_small.cuh"
+#include "../csrc/cuda/performer_small_backward.cuh"
 #include "../csrc/cuda/softmax_small.cuh"
 
 using namespace tab::few;
@@ -26,6 +28,10 @@ static const char* run(const void* problem, int type, int blocks, int64_t bytes,
   }
 TAB_KERNEL(softmax_fwd, SoftmaxForward)
 TAB_KERNEL(softmax_bwd, SoftmaxBackward)
+TAB_KERNEL(mla_fwd, MlaForward)
+TAB_KERNEL(mla_bwd, MlaBackward)
+TAB_KERNEL(performer_fwd, PerformerForward)
+TAB_KERNEL(performer_bwd, PerformerBackward)
 
 #define TAB_LINEAR(name, Problem)                                                              \
   extern "C" const char* name(const void* problem, int type, int blocks, bool backwards) {     \

@@ -12,6 +12,7 @@ import torch
 
 HERE = Path(__file__).parent
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_small.cpp knows
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 INT, LONG, FLOAT, BOOL, POINTER = (
     ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_void_p,
 )  # fmt: skip
@@ -85,3 +86,16 @@ def unit_last(x: torch.Tensor) -> torch.Tensor:
 
 def pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+# Which keys a query sees (softmax_small.cuh)
+SEES = struct(
+    ("n", INT), ("causal", BOOL), *ints("left right rows cols"), ("row_ptr", POINTER),
+    ("col", POINTER), *ints("block patterns"), ("mask", POINTER),
+)  # fmt: skip
+
+
+def inputs(generator, b, h, n, d, dv, dtype):
+    """q, k, v token-major"""
+    x = (torch.randn(b, n, h, s, generator=generator).to(dtype) for s in (d, d, dv))
+    return [t.transpose(1, 2) for t in x]

@@ -4,13 +4,14 @@ ops as a whole where there is a GPU."""
 import pytest
 import torch
 from emulated import (
-    BOOL,
     FLOAT,
+    FLOOR,
     HEADS,
-    INT,
     POINTER,
+    SEES,
     TYPES,
     heads,
+    inputs,
     ints,
     pointer,
     run,
@@ -25,14 +26,8 @@ from tab.ops._tile import tile_forward
 from tab.ops.linear import backward_reference, forward_reference
 from tab.ops.local import in_window
 
-FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
 # --- local and sparse: softmax with 64 bits a row -------------------------------------------------
 
-SEES = struct(
-    ("n", INT), ("causal", BOOL), *ints("left right rows cols"), ("row_ptr", POINTER),
-    ("col", POINTER), *ints("block patterns"), ("mask", POINTER),
-)  # fmt: skip
 SIZES = [*ints("heads d dv"), ("scale", FLOAT), ("sees", SEES)]
 FORWARD = struct(*SIZES, *((name, HEADS) for name in ("q", "k", "v", "o")), ("lse", POINTER))
 BACKWARD = struct(
@@ -65,12 +60,6 @@ class Softmax(torch.autograd.Function):
             return BACKWARD(*ctx.sizes, *inputs, lse.data_ptr(), *map(heads, outputs))
 
         return *run("softmax_bwd", make, q, [q, k, v]), None, None
-
-
-def inputs(generator, b, h, n, d, dv, dtype):
-    """q, k, v token-major"""
-    x = (torch.randn(b, n, h, s, generator=generator).to(dtype) for s in (d, d, dv))
-    return [t.transpose(1, 2) for t in x]
 
 
 def check_softmax(x, sees, allowed, scale=0.3):
@@ -202,16 +191,31 @@ def test_auto_takes_cuda_where_it_is_measured_to_win(monkeypatch):
     assert _op.choose("auto", op, x, cuda=False) == _op.choose("auto", op, x.double()) == "auto"
 
 
-def attention(op: str, n: int, backend: str, causal: bool = False):
+def attention(op: str, n: int, d: int, backend: str, causal: bool = False):
     if op == "sparse":
         pattern = BlockPattern.bigbird(n, heads=2, block_size=8)
         return lambda *x: tab.sparse_attention(*x, pattern, causal=causal, backend=backend)
     if op == "local":
         return lambda *x: tab.local_attention(*x, window=(5, 3), causal=causal, backend=backend)
+    if op == "performer":
+        w = torch.randn(70, d, generator=torch.Generator().manual_seed(1)).cuda()
+        return lambda *x: tab.performer_attention(
+            *x, w.to(torch.promote_types(x[0].dtype, torch.float32)), backend=backend
+        )
+    if op == "mla":
+        return lambda *x: tab.mla_attention(*x, causal=causal, form="fused", backend=backend)
     return lambda *x: tab.linear_attention(*x, backend=backend)
 
 
-OPERATORS = "linear", "local", "sparse"
+OPERATORS = "linear", "performer", "local", "sparse", "mla"
+
+
+def operands(op, generator, b, h, n, d, dv, dtype):
+    """q, k, v, or what mla takes: Dr 8, R 24"""
+    if op != "mla":
+        return [t.cuda() for t in inputs(generator, b, h, n, d, dv, dtype)]
+    shapes = (b, h, n, d), (b, h, n, 8), (b, n, 24), (b, n, 8), (h, d, 24), (h, dv, 24)
+    return [(torch.randn(s, generator=generator) / 2).to("cuda", dtype) for s in shapes]
 
 
 @pytest.mark.gpu
@@ -219,15 +223,15 @@ OPERATORS = "linear", "local", "sparse"
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("n", "d", "dv"), [(1, 8, 8), (17, 33, 64), (64, 64, 64), (63, 96, 40)])
 def test_gpu(op, n, d, dv, dtype, generator):
-    x = [t.cuda() for t in inputs(generator, 3, 2, n, d, dv, dtype)]
-    for causal in (False, True)[: 1 if op == "linear" else 2]:
-        f, naive = (attention(op, n, backend, causal) for backend in ("cuda", "reference"))
-        assert_accurate(f, naive, x, floor=max(FLOOR[dtype], 1e-5), names="o dq dk dv")
+    x = operands(op, generator, 3, 2, n, d, dv, dtype)
+    for causal in (False, True)[: 1 if op in ("linear", "performer") else 2]:
+        f, naive = (attention(op, n, d, backend, causal) for backend in ("cuda", "reference"))
+        assert_accurate(f, naive, x, floor=max(2 * FLOOR[dtype], 1e-5))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPERATORS)
 def test_gpu_names_its_limits(op, generator):
-    x = [t.cuda() for t in inputs(generator, 1, 2, 65, 8, 8, torch.float32)]
+    x = operands(op, generator, 1, 2, 65, 8, 8, torch.float32)
     with pytest.raises(RuntimeError, match="N ≤ 64"):
-        attention(op, 65, "cuda")(*x)
+        attention(op, 65, 8, "cuda")(*x)

@@ -12,11 +12,13 @@
 #define TAB_DEVICE __device__ __forceinline__
 #define TAB_UNROLL _Pragma("unroll")
 #define TAB_ROLLED _Pragma("unroll 1")
+#define TAB_UNROLL_AHEAD _Pragma("unroll (AHEAD)")
 #else
 #include "cuda_on_cpu.h"
 #define TAB_DEVICE inline
 #define TAB_UNROLL
 #define TAB_ROLLED
+#define TAB_UNROLL_AHEAD
 #endif
 
 namespace tab::few {

@@ -63,8 +63,8 @@ TAB_DEVICE float slope(float f, int map) {
 
 TAB_DEVICE float inverse(float den) { return den == 0 ? 0.0f : 1 / den; }
 
-/// emit(i, j, Σ_l a(i, l) b(l, j)) for all i < m, j < n. A warp takes 32×32 results, a thread 8×4 of
-/// them: rows 4 apart and columns 8 apart, so that a warp's reads fall in different banks.
+/// emit(i, j, Σ_l a(i, l) b(l, j)) for all i < m, j < n. A warp takes 32×32 results, a thread 8×4
+/// of them: rows 4 apart and columns 8 apart, so that a warp's reads fall in different banks.
 template <typename Emit>
 TAB_DEVICE void product(int thread, int threads, int m, int n, int length, Matrix a, Matrix b,
                         Emit emit) {

@@ -20,7 +20,7 @@ constexpr int TILE = SIDE * LINE<E>;  // elements of a tile
 
 TAB_DEVICE int warp() { return static_cast<int>(threadIdx.x) / WARP; }
 TAB_DEVICE int lane() { return static_cast<int>(threadIdx.x) % WARP; }
-TAB_DEVICE int least(int a, int b) { return a < b ? a : b; }
+constexpr TAB_DEVICE int least(int a, int b) { return a < b ? a : b; }
 /// Columns of the tile that starts at column `from`.
 TAB_DEVICE int columns(int size, int from) { return least(size - from, SIDE); }
 
@@ -149,12 +149,13 @@ struct Same {
   TAB_DEVICE float operator()(float x, int, int) const { return x; }
 };
 
-/// tile(i, c) = f(x[i, c], i, c) for i < n, c < d, zero elsewhere.
-template <typename E, typename T, typename F = Same>
+/// tile(i, c) = f(x[i, c], i, c) for i < n, c < d, zero elsewhere. A thread has AHEAD reads in
+/// flight, which hide the way to memory and take four registers each.
+template <int AHEAD = 8, typename E, typename T, typename F = Same>
 TAB_DEVICE void load(E* tile, const T* x, int64_t stride, int n, int d, F f = {}) {
   constexpr int PIECE = 16 / static_cast<int>(sizeof(T));  // elements read at once
   if (d % PIECE == 0 && stride % PIECE == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-    TAB_UNROLL
+    TAB_UNROLL_AHEAD
     for (int turn = 0; turn < SIDE * SIDE / PIECE / THREADS; ++turn) {
       const int e = turn * THREADS + static_cast<int>(threadIdx.x);
       const int i = e / (SIDE / PIECE), c = e % (SIDE / PIECE) * PIECE;
@@ -167,13 +168,18 @@ TAB_DEVICE void load(E* tile, const T* x, int64_t stride, int n, int d, F f = {}
       if constexpr (std::is_same_v<E, T> && std::is_same_v<F, Same>) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<uint4*>(piece);
       } else {
-        alignas(16) E made[PIECE];
+        constexpr int BATCH = least(PIECE, 16 / static_cast<int>(sizeof(E)));  // written at once
+        struct alignas(BATCH * sizeof(E)) Batch {
+          E x[BATCH];
+        };
         TAB_UNROLL
-        for (int p = 0; p < PIECE; ++p)
-          narrow(inside ? f(wide(piece[p]), i, c + p) : 0.0f, made + p);
-        TAB_UNROLL
-        for (int p = 0; p < PIECE; p += 16 / sizeof(E))
-          *reinterpret_cast<uint4*>(to + p) = *reinterpret_cast<uint4*>(made + p);
+        for (int p = 0; p < PIECE; p += BATCH) {
+          Batch made;
+          TAB_UNROLL
+          for (int l = 0; l < BATCH; ++l)
+            narrow(inside ? f(wide(piece[p + l]), i, c + p + l) : 0.0f, made.x + l);
+          *reinterpret_cast<Batch*>(to + p) = made;
+        }
       }
     }
   } else {

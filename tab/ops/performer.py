@@ -313,7 +313,8 @@ def performer_attention(
     _check_projection(q, projection)
     state = _check_state(q, v, projection, initial_state)
     q, k, v = autocast(q, k, v)
-    backend = choose(backend, performer_fwd, q)
+    simple = not causal and initial_state is None and not return_state  # csrc/cuda/performer.cu
+    backend = choose(backend, performer_fwd, q, cuda=simple)
     o, *state = _Performer.apply(
         q, k, v, projection, key_mask, *state, KERNELS[kernel], causal, float(eps), backend
     )
