@@ -88,10 +88,10 @@ struct Fiber {
   enum { RUNS, AT_BLOCK, AT_WARP, DONE } state = RUNS;
   std::source_location where;
   Slot given;
-  std::array<Slot, WARP> taken;
 };
 
 inline std::vector<Fiber> fibers;
+inline std::vector<std::array<Slot, WARP>> taken;  // of each warp: what its lanes gave
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
@@ -117,7 +117,7 @@ inline bool release(size_t first, size_t last, decltype(Fiber::state) state) {
     fibers[t].state = Fiber::RUNS;
   }
   for (size_t t = first; t < last && state == Fiber::AT_WARP; ++t)
-    for (size_t lane = 0; lane < WARP; ++lane) fibers[t].taken[lane] = fibers[first + lane].given;
+    taken[t / WARP][t % WARP] = fibers[t].given;
   return true;
 }
 
@@ -154,7 +154,7 @@ inline void run_threads(bool backwards) {
 template <typename Problem>
 std::string run(const Problem& problem, int blocks, int threads, int64_t bytes,
                 bool backwards) try {
-  fibers.resize(threads);
+  fibers.resize(threads), taken.resize(threads / WARP);
   const size_t size = (bytes + 15) / 16 * 16;
   std::vector<float4> memory((size + 2 * GUARD) / sizeof(float4));
   auto* const begin = reinterpret_cast<unsigned char*>(memory.data());
@@ -172,15 +172,17 @@ std::string run(const Problem& problem, int blocks, int threads, int64_t bytes,
   return error.what();
 }
 
+/// What each lane of the warp gives: valid until this lane gives again.
 template <typename T>
-std::array<T, WARP> exchange(T x, std::source_location where) {
+auto exchange(T x, std::source_location where) {
   static_assert(sizeof(T) <= sizeof(Slot));
   std::memcpy(&fibers[threadIdx.x].given, &x, sizeof x);
   wait(Fiber::AT_WARP, where);
-  std::array<T, WARP> all;
-  for (int lane = 0; lane < WARP; ++lane)
-    std::memcpy(&all[lane], &fibers[threadIdx.x].taken[lane], sizeof x);
-  return all;
+  return [all = taken[threadIdx.x / WARP].data()](int lane) {
+    T one;
+    std::memcpy(&one, all + lane, sizeof one);
+    return one;
+  };
 }
 
 }  // namespace cpu
@@ -194,7 +196,7 @@ inline void __syncwarp(std::source_location where = std::source_location::curren
 }
 inline float __shfl_xor_sync(unsigned, float x, int mask,
                              std::source_location where = std::source_location::current()) {
-  return cpu::exchange(x, where)[(threadIdx.x ^ mask) % cpu::WARP];
+  return cpu::exchange(x, where)((threadIdx.x ^ mask) % cpu::WARP);
 }
 
 namespace cpu {
@@ -212,8 +214,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen wi
   for (int e = 0; e < 4; ++e) {
     const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t left = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-      const uint32_t right = all[column * 4 + k % 8 / 2].b[k / 8];
+      const uint32_t left = all(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+      const uint32_t right = all(column * 4 + k % 8 / 2).b[k / 8];
       c[e] += widen(left >> k % 2 * 16) * widen(right >> k % 2 * 16);
     }
   }

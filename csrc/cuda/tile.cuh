@@ -160,14 +160,14 @@ TAB_DEVICE void load(E* tile, const T* x, int64_t stride, int n, int d, F f = {}
       const int e = turn * THREADS + static_cast<int>(threadIdx.x);
       const int i = e / (SIDE / PIECE), c = e % (SIDE / PIECE) * PIECE;
       const bool inside = i < n && c < d;
-      alignas(16) T piece[PIECE] = {};
-      if (inside) {
-        *reinterpret_cast<uint4*>(piece) = *reinterpret_cast<const uint4*>(x + i * stride + c);
-      }
+      uint4 bits{};
+      if (inside) bits = *reinterpret_cast<const uint4*>(x + i * stride + c);
       E* const to = tile + i * LINE<E> + c;
       if constexpr (std::is_same_v<E, T> && std::is_same_v<F, Same>) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<uint4*>(piece);
+        *reinterpret_cast<uint4*>(to) = bits;
       } else {
+        T piece[PIECE];
+        memcpy(piece, &bits, sizeof bits);
         constexpr int BATCH = least(PIECE, 16 / static_cast<int>(sizeof(E)));  // written at once
         struct alignas(BATCH * sizeof(E)) Batch {
           E x[BATCH];
