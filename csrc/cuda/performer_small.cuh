@@ -78,7 +78,7 @@ struct Favor {
   }
 };
 
-/// to[i] = factor·x_i·y_i for i < 64, zero from n on; each warp for its own 16 rows.
+/// to[i] = factor·x_i·y_i for i < 64, zero from n on; to be read after a barrier.
 template <typename T>
 TAB_DEVICE void dots(float* to, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int n,
                      int d, float factor) {
@@ -91,7 +91,6 @@ TAB_DEVICE void dots(float* to, const T* x, int64_t x_stride, const T* y, int64_
     for (int m = 1; m < WARP; m *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);
     if (lane() == 0) to[i] = factor * sum;
   }
-  __syncwarp();
 }
 
 template <typename T>
