@@ -63,7 +63,7 @@ class Evaluate:
 class Mlp:
     hidden: int  # C, the width of a token
     forms: Literal["library", "published"]  # of each attention; see tab/layers/published.py
-    match: str  # an attention: others get the `hidden` that gives them its parameters; "": as given
+    match: str  # whose size the other variants get, by their `hidden` (tab/match.py); "": as given
     tokens: int  # the Linear's outputs are split into this many tokens
     block: Literal["replace", "residual"]  # y = A(x), or y = x + γ·A(norm(x)) with γ = 0 at first
     position: Literal["none", "learned", "rope"]

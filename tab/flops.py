@@ -59,13 +59,13 @@ FORMULAS = {  # op -> FLOPs from the shapes of its arguments
 
 
 def forward_flops(model: nn.Module) -> int:
-    """FLOPs of the model on one image, by running it once on the CPU."""
+    """FLOPs of the model on one image, by running it once where it is: on the CPU, or on meta."""
     mapping = {
         getattr(torch.ops.tab, name): formula
         for name, formula in FORMULAS.items()
         if hasattr(torch.ops.tab, name)
     }
-    x = torch.zeros(1, 3, IMAGE, IMAGE)
+    x = torch.zeros(1, 3, IMAGE, IMAGE, device=next(model.parameters()).device)
     training = model.training
     model.eval()
     counter = FlopCounterMode(display=False, custom_mapping=mapping)

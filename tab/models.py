@@ -8,11 +8,8 @@ variants with the same seed start from the same backbone and head, whatever lies
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 
 import torch
@@ -160,7 +157,7 @@ class Head(nn.Module):
         return self.layers(POOLS[self.pool](x))
 
 
-# --- seeds and widths -----------------------------------------------------------------------------
+# --- seeds ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -177,53 +174,3 @@ def _own_seed(seed: int, part: str) -> Iterator[None]:
         yield
     finally:
         generator.set_state(before)
-
-
-def match_width(config: RunConfig, target: int) -> RunConfig:
-    """The config with the `hidden` whose model comes nearest to `target` parameters.
-
-    Widths that the layer refuses (heads that do not divide it) are passed over.
-    """
-
-    def size(hidden: int) -> int | None:
-        try:
-            return parameters_of(_with(config, hidden))
-        except ValueError:
-            return None
-
-    def valid(hidden: int) -> int:
-        """The next width from `hidden` on that the layer takes."""
-        width = next((h for h in range(hidden, hidden + 257) if size(h) is not None), hidden)
-        parameters_of(_with(config, width))  # raises what is wrong, if none is
-        return width
-
-    low, high = 1, 2
-    while size(valid(high)) < target:
-        low, high = high, 2 * high
-    while high - low > 1:  # size(valid(low)) < target ≤ size(valid(high)), but for low = 1
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(valid(middle)) < target else (low, middle)
-    best = min((valid(low), valid(high)), key=lambda h: abs(size(h) - target))
-    return _with(config, best)
-
-
-def parameters_of(config: RunConfig, classes: int = 10) -> int:
-    """The number of parameters of this run's model; the same for every seed."""
-    same = {k: v for k, v in config.attention_options.items() if k != "seed"}
-    config = dataclasses.replace(config, seed=0, attention_options=same)
-    return _parameters_of(json.dumps(config.to_dict()), classes)
-
-
-@functools.cache
-def _parameters_of(config: str, classes: int) -> int:
-    run = RunConfig.from_dict(json.loads(config))
-    try:
-        with torch.device("meta"):  # counted without being drawn
-            return parameter_count(build_model(run, classes))
-    except (RuntimeError, NotImplementedError):  # a layer that looks at its values when built
-        return parameter_count(build_model(run, classes))
-
-
-def _with(config: RunConfig, hidden: int) -> RunConfig:
-    options = dataclasses.replace(config.model_options, hidden=hidden)
-    return dataclasses.replace(config, model_options=options)

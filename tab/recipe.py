@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .config import MODELS, SECTIONS, RunConfig, check_keys, check_type, model_class, options
 from .layers import attention_names, attention_options
-from .models import match_width, parameters_of
+from .match import check_match, matched, reference_of
 from .published import published_attentions
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -65,10 +65,10 @@ class Recipe:
             model_options=options(kind, f"model.{model}", shape),
             attention_options=chosen,
         )
-        match = config.model_options.match
-        if match in ("", attention):
+        reference = reference_of(config.model_options.match)
+        if reference in ("", attention):
             return config
-        return match_width(config, parameters_of(self.run(model, match, seed)))
+        return matched(config, self.run(model, reference, seed))
 
     def attentions(self) -> list[str]:
         """All that this recipe is about: those of the published table if it trains their forms."""
@@ -111,7 +111,7 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
         options(kind, section, tables[section])
     for model, table in tables["model"].items():
         options(MODELS[model], f"model.{model}", table)
-        check_keys(f"model.{model}.match", [table["match"]], ["", *attention_names()])
+        check_match(f"model.{model}.match", table["match"])
     return recipe
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .config import MODELS, RunConfig, check_keys, check_type
 from .layers import attention_names, attention_options
-from .models import parameters_of
+from .match import parameters_of
 from .recipe import PAIR_TRAIN, Recipe
 
 _FOLDER = Path(__file__).parent / "spaces"

@@ -3,6 +3,7 @@
 import pytest
 
 from tab.config import RunConfig
+from tab.flops import forward_flops
 from tab.layers import attention_names
 from tab.models import build_model, model_names, parameter_count
 from tab.recipe import load_recipe, parse_override, recipe_names
@@ -136,6 +137,22 @@ def test_widths_are_matched(model):
     assert recipe.run(model, "none", 0).model_options.hidden >= width + (model != "mlp")
 
 
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_widths_are_matched_by_flops(model):
+    recipe = load_recipe("fair_flops")
+    target = forward_flops(build_model(recipe.run(model, "multi_head", 0), 10))
+    off = {}
+    for attention in attention_names():
+        net = build_model(recipe.run(model, attention, 0), 10)
+        off[attention] = abs(forward_flops(net) / target - 1)  # on the CPU; matched on meta
+    assert max(off.values()) < 0.02, off
+
+
 def test_what_to_match_is_an_attention():
+    with pytest.raises(ValueError, match=r"model.cnn.match: .* did you mean 'flops:multi_head'"):
+        load_recipe("fair", {"model.cnn.match": "flops:multihead"})
+    for match in ("flops:", ":", "flop:self"):
+        with pytest.raises(ValueError, match=r"model.cnn.match: unknown"):
+            load_recipe("fair", {"model.cnn.match": match})
     with pytest.raises(ValueError, match=r"model.cnn.match: .* did you mean 'multi_head'"):
         load_recipe("fair", {"model.cnn.match": "multihead"})

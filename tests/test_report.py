@@ -127,6 +127,19 @@ def test_summary_of_seeds_gives_verdicts():
     assert "correction over 2): better: Self-Attention; undecided: Local." in text
 
 
+def test_sizes_are_said():
+    control, other = run("none"), run("self", 0.6)
+    other.summary["parameters"] = 5_090_000
+    assert markdown.sizes(ranking([control, other], "cnn")) == (
+        "Size: parameters within 2% of the control's for every mechanism; "
+        "FLOPs within 2% of the control's for every mechanism."
+    )
+    other.summary["flops"] = 9_100
+    text = markdown.sizes(ranking([control, other], "cnn"))
+    assert "FLOPs differ from the control's by more than 2%: Self-Attention 1.30×." in text
+    assert markdown.sizes(ranking([other], "cnn")) == ""
+
+
 def test_report_says_data_failures_and_pictures():
     runs = [run("none"), run("self", status="failed"), run("local", status="diverged")]
     grid = Grid("fair", ["cnn"], ["none", "self", "local"], 1, "shapes", "cpu")

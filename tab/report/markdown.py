@@ -7,6 +7,8 @@ from ..statistics import LEVEL, MARGIN
 from .published import published_section
 from .tables import Entry, markdown_table, ranking, statistics_table, title
 
+MATCHED = 0.02  # sizes this near to the control's count as the same
+
 
 def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> str:
     """shown: name of a picture in pictures/ -> its caption."""
@@ -24,7 +26,7 @@ def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> s
         *unfinished(runs),
     ]
     for model, entries in ranked.items():
-        parts += [f"## {model.upper()}", markdown_table(entries)]
+        parts += [f"## {model.upper()}", markdown_table(entries), sizes(entries)]
     parts += [explanation(grid.seeds)]
     if grid.seeds > 1:
         parts += ["## Statistics"]
@@ -134,6 +136,26 @@ def explanation(seeds: int) -> str:
     return text
 
 
+def sizes(entries: list[Entry]) -> str:
+    """Which of parameters and FLOPs are the same as the control's, and who is off."""
+    control = next((e for e in entries if e.attention == "none"), None)
+    if control is None:
+        return ""
+    said = []
+    for name, key in (("parameters", "parameters"), ("FLOPs", "flops")):
+        here = [e for e in entries if getattr(e, key) and getattr(control, key)]
+        ratios = {e.attention: getattr(e, key) / getattr(control, key) for e in here}
+        off = {a: x for a, x in ratios.items() if abs(x - 1) > MATCHED}
+        if len(ratios) < 2:
+            continue
+        if not off:
+            said.append(f"{name} within {MATCHED:.0%} of the control's for every mechanism")
+        else:
+            listed = ", ".join(f"{title(a)} {x:.2f}×" for a, x in off.items())
+            said.append(f"{name} differ from the control's by more than {MATCHED:.0%}: {listed}")
+    return f"Size: {'; '.join(said)}." if said else ""
+
+
 def what_it_means(ranked: dict[str, list[Entry]]) -> str:
     """The statistics in words."""
     found = [entry.verdict for entries in ranked.values() for entry in entries if entry.verdict]
@@ -146,12 +168,12 @@ def what_it_means(ranked: dict[str, list[Entry]]) -> str:
     margin, alpha = f"±{100 * MARGIN:g} points", f"{1 - LEVEL:g}"
     return (
         "Points of test accuracy. Seeds pair: with one seed all variants see the same images in "
-        "the same order, and layers of equal shape start from the same weights. Intervals are 95 % "
-        f"by {by}. p: paired t-test over seeds against the control, then Holm's correction over "
-        f"the mechanisms; better and worse mean p (Holm) ≤ {alpha}. McNemar: exact mid-p over "
-        "images, each with the side that answers it rightly in more seeds. Equivalence: two "
-        f"one-sided t-tests of a difference within {margin}, corrected likewise. undecided: "
-        "neither a difference nor equality is shown; more seeds may show it. A mechanism that "
-        "answers each image as rightly as the control, in each seed, is called equivalent without "
-        "a test."
+        "the same order, and start from the same weights where no width was matched. Intervals "
+        f"are 95 % by {by}. p: paired t-test over seeds against the control, then Holm's "
+        f"correction over the mechanisms; better and worse mean p (Holm) ≤ {alpha}. McNemar: "
+        "exact mid-p over images, each with the side that answers it rightly in more seeds. "
+        f"Equivalence: two one-sided t-tests of a difference within {margin}, corrected "
+        "likewise. undecided: neither a difference nor equality is shown; more seeds may show "
+        "it. A mechanism that answers each image as rightly as the control, in each seed, is "
+        "called equivalent without a test."
     )

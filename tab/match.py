@@ -1,0 +1,103 @@
+"""Variants of equal size: the width whose model comes nearest to a budget.
+
+A recipe says model.<model>.match:
+
+    ""                  every variant has the recipe's `hidden`; with one seed all start from the
+                        same weights in backbone, position and head
+    "multi_head"        others get the `hidden` whose model has as many parameters as multi_head's
+    "flops:multi_head"  … whose forward pass takes as many FLOPs
+
+`hidden` is the width of backbone, tokens and attention alike, since the control has nothing else
+to widen. So at a matched width variants with one seed share the order of the data and its
+augmentation, but not the weights they start from: those have other shapes. A width that a layer
+refuses (heads that do not divide it) is passed over; how near each variant came is in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+
+import torch
+
+from .config import RunConfig, check_keys
+from .flops import forward_flops
+from .layers import attention_names
+from .models import build_model, parameter_count
+
+
+def check_match(where: str, match: str) -> None:
+    """A ValueError unless `match` is one of the above."""
+    names = attention_names()
+    check_keys(where, [match], ["", *names, *(f"flops:{name}" for name in names)])
+
+
+def matched(config: RunConfig, reference: RunConfig) -> RunConfig:
+    """`config` at the width at which it is as large as `reference`, by config's own rule."""
+    cost = flops_of if config.model_options.match.startswith("flops:") else parameters_of
+    return match_width(config, cost(reference), cost)
+
+
+def reference_of(match: str) -> str:
+    """The attention whose size the others get; "" for none."""
+    return match.removeprefix("flops:")
+
+
+def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]) -> RunConfig:
+    """The config with the `hidden` whose model's cost comes nearest to `target`.
+
+    Widths that the layer refuses (heads that do not divide it) are passed over.
+    """
+
+    def size(hidden: int) -> int | None:
+        try:
+            return cost(_with(config, hidden))
+        except ValueError:
+            return None
+
+    def valid(hidden: int) -> int:
+        """The next width from `hidden` on that the layer takes."""
+        width = next((h for h in range(hidden, hidden + 257) if size(h) is not None), hidden)
+        cost(_with(config, width))  # raises what is wrong, if none is
+        return width
+
+    low, high = 1, 2
+    while size(valid(high)) < target:
+        low, high = high, 2 * high
+    while high - low > 1:  # size(valid(low)) < target ≤ size(valid(high)), but for low = 1
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(valid(middle)) < target else (low, middle)
+    best = min((valid(low), valid(high)), key=lambda h: abs(size(h) - target))
+    return _with(config, best)
+
+
+def parameters_of(config: RunConfig) -> int:
+    """The number of parameters of this run's model; the same for every seed."""
+    return _measured(_same_for_every_seed(config), parameter_count)
+
+
+def flops_of(config: RunConfig) -> int:
+    """FLOPs of its forward pass on one image; the same for every seed."""
+    return _measured(_same_for_every_seed(config), forward_flops)
+
+
+def _same_for_every_seed(config: RunConfig) -> str:
+    same = {k: v for k, v in config.attention_options.items() if k != "seed"}
+    return json.dumps(dataclasses.replace(config, seed=0, attention_options=same).to_dict())
+
+
+@functools.cache
+def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int = 10) -> int:
+    run = RunConfig.from_dict(json.loads(config))
+    try:
+        with torch.device("meta"):  # measured without being drawn
+            return measure(build_model(run, classes))
+    except (RuntimeError, NotImplementedError):  # a layer that looks at its values
+        return measure(build_model(run, classes))
+
+
+def _with(config: RunConfig, hidden: int) -> RunConfig:
+    options = dataclasses.replace(config.model_options, hidden=hidden)
+    return dataclasses.replace(config, model_options=options)
