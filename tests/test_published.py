@@ -12,7 +12,8 @@ from tab import checkpoint
 from tab.compare import Plan, compare
 from tab.data import load_dataset
 from tab.layers import attention_names, attention_options, build_attention, get_attention
-from tab.models import build_model, parameters_of
+from tab.match import parameters_of
+from tab.models import build_model
 from tab.published import figures, published_attentions
 from tab.recipe import load_recipe
 from tab.report.published import published_section
