@@ -80,7 +80,8 @@ if [ -n "$sanitizer${DRY:-}" ]; then
     # Without the caching allocator each tensor has bounds of its own.
     step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" \
         --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider \
-        tests/test_triton.py -k "gpu_small and float32"
+        tests/test_triton.py tests/test_cuda_small.py \
+        -k 33-64-dtype0
 else
     summary+="no compute-sanitizer here"$'\n'
 fi

@@ -319,9 +319,10 @@ def test_op_guards_its_memory(generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ("triton", "cuda"))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n", (1, 63, 65, 300))
-def test_gpu(backend, causal, n, generator):
+def test_gpu(causal, n, generator):
     x = [t.cuda() for t in inputs(generator, n=n, state=True)]
-    check(backend, x, floor=1e-5, causal=causal)
+    check("triton", x, floor=1e-5, causal=causal)
+    if n <= 64 and not causal:  # what CUDA C++ takes
+        check("cuda", x, floor=1e-5)
