@@ -10,11 +10,15 @@ import torch
 
 from .. import checkpoint
 from ..data import Dataset
+from ..identity import identity
+from ..recipe import load_recipe
 from ..results import Grid, Run, made_with, read_runs
 from ..robustness import NOISE, noise_curve
 from ..splits import splits
 from ..train import load_trained
 from . import markdown, pictures
+from .identity import identity_section
+from .published import published_section
 from .tables import ranking
 from .weights import attention_picture, attention_weights, filters_picture
 
@@ -46,9 +50,18 @@ def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = Non
         shown["noise"] = "Test accuracy against Gaussian noise on the input"
         for model in dict.fromkeys(run.model for run in done):
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
+    sections = _sections(out, runs, grid, dataset)
     path = out / "report.md"
-    checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown).encode())
+    checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown, sections).encode())
     return path
+
+
+def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[str]:
+    recipe = load_recipe((out / "config.toml").resolve())
+    sections = [identity_section(identity(recipe, grid.models, grid.attentions), runs)]
+    if grid.recipe == "published":
+        sections.insert(0, published_section(runs, dataset.note))
+    return sections
 
 
 def noise_of(run: Run, dataset: Dataset, device: str) -> tuple[list[float], list[float]]:

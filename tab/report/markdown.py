@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..results import Grid, Run
 from ..statistics import LEVEL, MARGIN
-from .published import published_section
 from .tables import Entry, markdown_table, ranking, statistics_table, title
 
 MATCHED = 0.02  # sizes this near to the control's count as the same
 
 
-def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> str:
-    """shown: name of a picture in pictures/ -> its caption."""
+def report(
+    runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str], sections: Sequence[str] = ()
+) -> str:
+    """shown: name of a picture in pictures/ -> its caption. sections: more, after the tables."""
     ranked = {model: ranking(runs, model) for model in grid.models}
     epochs = max((len(run.rows) for run in runs), default=0)
     seeds = f"{grid.seeds} seed{'s' * (grid.seeds > 1)}"
@@ -36,8 +39,7 @@ def report(runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str]) -> s
             if any(entry.verdict for entry in entries)
         ]
         parts += [what_it_means(ranked)]
-    if grid.recipe == "published":
-        parts += [published_section(runs, facts["dataset"]["note"])]
+    parts += sections
     parts += ["## Pictures" if shown else ""]
     parts += [
         f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()

@@ -11,8 +11,7 @@ def published_section(runs: list[Run], note: str) -> str:
     """All published figures, ours beside them, and how many of ours lie near; "" without any."""
     lines, near, compared, epochs = [], 0, 0, set()
     for (model, attention), figure in figures().items():
-        mine = [r for r in runs if (r.model, r.attention) == (model, attention)]
-        mine = [r for r in mine if r.status == "done"]  # and so has a test accuracy
+        mine = [r for r in runs if (r.model, r.attention) == (model, attention) and r.scored]
         epochs |= {len(run.rows) for run in mine}
         test, train = (
             Mean.of([run.summary[f"final_{part}_accuracy"] for run in mine])

@@ -1,0 +1,34 @@
+"""`tab check`: what a recipe's sizes make of its variants, before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import Overrides, RecipeName, names_of, read_recipe
+from .terminal import console, wide
+
+
+def check(
+    recipe: RecipeName = None,
+    models: Annotated[str | None, typer.Option(help="mlp,cnn (default), resnet9, all.")] = None,
+    attentions: Annotated[str | None, typer.Option(help="all (the default) or a,b,c.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Which variants are the same function at a recipe's sizes, and which weights do nothing."""
+    from .config import check_keys
+    from .identity import identity
+    from .layers import attention_names
+    from .models import STUDY, model_names
+    from .report.identity import identity_table, sentences
+
+    found = read_recipe(recipe or "fair", None, overrides)
+    chosen = names_of(models or STUDY, model_names())
+    names = names_of(attentions or "all", found.attentions())
+    check_keys("--models", chosen, model_names())
+    check_keys("--attentions", names, attention_names())
+    result = identity(found, chosen, names)
+    wide().print(identity_table(result, f"Identity check of {found.name}"))
+    for sentence in sentences(result):
+        console.print(sentence, markup=False, highlight=False)
