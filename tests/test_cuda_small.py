@@ -103,8 +103,9 @@ def test_local(n, left, right, grid, causal, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize(("n", "block"), [(63, 8), (64, 32), (50, 64), (33, 5)])
+@pytest.mark.parametrize(
+    ("n", "block", "causal"), [(63, 8, False), (64, 32, True), (50, 64, False), (33, 5, True)]
+)
 def test_sparse(n, block, causal, dtype, generator):
     """Each head its own blocks, some rows of blocks empty."""
     blocks = -(-n // block)
@@ -135,8 +136,11 @@ LINEAR_BACKWARD = struct(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("n, d, dv", [(1, 3, 2), (5, 16, 24), (63, 33, 65), (64, 128, 128)])
-@pytest.mark.parametrize("feature_map, state", [(0, True), (1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("n", "d", "dv", "feature_map", "state"),
+    [(1, 3, 2, 0, True), (5, 16, 24, 1, False), (63, 33, 65, 2, True), (63, 65, 33, 0, False),
+     (64, 128, 128, 0, True)],
+)  # fmt: skip
 def test_linear(n, d, dv, feature_map, state, dtype, generator):
     b, h, eps = 2, 2, 0.5
     q, k, v = inputs(generator, b, h, n, d, dv, dtype)
