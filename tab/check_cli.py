@@ -18,17 +18,25 @@ def check(
 ) -> None:
     """Which variants are the same function at a recipe's sizes, and which weights do nothing."""
     from .config import check_keys
-    from .identity import identity
     from .layers import attention_names
     from .models import STUDY, model_names
-    from .report.identity import identity_table, sentences
+    from .report.identity import identity_table
 
     found = read_recipe(recipe or "fair", None, overrides)
     chosen = names_of(models or STUDY, model_names())
     names = names_of(attentions or "all", found.attentions())
     check_keys("--models", chosen, model_names())
     check_keys("--attentions", names, attention_names())
-    result = identity(found, chosen, names)
+    result = say(found, chosen, names)
     wide().print(identity_table(result, f"Identity check of {found.name}"))
-    for sentence in sentences(result):
+
+
+def say(recipe, models: list[str], attentions: list[str]):
+    """Prints what the check finds, in sentences, and returns it."""
+    from .identity import identity
+    from .report.identity import sentences
+
+    found = identity(recipe, models, attentions)
+    for sentence in sentences(found):
         console.print(sentence, markup=False, highlight=False)
+    return found

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from . import __version__
 from .bench.cli import app as bench
-from .check_cli import check
+from .check_cli import check, say
 from .options import (
     Compile,
     Cpus,
@@ -107,7 +107,7 @@ def compare(
         dataset = load_data(plan.grid.data)
         out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         plan.save(out, dataset)
-        _say_identity(plan)
+        say(plan.recipe, plan.grid.models, plan.grid.attentions)
     console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
     with or_resume(f"tab compare --resume {shlex.quote(str(out))}"):
         with _watcher() as watcher:
@@ -265,14 +265,6 @@ def _resumed(resume: Path, given: dict, recipe, epochs, overrides, ray):
             "new comparison"
         )
     return plan
-
-
-def _say_identity(plan) -> None:
-    from .identity import identity
-    from .report.identity import sentences
-
-    for sentence in sentences(identity(plan.recipe, plan.grid.models, plan.grid.attentions)):
-        console.print(sentence, markup=False, highlight=False)
 
 
 def _listed(grid) -> dict[str, str]:

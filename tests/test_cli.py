@@ -204,3 +204,21 @@ def test_control_c_exits_with_130_and_the_command_to_go_on(tmp_path):
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert f"tab compare --resume {out}" in text and "Traceback" not in text
+
+
+def test_check_prints_what_is_the_same():
+    given = ("--models", "mlp", "--attentions", "none,multi_head,local", "--set")
+    text = flat(tab("check", "--recipe", "published", *given, "model.mlp.hidden=16").stdout)
+    assert "MLP: Multi-Head and Local are the same function on the same weights" in text
+    assert "no gradient reaches Q, K of Multi-Head and Local" in text
+    assert "Identity check of published" in text
+
+
+def test_compare_says_it_before_it_trains(tmp_path):
+    words = ("--recipe", "published", "--models", "mlp", "--attentions", "multi_head,local")
+    small = ("--set", "model.mlp.hidden=16", "--set", "train.batch_size=20", "--epochs", "1")
+    words += (*small, "--data", "shapes:40/20", "--device", "cpu", "--out", tmp_path / "out")
+    text = flat(tab("compare", *words).stdout)
+    assert text.index("are the same function") < text.index("epoch 1/1")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Identity check" in report and "2 names of one function scored" in report

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tab.layers import attention_names
+from tab.match import parameters_of
 from tab.models import build_model, model_names, parameter_count
 from tab.recipe import load_recipe
 
@@ -101,6 +102,34 @@ def test_stems_and_tokens_of_the_cnn(stem, tokens, generator):
     net = model_of("cnn", model__cnn__stem=stem, model__cnn__tokens=tokens)
     assert net.tokens(images(generator)).shape == (4, 64 if tokens == "grid" else 4, 16)
     assert net.filters().shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize("cells", [4, 8])
+def test_resnet9_attends_on_its_last_feature_map(cells, generator):
+    net, x = model_of("resnet9", model__resnet9__cells=cells), images(generator)
+    tokens = net.tokens(x)
+    assert tokens.shape == (4, cells**2, 16) and net.attention.grid == (cells, cells)
+    assert torch.equal(net.head(tokens), net.head.layers(tokens.amax(1)))  # max over the cells
+    assert net.filters().shape == (4, 3, 3, 3)
+    with pytest.raises(ValueError, match="cells = 5: give 4, 8"):
+        model_of("resnet9", model__resnet9__cells=5)
+
+
+def test_resnet9_has_the_usual_size():
+    """Eight convolutions without bias, their batch norms, and 512 → 10."""
+    convolutions = [(3, 64), (64, 128), (128, 128), (128, 128)]
+    convolutions += [(128, 256), (256, 512), (512, 512), (512, 512)]
+    size = sum(9 * a * b + 2 * b for a, b in convolutions) + 512 * 10 + 10
+    config = load_recipe("fair", {"model.resnet9.match": ""}).run("resnet9", "none", 0)
+    assert parameters_of(config) - 16 * 512 == size == 6_573_130  # less the learned positions
+
+
+def test_residual_blocks_of_resnet9_add(generator):
+    backbone = model_of("resnet9", "none", model__resnet9__position="none").backbone.eval()
+    block, x = backbone.convolutions[-1], torch.randn(2, 16, 4, 4, generator=generator)
+    assert torch.equal(block(x), x + block.branch(x))
+    torch.nn.init.zeros_(block.branch[-2].weight)  # of the last batch norm
+    assert torch.equal(block(x), x)
 
 
 def test_filters_of_the_mlp_look_at_the_image_as_it_is(generator):
