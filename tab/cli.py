@@ -189,6 +189,40 @@ def report(
 
 
 @app.command()
+def robustness(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, or of a comparison.")],
+    data: Data = None,
+    images: Annotated[int, typer.Option(min=1, help="Of the test set, for the attacks.")] = 1000,
+    cifar10c: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The official .npy files of CIFAR-10-C.")
+    ] = None,
+    cifar101: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The official .npy files of CIFAR-10.1.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Noise, corruptions, attacks and calibration of trained models; kept beside each run."""
+    from .results import trained_runs
+    from .robustness import Options, measure
+
+    runs, spec = trained_runs(run)
+    if data is None and spec.startswith("folder:"):
+        raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")
+    dataset = load_data(data or spec)
+    options = Options(images, cifar10c, cifar101)
+    for path in runs:
+        with bar("robustness") as show, or_resume(_again("robustness", run)):
+            found = measure(path, dataset, options, device=device_of(device), progress=show)
+        rows = [
+            (name, ", ".join(f"{k} {_short(x)}" for k, x in section.items() if k != "settings"))
+            for name, section in found.items()
+        ]
+        pairs(path.name, rows)
+    if (run / "config.toml").is_file():
+        console.print(f"For the table: tab report {shlex.quote(str(run))}", highlight=False)
+
+
+@app.command()
 def doctor(
     kernels: Annotated[bool, typer.Option("--kernels", help="Also a table of kernels.")] = False,
 ) -> None:
@@ -218,6 +252,17 @@ def doctor(
 
 
 # --- shared ---------------------------------------------------------------------------------------
+
+
+def _short(value) -> str:
+    """Numbers to four digits, in lists too."""
+    if isinstance(value, list):
+        return " ".join(map(_short, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _again(command: str, run: Path) -> str:
+    return f"tab {command} {shlex.quote(str(run))} (with the same options)"
 
 
 def _grid(given: dict, name: str, ray: str | None, recipe):

@@ -150,6 +150,21 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
     )
 
 
+def trained_runs(folder: Path) -> tuple[list[Path], str]:
+    """The finished runs of a comparison, or the one run that `folder` is; and the name of the data.
+
+    A ValueError if there is none, or the data of a run must be named.
+    """
+    if (folder / "run.json").is_file():
+        name = json.loads((folder / "run.json").read_text())["data"]["name"]
+        return [folder], name
+    grid = Grid.load(folder)
+    runs = [run.path for run in read_runs(folder, grid) if run.status == "done"]
+    if not runs:
+        raise ValueError(f"{folder} has no finished run: resume it with tab compare --resume")
+    return runs, grid.data
+
+
 def made_with(out: Path, dataset: Dataset) -> dict:
     """The facts in environment.json; a ValueError if `out` was made with other data."""
     facts = json.loads((out / "environment.json").read_text())

@@ -148,6 +148,27 @@ def test_train_and_its_resume(tmp_path):
     assert again.exit_code == 0 and "epoch 1/1" not in again.output
 
 
+def test_robustness_of_a_comparison_is_in_its_report(compared):
+    out, _ = compared
+    result = tab("robustness", out, "--images", 10, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "mlp-multi_head-s0" in result.output and "PGD" not in result.output
+    assert "pgd" in result.output and f"tab report {out}" in flat(result.output).replace("- ", "-")
+    assert tab("report", out).exit_code == 0
+    text = (out / "report.md").read_text()
+    assert "## Robustness" in text and "PGD-20" in text and "severity.png" in text
+    assert tab("robustness", out / "runs" / "mlp-none-s0", "--images", 10).exit_code == 0
+
+
+def test_robustness_says_what_it_needs(compared, tmp_path):
+    out, _ = compared
+    result = tab("robustness", out, "--cifar10c", tmp_path)
+    assert result.exit_code == 2 and "CIFAR-10's classes" in flat(result.output)
+    (tmp_path / "run.json").write_text('{"data": {"name": "folder:mine"}}')
+    result = tab("robustness", tmp_path)
+    assert result.exit_code == 2 and "give that folder or archive as --data" in flat(result.output)
+
+
 def test_data_describes():
     result = tab("data", "shapes:20/10")
     assert result.exit_code == 0

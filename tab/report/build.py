@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from ..data import Dataset
 from ..identity import identity
 from ..recipe import load_recipe
 from ..results import Grid, Run, made_with, read_runs
-from ..robustness import NOISE, noise_curve
+from ..robustness import measure
 from ..splits import splits
 from ..train import load_trained
 from . import markdown, pictures
 from .identity import identity_section
 from .published import published_section
+from .robustness import robustness_section, severity_picture
 from .tables import ranking
 from .weights import attention_picture, attention_weights, filters_picture
 
@@ -28,7 +28,8 @@ Progress = Callable[[int, int, str], None]  # (done, total, what)
 def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = None) -> Path:
     """Draws everything anew from `out`; nothing is trained. -> the path of report.md
 
-    The accuracy under noise is measured once for each run and kept beside it (noise.json).
+    The accuracy under noise is measured once for each run and kept beside it (robustness.json);
+    what `tab robustness` measured beside it is shown too.
     """
     facts = made_with(out, dataset)
     grid = Grid.load(out)
@@ -41,13 +42,18 @@ def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = Non
     for i, run in enumerate(done):
         if progress:
             progress(i, len(done), f"noise: {run.id}")
-        noise[run.id] = noise_of(run, dataset, grid.device)
+        # It may have been trained on another machine.
+        device = grid.device if torch.cuda.is_available() else "cpu"
+        found = measure(run.path, dataset, None, device=device)["noise"]
+        noise[run.id] = found["settings"]["sigma"], found["accuracy"]
     if done:
         if progress:
             progress(len(done), len(done), "pictures")
         heading = f"accuracy against input noise ({len(dataset.test):,} test images)"
         pictures.noise(folder / "noise.png", done, noise, heading)
         shown["noise"] = "Test accuracy against Gaussian noise on the input"
+        if caption := severity_picture(folder / "severity.png", done):
+            shown["severity"] = caption
         for model in dict.fromkeys(run.model for run in done):
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     sections = _sections(out, runs, grid, dataset)
@@ -61,21 +67,7 @@ def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[
     sections = [identity_section(identity(recipe, grid.models, grid.attentions), runs)]
     if grid.recipe == "published":
         sections.insert(0, published_section(runs, dataset.note))
-    return sections
-
-
-def noise_of(run: Run, dataset: Dataset, device: str) -> tuple[list[float], list[float]]:
-    """(σ, accuracy) of a finished run, from its noise.json or measured and written there."""
-    path = run.path / "noise.json"
-    if not path.is_file():
-        if not torch.cuda.is_available():  # it was trained on another machine
-            device = "cpu"
-        model, config = load_trained(run.path, device)
-        test = splits(config, dataset, torch.device(device))[2]
-        found = {"sigma": NOISE, "accuracy": noise_curve(model, test), "images": test.samples}
-        checkpoint.write_bytes(path, json.dumps(found).encode())
-    found = json.loads(path.read_text())
-    return found["sigma"], found["accuracy"]
+    return [*sections, robustness_section(runs)]
 
 
 def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:

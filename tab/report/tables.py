@@ -226,7 +226,7 @@ def ends(low: float | None, high: float | None, sign: str = "") -> str:
 
 
 def terminal_table(entries: list[Entry], caption: str) -> Table:
-    header, lines = cells(entries, leave_out=("FLOPs/image", "Peak memory"))
+    header, lines = cells(entries, leave_out=("Images/s", "FLOPs/image", "Peak memory"))
     table = Table(title=caption, title_justify="left", title_style="bold")
     for name in header:
         table.add_column(name, justify="left" if name in WORDS else "right")

@@ -1,0 +1,148 @@
+"""What robustness.json of the runs holds, as a table, in words and as curves over severity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..attacks import EPSILON, STEPS
+from ..corruptions import OFFICIAL, OWN, SEVERITIES
+from ..results import Run
+from ..robustness import read
+from .pictures import curves
+from .tables import Mean, markdown_lines, title
+
+SETS = {"cifar10c": ("CIFAR-10-C", OFFICIAL), "own": ("corruptions (not CIFAR-10-C)", tuple(OWN))}
+Found = dict[str, dict]  # robustness.json of one run
+Value = Callable[[Found, Found | None], float | None]  # of a run and the control of its seed
+
+
+def robustness_section(runs: list[Run]) -> str:
+    """A table for each model; "" where nothing but noise was measured."""
+    done = {run.id: (run, read(run.path)) for run in runs if run.status == "done"}
+    parts, everything = [], []
+    for model in dict.fromkeys(run.model for run, _ in done.values()):
+        mine = [(run, found) for run, found in done.values() if run.model == model]
+        everything += [found for _, found in mine]
+        if table := _table(mine):
+            parts += [f"**{model.upper()}**", table]
+    if not parts:
+        return ""
+    return "\n\n".join(["## Robustness", *parts, _words(everything), *_suspicious(done)])
+
+
+def _table(mine: list[tuple[Run, Found]]) -> str:
+    control = {run.seed: found for run, found in mine if run.attention == "none"}
+    columns: dict[str, Value] = {
+        "ECE": _at("calibration", "ece"),
+        "FGSM": _at("attacks", "fgsm"),
+        f"PGD-{STEPS}": _at("attacks", "pgd"),
+        "random ±ε": _at("attacks", "random"),
+        "CIFAR-10.1": _at("cifar10.1", "accuracy"),
+    }
+    for key, (name, kinds) in SETS.items():
+        columns[name[0].upper() + name[1:]] = _corrupted(key, kinds)
+        columns["mCE" if key == "cifar10c" else "error / control's"] = _relative(key, kinds)
+    lines = []
+    for attention in dict.fromkeys(run.attention for run, _ in mine):
+        pairs = [(f, control.get(r.seed)) for r, f in mine if r.attention == attention]
+        line = [title(attention)]
+        for value in columns.values():
+            numbers = [x for pair in pairs if (x := value(*pair)) is not None]
+            line.append(mean.show(".1f", 100) if (mean := Mean.of(numbers)) else "–")
+        lines.append(line)
+    header = ["Attention", *columns]
+    shown = [i for i in range(len(header)) if any(line[i] != "–" for line in lines)]
+    if shown == [0]:
+        return ""
+    return markdown_lines([header[i] for i in shown], [[x[i] for i in shown] for x in lines])
+
+
+def _at(section: str, key: str) -> Value:
+    return lambda found, _: found.get(section, {}).get(key)
+
+
+def _corrupted(key: str, kinds: tuple[str, ...]) -> Value:
+    return lambda found, _: corrupted(found, key, kinds)
+
+
+def _relative(key: str, kinds: tuple[str, ...]) -> Value:
+    return lambda found, control: corruption_error(found, control or {}, key, kinds)
+
+
+def _errors(found: Found, key: str, kinds: tuple[str, ...]) -> list[list[float]] | None:
+    """Of each kind, at each severity; None unless all were measured."""
+    sections = [found.get(f"{key}/{kind}") for kind in kinds]
+    if not all(sections):
+        return None
+    return [[1 - accuracy for accuracy in section["accuracy"]] for section in sections]
+
+
+def corrupted(found: Found, key: str, kinds: tuple[str, ...]) -> float | None:
+    """Mean accuracy over kinds and severities."""
+    errors = _errors(found, key, kinds)
+    return errors and 1 - sum(map(sum, errors)) / (len(kinds) * SEVERITIES)
+
+
+def corruption_error(
+    found: Found, control: Found, key: str, kinds: tuple[str, ...]
+) -> float | None:
+    """mCE: the mean over kinds of Σ_s error / Σ_s error of the control (Hendrycks & Dietterich
+    2019, section 4.2, with our control in the place of AlexNet)."""
+    errors, base = _errors(found, key, kinds), _errors(control, key, kinds)
+    if not errors or not base or not all(map(sum, base)):
+        return None
+    return sum(sum(e) / sum(b) for e, b in zip(errors, base, strict=True)) / len(kinds)
+
+
+def _words(everything: list[Found]) -> str:
+    text = "In per cent, means over seeds ± half a 95 % t-interval. ECE: expected calibration error"
+    text += " on the clean test set, 15 bins."
+    if counts := {f["attacks"]["images"] for f in everything if "attacks" in f}:
+        images = " or ".join(f"{n:,}" for n in sorted(counts))
+        text += (
+            f" FGSM, PGD-{STEPS}: accuracy on {images} test images under L∞ attacks of "
+            f"ε = {255 * EPSILON:.0f}/255 in pixel space, in eval mode, all weights known to the "
+            "attacker; random: a coin for each pixel in place of an attack."
+        )
+    for key, (name, kinds) in SETS.items():
+        if any(_errors(found, key, kinds) for found in everything):
+            text += f" {name[0].upper()}{name[1:]}: mean accuracy over {len(kinds)} kinds "
+            text += f"({', '.join(kinds)}) at {SEVERITIES} severities; then the error over the "
+            text += "control's, mean over kinds (mCE against our control, not AlexNet)."
+    return text
+
+
+def _suspicious(done: dict[str, tuple[Run, Found]]) -> list[str]:
+    seen = {name: f["attacks"]["suspicions"] for name, (_, f) in done.items() if "attacks" in f}
+    if not seen:
+        return []
+    lines = [f"- `{name}`: {'; '.join(words)}" for name, words in seen.items() if words]
+    if not lines:
+        return [
+            "No sign of masked gradients: PGD does at least what FGSM does, both more than chance, "
+            "an attack without a bound leaves nothing right, gradients do not vanish."
+        ]
+    head = "**Signs of masked gradients: these attack accuracies are no measure of robustness.**"
+    return [head + "\n\n" + "\n".join(lines)]
+
+
+def severity_picture(path: Path, runs: list[Run]) -> str:
+    """Mean accuracy over kinds against severity -> its caption, "" if nothing was measured."""
+    found = {run.id: read(run.path) for run in runs}
+    for key, (name, kinds) in SETS.items():
+        errors = {i: e for i, f in found.items() if (e := _errors(f, key, kinds))}
+        if not errors:
+            continue
+        levels = list(range(1, SEVERITIES + 1))
+
+        def points(run: Run, errors=errors, kinds=kinds, levels=levels):
+            if run.id not in errors:
+                return [], []
+            means = [sum(e[s - 1] for e in errors[run.id]) / len(kinds) for s in levels]
+            return levels, [100 * (1 - error) for error in means]
+
+        mine = [run for run in runs if run.id in errors]
+        curves(path, mine, points, heading=name, xlabel="severity", ylabel="test accuracy (%)")
+        return f"Test accuracy under {name}, mean over {len(kinds)} kinds"
+    return ""
