@@ -77,8 +77,7 @@ struct MlaForward {
     write_peak(s, tops, bh);
     float inverse[Part<T, true>::ROWS];
     softmax(s, lse + static_cast<int64_t>(bh) * n, n, inverse);
-    keep(s, q);  // a warp reads and writes its own rows only
-    __syncwarp();
+    keep(s, q);  // a warp overwrites its own rows only; expand has a barrier
     for (int d = 0; d < in.dv; d += SIDE) {
       in.expand(k, x, y, bh, in.uv, in.dv, d, false);
       __syncthreads();
