@@ -26,6 +26,7 @@ from .options import (
     Overrides,
     RayAddress,
     RecipeName,
+    TensorBoard,
     Threads,
     device_of,
     executor_for,
@@ -82,11 +83,16 @@ def compare(
     ray: RayAddress = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train every model with every attention and compare them: tables, pictures, a report."""
     from .compare import Plan
     from .compare import compare as run_grid
 
+    if tensorboard:  # is it there? before anything is written
+        from .board import Board, summary_writer
+
+        summary_writer()
     overrides = with_compile(overrides, compiled)
     given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
     given = {key: value for key, value in {**given, "device": device}.items() if value is not None}
@@ -109,8 +115,12 @@ def compare(
         plan.save(out, dataset)
         say(plan.recipe, plan.grid.models, plan.grid.attentions)
     console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
-    with or_resume(f"tab compare --resume {shlex.quote(str(out))}"):
+    again = f"tab compare --resume {shlex.quote(str(out))}{' --tensorboard' * tensorboard}"
+    with or_resume(again):
         with _watcher() as watcher:
+            if tensorboard:
+                watcher = Board(out / "tensorboard", watcher)
+                console.print(_see(out), highlight=False, soft_wrap=True)
             runs = run_grid(plan, dataset, out, watcher=watcher, executor=executor)
         path = _report(out, dataset)
     _tables(runs, plan.grid.models, dataset.note)
@@ -133,11 +143,16 @@ def train(
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     device: Device = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train one model with one attention."""
     from .progress import accuracies
     from .train import train as run_one
 
+    if tensorboard:
+        from .board import Board, summary_writer
+
+        summary_writer()
     if resume and not out:
         raise ValueError("--resume needs --out DIR, the directory of the run to continue")
     overrides = with_compile(overrides, compiled)
@@ -146,13 +161,20 @@ def train(
     out = out or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.id}"
     console.print(f"{out}: {config.id} on {dataset.note}", highlight=False)
 
+    board = None
+    if tensorboard:
+        board = Board(out / "tensorboard")
+        console.print(_see(out), highlight=False, soft_wrap=True)
+
     def show(row: dict) -> None:
+        if board:
+            board.epoch(config, row)
         text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
         console.print(f"{text}{accuracies(row)}  {row['seconds']:.1f} s", highlight=False)
 
     options = {"seed": seed, "recipe": recipe, "data": data, "epochs": epochs, "out": out}
     again = command_line("train", model, attention, overrides=overrides, device=device, **options)
-    with or_resume(f"{again} --resume"):
+    with or_resume(f"{again}{' --tensorboard' * tensorboard} --resume"):
         outcome = run_one(
             config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
         )
@@ -252,6 +274,10 @@ def doctor(
 
 
 # --- shared ---------------------------------------------------------------------------------------
+
+
+def _see(out: Path) -> str:
+    return f"To watch: tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}"
 
 
 def _short(value) -> str:

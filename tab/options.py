@@ -31,6 +31,10 @@ Device = Annotated[
     typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
 ]
 
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Also log each epoch for TensorBoard.")
+]
+
 Jobs = Annotated[
     int,
     typer.Option(
