@@ -21,7 +21,7 @@ class Figure(NamedTuple):
 
 @functools.cache
 def figures() -> dict[tuple[str, str], Figure]:
-    """(model, attention) -> its figure, in the study's order."""
+    """(model, attention) -> its figure; the mechanisms in the study's order."""
     with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     return {

@@ -96,6 +96,21 @@ def test_graphed_is_eager(model, attention):
     assert_same(given, two_epochs(steps_of(config), images()))
 
 
+def test_a_graph_of_train_mode_is_not_replayed_in_eval_mode():
+    """train_mode = "first_epoch" goes on learning in eval mode: batch norm then stands still."""
+    config, sums = config_of("cnn", "none"), []
+    for steps in (rehearsed(steps_of(config))[0], steps_of(config)):
+        passes = [steps.learn(images().epoch(e), training=e == 0) for e in (0, 1)]
+        mean = steps.model.backbone.convolutions[1].running_mean
+        before = mean.clone()
+        passes.append(steps.learn(images().epoch(2), training=False))
+        assert torch.equal(before, mean)
+        sums.append((passes, [*steps.model.parameters(), *steps.model.buffers()]))
+    (graphed, given), (eager, wanted) = sums
+    assert graphed == eager
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
 def test_graphed_draws_what_eager_draws(monkeypatch):
     def noisy(self, x, key_mask=None):
         return x + 0.1 * torch.randn_like(x) if self.training else x

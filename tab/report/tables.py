@@ -157,7 +157,7 @@ def p_value(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-WORDS = ("Attention", "Verdict", "Note")  # columns of text, set left
+WORDS = ("Model", "Attention", "Verdict", "Note", "No gradient")  # columns of text, set left
 COLUMNS: dict[str, Callable[[Entry], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),
