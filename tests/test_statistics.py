@@ -57,6 +57,7 @@ def test_mcnemar_against_the_textbook():
     exact = stats.binomtest(5, 17, 0.5).pvalue
     assert mcnemar_p(right, control) == pytest.approx(exact - stats.binom.pmf(5, 17, 0.5))
     assert mcnemar_p(right, right) == 1.0
+    assert mcnemar_p(right[:, :12], control[:, :12]) == pytest.approx(2**-12)  # 12 to none
     # The same answers five times are no more images: pooling by image does not count them again.
     five = [np.repeat(table, 5, 0) for table in (right, control)]
     assert mcnemar_p(*five) == mcnemar_p(right, control)
