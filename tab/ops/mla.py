@@ -25,8 +25,9 @@ from .mla_forms import absorb, expand, hidden, probabilities
 FORMS = ("auto", "fused", "expand", "absorb")
 # "auto" takes a compiled fused kernel up to this N, else expand and SDPA. CPU, float32, one AVX-512
 # thread, forward and backward, against expand: 3.7 times at N 64 (Dn 32, R 64), 3.9 at N 4096;
-# 1.6 at N 8192 and 0.8 at N 16384 where Dn + Dr = Dv (64), which SDPA has a flash kernel for; 1.3
-# to 2.3 with R 512 and Dn 128, N 64 to 2048. On a GPU the bound is not measured yet.
+# 1.6 at N 8192 and 0.8 at N 16384 where Dn + Dr = Dv (64); 1.3 to 2.3 with R 512 and Dn 128 at
+# N 64 to 2048. Where Dn + Dr is not Dv, SDPA on a CPU has no flash kernel and writes N×N scores: 3.5 times
+# at N 8192, and fused there at every N. On a GPU the bound is not measured yet.
 FUSED_TOKENS = {"cpu": 8192, "cuda": 256}
 
 # --- fused reference ------------------------------------------------------------------------------
@@ -160,8 +161,8 @@ def mla_attention(
         scale: 1/√(Dn + Dr) when None.
         form: "fused" (K_h and V_h never written; the only form with kernels of its own), "expand"
             (K_h and V_h written, then SDPA), "absorb" (attention among the latents), or "auto":
-            fused where a compiled kernel is there and N ≤ 8192 (on a GPU 256), or where a backend
-            is asked for by name; else expand.
+            fused where a compiled kernel is there and N ≤ 8192 (on a GPU 256) or, on a CPU, where
+            Dn + Dr is not Dv, or where a backend is asked for by name; else expand.
         return_lse: also return log Σ_j exp(S_ij), (B, H, N), float32 (float64 for float64 input).
         return_max_logits: also return each head's largest score, (B, H), the same dtype, without
             gradient; masked tokens do not count, neither as keys nor as queries.
@@ -177,7 +178,8 @@ def mla_attention(
     operands = autocast(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)
     check("mla_attention", *operands)
     check_key_mask("mla_attention", key_mask, q_nope)
-    form, backend = _choose_form(form, backend, operands[0])
+    flash = q_nope.shape[-1] + q_rope.shape[-1] == w_uv.shape[1]
+    form, backend = _choose_form(form, backend, operands[0], flash)
     if scale is None:
         scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
     if form == "fused":
@@ -199,7 +201,8 @@ def _compiled(device: str) -> bool:
     )
 
 
-def _choose_form(form: str, backend: str, q: Tensor) -> tuple[str, str]:
+def _choose_form(form: str, backend: str, q: Tensor, flash: bool) -> tuple[str, str]:
+    """flash: whether SDPA on a CPU can do `expand` without writing all scores."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
     if form in ("expand", "absorb"):
@@ -212,8 +215,8 @@ def _choose_form(form: str, backend: str, q: Tensor) -> tuple[str, str]:
     backend = choose(backend, mla_fwd, q)
     if form == "auto" and backend == "auto":
         device = q.device.type
-        short = q.shape[2] <= FUSED_TOKENS.get(device, 0)
-        form = "fused" if short and _compiled(device) else "expand"
+        better = q.shape[2] <= FUSED_TOKENS.get(device, 0) or (device == "cpu" and not flash)
+        form = "fused" if better and _compiled(device) else "expand"
     return ("fused" if form == "auto" else form), backend
 
 
