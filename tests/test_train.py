@@ -21,6 +21,7 @@ from tab.train import ROW, load_trained, train
 SMALL = {
     **{"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16},
     **{"model.mlp.match": "", "model.cnn.match": "", "model.cnn.channels": 4},
+    **{"model.resnet9.match": "", "model.resnet9.hidden": 16, "model.resnet9.channels": 4},
     **{"train.batch_size": 32, "train.epochs": 3},
     **{"data.validation": 40, "evaluate.batch_size": 50},
 }
@@ -62,7 +63,7 @@ def numbers(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9"])
 @pytest.mark.parametrize("recipe", ["document", "fair"])
 def test_it_learns_and_leaves_what_it_promises(model, recipe, dataset, tmp_path):
     # Not moved: the class is where the bright rows are.
