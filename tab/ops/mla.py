@@ -26,8 +26,8 @@ FORMS = ("auto", "fused", "expand", "absorb")
 # "auto" takes a compiled fused kernel up to this N, else expand and SDPA. CPU, float32, one AVX-512
 # thread, forward and backward, against expand: 3.7 times at N 64 (Dn 32, R 64), 3.9 at N 4096;
 # 1.6 at N 8192 and 0.8 at N 16384 where Dn + Dr = Dv (64); 1.3 to 2.3 with R 512 and Dn 128 at
-# N 64 to 2048. Where Dn + Dr is not Dv, SDPA on a CPU has no flash kernel and writes N×N scores: 3.5 times
-# at N 8192, and fused there at every N. On a GPU the bound is not measured yet.
+# N 64 to 2048. Where Dn + Dr is not Dv, SDPA on a CPU has no flash kernel and writes N×N scores:
+# fused is 3.5 times as fast at N 8192, and taken at every N. On a GPU no bound is measured yet.
 FUSED_TOKENS = {"cpu": 8192, "cuda": 256}
 
 # --- fused reference ------------------------------------------------------------------------------
