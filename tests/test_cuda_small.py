@@ -239,3 +239,39 @@ def test_gpu_names_its_limits(op, generator):
     x = operands(op, generator, 1, 2, 65, 8, 8, torch.float32)
     with pytest.raises(RuntimeError, match="N ≤ 64"):
         attention(op, 65, 8, "cuda")(*x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPERATORS)
+def test_gpu_graph_and_streams(op, generator):
+    """Forward and backward as a CUDA graph, replayed on new numbers, and on two streams at once."""
+    f = attention(op, 40, 24, "cuda")
+    sets = [operands(op, generator, 3, 2, 40, 24, 24, torch.float32) for _ in range(2)]
+    sets = [[x.detach().cuda().requires_grad_() for x in s] for s in sets]
+
+    def both(x):
+        out = f(*x)
+        return out, *torch.autograd.grad(out.sin().sum(), x)
+
+    truth = [both(x) for x in sets]
+    streams = [torch.cuda.Stream() for _ in sets]
+    torch.cuda.synchronize()
+    found = []
+    for x, stream in zip(sets, streams, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(both(x))
+    torch.cuda.synchronize()
+    torch.testing.assert_close(found, truth, rtol=0, atol=0)
+
+    static = [x.detach().clone().requires_grad_() for x in sets[0]]
+    with torch.cuda.stream(streams[0]):
+        both(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = both(static)
+    for x, want in zip(sets, truth, strict=True):
+        for place, number in zip(static, x, strict=True):
+            place.data.copy_(number)
+        graph.replay()
+        torch.testing.assert_close(results, want, rtol=0, atol=0)
