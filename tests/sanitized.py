@@ -23,17 +23,20 @@ from torch import Tensor
 
 import tab
 from tab import _host
-from tab.batches import assemble_host, assemble_torch
+from tab.batches import assemble_host
 from tab.ops import OPS
+from tab.ops.batches import assemble
 
 ISAS = ("baseline", "avx2", "avx512")
-# B, H, N, D, Dv: one token, tails on every side, segments of one sequence, widths beyond a tile
+# B, H, N, D, Dv: one token, tails on every side, segments of one sequence, rows in registers, widths
+# beyond a tile
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 3, 63, 5, 3),
     (1, 1, 65, 16, 24),
     (1, 3, 130, 33, 40),
     (1, 1, 700, 8, 17),
+    (1, 2, 131, 64, 64),
     (1, 2, 70, 256, 129),
 ]
 # dtype -> error allowed, relative to the largest value
@@ -180,8 +183,8 @@ def check_batches() -> None:
         translate = min(width, height) - 1
         moves = torch.from_numpy(_host.moves(1, 2, index.numpy(), translate, True))
         mean, scale = torch.rand(3, generator=generator) * 255, torch.full((3,), 0.02)
-        arguments = images, index, moves, mean, scale, 3
-        if not torch.equal(assemble_host(*arguments), assemble_torch(*arguments)):
+        given = images, index, moves, mean, scale
+        if not torch.equal(assemble_host(*given, 3), assemble("reference", *given)):
             raise SystemExit(f"assemble: images of {height}×{width} differ")
 
 
