@@ -28,8 +28,8 @@ from tab.ops import OPS
 from tab.ops.batches import assemble
 
 ISAS = ("baseline", "avx2", "avx512")
-# B, H, N, D, Dv: one token, tails on every side, segments of one sequence, rows in registers, widths
-# beyond a tile
+# B, H, N, D, Dv: one token, tails on every side, segments of one sequence, rows in registers,
+# widths beyond a tile
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 3, 63, 5, 3),
