@@ -197,15 +197,19 @@ def data(
 def report(
     run: Annotated[Path, typer.Argument(help="A comparison's directory.")],
     data: Data = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="JSON of tab bench, to show in report.html."),
+    ] = None,
 ) -> None:
-    """Rebuild tables, pictures and report.md of a comparison, without training."""
+    """Rebuild tables, pictures, report.md and report.html of a comparison, without training."""
     from .results import Grid, read_runs, write_csvs
 
     grid = Grid.load(run)
     dataset = load_data(data or grid.data)
     runs = read_runs(run, grid)
     write_csvs(run, runs)
-    path = _report(run, dataset)
+    path = _report(run, dataset, bench)
     _tables(runs, grid.models, dataset.note)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
@@ -342,11 +346,11 @@ def _listed(grid) -> dict[str, str]:
     return {"models": ",".join(grid.models), "attentions": ",".join(grid.attentions)}
 
 
-def _report(out: Path, dataset) -> Path:
+def _report(out: Path, dataset, bench: Path | None = None) -> Path:
     from .report import write_report
 
     with bar("report") as show:
-        return write_report(out, dataset, progress=show)
+        return write_report(out, dataset, bench=bench, progress=show)
 
 
 def _watcher():

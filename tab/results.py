@@ -4,7 +4,7 @@
         config.toml  environment.json                  written first: enough to resume
         runs/<model>-<attention>-s<seed>/              train()'s own files, or error.txt
         experiment_results.csv  experiment_summary.csv a function of config.toml and runs/ alone
-        pictures/*.png  report.md
+        pictures/*.png  report.md  report.html
 
 The first columns of the CSV files are those of the published study, in its order.
 """

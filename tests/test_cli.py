@@ -45,6 +45,7 @@ def test_compare_shows_the_table_the_data_and_the_report(compared):
     title = next(line for line in text.splitlines() if line.startswith("MLP, "))
     assert "not CIFAR-10" in title
     assert str(out / "report.md") in text and (out / "report.md").is_file()
+    assert 10_000 < (out / "report.html").stat().st_size < 5_000_000
 
 
 def test_report_rebuilds_everything_without_training(compared):

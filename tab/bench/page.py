@@ -6,6 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
+from ..web import asset
 from .measure import DIRECTIONS, Row, percentiles
 
 _STYLE = """
@@ -22,43 +23,16 @@ small, td.why { color: #666 }
   th, td { border-color: #444 } tr.tab td:nth-child(2) { color: #6cb8ee } }
 """
 
-# A click sorts by that column, a second one turns it round; cells without a number stay last.
-_SCRIPT = """
-document.querySelectorAll("th").forEach((head, column) => head.onclick = () => {
-  const body = document.querySelector("tbody"), up = head.dataset.up !== "1";
-  document.querySelectorAll("th").forEach(h => h.dataset.up = "");
-  head.dataset.up = up ? "1" : "0";
-  const key = row => row.cells[column].dataset.v ?? "";
-  body.append(...[...body.rows].sort((a, b) => {
-    const x = key(a), y = key(b);
-    if (x === "" || y === "") return (x === "") - (y === "");
-    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-    return up ? order : -order;
-  }));
-});
-"""
-
 
 def write_page(path: Path, record: dict, rows: list[Row]) -> None:
     """record: what results.save wrote. Replaces `path` whole."""
-    directions = list(dict.fromkeys(d for row in rows for d in row.seconds))
-    heads = ["case", "contestant", *(f"{d} ms" for d in directions), "tab is ×"]
-    heads += ["images/s", "GFLOP/s", "GB/s", "% of floor", "peak MB", "error", "gradient error", ""]
-    facts = [*record["environment"].items(), *(record["roofline"] or {}).items()]
-    told = ", ".join(f"{escape(k)} {escape(_plain(v))}" for k, v in facts)
-    base = {row.case: row for row in rows if row.contestant == "tab" and row.seconds}
     lines = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width"><title>tab bench</title>',
         f"<style>{_STYLE}</style><h1>tab bench</h1>",
-        f"<p><code>{escape(record['command'])}</code><br><small>{told}</small>",
-        "<p><small>Median and, in brackets, 10th and 90th percentile. Rates and “tab is ×” (how "
-        f"many times faster) belong to {escape(_main(directions) or 'nothing timed')}. "
-        "A click on a head sorts.</small>",
-        "<table><thead><tr>" + "".join(f"<th>{escape(h)}</th>" for h in heads) + "</tr></thead>",
-        "<tbody>",
-        *(_line(row, directions, base.get(row.case)) for row in rows),
-        f"</tbody></table><script>{_SCRIPT}</script>",
+        f"<p>{told(record, rows)}",
+        "<p><small>A click on a head sorts.</small>",
+        f"{table(rows)}<script>{asset('tables.js')}</script>",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -67,6 +41,33 @@ def write_page(path: Path, record: dict, rows: list[Row]) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def told(record: dict, rows: list[Row]) -> str:
+    """HTML: the command, the machine, and how the table of these rows reads."""
+    facts = [*record["environment"].items(), *(record["roofline"] or {}).items()]
+    main = _main(_directions(rows)) or "nothing timed"
+    return (
+        f"<code>{escape(record['command'])}</code><br><small>"
+        + ", ".join(f"{escape(k)} {escape(_plain(v))}" for k, v in facts)
+        + "<br>Median and, in brackets, 10th and 90th percentile. Rates and “tab is ×” (how many "
+        f"times faster) belong to {escape(main)}.</small>"
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """HTML of one table; data-v holds what a column sorts by."""
+    directions = _directions(rows)
+    heads = ["case", "contestant", *(f"{d} ms" for d in directions), "tab is ×"]
+    heads += ["images/s", "GFLOP/s", "GB/s", "% of floor", "peak MB", "error", "gradient error", ""]
+    base = {row.case: row for row in rows if row.contestant == "tab" and row.seconds}
+    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    body = "\n".join(_line(row, directions, base.get(row.case)) for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def _directions(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(d for row in rows for d in row.seconds))
 
 
 def _main(directions: list[str]) -> str | None:

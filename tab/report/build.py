@@ -1,4 +1,4 @@
-"""Gathers what a comparison's directory holds, draws the pictures and writes report.md."""
+"""Gathers what a comparison's directory holds, draws the pictures, writes report.md and .html."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from ..robustness import measure
 from ..splits import splits
 from ..train import load_trained
 from . import markdown, pictures
+from .charts import charts
+from .html import html
 from .identity import identity_section
 from .published import published_section
 from .robustness import robustness_section, severity_picture
@@ -25,11 +27,18 @@ from .weights import attention_picture, attention_weights, filters_picture
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
-def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = None) -> Path:
+# Of report.html, which draws the others from their numbers.
+EMBEDDED = ("severity", "attention", "filters")
+
+
+def write_report(
+    out: Path, dataset: Dataset, *, bench: Path | None = None, progress: Progress | None = None
+) -> Path:
     """Draws everything anew from `out`; nothing is trained. -> the path of report.md
 
     The accuracy under noise is measured once for each run and kept beside it (robustness.json);
-    what `tab robustness` measured beside it is shown too.
+    what `tab robustness` measured beside it is shown too. bench: a folder with the JSON of
+    `tab bench`, whose tables report.html then holds.
     """
     facts = made_with(out, dataset)
     grid = Grid.load(out)
@@ -59,6 +68,12 @@ def write_report(out: Path, dataset: Dataset, *, progress: Progress | None = Non
     sections = _sections(out, runs, grid, dataset)
     path = out / "report.md"
     checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown, sections).encode())
+    ranked = {model: ranking(runs, model) for model in grid.models}
+    drawn = _drawn(runs) if done else []
+    data = charts(runs, drawn, _part(drawn) if drawn else "test", noise)
+    embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
+    text = html(markdown.report(runs, facts, grid, {}, sections), ranked, data, embedded, bench)
+    checkpoint.write_bytes(out / "report.html", text.encode())
     return path
 
 
@@ -72,12 +87,8 @@ def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[
 
 def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
     """Curves and bars; -> picture name -> caption."""
-    finished = {(run.model, run.attention) for run in runs if run.status == "done"}
-    runs = [
-        r for r in runs if r.rows and (r.status == "done" or (r.model, r.attention) not in finished)
-    ]
-    scored = sum(row["test_accuracy"] is not None for row in runs[0].rows)
-    part = "test" if scored > 1 or len(runs[0].rows) == 1 else "validation"
+    runs = _drawn(runs)
+    part = _part(runs)
     accuracy = f"{part} accuracy"
     pictures.per_epoch(folder / "loss.png", runs, "train_loss", "training loss", "cross-entropy")
     key = f"{part}_accuracy"
@@ -96,6 +107,20 @@ def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
             caption = f"{model.upper()}: final test accuracy and training time"
             shown = {f"{model}_results": caption, **shown}
     return shown
+
+
+def _drawn(runs: list[Run]) -> list[Run]:
+    """Those with curves: the finished ones, and all of a mechanism of which none is finished."""
+    finished = {(run.model, run.attention) for run in runs if run.status == "done"}
+    return [
+        r for r in runs if r.rows and (r.status == "done" or (r.model, r.attention) not in finished)
+    ]
+
+
+def _part(runs: list[Run]) -> str:
+    """The part of the data whose accuracy is known for each epoch."""
+    scored = sum(row["test_accuracy"] is not None for row in runs[0].rows)
+    return "test" if scored > 1 or len(runs[0].rows) == 1 else "validation"
 
 
 def _from_weights(folder: Path, runs: list[Run], dataset: Dataset) -> dict[str, str]:

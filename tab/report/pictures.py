@@ -34,12 +34,11 @@ def curves(
             ends = []
             for attention in mechanisms:
                 mine = [r for r in runs if (r.model, r.attention) == (model, attention)]
-                pairs = [pair for pair in map(points, mine) if pair[0]]
-                if not pairs:
+                means = averaged(mine, points)
+                if means is None:
                     continue
-                n = min(len(x) for x, _ in pairs)
-                x = np.mean([x[:n] for x, _ in pairs], axis=0)  # (n,)
-                y = np.array([y[:n] for _, y in pairs], dtype=float)  # (seeds, n)
+                x, y = means  # (n,), (seeds, n)
+                n = len(x)
                 line = look(attention, mechanisms)
                 ax.plot(x, y.mean(0), marker="o" if n == 1 else None, markersize=4, **line)
                 if len(y) > 1 and len(mechanisms) <= 4:  # more would bury the lines
@@ -48,6 +47,17 @@ def curves(
             ax.set(title=f"{model.upper()}: {heading}", xlabel=xlabel, ylabel=ylabel)
             focus(ax)
             label_ends(ax, ends)
+
+
+def averaged(
+    runs: list[Run], points: Callable[[Run], tuple[list[float], list[float]]]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """x (n,), its mean over runs, and y (runs, n), cut to the shortest; None without a point."""
+    pairs = [pair for pair in map(points, runs) if pair[0]]
+    if not pairs:
+        return None
+    n = min(len(x) for x, _ in pairs)
+    return np.mean([x[:n] for x, _ in pairs], axis=0), np.array([y[:n] for _, y in pairs], float)
 
 
 def focus(ax) -> None:

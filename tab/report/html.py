@@ -1,0 +1,109 @@
+"""report.html: report.md's own words and tables, with charts to point at, in one file."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+from ..bench import page as bench_page
+from ..bench import results as bench_results
+from ..web import document
+from .tables import Entry, title
+
+NOTE = (
+    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in all that "
+    "was measured; the dashed line is the front of the two axes. Memory is missing on a CPU, where "
+    "that of one run cannot be told from the process's. Point at a curve or a circle for its "
+    "numbers; press a name to hide it; press the head of a table's column to sort by it."
+)
+
+
+def html(
+    text: str,
+    ranked: dict[str, list[Entry]],
+    data: dict,
+    pictures: dict[Path, str],
+    bench: Path | None,
+) -> str:
+    """text: report.md without pictures. data: what charts.charts made. pictures: file -> caption,
+    to be embedded. bench: a folder of results of `tab bench`."""
+    heading, rest = text.split("\n\n", 1)
+    head, _, tail = rest.partition("\n\n## ")
+    figures = (
+        f'<figure data-chart="{i}"><figcaption>{escape(chart["title"])}</figcaption></figure>'
+        for i, chart in enumerate(data["charts"])
+    )
+    charts = '<h2>Charts</h2><div class="show"></div><div class="charts">'
+    charts += f'{"".join(figures)}</div><p class="note">{NOTE}</p>'
+    parts = [
+        _markdown(heading),
+        f'<div class="answer">{"".join(f"<p>{escape(s)}</p>" for s in answers(ranked))}</div>',
+        _markdown(head),
+        charts if data["charts"] else '<div class="show" hidden></div>',
+        _markdown(f"## {tail}") if tail else "",
+        *(["<h2>Pictures</h2>"] if pictures else []),
+        *(_picture(path, caption) for path, caption in pictures.items()),
+        _kernels(bench) if bench else "",
+    ]
+    name = heading.removeprefix("# ")
+    return document(name, "\n".join(parts), ("tables.js", "charts.js"), data)
+
+
+def answers(ranked: dict[str, list[Entry]]) -> list[str]:
+    """A sentence for each model: whether the best mechanism helped, by how much, how surely."""
+    return [_answer(model.upper(), entries) for model, entries in ranked.items()]
+
+
+def _answer(model: str, entries: list[Entry]) -> str:
+    judged = [e for e in entries if e.verdict and e.verdict.difference is not None]
+    if not judged:
+        return f"{model}: nothing here was compared with the control, so there is no answer."
+    best = max(judged, key=lambda e: e.verdict.difference)
+    found = best.verdict
+    points = 100 * found.difference
+    text = f"{model}: of {len(judged)} attention mechanisms {title(best.attention)} did best, "
+    text += f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} no attention"
+    if found.difference_low is None:
+        return f"{text}. That is one seed, without an interval: it settles nothing."
+    low, high = 100 * found.difference_low, 100 * found.difference_high
+    text += f" (95 % interval {low:+.1f} to {high:+.1f}, {found.pairs} seeds)"
+    meaning = {
+        "better": "so attention helped",
+        "worse": "so attention hurt",
+        "equivalent": "which is as good as no difference",
+    }
+    word = found.verdict.split()[0].rstrip(",")
+    return f"{text}, {meaning.get(word, 'which these seeds cannot tell from chance')}."
+
+
+def _markdown(text: str) -> str:
+    """Escapes whatever HTML the text holds."""
+    md = MarkdownIt("commonmark", {"html": False}).enable("table")
+    opened = lambda *_: '<div class="table"><div class="scroll"><table>'  # noqa: E731
+    md.renderer.rules |= {"table_open": opened, "table_close": lambda *_: "</table></div></div>"}
+    return md.render(text)
+
+
+def _picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = escape(caption, quote=True)
+    return (
+        f'<figure class="picture"><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _kernels(folder: Path) -> str:
+    """The tables of `tab bench` that lie in a folder."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ValueError(f"{folder} holds no result of `tab bench`: give the folder of its JSON")
+    parts = ["<h2>Kernels</h2>"]
+    for file in files:
+        record, rows = bench_results.load(file)
+        parts += [f"<p><b>{escape(file.stem)}</b><br>{bench_page.told(record, rows)}</p>"]
+        parts += [f'<div class="table"><div class="scroll">{bench_page.table(rows)}</div></div>']
+    return "\n".join(parts)
