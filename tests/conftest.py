@@ -1,7 +1,15 @@
 """Shared by all tests: GPU tests are skipped where there is none, seeds are fixed."""
 
+import signal
+
 import pytest
 import torch
+
+
+# A shell that runs the tests in the background has them ignore Control-C, and so all they start:
+# the tests of Control-C would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
