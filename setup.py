@@ -90,7 +90,9 @@ if with_cuda:
 setup(
     packages=[*find_packages(include=["tab", "tab.*"]), "tab.kernels"],
     package_dir={"tab.kernels": "kernels"},
-    package_data={"tab": ["recipes/*.toml", "spaces/*.toml", "published.csv", "web/*.css", "web/*.js"]},
+    package_data={
+        "tab": ["recipes/*.toml", "spaces/*.toml", "published.csv", "web/*.css", "web/*.js"]
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

@@ -5,7 +5,6 @@ import signal
 import pytest
 import torch
 
-
 # A shell that runs the tests in the background has them ignore Control-C, and so all they start:
 # the tests of Control-C would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
