@@ -118,6 +118,32 @@ def test_a_comparison_is_bit_for_bit_the_same_though_a_node_dies(cluster, tmp_pa
     assert not nodes and len(epochs) == len(set(epochs)) == RUNS * SMALL["train.epochs"]
 
 
+def test_a_sweep_has_the_same_winners_though_a_node_dies_within_a_rung(cluster, tmp_path):
+    pytest.importorskip("optuna")
+    from kill_sweep import plan, result
+
+    from tab.sweep import Watcher, sweep
+
+    toy, nodes = plan(tmp_path), list(cluster.worker_nodes)
+    dataset, (here, there) = load_dataset(toy.data), (tmp_path / "here", tmp_path / "there")
+    epochs = []
+
+    class Kill(Watcher):
+        def epoch(self, pair, entry, row):
+            epochs.append((pair, entry.configuration, row["epoch"]))
+            if entry.rung == 1 and nodes:
+                cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+    for out in (here, there):
+        toy.save(out, dataset)
+    with one_thread():
+        sweep(toy, dataset, here)
+    sweep(toy, dataset, there, watcher=Kill(), executor=Ray(cluster.address))
+    cluster.add_node(num_cpus=1)
+    assert not nodes and len(epochs) == len(set(epochs))
+    assert result(there) == result(here)
+
+
 def test_what_no_node_has_is_an_error(cluster, tmp_path):
     task = Task(count, (1,), tmp_path / "a")
     with pytest.raises(ValueError, match=r"no node .* has 1 CPU and 2 GPU"):

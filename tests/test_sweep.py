@@ -12,6 +12,7 @@ Control-C                                   test_control_c_*, test_postgresql_ho
 a full disk                                 test_a_full_disk_*, test_batches_and_brackets_*
 a truncated checkpoint                      test_a_truncated_checkpoint_*
 a damaged journal                           test_a_damaged_journal_*
+a Ray node, within a rung                    test_ray.py: test_a_sweep_has_the_same_*
 two drivers of one sweep                    test_two_drivers_*, test_postgresql_has_one_driver
 a loss that is not a number                 test_a_diverged_run_*
 an exception in one configuration           test_an_exception_*
@@ -476,12 +477,15 @@ def _server() -> Path | None:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    """The address of a PostgreSQL server of our own, on a socket in a temporary folder."""
+    """The address of a PostgreSQL server of our own, on a free port of this machine."""
     pytest.importorskip("psycopg")
     if not (programs := _server()):
         pytest.skip("no PostgreSQL server here: initdb was not found")
+    import socket
     import tempfile
 
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="pg") as place:
         run = {"check": True, "capture_output": True, "timeout": 60}
         if os.geteuid() == 0:  # a server refuses to run as root
@@ -489,11 +493,12 @@ def database(tmp_path_factory):
             run |= {"user": "postgres", "group": "postgres"}
         data = f"{place}/data"
         subprocess.run([programs / "initdb", "-D", data, "-U", "tab", "-A", "trust"], **run)
-        options = f"-c listen_addresses= -c unix_socket_directories={place} -c fsync=off"
+        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c fsync=off"
+        options += f" -c unix_socket_directories={place}"
         server = [programs / "pg_ctl", "-D", data, "-l", f"{place}/log", "-w"]
         subprocess.run([*server, "-o", options, "start"], **run)
         try:
-            yield f"postgresql://tab@/postgres?host={place}"
+            yield f"postgresql://tab@127.0.0.1:{port}/postgres"
         finally:
             subprocess.run([*server, "-m", "immediate", "stop"], **run)
 
