@@ -12,7 +12,7 @@ Control-C                                   test_control_c_*, test_postgresql_ho
 a full disk                                 test_a_full_disk_*, test_batches_and_brackets_*
 a truncated checkpoint                      test_a_truncated_checkpoint_*
 a damaged journal                           test_a_damaged_journal_*
-a Ray node, within a rung                    test_ray.py: test_a_sweep_has_the_same_*
+a Ray node, within a rung                   test_ray.py: test_a_sweep_has_the_same_*
 two drivers of one sweep                    test_two_drivers_*, test_postgresql_has_one_driver
 a loss that is not a number                 test_a_diverged_run_*
 an exception in one configuration           test_an_exception_*
