@@ -96,6 +96,18 @@ def _compile(op: str, kernel, args: tuple, options: dict, arch: int) -> dict:
     }  # fmt: skip
 
 
+def _compile_in_thread(*launch) -> dict:
+    """Python 3.11 counts the depth of ast.parse for all threads together, and raises SystemError
+    when two of them parse at once (python/cpython#106905): then it is simply tried again."""
+    for _ in range(9):
+        try:
+            return _compile(*launch)
+        except SystemError as error:
+            if "recursion depth mismatch" not in str(error):
+                raise
+    return _compile(*launch)
+
+
 def _cuobjdump() -> str:
     """CUDA's cuobjdump, else the one Triton ships."""
     import triton.backends.nvidia as nvidia
@@ -160,7 +172,7 @@ def kernel_report(archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[dict]:
     """
     work = [(op, *launch, arch) for op in LAUNCHERS for launch in launches(op) for arch in archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(lambda item: _compile(*item), work))
+        rows = list(pool.map(lambda item: _compile_in_thread(*item), work))
     return rows + [row for row in built() if row["arch"] in archs]
 
 
