@@ -117,6 +117,7 @@ def compare(
                     raise done.error
                 if done.error:
                     path = out / "runs" / config.id / "error.txt"
+                    path.parent.mkdir(parents=True, exist_ok=True)  # if its process never began
                     checkpoint.write_bytes(path, done.traceback.encode())
                 write_csvs(out, read_runs(out, plan.grid))
                 watcher.end(read_run(out, config.model, config.attention, config.seed))
