@@ -99,11 +99,14 @@ def _compile(op: str, kernel, args: tuple, options: dict, arch: int) -> dict:
 def _compile_in_thread(*launch) -> dict:
     """Python 3.11 counts the depth of ast.parse for all threads together, and raises SystemError
     when two of them parse at once (python/cpython#106905): then it is simply tried again."""
-    for _ in range(9):
+    for _ in range(20):
         try:
             return _compile(*launch)
-        except SystemError as error:
-            if "recursion depth mismatch" not in str(error):
+        except Exception as error:
+            cause: BaseException | None = error  # Triton raises its own error from it
+            while cause and "recursion depth mismatch" not in str(cause):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
                 raise
     return _compile(*launch)
 
