@@ -154,7 +154,7 @@ def _plan(given: dict):
         models=models,
         attentions=attentions,
         data=place_of(given["data"] or "cifar10"),
-        device=device_of(given["device"]),
+        device=device_of(given["device"], ray=given["ray"]),
         seed=given["seed"] or 0,
         sampler=given["sampler"] or "random",
         brackets=1 if given["brackets"] is None else given["brackets"],
