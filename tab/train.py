@@ -29,6 +29,7 @@ from .config import RunConfig
 from .data import Dataset
 from .environment import environment, peak_memory
 from .flops import forward_flops
+from .memory import keep_freed_memory
 from .models import ImageModel, build_model, parameter_count
 from .results import ANSWERS
 from .splits import splits
@@ -239,6 +240,8 @@ ROW = (
 
 
 def _place(model: nn.Module, device: torch.device) -> nn.Module:
+    if device.type == "cpu":
+        keep_freed_memory()
     return model.to(device, memory_format=torch.channels_last)  # of the convolutions' weights
 
 

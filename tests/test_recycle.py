@@ -1,6 +1,8 @@
 """Memory of large CPU outputs is used again, and never while somebody holds it (csrc/recycle.h)."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 
@@ -52,9 +54,9 @@ print(before - resident())
 """
 
 
-def run(keep: str) -> subprocess.CompletedProcess:
+def run(keep: str, script: str = SCRIPT) -> subprocess.CompletedProcess:
     environment = os.environ | {"TAB_KEEP_MIB": keep}
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    command = [sys.executable, "-W", "ignore", "-c", script]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -65,4 +67,27 @@ def test_the_limit():
     assert int(run("63").stdout) > size * 0.9  # too large to be kept
     assert int(run("64").stdout) < size * 0.1
     wrong = run("many")
+    assert wrong.returncode and "TAB_KEEP_MIB=many is no number of MiB" in wrong.stderr
+
+
+FAULTS = """
+import resource, torch
+from tab.memory import keep_freed_memory
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+keep_freed_memory()
+x, w = torch.ones(16, 3000), torch.zeros(3000, 6000, requires_grad=True)  # 72 MB
+for _ in range(24):  # glibc settles after a few
+    before = faults()
+    (x @ w).sum().backward()
+    w.grad = None
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_training_keeps_freed_memory():
+    pages = 72_000_000 // resource.getpagesize()
+    assert int(run("0", FAULTS).stdout) > pages * 0.9
+    assert int(run("512", FAULTS).stdout) < pages * 0.1
+    wrong = run("many", FAULTS)
     assert wrong.returncode and "TAB_KEEP_MIB=many is no number of MiB" in wrong.stderr

@@ -28,6 +28,7 @@ from ..layers.linear import LinearAttention
 from ..layers.local import LocalAttention
 from ..layers.performer import PerformerAttention
 from ..layers.sparse import SparseAttention
+from ..memory import keep_freed_memory
 from ..models import ImageModel, build_model
 from ..ops.local import in_window
 from ..recipe import Recipe
@@ -50,6 +51,8 @@ def steps(
     max_rounds: int = 50,
 ) -> list[Row]:
     """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's."""
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()  # as training does
     generator = torch.Generator().manual_seed(0)
     batch = batch or recipe.run(model, "none", 0).train.batch_size
     x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
