@@ -1,4 +1,4 @@
-"""The figures of the published study, of which published.csv is the only copy."""
+"""The accuracies of the published study by epoch, of which published.csv is the only copy."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ EPOCHS = 100  # of each of its runs, on CIFAR-10
 NEAR = 0.015  # of test accuracy: what counts here as the same figure
 
 
-class Figure(NamedTuple):
-    """One run; accuracies of the last epoch, in 0…1."""
+class Curve(NamedTuple):
+    """One run; accuracies in 0…1 after epoch 1 … EPOCHS, of which its tables show the last."""
 
-    test_accuracy: float
-    train_accuracy: float
-    train_seconds: float
+    test: tuple[float, ...]
+    train: tuple[float, ...]
 
 
 @functools.cache
-def figures() -> dict[tuple[str, str], Figure]:
-    """(model, attention) -> its figure; the mechanisms in the study's order."""
+def curves() -> dict[tuple[str, str], Curve]:
+    """(model, attention) -> its run; the mechanisms in the study's order."""
     with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    return {
-        (line.pop("model"), line.pop("attention")): Figure(**{k: float(v) for k, v in line.items()})
-        for line in lines
-    }
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for line in lines:
+        pair = float(line["test_accuracy"]), float(line["train_accuracy"])
+        found.setdefault((line["model"], line["attention"]), []).append(pair)
+    return {key: Curve(*zip(*pairs, strict=True)) for key, pairs in found.items()}
 
 
 def published_attentions() -> list[str]:
-    return list(dict.fromkeys(attention for _, attention in figures()))
+    return list(dict.fromkeys(attention for _, attention in curves()))

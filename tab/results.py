@@ -93,10 +93,18 @@ class Run:
     summary: dict = field(default_factory=dict)
     error: str = ""
     device: str = ""  # the name of what it ran on
+    epochs: int = 0  # that it is to have, where known
 
     @property
     def id(self) -> str:
         return self.path.name
+
+    @property
+    def state(self) -> str:
+        """In words, for a run that is not in the means."""
+        if self.status == "running":
+            return f"stopped after epoch {len(self.rows)} of {self.epochs}"
+        return "not begun" if self.status == "missing" else self.status
 
     @property
     def scored(self) -> bool:
@@ -147,6 +155,7 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
         summary=found["summary"],
         error=error,
         device=found["environment"]["device"],
+        epochs=found["config"]["train"]["epochs"],
     )
 
 

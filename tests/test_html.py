@@ -13,7 +13,8 @@ from test_report import FACTS, run
 from tab.bench.measure import Row
 from tab.bench.results import save
 from tab.report import markdown
-from tab.report.charts import charts
+from tab.report.charts import NOTE as BELOW
+from tab.report.charts import Group, charts, looks
 from tab.report.html import answers, html
 from tab.report.tables import ranking
 from tab.results import Grid
@@ -35,7 +36,8 @@ def page(tmp_path, **more) -> str:
     matplotlib.image.imsave(tmp_path / "a.png", np.zeros((4, 4, 3)))
     pictures = {tmp_path / "a.png": 'a "quoted" <caption>'}
     ranked = {"cnn": ranking(runs, "cnn")}
-    return html(text, ranked, charts(runs, runs, "test", noise), pictures, more.get("bench"))
+    groups = [Group("Charts", BELOW, charts(runs, runs, "test", noise))]
+    return html(text, ranked, looks(kinds), groups, pictures, more.get("bench"))
 
 
 class Page(HTMLParser):

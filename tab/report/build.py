@@ -16,10 +16,10 @@ from ..robustness import measure
 from ..splits import splits
 from ..train import load_trained
 from . import markdown, pictures
-from .charts import charts
+from .charts import NOTE, Group, charts, looks
 from .html import html
 from .identity import identity_section
-from .published import published_section
+from .published import beside, published_charts, published_picture, published_section
 from .robustness import robustness_section, severity_picture
 from .tables import ranking
 from .weights import attention_picture, attention_weights, filters_picture
@@ -46,7 +46,8 @@ def write_report(
     done = [run for run in runs if run.status == "done"]
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
-    shown = _from_numbers(folder, runs, grid) if done else {}
+    curves = pictures.drawn(runs)
+    shown = _from_numbers(folder, runs, grid) if curves else {}
     noise = {}
     for i, run in enumerate(done):
         if progress:
@@ -69,10 +70,12 @@ def write_report(
     path = out / "report.md"
     checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown, sections).encode())
     ranked = {model: ranking(runs, model) for model in grid.models}
-    drawn = _drawn(runs) if done else []
-    data = charts(runs, drawn, _part(drawn) if drawn else "test", noise)
+    groups = [Group("Charts", NOTE, charts(runs, curves, _part(curves), noise))] if curves else []
+    if pairs := beside(runs) if grid.recipe == "published" else {}:
+        groups.insert(0, published_charts(pairs))
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
-    text = html(markdown.report(runs, facts, grid, {}, sections), ranked, data, embedded, bench)
+    words = markdown.report(runs, facts, grid, {}, sections)
+    text = html(words, ranked, looks(run.attention for run in runs), groups, embedded, bench)
     checkpoint.write_bytes(out / "report.html", text.encode())
     return path
 
@@ -87,7 +90,9 @@ def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[
 
 def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
     """Curves and bars; -> picture name -> caption."""
-    runs = _drawn(runs)
+    entries = {model: ranking(runs, model) for model in grid.models}
+    pairs = beside(runs) if grid.recipe == "published" else {}
+    runs = pictures.drawn(runs)
     part = _part(runs)
     accuracy = f"{part} accuracy"
     pictures.per_epoch(folder / "loss.png", runs, "train_loss", "training loss", "cross-entropy")
@@ -100,21 +105,15 @@ def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
         "accuracy": f"{accuracy.capitalize()} per epoch",
         "time": f"{accuracy.capitalize()} against training time",
     }
-    for model in grid.models:
-        entries = ranking(runs, model)
-        if any(entry.test for entry in entries):
-            pictures.bars(folder / f"{model}_results.png", entries, model.upper())
+    for model, mine in entries.items():
+        if any(entry.test for entry in mine):
+            pictures.bars(folder / f"{model}_results.png", mine, model.upper())
             caption = f"{model.upper()}: final test accuracy and training time"
             shown = {f"{model}_results": caption, **shown}
+    if pairs:
+        published_picture(folder / "published.png", pairs)
+        shown = {"published": "Accuracy per epoch here and as published (dashed)", **shown}
     return shown
-
-
-def _drawn(runs: list[Run]) -> list[Run]:
-    """Those with curves: the finished ones, and all of a mechanism of which none is finished."""
-    finished = {(run.model, run.attention) for run in runs if run.status == "done"}
-    return [
-        r for r in runs if r.rows and (r.status == "done" or (r.model, r.attention) not in finished)
-    ]
 
 
 def _part(runs: list[Run]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,12 +13,26 @@ from .pictures import averaged, measured
 from .style import look
 from .tables import ranking, title
 
+NOTE = (
+    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in all that "
+    "was measured; the dashed line is the front of the two axes. Memory is missing on a CPU, where "
+    "that of one run cannot be told from the process's. Point at a curve or a circle for its "
+    "numbers; press a name to hide it; press the head of a table's column to sort by it."
+)
 Noise = dict[str, tuple[list[float], list[float]]]  # run id -> levels, accuracies
 
 
-def charts(runs: list[Run], curves: list[Run], part: str, noise: Noise) -> dict:
-    """What charts.js draws: {"looks": of each mechanism, "charts": [...]}. curves: the runs whose
-    rows are drawn, by their accuracy on `part`."""
+class Group(NamedTuple):
+    """Charts under one heading, as charts.js draws them, and the words below."""
+
+    heading: str
+    note: str
+    charts: list[dict]
+    small: bool = False  # many little ones side by side
+
+
+def charts(runs: list[Run], curves: list[Run], part: str, noise: Noise) -> list[dict]:
+    """What charts.js draws. curves: the runs whose rows are drawn, by their accuracy on `part`."""
     names = list(dict.fromkeys(run.attention for run in runs))
     found = []
     for model in dict.fromkeys(run.model for run in runs):
@@ -38,7 +53,13 @@ def charts(runs: list[Run], curves: list[Run], part: str, noise: Noise) -> dict:
             series = _series(mine, names, points)
             if series:
                 found.append(chart | {"shared": "time" not in x, "series": series})
-    return {"looks": {name: _look(name, names) for name in names}, "charts": found}
+    return found
+
+
+def looks(attentions: Iterable[str]) -> dict[str, dict]:
+    """Of each mechanism, for charts.js."""
+    names = list(dict.fromkeys(attentions))
+    return {name: _look(name, names) for name in names}
 
 
 def _noise(noise: Noise) -> Callable[[Run], tuple[list[float], list[float]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import itertools
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -11,45 +13,49 @@ from markdown_it import MarkdownIt
 from ..bench import page as bench_page
 from ..bench import results as bench_results
 from ..web import document
+from .charts import Group
 from .tables import Entry, title
-
-NOTE = (
-    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in all that "
-    "was measured; the dashed line is the front of the two axes. Memory is missing on a CPU, where "
-    "that of one run cannot be told from the process's. Point at a curve or a circle for its "
-    "numbers; press a name to hide it; press the head of a table's column to sort by it."
-)
 
 
 def html(
     text: str,
     ranked: dict[str, list[Entry]],
-    data: dict,
+    looks: dict,
+    groups: list[Group],
     pictures: dict[Path, str],
     bench: Path | None,
 ) -> str:
-    """text: report.md without pictures. data: what charts.charts made. pictures: file -> caption,
-    to be embedded. bench: a folder of results of `tab bench`."""
+    """text: report.md without pictures. looks: charts.looks. pictures: file -> caption, to be
+    embedded. bench: a folder of results of `tab bench`."""
     heading, rest = text.split("\n\n", 1)
     head, _, tail = rest.partition("\n\n## ")
-    figures = (
-        f'<figure data-chart="{i}"><figcaption>{escape(chart["title"])}</figcaption></figure>'
-        for i, chart in enumerate(data["charts"])
-    )
-    charts = '<h2>Charts</h2><div class="show"></div><div class="charts">'
-    charts += f'{"".join(figures)}</div><p class="note">{NOTE}</p>'
+    drawn = [chart for group in groups for chart in group.charts]
     parts = [
         _markdown(heading),
         f'<div class="answer">{"".join(f"<p>{escape(s)}</p>" for s in answers(ranked))}</div>',
         _markdown(head),
-        charts if data["charts"] else '<div class="show" hidden></div>',
+        *(['<div><div class="show"></div>', *_groups(groups), "</div>"] if drawn else []),
         _markdown(f"## {tail}") if tail else "",
         *(["<h2>Pictures</h2>"] if pictures else []),
         *(_picture(path, caption) for path, caption in pictures.items()),
         _kernels(bench) if bench else "",
     ]
     name = heading.removeprefix("# ")
-    return document(name, "\n".join(parts), ("tables.js", "charts.js"), data)
+    scripts = ("tables.js", *(["charts.js"] if drawn else []))
+    data = {"looks": looks, "charts": drawn} if drawn else None
+    return document(name, "\n".join(parts), scripts, data)
+
+
+def _groups(groups: list[Group]) -> Iterator[str]:
+    number = itertools.count()
+    for group in groups:
+        figures = (
+            f'<figure data-chart="{i}"><figcaption>{escape(chart["title"])}</figcaption></figure>'
+            for chart, i in zip(group.charts, number, strict=False)
+        )
+        kind = "charts small" if group.small else "charts"
+        yield f'<h2>{group.heading}</h2><div class="{kind}">{"".join(figures)}</div>'
+        yield f'<p class="note">{group.note}</p>'
 
 
 def answers(ranked: dict[str, list[Entry]]) -> list[str]:

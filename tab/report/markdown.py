@@ -16,7 +16,7 @@ def report(
 ) -> str:
     """shown: name of a picture in pictures/ -> its caption. sections: more, after the tables."""
     ranked = {model: ranking(runs, model) for model in grid.models}
-    epochs = max((len(run.rows) for run in runs), default=0)
+    epochs = max((max(run.epochs, len(run.rows)) for run in runs), default=0)
     seeds = f"{grid.seeds} seed{'s' * (grid.seeds > 1)}"
     parts = [
         f"# Attention compared on {facts['dataset']['name']}",
@@ -122,8 +122,12 @@ def unfinished(runs: list[Run]) -> list[str]:
             lines.append(f"- `{run.id}` failed: {run.error.strip().splitlines()[-1]}")
         elif run.status == "diverged":
             lines.append(f"- `{run.id}` diverged in epoch {len(run.rows)}: its loss was not finite")
-        elif run.status in ("missing", "running"):
-            lines.append(f"- `{run.id}` is not finished: resume the comparison")
+        elif run.status == "running":
+            lines.append(f"- `{run.id}`: {run.state}")
+    if missing := [f"`{run.id}`" for run in runs if run.status == "missing"]:
+        lines.append(f"- not begun: {', '.join(missing)}")
+    if any(run.status in ("missing", "running") for run in runs):
+        lines.append("- `tab compare --resume` goes on with what is not finished")
     return ["**Not in the means:**\n" + "\n".join(lines)] if lines else []
 
 

@@ -49,6 +49,14 @@ def curves(
             label_ends(ax, ends)
 
 
+def drawn(runs: list[Run]) -> list[Run]:
+    """Those with curves: the finished ones, and all of a mechanism of which none is finished."""
+    finished = {(run.model, run.attention) for run in runs if run.status == "done"}
+    return [
+        r for r in runs if r.rows and (r.status == "done" or (r.model, r.attention) not in finished)
+    ]
+
+
 def averaged(
     runs: list[Run], points: Callable[[Run], tuple[list[float], list[float]]]
 ) -> tuple[np.ndarray, np.ndarray] | None:

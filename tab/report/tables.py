@@ -115,7 +115,7 @@ def _entry(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> 
         model=runs[0].model,
         attention=runs[0].attention,
         runs=good,
-        notes=", ".join(f"{run.status} (seed {run.seed})" for run in runs if run not in good),
+        notes=", ".join(f"{run.state} (seed {run.seed})" for run in runs if run not in good),
         test=test,
         train=mean("final_train_accuracy"),
         seconds=mean("total_training_time"),
@@ -157,7 +157,10 @@ def p_value(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-WORDS = ("Model", "Attention", "Verdict", "Note", "No gradient")  # columns of text, set left
+WORDS = (  # columns of text, set left
+    *("Model", "Attention", "Verdict", "Note", "No gradient", "Affine", "Noise"),
+    *("Same function as", "Test accuracy"),
+)
 COLUMNS: dict[str, Callable[[Entry], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),

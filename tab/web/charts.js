@@ -47,7 +47,7 @@ const tell = (event, head, lines) => {
 // Axes on an empty drawing -> it, and what places a value.
 const frame = (figure, [x0, x1], [y0, y1], xlabel, ylabel) => {
   figure.querySelector("svg")?.remove();
-  const W = Math.max(figure.clientWidth, 240), H = 300, L = 50, R = 14, T = 22, B = 42;
+  const W = Math.max(figure.clientWidth, 240), H = figure.parentNode.classList.contains("small") ? 190 : 300, L = 50, R = 14, T = 22, B = 42;
   const root = svg("svg", figure, {viewBox: `0 0 ${W} ${H}`, role: "img",
     "aria-label": figure.querySelector("figcaption").textContent});
   const X = v => L + (v - x0) / (x1 - x0) * (W - L - R);
@@ -81,14 +81,15 @@ const lines = (figure, chart) => {
   const series = chart.series.filter(s => !hidden.has(s.key)).map(s => ({...s,
     points: s.x.map((x, i) => ({x, y: s.y[i]})).filter(p => p.y !== null)}));
   const all = series.flatMap(s => s.points);
-  if (!all.length) { figure.querySelector("svg")?.remove(); return; }
+  figure.hidden = !all.length;
+  if (!all.length) return;
   // The first fifth of long curves may run out of the picture: there all rise or fall together.
-  const late = series.flatMap(s => s.points.length >= 10
+  const late = series.flatMap(s => s.points.length >= 10 && !chart.whole
     ? s.points.slice(Math.floor(s.points.length / 5)) : s.points);
   const f = frame(figure, range(all.map(p => p.x), .02), range(late.map(p => p.y), .06),
     chart.xlabel, chart.ylabel);
   const inside = p => f.Y(p.y) >= f.T - 9 && f.Y(p.y) <= f.H - f.B + 2;
-  const look = s => data.looks[s.key];
+  const look = s => ({...data.looks[s.key], ...s.look});
   for (const s of series) {
     const seen = s.points.filter(inside);
     const path = seen.map((p, i) => `${i ? "L" : "M"}${f.X(p.x)},${f.Y(p.y)}`).join("");
@@ -137,7 +138,8 @@ const tradeoff = (figure, chart) => {
   const q = axis => chart.quantities.find(q => q.key === figure.axes[axis].value);
   const qx = q("x"), qy = q("y");
   const points = chart.points.filter(p => !hidden.has(p.key));
-  if (!points.length) { figure.querySelector("svg")?.remove(); return; }
+  figure.hidden = !points.length;
+  if (!points.length) return;
   const f = frame(figure, range(points.map(p => p.values[qx.key]), .12),
     range(points.map(p => p.values[qy.key]), .14), qx.label, qy.label);
   const front = points.filter(p => !dominated(p, points, [qx, qy]))
