@@ -350,9 +350,8 @@ def test_an_unfinished_comparison_is_reported_as_far_as_it_came(tmp_path):
     train(plan.configs()[0], dataset, out / "runs" / "mlp-none-s0", stop_after=2)
     text = write_report(out, dataset).read_text()
     assert "Recipe `published`, 3 epochs" in text
-    assert (
-        "`mlp-none-s0`: stopped after epoch 2 of 3" in text and "`mlp-self-s0`: not begun" in text
-    )
+    assert "`mlp-none-s0`: stopped after epoch 2 of 3" in text
+    assert "not begun: `mlp-self-s0`" in text
     assert "| 2 of 100 |" in text and "pictures/published.png" in text
     page = (out / "report.html").read_text()
     assert "stopped after epoch 2 of 3" in page and "Beside the published curves" in page
