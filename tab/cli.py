@@ -201,6 +201,10 @@ def report(
         Path | None,
         typer.Option(metavar="DIR", help="JSON of tab bench, to show in report.html."),
     ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A sweep's directory: its rungs and winners, to show."),
+    ] = None,
 ) -> None:
     """Rebuild tables, pictures, report.md and report.html of a comparison, without training."""
     from .results import Grid, read_runs, write_csvs
@@ -209,7 +213,7 @@ def report(
     dataset = load_data(data or grid.data)
     runs = read_runs(run, grid)
     write_csvs(run, runs)
-    path = _report(run, dataset, bench)
+    path = _report(run, dataset, bench=bench, sweep=sweep)
     _tables(runs, grid.models, dataset.note)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
@@ -346,11 +350,11 @@ def _listed(grid) -> dict[str, str]:
     return {"models": ",".join(grid.models), "attentions": ",".join(grid.attentions)}
 
 
-def _report(out: Path, dataset, bench: Path | None = None) -> Path:
+def _report(out: Path, dataset, **more: Path | None) -> Path:
     from .report import write_report
 
     with bar("report") as show:
-        return write_report(out, dataset, bench=bench, progress=show)
+        return write_report(out, dataset, **more, progress=show)
 
 
 def _watcher():

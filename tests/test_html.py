@@ -1,5 +1,6 @@
 """report.html: its structure by parsing, its behaviour in headless Chromium."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -12,15 +13,27 @@ from test_report import FACTS, run
 
 from tab.bench.measure import Row
 from tab.bench.results import save
-from tab.report import markdown
+from tab.corruptions import OWN
+from tab.report import markdown, style
 from tab.report.charts import NOTE as BELOW
 from tab.report.charts import Group, charts, looks
-from tab.report.html import answers, html
+from tab.report.html import LIMIT, answers, html
 from tab.report.tables import ranking
+from tab.report.trials import Trial, trials_charts, trials_section
 from tab.results import Grid
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+NAMES = ["none", *style._ORDER]
 NOTE = "drawn <script>document.title = 'broken'</script>"
+
+
+def measured(run) -> dict:
+    """A robustness.json."""
+    return {
+        "noise": {"settings": {"sigma": [0.0, 0.5, 1.0]}, "accuracy": [run.accuracy, 0.3, 0.2]},
+        "attacks": {"pgd": 0.0, "suspicions": []},
+        **{f"own/{kind}": {"accuracy": [0.5, 0.4, 0.3, 0.2, 0.1]} for kind in OWN},
+    }
 
 
 def page(tmp_path, **more) -> str:
@@ -32,11 +45,10 @@ def page(tmp_path, **more) -> str:
     ]
     facts = FACTS | {"dataset": FACTS["dataset"] | {"note": NOTE}}
     text = markdown.report(runs, facts, Grid("fair", ["cnn"], [*kinds], 2, "shapes", "cpu"), {})
-    noise = {r.id: ([0.0, 0.5, 1.0], [r.accuracy, 0.3, 0.2]) for r in runs}
     matplotlib.image.imsave(tmp_path / "a.png", np.zeros((4, 4, 3)))
     pictures = {tmp_path / "a.png": 'a "quoted" <caption>'}
     ranked = {"cnn": ranking(runs, "cnn")}
-    groups = [Group("Charts", BELOW, charts(runs, runs, "test", noise))]
+    groups = [Group("Charts", BELOW, charts(runs, runs, "test", {r.id: measured(r) for r in runs}))]
     return html(text, ranked, looks(kinds), groups, pictures, more.get("bench"))
 
 
@@ -73,6 +85,66 @@ def test_structure(tmp_path):
         page(tmp_path, bench=tmp_path)
 
 
+def test_axes_of_the_tradeoff():
+    runs = [run("none"), run("self", 0.6), run("local", 0.4)]
+    found = {r.id: measured(r) for r in runs}
+
+    def axes() -> dict[str, str]:
+        chart = charts(runs, runs, "test", found)[0]
+        return {q["key"]: q["label"] for q in chart["quantities"]}
+
+    assert list(axes()) == ["accuracy", "time", "parameters", "flops", "noise", "pgd", "own"]
+    assert "not CIFAR-10-C" in axes()["own"] and axes()["pgd"] == "accuracy under PGD-20 (%)"
+    values = charts(runs, runs, "test", found)[0]["points"][1]["values"]
+    assert values["noise"] == pytest.approx(25) and values["own"] == pytest.approx(30)
+    assert values["pgd"] == 0.0
+    found["cnn-self-s0"]["attacks"]["suspicions"] = ["FGSM does more than PGD"]
+    assert "perhaps masked" in axes()["pgd"]
+    del found["cnn-local-s0"]["own/blur"]
+    assert "own" not in axes()  # not known of all
+
+
+def test_a_large_comparison_stays_small(tmp_path, monkeypatch):
+    """120 runs: 12 mechanisms × 2 models × 5 seeds, of 250 epochs, with a sweep and pictures."""
+    noise = np.random.default_rng(0)
+    runs = []
+    for model, attention, seed in itertools.product(("mlp", "cnn"), NAMES, range(5)):
+        runs.append(run(attention, noise.uniform(0.4, 0.6), 10, seed, model))
+    runs += [
+        run("none", noise.uniform(0.4, 0.6), 10, s, m) for s in range(5) for m in ("mlp", "cnn")
+    ]
+    for r in runs:
+        x = noise.random((250, 3))
+        r.rows[:] = [
+            {"epoch": e + 1, "train_loss": a, "test_accuracy": b, "cumulative_training_time": e + c}
+            for e, (a, b, c) in enumerate(x)
+        ]
+    trials = {
+        (m, a): [Trial(n, 0, 3, noise.random(), {"lr": "0.001", "hidden": "256", "num_heads": "8"})
+                 for n in range(20)]
+        for m in ("mlp", "cnn") for a in NAMES
+    }  # fmt: skip
+    files = {}
+    for i in range(4):  # as pictures of filters are: noise in blocks of a few pixels
+        files[tmp_path / f"{i}.png"] = f"picture {i}"
+        image = noise.random((300, 400, 3)).repeat(3, 0).repeat(3, 1)
+        matplotlib.image.imsave(tmp_path / f"{i}.png", image)
+    found = {r.id: measured(r) for r in runs}
+    grid = Grid("fair", ["mlp", "cnn"], NAMES, 5, "shapes", "cpu")
+    ranked = {model: ranking(runs, model) for model in grid.models}
+    text = markdown.report(runs, FACTS, grid, {}, [trials_section(trials, "")])
+    groups = [Group("Charts", BELOW, charts(runs, runs, "test", found)), trials_charts(trials)]
+    made = lambda: html(text, ranked, looks(grid.attentions), groups, files, None)  # noqa: E731
+    whole = made()
+    assert len(whole.encode()) < LIMIT and whole.count("<img") == 4
+    monkeypatch.setattr("tab.report.html.LIMIT", len(whole.encode()) - 1000)
+    less = made()
+    assert less.count("<img") == 3 and "so that this page stays below" in less
+    assert re.search(r"left out here.*lies in <code>.*\d\.png</code>", less)
+    monkeypatch.setattr("tab.report.html.LIMIT", 1000)
+    assert "This page is larger than" in made()
+
+
 def test_answers():
     one = ranking([run("none", 0.5), run("self", 0.55)], "cnn")
     assert (
@@ -107,6 +179,9 @@ addEventListener("load", () => {
     const tip = document.querySelector(".tip");
     said.push(tip.hidden, tip.children.length);
   }
+  const [y] = document.querySelectorAll("figure[data-chart='0'] select");
+  y.value = "pgd"; y.dispatchEvent(new Event("change"));
+  said.push(document.querySelector("figure[data-chart='0'] svg").textContent.includes("PGD-20"));
   const paths = () => document.querySelectorAll("figure[data-chart='1'] > svg path").length;
   said.push(paths()); document.querySelector(".show button").click(); said.push(paths());
   const fetched = performance.getEntriesByType("resource");
@@ -127,4 +202,5 @@ def test_in_a_browser(tmp_path):
     up = "Local,Control,Self-Attention,Linear"
     assert title[:4] == [up, ",".join(reversed(up.split(","))), "1", "5"], title
     assert title[4] == title[6] == "false" and int(title[5]) >= 4 and title[7] == "5"
-    assert title[8:] == ["4", "3", "0"]  # a curve hidden, nothing fetched, no error
+    assert title[8] == "true"  # another axis
+    assert title[9:] == ["4", "3", "0"]  # a curve hidden, nothing fetched, no error

@@ -319,11 +319,11 @@ def test_epochs_stand_beside_the_published_ones_also_of_a_run_that_was_stopped(t
     lines = [[c.strip() for c in line.split("|")[1:-1]]
              for line in published_section(runs, "n").splitlines()]  # fmt: skip
     marks = next(line for line in lines if "Epoch 1" in line)
-    assert marks[3:-2] == [f"Epoch {m}" for m in (1, 2, 5, 10, 20, 50, 100)]
+    assert marks[3:-1] == [f"Epoch {m}" for m in (1, 2, 5, 10, 20, 50, 100)]
     control = [line for line in lines if line[:2] == ["CNN", "Control"]]
     assert control[0][3] == "stopped after epoch 12 of 100"
-    assert control[1][2:4] == ["here", "44.1"] and control[1][7:10] == ["–", "–", "–"]
-    assert control[2][2:4] == ["published", "43.1"] and control[1][-2] == "12 of 100"
+    assert control[1][2:4] == ["here, 12 epochs", "44.1"] and control[1][7:] == ["–"] * 4
+    assert control[2][2:4] == ["published", "43.1"]
     assert control[3][2:4] == ["difference", "+1.0"] and control[3][-1] == "-4.0 (epoch 3)"
     assert ["difference", *["-2.0"] * 7] in [line[2:10] for line in lines]
     charts = published_charts(pairs).charts
@@ -348,11 +348,12 @@ def test_an_unfinished_comparison_is_reported_as_far_as_it_came(tmp_path):
                                                       "shapes:40/20", "cpu"))  # fmt: skip
     plan.save(out, dataset)
     train(plan.configs()[0], dataset, out / "runs" / "mlp-none-s0", stop_after=2)
-    text = write_report(out, dataset).read_text()
-    assert "Recipe `published`, 3 epochs" in text
+    sweep = Path(__file__).parents[1] / "results" / "examples" / "sweep"
+    text = write_report(out, dataset, sweep=sweep).read_text()
+    assert "Recipe `published`, 3 epochs" in text and "## Hyperparameters" in text
     assert "`mlp-none-s0`: stopped after epoch 2 of 3" in text
     assert "not begun: `mlp-self-s0`" in text
-    assert "| 2 of 100 |" in text and "pictures/published.png" in text
+    assert "| here, 2 epochs |" in text and "pictures/published.png" in text
     page = (out / "report.html").read_text()
     assert "stopped after epoch 2 of 3" in page and "Beside the published curves" in page
 

@@ -181,7 +181,8 @@ def test_every_picture_is_drawn(tmp_path):
     pictures.per_epoch(tmp_path / "loss.png", runs, "train_loss", "training loss", "loss")
     pictures.against_time(tmp_path / "time.png", runs, "test_accuracy", "time", "accuracy")
     pictures.bars(tmp_path / "bars.png", ranking(runs, "cnn"), "CNN")
-    curve = {r.id: ([0.0, 0.5, 1.0], [0.5, 0.4, 0.2]) for r in runs}
+    sigma = {"sigma": [0.0, 0.5, 1.0]}
+    curve = {r.id: {"settings": sigma, "accuracy": [0.5, 0.4, 0.2]} for r in runs}
     pictures.noise(tmp_path / "noise.png", runs, curve, "noise")
     maps = {"self": torch.rand(4, 9, 9), "none": torch.eye(9)[None], "theirs": None}
     image = torch.randint(256, (32, 32, 3), dtype=torch.uint8)

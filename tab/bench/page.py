@@ -56,13 +56,20 @@ def told(record: dict, rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """HTML of one table; data-v holds what a column sorts by."""
+    """HTML of one table, less the columns that are empty; data-v holds what a column sorts by."""
     directions = _directions(rows)
     heads = ["case", "contestant", *(f"{d} ms" for d in directions), "tab is ×"]
     heads += ["images/s", "GFLOP/s", "GB/s", "% of floor", "peak MB", "error", "gradient error", ""]
     base = {row.case: row for row in rows if row.contestant == "tab" and row.seconds}
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "\n".join(_line(row, directions, base.get(row.case)) for row in rows)
+    lines = [_line(row, directions, base.get(row.case)) for row in rows]
+    empty = ("<td></td>", "<td class=why></td>")
+    kept = [i for i in range(len(heads)) if any(cells[i] not in empty for cells in lines)]
+    head = "".join(f"<th>{escape(heads[i])}</th>" for i in kept)
+    body = "\n".join(
+        f"<tr{' class=tab' * (row.contestant.split()[0] == 'tab')}>"
+        f"{''.join(cells[i] for i in kept)}</tr>"
+        for row, cells in zip(rows, lines, strict=True)
+    )
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
@@ -75,7 +82,7 @@ def _main(directions: list[str]) -> str | None:
     return next((d for d in (*DIRECTIONS, *directions) if d in directions), None)
 
 
-def _line(row: Row, directions: list[str], base: Row | None) -> str:
+def _line(row: Row, directions: list[str], base: Row | None) -> list[str]:
     cells = [_cell(row.case, row.case), _cell(row.contestant, row.contestant)]
     for d in directions:
         times = row.seconds.get(d)
@@ -97,8 +104,7 @@ def _line(row: Row, directions: list[str], base: Row | None) -> str:
     numbers += [None if row.peak_bytes is None else row.peak_bytes / 1e6]
     cells += [_cell(x, "" if x is None else _short(x)) for x in numbers]
     cells += [_cell(x, "" if x is None else f"{x:.0e}") for x in (row.error, row.gradient_error)]
-    kind = " class=tab" if row.contestant.split()[0] == "tab" else ""
-    return f"<tr{kind}>{''.join(cells)}<td class=why>{escape(row.skipped or '')}</td></tr>"
+    return [*cells, f"<td class=why>{escape(row.skipped or '')}</td>"]
 
 
 def _cell(value: float | str | None, shown: str) -> str:

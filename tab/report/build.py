@@ -22,6 +22,7 @@ from .identity import identity_section
 from .published import beside, published_charts, published_picture, published_section
 from .robustness import robustness_section, severity_picture
 from .tables import ranking
+from .trials import read_trials, told, trials_charts, trials_section
 from .weights import attention_picture, attention_weights, filters_picture
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -32,14 +33,20 @@ EMBEDDED = ("severity", "attention", "filters")
 
 
 def write_report(
-    out: Path, dataset: Dataset, *, bench: Path | None = None, progress: Progress | None = None
+    out: Path,
+    dataset: Dataset,
+    *,
+    bench: Path | None = None,
+    sweep: Path | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Draws everything anew from `out`; nothing is trained. -> the path of report.md
 
     The accuracy under noise is measured once for each run and kept beside it (robustness.json);
     what `tab robustness` measured beside it is shown too. bench: a folder with the JSON of
-    `tab bench`, whose tables report.html then holds.
+    `tab bench`, whose tables report.html then holds. sweep: the directory of a sweep, shown too.
     """
+    trials = read_trials(sweep) if sweep else {}
     facts = made_with(out, dataset)
     grid = Grid.load(out)
     runs = read_runs(out, grid)
@@ -48,18 +55,18 @@ def write_report(
     folder.mkdir(exist_ok=True)
     curves = pictures.drawn(runs)
     shown = _from_numbers(folder, runs, grid) if curves else {}
-    noise = {}
+    found = {}  # robustness.json of each finished run
     for i, run in enumerate(done):
         if progress:
             progress(i, len(done), f"noise: {run.id}")
         # It may have been trained on another machine.
         device = grid.device if torch.cuda.is_available() else "cpu"
-        found = measure(run.path, dataset, None, device=device)["noise"]
-        noise[run.id] = found["settings"]["sigma"], found["accuracy"]
+        found[run.id] = measure(run.path, dataset, None, device=device)
     if done:
         if progress:
             progress(len(done), len(done), "pictures")
         heading = f"accuracy against input noise ({len(dataset.test):,} test images)"
+        noise = {name: f["noise"] for name, f in found.items()}
         pictures.noise(folder / "noise.png", done, noise, heading)
         shown["noise"] = "Test accuracy against Gaussian noise on the input"
         if caption := severity_picture(folder / "severity.png", done):
@@ -67,15 +74,20 @@ def write_report(
         for model in dict.fromkeys(run.model for run in done):
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     sections = _sections(out, runs, grid, dataset)
+    if trials:
+        sections.append(trials_section(trials, told(sweep)))
     path = out / "report.md"
     checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown, sections).encode())
     ranked = {model: ranking(runs, model) for model in grid.models}
-    groups = [Group("Charts", NOTE, charts(runs, curves, _part(curves), noise))] if curves else []
+    groups = [Group("Charts", NOTE, charts(runs, curves, _part(curves), found))] if curves else []
     if pairs := beside(runs) if grid.recipe == "published" else {}:
         groups.insert(0, published_charts(pairs))
+    if trials:
+        groups.append(trials_charts(trials))
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
+    names = looks([*grid.attentions, *(attention for _, attention in trials)])
     words = markdown.report(runs, facts, grid, {}, sections)
-    text = html(words, ranked, looks(run.attention for run in runs), groups, embedded, bench)
+    text = html(words, ranked, names, groups, embedded, bench)
     checkpoint.write_bytes(out / "report.html", text.encode())
     return path
 

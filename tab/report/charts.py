@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from ..attacks import STEPS
 from ..results import Run
 from .pictures import averaged, measured
+from .robustness import SETS, corrupted
 from .style import look
 from .tables import ranking, title
 
 NOTE = (
-    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in all that "
-    "was measured; the dashed line is the front of the two axes. Memory is missing on a CPU, where "
-    "that of one run cannot be told from the process's. Point at a curve or a circle for its "
-    "numbers; press a name to hide it; press the head of a table's column to sort by it."
+    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in accuracy, "
+    "time, memory and accuracy under noise together; the dashed line is the front of the two axes. "
+    "Memory is missing on a CPU, where that of one run cannot be told from the process's. "
+    "Point at a curve or a circle for its numbers; press a name to hide it; press the head of a "
+    "table's column to sort by it."
 )
-Noise = dict[str, tuple[list[float], list[float]]]  # run id -> levels, accuracies
+POINTS = 200  # of a curve; of a longer one as many, evenly chosen
+PARETO = ("accuracy", "time", "memory", "noise")
+Found = dict[str, dict]  # run id -> its robustness.json
 
 
 class Group(NamedTuple):
@@ -31,13 +37,13 @@ class Group(NamedTuple):
     small: bool = False  # many little ones side by side
 
 
-def charts(runs: list[Run], curves: list[Run], part: str, noise: Noise) -> list[dict]:
+def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[dict]:
     """What charts.js draws. curves: the runs whose rows are drawn, by their accuracy on `part`."""
     names = list(dict.fromkeys(run.attention for run in runs))
-    found = []
+    drawn = []
     for model in dict.fromkeys(run.model for run in runs):
         mine = [run for run in curves if run.model == model]
-        found += _tradeoff(runs, model, noise)
+        drawn += _tradeoff(runs, model, found)
         key, accuracy = f"{part}_accuracy", f"{part} accuracy (%)"
         kinds = [
             ("training loss", "epoch", "cross-entropy", measured("epoch", "train_loss", 1.0)),
@@ -46,14 +52,14 @@ def charts(runs: list[Run], curves: list[Run], part: str, noise: Noise) -> list[
                 *(f"{part} accuracy against time", "training time (s)", accuracy),
                 measured("cumulative_training_time", key, 100.0),
             ),
-            ("accuracy under noise", "σ of the noise", "test accuracy (%)", _noise(noise)),
+            ("accuracy under noise", "σ of the noise", "test accuracy (%)", _noise(found)),
         ]
         for heading, x, y, points in kinds:
             chart = {"title": f"{model.upper()}: {heading}", "xlabel": x, "ylabel": y}
             series = _series(mine, names, points)
             if series:
-                found.append(chart | {"shared": "time" not in x, "series": series})
-    return found
+                drawn.append(chart | {"shared": "time" not in x, "series": series})
+    return drawn
 
 
 def looks(attentions: Iterable[str]) -> dict[str, dict]:
@@ -62,10 +68,12 @@ def looks(attentions: Iterable[str]) -> dict[str, dict]:
     return {name: _look(name, names) for name in names}
 
 
-def _noise(noise: Noise) -> Callable[[Run], tuple[list[float], list[float]]]:
+def _noise(found: Found) -> Callable[[Run], tuple[list[float], list[float]]]:
     def points(run: Run) -> tuple[list[float], list[float]]:
-        levels, accuracies = noise.get(run.id, ([], []))
-        return levels, [100 * a for a in accuracies]
+        if run.id not in found:
+            return [], []
+        noise = found[run.id]["noise"]
+        return noise["settings"]["sigma"], [100 * a for a in noise["accuracy"]]
 
     return points
 
@@ -76,19 +84,32 @@ def _series(runs: list[Run], names: list[str], points: Callable) -> list[dict]:
         line = averaged([run for run in runs if run.attention == name], points)
         if line:
             x, y = line[0], line[1].mean(0)
-            shown = [float(v) if math.isfinite(v) else None for v in y]
-            series.append({"key": name, "x": [float(v) for v in x], "y": shown})
+            kept = np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int)
+            series.append({"key": name, "x": _numbers(x[kept]), "y": _numbers(y[kept])})
     return series
 
 
-def _tradeoff(runs: list[Run], model: str, noise: Noise) -> list[dict]:
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """To five digits, as far as a chart can show."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
+
+
+def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
     """Accuracy, time, memory and robustness of each mechanism, where all of them have it."""
     entries = [entry for entry in ranking(runs, model) if entry.test and entry.seconds]
 
-    def under_noise(entry) -> float | None:
-        means = [100 * np.mean(noise[run.id][1][1:]) for run in entry.runs if run.id in noise]
-        return float(np.mean(means)) if means else None
+    def mean(of: Callable[[dict], float | None]) -> Callable:
+        """Over the runs of an entry that have it, in per cent."""
 
+        def value(entry) -> float | None:
+            each = [of(found[run.id]) for run in entry.runs if run.id in found]
+            known = [100 * x for x in each if x is not None]
+            return float(np.mean(known)) if known else None
+
+        return value
+
+    masked = any(f["attacks"]["suspicions"] for f in found.values() if "attacks" in f)
+    pgd = f"accuracy under PGD-{STEPS} (%)" + ", gradients perhaps masked" * masked
     # label, whether more is better, value
     quantities = {
         "accuracy": ("test accuracy (%)", True, lambda e: 100 * e.test.value),
@@ -96,17 +117,25 @@ def _tradeoff(runs: list[Run], model: str, noise: Noise) -> list[dict]:
         "memory": ("peak memory (MiB)", False, lambda e: e.memory and e.memory / 2**20),
         "parameters": ("parameters", False, lambda e: e.parameters),
         "flops": ("FLOPs per image", False, lambda e: e.flops),
-        "noise": ("mean accuracy under noise (%)", True, under_noise),
+        "noise": (
+            *("mean accuracy under noise (%)", True),
+            mean(lambda f: float(np.mean(f["noise"]["accuracy"][1:]))),
+        ),
+        "pgd": (pgd, True, mean(lambda f: f.get("attacks", {}).get("pgd"))),
     }
+    for key, (name, kinds) in SETS.items():
+        value = mean(partial(corrupted, key=key, kinds=kinds))
+        quantities[key] = f"mean accuracy, {name} (%)", True, value
     values = {e.attention: {k: f(e) for k, (_, _, f) in quantities.items()} for e in entries}
-    have = [k for k in quantities if values and all(v[k] for v in values.values())]
-    if "accuracy" not in have or "time" not in have:
+    have = [k for k in quantities if values and all(v[k] is not None for v in values.values())]
+    if len(values) < 2 or "accuracy" not in have or "time" not in have:
         return []
     area = next((k for k in ("memory", "parameters") if k in have), "time")
     return [
         {
             "title": f"{model.upper()}: trade-offs (area: {quantities[area][0]})",
             "area": area,
+            "pareto": [k for k in PARETO if k in have],
             "quantities": [
                 {"key": k, "label": quantities[k][0], "more": quantities[k][1]} for k in have
             ],

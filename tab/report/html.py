@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from PIL import Image
 
 from ..bench import page as bench_page
 from ..bench import results as bench_results
 from ..web import document
 from .charts import Group
 from .tables import Entry, title
+
+LIMIT = 5_000_000  # bytes of the page: what mail and a repository still take
 
 
 def html(
@@ -26,7 +30,18 @@ def html(
     bench: Path | None,
 ) -> str:
     """text: report.md without pictures. looks: charts.looks. pictures: file -> caption, to be
-    embedded. bench: a folder of results of `tab bench`."""
+    embedded as long as the page stays below LIMIT, and named where it would not. bench: a folder
+    of results of `tab bench`."""
+    kernels = _kernels(bench) if bench else ""
+    plain = _page(text, ranked, looks, groups, "", kernels)
+    room = LIMIT - len(plain.encode())
+    if room < 0:
+        said = f"**This page is larger than {LIMIT / 1e6:g} MB** even without its pictures."
+        text = text.replace("\n\n", f"\n\n{said}\n\n", 1)
+    return _page(text, ranked, looks, groups, _embedded(pictures, room), kernels)
+
+
+def _page(text, ranked, looks, groups, pictures: str, kernels: str) -> str:
     heading, rest = text.split("\n\n", 1)
     head, _, tail = rest.partition("\n\n## ")
     drawn = [chart for group in groups for chart in group.charts]
@@ -36,9 +51,8 @@ def html(
         _markdown(head),
         *(['<div><div class="show"></div>', *_groups(groups), "</div>"] if drawn else []),
         _markdown(f"## {tail}") if tail else "",
-        *(["<h2>Pictures</h2>"] if pictures else []),
-        *(_picture(path, caption) for path, caption in pictures.items()),
-        _kernels(bench) if bench else "",
+        pictures,
+        kernels,
     ]
     name = heading.removeprefix("# ")
     scripts = ("tables.js", *(["charts.js"] if drawn else []))
@@ -93,13 +107,37 @@ def _markdown(text: str) -> str:
     return md.render(text)
 
 
-def _picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+def _embedded(pictures: dict[Path, str], room: int) -> str:
+    """The small ones first, until `room` bytes are used; a line in place of each of the others."""
+    if not pictures:
+        return ""
+    data = {path: base64.b64encode(_webp(path)).decode() for path in pictures}
+    for path in sorted(data, key=lambda path: len(data[path])):
+        room -= len(data[path]) + 1000  # with what stands around it
+        if room < 0:
+            data[path] = ""
+    return "\n".join(["<h2>Pictures</h2>", *(_picture(p, c, data[p]) for p, c in pictures.items())])
+
+
+def _picture(path: Path, caption: str, data: str) -> str:
     caption = escape(caption, quote=True)
+    if not data:
+        where = escape(f"{path.parent.name}/{path.name}")
+        return (
+            f"<p><b>{caption}</b>: left out here, so that this page stays below "
+            f"{LIMIT / 1e6:g} MB; it lies in <code>{where}</code>.</p>"
+        )
     return (
-        f'<figure class="picture"><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure class="picture"><img alt="{caption}" src="data:image/webp;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _webp(path: Path) -> bytes:
+    """A third of the PNG's size, which is that of noise for filters."""
+    into = io.BytesIO()
+    Image.open(path).convert("RGB").save(into, "WEBP", quality=85, method=4)
+    return into.getvalue()
 
 
 def _kernels(folder: Path) -> str:

@@ -137,12 +137,14 @@ def bars(path: Path, entries: list[Entry], heading: str) -> None:
                 ax.axvline(value, color="#000000", linewidth=0.9, linestyle=":")
 
 
-def noise(path: Path, runs: list[Run], curve: dict[str, tuple[list, list]], heading: str) -> None:
-    """Test accuracy against the noise on the input; curve: run id -> levels, accuracies."""
+def noise(path: Path, runs: list[Run], found: dict[str, dict], heading: str) -> None:
+    """Test accuracy against the noise on the input; found: run id -> "noise" of its
+    robustness.json."""
 
     def points(run: Run) -> tuple[list[float], list[float]]:
-        levels, accuracies = curve.get(run.id, ([], []))
-        return levels, [100 * a for a in accuracies]
+        if run.id not in found:
+            return [], []
+        return found[run.id]["settings"]["sigma"], [100 * a for a in found[run.id]["accuracy"]]
 
     curves(path, runs, points, heading=heading, ylabel="test accuracy (%)",
            xlabel="σ of the noise (in standard deviations of the input)")  # fmt: skip

@@ -89,16 +89,17 @@ def _by_epoch(pairs: dict[Pair, tuple[Lines, Lines]]) -> str:
     for (model, attention), (ours, theirs) in pairs.items():
         apart = [a - b for a, b in zip(ours["test"], theirs["test"], strict=True)]
         most = max(range(len(apart)), key=lambda i: abs(apart[i]))
+        here = "here" if len(apart) == EPOCHS else f"here, {len(apart)} epochs"
         rows = {
-            "here": (ours["test"], ".1f", f"{len(apart)} of {EPOCHS}", "–"),
-            "published": (theirs["test"], ".1f", "–", "–"),
-            "difference": (apart, "+.1f", "–", f"{apart[most]:+.1f} (epoch {most + 1})"),
+            here: (ours["test"], ".1f", "–"),
+            "published": (theirs["test"], ".1f", "–"),
+            "difference": (apart, "+.1f", f"{apart[most]:+.1f} (epoch {most + 1})"),
         }
-        for what, (values, form, *tail) in rows.items():
+        for what, (values, form, last) in rows.items():
             cells = [f"{values[m - 1]:{form}}" if m <= len(values) else "–" for m in marks]
-            lines.append([model.upper(), title(attention), what, *cells, *tail])
+            lines.append([model.upper(), title(attention), what, *cells, last])
     header = ["Model", "Attention", "Test accuracy", *(f"Epoch {m}" for m in marks)]
-    table = markdown_lines([*header, "Epochs", "Largest difference"], lines)
+    table = markdown_lines([*header, "Largest"], lines)
     words = "Test accuracy (%) after an epoch; the largest difference is over all epochs run."
     return f"{words}\n\n{table}"
 

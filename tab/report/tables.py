@@ -159,7 +159,7 @@ def p_value(p: float | None) -> str:
 
 WORDS = (  # columns of text, set left
     *("Model", "Attention", "Verdict", "Note", "No gradient", "Affine", "Noise"),
-    *("Same function as", "Test accuracy"),
+    *("Same function as", "Test accuracy", "Winner"),
 )
 COLUMNS: dict[str, Callable[[Entry], str]] = {
     "Rank": lambda e: str(e.rank or "–"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def attention_picture(
 ) -> None:
     """maps: mechanism -> its matrices (H', N, N). A mechanism is one panel, its heads side by side;
     each matrix is scaled to its own largest weight. image (H, W, 3) uint8: what they attend to."""
-    with figure(path, len(maps), columns=3, width=4.6, height=1.55) as (fig, axes):
+    height = 1.3 + 1.0 / -(-len(maps) // 3)  # of a row, with its share of the heading
+    with figure(path, len(maps), columns=3, width=4.6, height=height) as (fig, axes):
         fig.subplots_adjust(wspace=0.12, hspace=0.45)
         for ax, (attention, heads) in zip(axes, maps.items(), strict=True):
             _bare(ax)
@@ -48,9 +50,9 @@ def attention_picture(
                 ax.imshow(shown, extent=(i, i + 0.94, 0, 0.94), cmap="magma", zorder=2,
                           norm=PowerNorm(0.5, 0, 1), interpolation="nearest")  # fmt: skip
             ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
-        fig.suptitle(heading, x=0.125, ha="left", fontweight="bold", fontsize=11)
         height, width = fig.get_figheight(), fig.get_figwidth()
-        fig.subplots_adjust(top=1 - 0.75 / height)
+        lines = _heading(fig, heading, width - 1.6)
+        fig.subplots_adjust(top=1 - (0.55 + 0.2 * lines) / height)
         corner = fig.add_axes((0.9 - 0.6 / width, 1 - 0.45 / height, 0.6 / width, 0.6 / height))
         _bare(corner)
         corner.imshow(image.numpy())
@@ -67,8 +69,8 @@ def filters_picture(path: Path, filters: dict[str, Tensor], heading: str) -> Non
             _bare(ax)
             ax.set_title(title(attention), fontsize=9)
             ax.imshow(tile, interpolation="nearest")
-        fig.suptitle(heading, x=0.125, ha="left", fontweight="bold", fontsize=11)
-        fig.subplots_adjust(top=1 - 0.6 / fig.get_figheight())
+        lines = _heading(fig, heading, fig.get_figwidth() - 1)
+        fig.subplots_adjust(top=1 - (0.4 + 0.2 * lines) / fig.get_figheight())
 
 
 def mosaic(weight: Tensor, across: int = 8) -> np.ndarray:
@@ -84,6 +86,13 @@ def mosaic(weight: Tensor, across: int = 8) -> np.ndarray:
         y, x = (i // across) * (rows + gap), (i % across) * (cols + gap)
         canvas[:, y : y + rows, x : x + cols] = tile
     return canvas.permute(1, 2, 0).numpy()
+
+
+def _heading(fig, text: str, width: float) -> int:
+    """Over the whole figure, in lines of at most `width` inches; -> how many."""
+    lines = textwrap.wrap(text, max(20, int(9.5 * width)))
+    fig.suptitle("\n".join(lines), x=0.125, ha="left", fontweight="bold", fontsize=11)
+    return len(lines)
 
 
 def _bare(ax) -> None:

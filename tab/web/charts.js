@@ -94,8 +94,8 @@ const lines = (figure, chart) => {
     const seen = s.points.filter(inside);
     const path = seen.map((p, i) => `${i ? "L" : "M"}${f.X(p.x)},${f.Y(p.y)}`).join("");
     svg("path", f.root, {...stroke(look(s)), d: path, class: `mark${faint(s.key)}`});
-    if (seen.length === 1) svg("circle", f.root, {cx: f.X(seen[0].x), cy: f.Y(seen[0].y), r: 4,
-      fill: look(s).color, class: `mark${faint(s.key)}`});
+    if (s.dots || seen.length === 1) for (const p of seen) svg("circle", f.root, {cx: f.X(p.x),
+      cy: f.Y(p.y), r: s.dots ? 2.2 : 4, fill: look(s).color, class: `mark${faint(s.key)}`});
   }
   const marks = svg("g", f.root, {class: "mark"});
   const dot = (s, p) => inside(p) && svg("circle", marks, {cx: f.X(p.x), cy: f.Y(p.y), r: 3.5,
@@ -108,7 +108,8 @@ const lines = (figure, chart) => {
     const {s, p} = nearest(found, at);
     if (!chart.shared) {
       dot(s, p);
-      return tell(event, look(s).name, [[chart.xlabel, show(p.x)], [chart.ylabel, show(p.y)]]);
+      return tell(event, look(s).name,
+        [[chart.xlabel, show(p.x)], [chart.ylabel, show(p.y)], ...(s.facts ?? [])]);
     }
     svg("line", marks, {class: "grid", x1: f.X(p.x), x2: f.X(p.x), y1: f.T, y2: f.H - f.B});
     const here = found.filter(q => q.p.x === p.x).sort((a, b) => b.p.y - a.p.y);
@@ -122,7 +123,7 @@ const dominated = (p, all, qs) => all.some(o => o !== p
   && qs.every(q => !better(p.values[q.key], o.values[q.key], q))
   && qs.some(q => better(o.values[q.key], p.values[q.key], q)));
 
-// Solid: no other is at least as good in all that was measured. Dashed: the front of these axes.
+// Solid: no other is at least as good in all of chart.pareto. Dashed: the front of these axes.
 const tradeoff = (figure, chart) => {
   if (!figure.axes) {
     figure.axes = {};
@@ -149,7 +150,7 @@ const tradeoff = (figure, chart) => {
   const most = Math.max(...points.map(p => p.values[chart.area])), boxes = [];
   const placed = points.map(p => ({...p, px: f.X(p.values[qx.key]), py: f.Y(p.values[qy.key]),
     r: 4 + 9 * Math.sqrt(p.values[chart.area] / most),
-    solid: !dominated(p, points, chart.quantities)}));
+    solid: !dominated(p, points, chart.quantities.filter(q => chart.pareto.includes(q.key)))}));
   for (const p of placed) {
     const look = data.looks[p.key];
     svg("circle", f.root, {cx: p.px, cy: p.py, r: p.r, class: `mark${faint(p.key)}`,
