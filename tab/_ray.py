@@ -73,12 +73,12 @@ class Ray:
                             deaths[index] += 1
                             why = f"its Ray worker or node died ({type(error).__name__})"
                             if deaths[index] < ATTEMPTS:
-                                log.warning("%s: %s; it goes on", tasks[index].folder.name, why)
+                                log.warning("%s: %s; it goes on", tasks[index].name, why)
                                 waiting.appendleft(index)
                             else:
                                 yield died(index, why)
                             continue
-                        message.write(tasks[index].folder)
+                        message.write(tasks[index])
                         if message.end is None:
                             on_event(index, message.event)
                         else:
@@ -141,7 +141,7 @@ class Ray:
         )
         # A reference within a list is not fetched until the worker asks for it: once, if at all.
         shared = [(item, sent[item.key]) for item in shared]
-        files = _Files(task.folder).changed()
+        files = _Files(task).changed()
         return work.remote(index, task, files, shared, max(1, int(self.cpus)))
 
 
@@ -154,26 +154,28 @@ class _Message:
     event: object = None
     end: Done | None = None
 
-    def write(self, folder: Path) -> None:
+    def write(self, task: Task) -> None:
         """In the order they were written there, so that a crash here is one there."""
         for name, content in self.files.items():
-            path = folder / name
+            path = task.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_bytes(path, content)
-        for name in _Files(folder).names() - self.names:
-            (folder / name).unlink()
+        for name in _Files(task).names() - self.names:
+            (task.folder / name).unlink()
 
 
 class _Files:
-    """The files below `folder` that are a task's: not its lock, nor what is half written."""
+    """The files that are a task's: not its lock, nor what is half written."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.stamps = folder, {}
+    def __init__(self, task: Task):
+        self.folder, self.stamps = task.folder, {}
+        self.roots = [task.folder / part for part in task.parts] or [task.folder]
 
     def names(self) -> set[str]:
         return {
             path.relative_to(self.folder).as_posix()
-            for path in self.folder.rglob("*")
+            for root in self.roots
+            for path in root.rglob("*")
             if path.is_file() and path.name != checkpoint.LOCK and path.suffix != checkpoint.PART
         }
 
@@ -197,8 +199,9 @@ def _work(
         item.get(load=lambda reference=reference: ray.get(reference))
     messages: Queue[_Message] = Queue(maxsize=1)
     with _scratch() as scratch:
-        _Message(files, set(files)).write(scratch)
-        there = _Files(scratch)
+        here = replace(task, folder=scratch)
+        _Message(files, set(files)).write(here)
+        there = _Files(here)
         there.changed()
 
         def send(**what: object) -> None:
@@ -206,7 +209,6 @@ def _work(
 
         def run() -> None:
             torch.set_num_threads(threads)
-            here = replace(task, folder=scratch)
             done = attempt(index, here, lambda event: send(event=event))
             send(end=portable(done))
 

@@ -15,6 +15,7 @@ from . import __version__
 from .bench.cli import app as bench
 from .check_cli import check, say
 from .options import (
+    BatchSeeds,
     Compile,
     Cpus,
     Data,
@@ -83,6 +84,7 @@ def compare(
     ray: RayAddress = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
+    batch_seeds: BatchSeeds = None,
     tensorboard: TensorBoard = False,
 ) -> None:
     """Train every model with every attention and compare them: tables, pictures, a report."""
@@ -95,7 +97,8 @@ def compare(
         summary_writer()
     overrides = with_compile(overrides, compiled)
     given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
-    given = {key: value for key, value in {**given, "device": device}.items() if value is not None}
+    given |= {"device": device, "batch_seeds": batch_seeds}
+    given = {key: value for key, value in given.items() if value is not None}
     if resume and out:
         raise ValueError("--resume continues in its own directory: drop --out")
     if resume:
@@ -316,6 +319,7 @@ def _grid(given: dict, name: str, ray: str | None, recipe):
         seeds=given.get("seeds", 1),
         data=place_of(given.get("data", "cifar10")),
         device=device_of(given.get("device"), ray=ray),
+        batch_seeds=given.get("batch_seeds", 1),
     )
 
 
@@ -329,7 +333,9 @@ def _resumed(resume: Path, given: dict, recipe, epochs, overrides, ray):
     stored = {**vars(plan.grid), **_listed(plan.grid)}
     was, now = vars(plan.grid), vars(_grid({**stored, **given}, "x", ray, plan.recipe))
     differ = [
-        f"--{key}: was {was[key]!r}, now {now[key]!r}" for key in given if was[key] != now[key]
+        f"--{key.replace('_', '-')}: was {was[key]!r}, now {now[key]!r}"
+        for key in given
+        if was[key] != now[key]
     ]
     if recipe or epochs or overrides:
         source = recipe or str((resume / "config.toml").resolve())

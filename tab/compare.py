@@ -24,6 +24,7 @@ from .executor import Executor, InProcess, Shared, Task, run_tasks
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
 from .results import Grid, Run, read_run, read_runs, write_csvs
+from .seeds import train_seeds
 from .splits import splits
 from .train import train
 
@@ -57,6 +58,8 @@ class Plan:
         """All runs, resolved and checked, in the order of work."""
         if self.grid.seeds < 1:
             raise ValueError(f"seeds = {self.grid.seeds}: a comparison needs at least one")
+        if self.grid.batch_seeds < 1:
+            raise ValueError(f"batch_seeds = {self.grid.batch_seeds}: 1 is one run at a time")
         for key in ("models", "attentions"):
             names = getattr(self.grid, key)
             if not names or len(set(names)) < len(names):
@@ -102,39 +105,54 @@ def compare(
     shared = share(dataset, plan.grid.data)
     with checkpoint.locked(out):
         old, new = [], []
-        for config in plan.configs():
-            run = read_run(out, config.model, config.attention, config.seed)
-            (old if run.status in ("done", "diverged") else new).append(config)
+        for cells in plan.grid.groups():
+            ended = all(read_run(out, *cell).status in ("done", "diverged") for cell in cells)
+            (old if ended else new).append([plan.recipe.run(*cell) for cell in cells])
         # What has ended is only checked, for which this process will do.
-        for configs, where in ((old, InProcess()), (new, executor)):
+        for groups, where in ((old, InProcess()), (new, executor)):
             tasks = [
-                Task(_run, (config, shared, plan.grid.device), out / "runs" / config.id)
-                for config in configs
+                Task(
+                    *(_run, (configs, shared, plan.grid.device), out / "runs"),
+                    parts=tuple(config.id for config in configs),
+                )
+                for configs in groups
             ]
-            for done in run_tasks(tasks, where, partial(_tell, watcher, configs)):
-                config = configs[done.index]
+            for done in run_tasks(tasks, where, partial(_tell, watcher, groups)):
                 if isinstance(done.error, OSError) and done.error.errno in DISK:
                     raise done.error
-                if done.error:
-                    path = out / "runs" / config.id / "error.txt"
-                    path.parent.mkdir(parents=True, exist_ok=True)  # if its process never began
-                    checkpoint.write_bytes(path, done.traceback.encode())
-                write_csvs(out, read_runs(out, plan.grid))
-                watcher.end(read_run(out, config.model, config.attention, config.seed))
+                for config in groups[done.index]:
+                    cell = config.model, config.attention, config.seed
+                    if done.error and read_run(out, *cell).status not in ("done", "diverged"):
+                        path = out / "runs" / config.id / "error.txt"
+                        path.parent.mkdir(parents=True, exist_ok=True)  # if no process began it
+                        checkpoint.write_bytes(path, done.traceback.encode())
+                    write_csvs(out, read_runs(out, plan.grid))
+                    watcher.end(read_run(out, *cell))
     return read_runs(out, plan.grid)
 
 
-def _run(config: RunConfig, dataset: Shared[Dataset], device: str, *, folder: Path, emit) -> None:
-    (folder / "error.txt").unlink(missing_ok=True)
-    emit(None)
-    train(config, dataset.get(), folder, device=device, resume=True, on_epoch=emit)
-
-
-def _tell(watcher: Watcher, configs: list[RunConfig], index: int, row: dict | None) -> None:
-    if row is None:
-        watcher.begin(configs[index])
+def _run(
+    configs: list[RunConfig], dataset: Shared[Dataset], device: str, *, folder: Path, emit
+) -> None:
+    """One run, or several seeds at once; emits (which of them, its row), or None as its row at the
+    beginning."""
+    outs = [folder / config.id for config in configs]
+    for i, out in enumerate(outs):
+        (out / "error.txt").unlink(missing_ok=True)
+        emit((i, None))
+    how = {"device": device, "resume": True}
+    if len(configs) == 1:
+        train(configs[0], dataset.get(), outs[0], on_epoch=lambda row: emit((0, row)), **how)
     else:
-        watcher.epoch(configs[index], row)
+        train_seeds(configs, dataset.get(), outs, on_epoch=lambda *event: emit(event), **how)
+
+
+def _tell(watcher: Watcher, groups: list[list[RunConfig]], index: int, event: tuple) -> None:
+    which, row = event
+    if row is None:
+        watcher.begin(groups[index][which])
+    else:
+        watcher.epoch(groups[index][which], row)
 
 
 def facts_of(device: str, dataset: Dataset) -> dict:

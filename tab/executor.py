@@ -38,6 +38,12 @@ class Task(Generic[T]):
     function: Callable[..., T]
     arguments: tuple
     folder: Path  # the only place it reads and writes on disk; made by the executor
+    parts: tuple[str, ...] = ()  # the folders below it that are its own, if not all of it
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return ", ".join(self.parts) or self.folder.name
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class Processes:
                         index, why = worker.index, workers.pop(pipe).end()
                         deaths[index] += 1
                         if deaths[index] < ATTEMPTS:
-                            log.warning("%s: %s; it goes on", tasks[index].folder.name, why)
+                            log.warning("%s: %s; it goes on", tasks[index].name, why)
                             waiting.appendleft(index)
                         else:
                             yield died(index, why)

@@ -43,6 +43,15 @@ Jobs = Annotated[
         "times of each run then say nothing of it alone.",
     ),
 ]
+BatchSeeds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Train N seeds of a variant at once, as one stacked model: worth it where a single "
+        "run leaves the device idle. The times of each are then its share.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Of each process; default: its share of the cores."),

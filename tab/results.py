@@ -31,13 +31,13 @@ RESULTS = [
     *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
     "cumulative_training_time",
     *("seed", "validation_loss", "validation_accuracy", "seconds", "images_per_second"),
-    *("peak_memory_bytes", "learning_rate"),
+    *("peak_memory_bytes", "learning_rate", "seeds_at_once"),
 ]
 SUMMARY = [
     *("final_test_accuracy", "max_test_accuracy", "final_train_accuracy", "final_train_loss"),
     *("min_train_loss", "total_training_time", "num_epochs"),
     *("seed", "status", "images_per_second", "parameters", "attention_parameters", "flops"),
-    *("peak_memory_bytes", "final_validation_accuracy", "error"),
+    *("peak_memory_bytes", "final_validation_accuracy", "error", "seeds_at_once"),
     *COLUMNS,  # of the mechanism over its seeds: the same in the line of each
 ]
 MEASURED = {  # columns that differ between two equal runs: times, and what follows from them
@@ -58,11 +58,18 @@ class Grid:
     seeds: int  # 0 … seeds - 1
     data: str
     device: str
+    batch_seeds: int = 1  # seeds of a variant trained at once, as one stacked model
 
     def cells(self) -> list[tuple[str, str, int]]:
         """(model, attention, seed) in the order of work: a whole table after each seed."""
         seeds = range(self.seeds)
         return [(m, a, s) for s in seeds for a in self.attentions for m in self.models]
+
+    def groups(self) -> list[list[tuple[str, str, int]]]:
+        """The cells that are trained at once, in the order of work."""
+        n = self.batch_seeds
+        starts = [(m, a, s) for m, a, s in self.cells() if s % n == 0]
+        return [[(m, a, i) for i in range(s, min(s + n, self.seeds))] for m, a, s in starts]
 
     def to_toml(self) -> str:
         # JSON's strings, numbers and lists are TOML's.

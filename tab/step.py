@@ -73,7 +73,7 @@ class Steps:
             self.correct.zero_()
             for x, y in batches:
                 each(x, y)
-            return self.loss.item(), self.correct.item()
+            return self.loss.tolist(), self.correct.tolist()
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         self._run_gradients(x, y)

@@ -10,12 +10,13 @@ the same numbers as an unbroken one, on a CPU bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from . import checkpoint
 from .batches import Batches
-from .config import RunConfig
+from .config import RunConfig, Train
 from .data import Dataset
 from .environment import environment, peak_memory
 from .flops import forward_flops
@@ -65,9 +66,9 @@ def train(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(out):
-        found = _found(config, dataset, out, resume)
+        found = found_run(config, dataset, out, resume)
         if found and found["status"] != "running":
-            return Outcome(config, _read_rows(out), found["status"], found["summary"])
+            return Outcome(config, read_rows(out), found["status"], found["summary"])
         run = _Run(config, dataset, torch.device(device), out)
         if found:
             run.restore()
@@ -98,35 +99,59 @@ def load_trained(out: Path, device: str | torch.device = "cpu") -> tuple[ImageMo
 
 
 class _Run:
-    """The state of a run between two epochs."""
+    """The state of a run between two epochs.
 
-    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device, out: Path):
+    parts: its batches, as from `splits`, if they are there already. options: how it computes, if
+    not as the recipe says. together: the ids of the runs it is trained with (tab/seeds.py).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        device: torch.device,
+        out: Path,
+        parts: tuple[Batches, Batches | None, Batches] | None = None,
+        options: Train | None = None,
+        together: list[str] | None = None,
+    ):
+        self.together = together
         self.config, self.dataset, self.device, self.out = config, dataset, device, out
         self.status, self.rows = "running", []
-        self.batches, self.validation, self.test = splits(config, dataset, device)
+        self.batches, self.validation, self.test = parts or splits(config, dataset, device)
         model = build_model(config, len(dataset.classes))
         self.flops = forward_flops(model)
         self.model = _place(model, device)
         count = config.train.epochs * len(self.batches)
-        self.steps = Steps(self.model, config.train, count, device)
+        self.steps = Steps(self.model, options or config.train, count, device)
         self._describe()
 
     def epoch(self) -> None:
         """One pass over the training images, then the scores of this epoch: a new row."""
-        epoch, last = len(self.rows), len(self.rows) + 1 == self.config.train.epochs
-        row = {"epoch": epoch + 1, "learning_rate": self.steps.schedule.get_last_lr()[0]}
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.random.fork_rng([self.device] if cuda else []):
-            # A layer with noise of its own draws from here: a function of (seed, epoch).
-            torch.manual_seed(self.config.seed * 1_000_003 + epoch)
+        epoch, rate = len(self.rows), self.steps.schedule.get_last_lr()[0]
+        with random_of(self.device):
+            torch.manual_seed(self.number)
             start = time.perf_counter()
-            training = epoch == 0 or self.config.train.train_mode == "always"
-            loss, correct = self.steps.learn(self.batches.epoch(epoch), training)
+            loss, correct = self.steps.learn(self.batches.epoch(epoch), self.training)
             seconds = time.perf_counter() - start
+        self.add(rate, loss, correct, seconds)
+
+    @property
+    def training(self) -> bool:
+        """The mode of the model in the next epoch."""
+        return not self.rows or self.config.train.train_mode == "always"
+
+    @property
+    def number(self) -> int:
+        """What a layer draws in the next epoch, from torch's random stream, is a function of it."""
+        return self.config.seed * 1_000_003 + len(self.rows)
+
+    def add(self, rate: float, loss: float, correct: int, seconds: float, at_once: int = 1) -> None:
+        """The row of an epoch that was trained: `loss` and `correct` are sums over its images."""
+        last = len(self.rows) + 1 == self.config.train.epochs
         before = self.rows[-1]["cumulative_training_time"] if self.rows else 0.0
         samples = self.batches.samples
+        row = {"epoch": len(self.rows) + 1, "learning_rate": rate, "seeds_at_once": at_once}
         row |= {"train_loss": loss / samples, "train_accuracy": correct / samples}
         row |= {"seconds": seconds}
         row |= {"cumulative_training_time": before + seconds}
@@ -156,12 +181,28 @@ class _Run:
         """After an epoch. Each file is replaced whole; the order makes any crash between harmless:
         the rows are also in the checkpoint, and run.json says "done" last."""
         if self.status == "running":
-            state = {"rows": self.rows, "model": self.model.state_dict()}
-            state |= {"optimizer": self.steps.optimizer.state_dict()}
-            state |= {"schedule": self.steps.schedule.state_dict()}
-            checkpoint.save(self.out / "checkpoint.pt", state)
+            checkpoint.save(self.out / "checkpoint.pt", self.state())
+        self.write()
+
+    def state(self) -> dict:
+        """All that the next epoch needs."""
+        return {
+            "rows": self.rows,
+            "model": weights(self.model),
+            "optimizer": self.steps.optimizer.state_dict(),
+            "schedule": self.steps.schedule.state_dict(),
+        }
+
+    def load(self, state: dict) -> None:
+        self.rows = state["rows"]
+        self.model.load_state_dict(state["model"])
+        self.steps.optimizer.load_state_dict(state["optimizer"])
+        self.steps.schedule.load_state_dict(state["schedule"])
+
+    def write(self) -> None:
+        """What others read: the rows, and at the end the weights, answers and summary."""
         if self.status == "done":
-            checkpoint.save(self.out / "model.pt", self.model.state_dict())
+            checkpoint.save(self.out / "model.pt", weights(self.model))
             if self.rows[-1]["test_accuracy"] is not None:
                 self._save_answers()
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
@@ -191,15 +232,13 @@ class _Run:
         except checkpoint.Corrupt as error:
             warnings.warn(f"{error}; this run starts again from its first epoch", stacklevel=3)
             return
-        self.rows = state["rows"]
-        self.model.load_state_dict(state["model"])
-        self.steps.optimizer.load_state_dict(state["optimizer"])
-        self.steps.schedule.load_state_dict(state["schedule"])
+        self.load(state)
 
     def _describe(self) -> None:
         run = {
             "config": self.config.to_dict(),
             "status": self.status,
+            "together": self.together,
             "data": {k: getattr(self.dataset, k) for k in ("name", "note", "fingerprint")},
             "classes": list(self.dataset.classes),
             "environment": environment(self.device),
@@ -224,6 +263,7 @@ class _Run:
             "flops": self.flops,
             "images_per_second": self.batches.samples * len(rows) / seconds if rows else None,
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+            "seeds_at_once": last.get("seeds_at_once"),
             "status": self.status,
         }
         return Outcome(self.config, rows, self.status, summary)
@@ -233,10 +273,22 @@ ROW = (
     *("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
     *("test_loss", "test_accuracy", "seconds", "cumulative_training_time", "images_per_second"),
     *("peak_memory_bytes", "learning_rate"),
+    "seeds_at_once",  # above 1: this run's share of the seconds of so many (tab/seeds.py)
 )
 
 
 # --- around it ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def random_of(device: torch.device) -> Iterator[None]:
+    """What is drawn within leaves torch's random streams as they were; the peak of the device's
+    memory counts from here."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.random.fork_rng([device] if cuda else []):
+        yield
 
 
 def _place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -245,7 +297,14 @@ def _place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)  # of the convolutions' weights
 
 
-def _found(config: RunConfig, dataset: Dataset, out: Path, resume: bool) -> dict | None:
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Its state, copied: torch.save would write all that a view is a view of."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def found_run(
+    config: RunConfig, dataset: Dataset, out: Path, resume: bool, together: list[str] | None = None
+) -> dict | None:
     """The run.json in `out`, which must be of this very run."""
     path = out / "run.json"
     if not path.is_file():
@@ -262,7 +321,16 @@ def _found(config: RunConfig, dataset: Dataset, out: Path, resume: bool) -> dict
     if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
         was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
         raise ValueError(f"the run in {out} is another one: {was}; give another directory")
+    if found["status"] == "running" and (was := found.get("together")) != together:
+        raise ValueError(
+            f"the run in {out} was begun {_with(was)}, and cannot go on {_with(together)}: its "
+            "numbers would be others in their last digits; go on as before, or remove it"
+        )
     return found
+
+
+def _with(together: list[str] | None) -> str:
+    return f"together with {', '.join(together)}" if together else "by itself"
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -273,5 +341,5 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _read_rows(out: Path) -> list[dict]:
+def read_rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]

@@ -98,8 +98,12 @@ class KimiK2(LatentMoE):
             scale = q.shape[-1] ** -0.5
             peak = max_logits(q, k, scale, key_mask=key_mask) if self.training else None
         if peak is not None:
-            self.peak.copy_(self.peak.maximum(peak.amax(0)))
+            self.note(peak)
         return y
+
+    def note(self, peak: Tensor) -> None:
+        """peak (B, H): the largest score of each head in this batch."""
+        self.peak.copy_(self.peak.maximum(peak.amax(0)))
 
     def attention_matrix(self, x: Tensor) -> Tensor:
         return self.attention.weights(x) if self.latent else self.attention.attention_matrix(x)

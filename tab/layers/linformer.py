@@ -68,14 +68,19 @@ class LinformerAttention(HeadsAttention):
                 f"linformer: N = {n} tokens, but E and F have rows for max_seq_len="
                 f"{self.max_seq_len}; build the layer with max_seq_len={n} or more"
             )
-        wq, wk, wv = self.qkv.weight.chunk(3)  # (C, C)
+        real = x if key_mask is None else x * key_mask[..., None]
+        return self.with_weights(x, real, self.qkv.weight, self.E, self.F)
+
+    def with_weights(
+        self, x: Tensor, real: Tensor, qkv: Tensor, E: Tensor, F_: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`compressed` as a function of the weights; real: x with 0 for what is no token."""
+        wq, wk, wv = qkv.chunk(3)  # (C, C)
         q = F.linear(x, wq).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        if key_mask is not None:
-            x = x * key_mask[..., None]
-        E = self.E[:, :n]  # (1 or H, N, K)
-        if self.F is None:
-            return q, *self._compress(x, E, wk, wv)
-        return q, *self._compress(x, E, wk), *self._compress(x, self.F[:, :n], wv)
+        E = E[:, : x.shape[1]]  # (1 or H, N, K)
+        if F_ is None:
+            return q, *self._compress(real, E, wk, wv)
+        return q, *self._compress(real, E, wk), *self._compress(real, F_[:, : x.shape[1]], wv)
 
     def _compress(self, x: Tensor, E: Tensor, *weights: Tensor) -> list[Tensor]:
         """Eᵀ(xW), (B, H, K, D), for each W (C, C); as (Eᵀx)W where that costs less."""

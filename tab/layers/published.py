@@ -147,10 +147,13 @@ class PublishedLinformer(_Published):
         self.F = nn.Linear(max_seq_len, k, bias=False)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = k.shape[2]
-        if n > self.k:
-            k, v = self.E.weight[:, :n] @ k, self.F.weight[:, :n] @ v  # (B, H, k, D)
+        if k.shape[2] > self.k:
+            k, v = self.shorten(self.E, k), self.shorten(self.F, v)
         return super().mix(q, k, v)
+
+    def shorten(self, E: nn.Linear, x: Tensor) -> Tensor:
+        """x (B, H, N, D) -> (B, H, k, D)"""
+        return E.weight[:, : x.shape[2]] @ x
 
 
 @register_attention("linear", published=True)

@@ -30,7 +30,7 @@ def report(
     ]
     for model, entries in ranked.items():
         parts += [f"## {model.upper()}", markdown_table(entries), sizes(entries)]
-    parts += [explanation(grid.seeds)]
+    parts += [explanation(grid.seeds, grid.batch_seeds)]
     if grid.seeds > 1:
         parts += ["## Statistics"]
         parts += [
@@ -131,7 +131,7 @@ def unfinished(runs: list[Run]) -> list[str]:
     return ["**Not in the means:**\n" + "\n".join(lines)] if lines else []
 
 
-def explanation(seeds: int) -> str:
+def explanation(seeds: int, at_once: int = 1) -> str:
     text = (
         "Ranked by the final test accuracy. Train accuracy is the mean over the last epoch as the "
         "weights moved. vs control: points of test accuracy. Time ratio: training time over the "
@@ -139,6 +139,12 @@ def explanation(seeds: int) -> str:
     )
     if seeds > 1:
         text += " ± is half the width of a 95 % interval; differences and ratios pair the seeds."
+    if min(at_once, seeds) > 1:
+        text += (
+            f" Times are shares: up to {at_once} seeds of a mechanism were trained at once as one "
+            "stacked model, and each counts for an even part of its seconds, not for what it would "
+            "take alone. Peak memory is that of all."
+        )
     return text
 
 
