@@ -4,9 +4,8 @@
 // there; when all the threads concerned have come to the same place, they go on. What fails:
 //   a barrier that some threads do not reach, or that they reach at different places;
 //   shared memory that is read before it is written: it starts as NaN;
-//   a write outside of the block's shared memory (256 KiB around it are looked at afterwards).
-// Between barriers of the block a warp runs alone, and between warp-wide instructions a thread; the
-// first one first or (`backwards`) the last one: without a barrier that is needed, results differ.
+//   a write outside of the block's shared memory (256 KiB around it are looked at afterwards);
+//   a barrier that is missing: two threads touch one place and nothing orders them (cuda_races.h).
 #pragma once
 
 #include <ucontext.h>
@@ -21,6 +20,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cuda_races.h"
 
 // --- types ---------------------------------------------------------------------------------------
 
@@ -86,6 +87,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(STACK);
   enum { RUNS, AT_BLOCK, AT_WARP, DONE } state = RUNS;
+  bool orders = false;  // a barrier, not a shuffle
   std::source_location where;
   Slot given;
 };
@@ -95,9 +97,9 @@ inline std::vector<std::array<Slot, WARP>> taken;  // of each warp: what its lan
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
-inline void wait(decltype(Fiber::state) state, std::source_location where) {
+inline void wait(decltype(Fiber::state) state, std::source_location where, bool orders = false) {
   Fiber& self = fibers[threadIdx.x];
-  self.state = state, self.where = where;
+  self.state = state, self.where = where, self.orders = orders;
   swapcontext(&self.context, &scheduler);
 }
 
@@ -118,10 +120,22 @@ inline bool release(size_t first, size_t last, decltype(Fiber::state) state) {
   }
   for (size_t t = first; t < last && state == Fiber::AT_WARP; ++t)
     taken[t / WARP][t % WARP] = fibers[t].given;
+  if (state == Fiber::AT_BLOCK) ++races.barrier;
+  if (state == Fiber::AT_WARP && fibers[first].orders) ++races.warp_barrier[first / WARP];
   return true;
 }
 
-inline void run_threads(bool backwards) {
+/// The race that was found, each thread with the line at which it last waited.
+inline std::string race() {
+  const auto name = [](int t) {
+    const std::string line = t == SEVERAL ? "" : " (after line " +
+                             std::to_string(fibers[t].where.line()) + ")";
+    return (t == SEVERAL ? "several of a warp" : std::to_string(t)) + line;
+  };
+  return "no barrier between threads " + name(races.other) + " and " + name(races.one);
+}
+
+inline void run_threads() {
   const size_t count = fibers.size();
   for (auto& fiber : fibers) {
     getcontext(&fiber.context);
@@ -133,13 +147,13 @@ inline void run_threads(bool backwards) {
   const size_t warps = count / WARP;
   do {
     for (size_t i = 0; i < warps; ++i) {  // each warp as far as it comes without the others
-      const size_t first = (backwards ? warps - 1 - i : i) * WARP;
+      const size_t first = i * WARP;
       do {
-        for (size_t lane = 0; lane < WARP; ++lane) {
-          const size_t t = first + (backwards ? WARP - 1 - lane : lane);
+        for (size_t t = first; t < first + WARP; ++t) {
           if (fibers[t].state != Fiber::RUNS) continue;
-          threadIdx.x = static_cast<unsigned>(t);
+          threadIdx.x = static_cast<unsigned>(t), races.thread = static_cast<int>(t);
           swapcontext(&scheduler, &fibers[t].context);
+          if (races.found) throw std::runtime_error(race());
         }
       } while (release(first, first + WARP, Fiber::AT_WARP));
     }
@@ -150,10 +164,9 @@ inline void run_threads(bool backwards) {
                                std::to_string(fiber.where.line()));
 }
 
-/// problem(memory) by blocks · threads; "" or what went wrong.
+/// problem(memory) by blocks · threads; "" or what went wrong. `element`: of the least access.
 template <typename Problem>
-std::string run(const Problem& problem, int blocks, int threads, int64_t bytes,
-                bool backwards) try {
+std::string run(const Problem& problem, int blocks, int threads, int64_t bytes, int element) try {
   fibers.resize(threads), taken.resize(threads / WARP);
   const size_t size = (bytes + 15) / 16 * 16;
   std::vector<float4> memory((size + 2 * GUARD) / sizeof(float4));
@@ -162,13 +175,16 @@ std::string run(const Problem& problem, int blocks, int threads, int64_t bytes,
     std::memset(begin, 0xff, size + 2 * GUARD);  // NaN in every floating type
     blockIdx.x = block;
     body = [&] { problem(begin + GUARD); };
-    run_threads(backwards);
+    races.watch(begin + GUARD, bytes, element);
+    run_threads();
+    races.size = 0;
     for (size_t i = 0; i < size + 2 * GUARD; ++i)
       if (begin[i] != 0xff && (i < GUARD || i >= GUARD + bytes))
         throw std::runtime_error("a write outside of shared memory");
   }
   return "";
 } catch (const std::exception& error) {
+  races.size = 0;
   return error.what();
 }
 
@@ -189,10 +205,10 @@ auto exchange(T x, std::source_location where) {
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
-  cpu::wait(cpu::Fiber::AT_BLOCK, where);
+  cpu::wait(cpu::Fiber::AT_BLOCK, where, true);
 }
 inline void __syncwarp(std::source_location where = std::source_location::current()) {
-  cpu::wait(cpu::Fiber::AT_WARP, where);
+  cpu::wait(cpu::Fiber::AT_WARP, where, true);
 }
 inline float __shfl_xor_sync(unsigned, float x, int mask,
                              std::source_location where = std::source_location::current()) {

@@ -11,10 +11,10 @@ using namespace tab::few;
 static std::string message;
 
 template <template <typename> typename Problem>
-static const char* run(const void* problem, int type, int blocks, int64_t bytes, bool backwards) {
+static const char* run(const void* problem, int type, int blocks, int64_t bytes) {
   const auto go = [&]<typename T>(T) {
     const auto& typed = *static_cast<const Problem<T>*>(problem);
-    message = cpu::run(typed, blocks, typed.THREADS, bytes, backwards);
+    message = cpu::run(typed, blocks, typed.THREADS, bytes, sizeof(T));
   };
   type == 0 ? go(float{}) : type == 1 ? go(__half{}) : go(__nv_bfloat16{});
   return message.c_str();
@@ -22,9 +22,9 @@ static const char* run(const void* problem, int type, int blocks, int64_t bytes,
 
 /// BYTES(T) is the shared memory that the launcher asks for.
 #define TAB_KERNEL(name, Problem)                                                              \
-  extern "C" const char* name(const void* problem, int type, int blocks, bool backwards) {     \
+  extern "C" const char* name(const void* problem, int type, int blocks) {     \
     const int64_t bytes = type == 0 ? Problem<float>::BYTES : Problem<__half>::BYTES;          \
-    return run<Problem>(problem, type, blocks, bytes, backwards);                              \
+    return run<Problem>(problem, type, blocks, bytes);                              \
   }
 TAB_KERNEL(softmax_fwd, SoftmaxForward)
 TAB_KERNEL(softmax_bwd, SoftmaxBackward)
@@ -34,9 +34,9 @@ TAB_KERNEL(performer_fwd, PerformerForward)
 TAB_KERNEL(performer_bwd, PerformerBackward)
 
 #define TAB_LINEAR(name, Problem)                                                              \
-  extern "C" const char* name(const void* problem, int type, int blocks, bool backwards) {     \
+  extern "C" const char* name(const void* problem, int type, int blocks) {     \
     const Sizes& a = *static_cast<const Sizes*>(problem);                                      \
-    return run<Problem>(problem, type, blocks, Shared::bytes(a.n, a.d, a.dv), backwards);      \
+    return run<Problem>(problem, type, blocks, Shared::bytes(a.n, a.d, a.dv));      \
   }
 TAB_LINEAR(linear_fwd, LinearForward)
 TAB_LINEAR(linear_bwd, LinearBackward)

@@ -155,7 +155,8 @@ struct SoftmaxForward {
     float inverse[Part<T, true>::ROWS];
     mask(s, seen, scale);
     softmax(s, lse + static_cast<int64_t>(bh) * n, n, inverse);
-    keep(s, x);  // over Q: a warp reads and writes its own rows only
+    __syncwarp();  // over Q: a warp reads and writes its own rows only
+    keep(s, x);
     __syncwarp();
     for (int c = 0; c < dv; c += SIDE) {
       if (c > 0) {
