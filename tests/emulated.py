@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
     path = Path(folder.name) / "cuda_small.so"
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{HERE}"]
     flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    made = path.with_suffix(".o")  # compiled for, but not linked with, ThreadSanitizer: cuda_races.h
+    made = path.with_suffix(".o")  # ThreadSanitizer's calls without its runtime: cuda_races.h
     subprocess.run(
         [compiler, *flags, "-c", "-fsanitize=thread", HERE / "cuda_small.cpp", "-o", made],
         check=True,

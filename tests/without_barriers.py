@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BARRIER = re.compile(r"\b(__syncthreads(?:_or)?|__syncwarp)\(")
+BARRIER = re.compile(r"\b__sync(?:threads|warp)\(\)")
 
 
 def noticed(source: Path, line: int) -> str:
@@ -25,7 +25,7 @@ def noticed(source: Path, line: int) -> str:
             shutil.copytree(ROOT / part, copy / part)
         shutil.copy(ROOT / "pyproject.toml", copy)
         lines = source.read_text().splitlines()
-        lines[line] = BARRIER.sub("(", lines[line])
+        lines[line] = BARRIER.sub("(void)0", lines[line])
         (copy / source.relative_to(ROOT)).write_text("\n".join(lines))
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
