@@ -143,6 +143,7 @@ CUDA_OPS = {  # what a problem's name begins with
     "Linear": "linear",
     "Mla": "mla",
     "Performer": "performer",
+    "PerformerState": "performer",
     "Softmax": "local sparse",
 }
 

@@ -88,12 +88,14 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(STACK);
   enum { RUNS, AT_BLOCK, AT_WARP, DONE } state = RUNS;
   bool orders = false;  // a barrier, not a shuffle
+  bool vote = false;
   std::source_location where;
   Slot given;
 };
 
 inline std::vector<Fiber> fibers;
 inline std::vector<std::array<Slot, WARP>> taken;  // of each warp: what its lanes gave
+inline bool voted;  // by a thread of the block
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
@@ -120,7 +122,10 @@ inline bool release(size_t first, size_t last, decltype(Fiber::state) state) {
   }
   for (size_t t = first; t < last && state == Fiber::AT_WARP; ++t)
     taken[t / WARP][t % WARP] = fibers[t].given;
-  if (state == Fiber::AT_BLOCK) ++races.barrier;
+  if (state == Fiber::AT_BLOCK) {
+    ++races.barrier, voted = false;
+    for (auto& fiber : fibers) voted = voted || fiber.vote, fiber.vote = false;
+  }
   if (state == Fiber::AT_WARP && fibers[first].orders) ++races.warp_barrier[first / WARP];
   return true;
 }
@@ -206,6 +211,11 @@ auto exchange(T x, std::source_location where) {
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   cpu::wait(cpu::Fiber::AT_BLOCK, where, true);
+}
+inline int __syncthreads_or(bool x, std::source_location where = std::source_location::current()) {
+  cpu::fibers[threadIdx.x].vote = x;
+  cpu::wait(cpu::Fiber::AT_BLOCK, where, true);
+  return cpu::voted;
 }
 inline void __syncwarp(std::source_location where = std::source_location::current()) {
   cpu::wait(cpu::Fiber::AT_WARP, where, true);

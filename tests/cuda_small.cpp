@@ -4,6 +4,7 @@
 #include "../csrc/cuda/linear_small.cuh"
 #include "../csrc/cuda/mla_small.cuh"
 #include "../csrc/cuda/performer_small_backward.cuh"
+#include "../csrc/cuda/performer_state_backward.cuh"
 #include "../csrc/cuda/softmax_small.cuh"
 
 using namespace tab::few;
@@ -32,6 +33,8 @@ TAB_KERNEL(mla_fwd, MlaForward)
 TAB_KERNEL(mla_bwd, MlaBackward)
 TAB_KERNEL(performer_fwd, PerformerForward)
 TAB_KERNEL(performer_bwd, PerformerBackward)
+TAB_KERNEL(performer_state_fwd, PerformerStateForward)
+TAB_KERNEL(performer_state_bwd, PerformerStateBackward)
 
 #define TAB_LINEAR(name, Problem)                                                              \
   extern "C" const char* name(const void* problem, int type, int blocks) {     \

@@ -204,7 +204,7 @@ def attention(op: str, n: int, d: int, backend: str, causal: bool = False):
     if op == "performer":
         w = torch.randn(70, d, generator=torch.Generator().manual_seed(1)).cuda()
         return lambda *x: tab.performer_attention(
-            *x, w.to(torch.promote_types(x[0].dtype, torch.float32)), backend=backend
+            *x, w.to(torch.promote_types(x[0].dtype, torch.float32)), causal=causal, backend=backend
         )
     if op == "mla":
         return lambda *x: tab.mla_attention(*x, causal=causal, form="fused", backend=backend)
@@ -228,9 +228,37 @@ def operands(op, generator, b, h, n, d, dv, dtype):
 @pytest.mark.parametrize(("n", "d", "dv"), [(1, 8, 8), (17, 33, 64), (64, 64, 64), (63, 96, 40)])
 def test_gpu(op, n, d, dv, dtype, generator):
     x = operands(op, generator, 3, 2, n, d, dv, dtype)
-    for causal in (False, True)[: 1 if op in ("linear", "performer") else 2]:
+    for causal in (False, True)[: 1 if op == "linear" else 2]:
         f, naive = (attention(op, n, d, backend, causal) for backend in ("cuda", "reference"))
         assert_accurate(f, naive, x, floor=max(2 * FLOOR[dtype], 1e-5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("op", ("linear", "performer"))
+def test_gpu_states(op, dtype, causal, generator):
+    """From one part of the tokens to the next, gradients through the state: as in one go."""
+    x = operands(op, generator, 2, 3, 50, 24, 40, dtype)
+    w = torch.randn(70, 24, generator=generator).cuda()
+
+    def once(backend):
+        def call(q, k, v, state=None):
+            options = {"causal": causal, "backend": backend, "return_state": True}
+            options["initial_state"] = state
+            if op == "linear":
+                return tab.linear_attention(q, k, v, **options)
+            acc = torch.promote_types(q.dtype, torch.float32)
+            return tab.performer_attention(q, k, v, w.to(acc), **options)
+
+        def both(*x):
+            first, state = call(*(t[:, :, :20] for t in x))
+            second, (s, *_) = call(*(t[:, :, 20:] for t in x), state)
+            return first, second, s
+
+        return both
+
+    assert_accurate(once("cuda"), once("reference"), x, floor=max(2 * FLOOR[dtype], 1e-5))
 
 
 @pytest.mark.gpu

@@ -1,9 +1,10 @@
-// tab_cuda::performer_fwd and tab_cuda::performer_bwd: N ≤ 64, bidirectional, without an initial
-// state; one block a (batch, head), one launch. The arithmetic is in performer_small.cuh.
+// tab_cuda::performer_fwd and tab_cuda::performer_bwd: N ≤ 64, one block a (batch, head), one launch.
+// The arithmetic is in performer_small.cuh or, if causal or with states, performer_state.cuh.
 #include <tuple>
 
 #include "launch.h"
 #include "performer_small_backward.cuh"
+#include "performer_state_backward.cuh"
 
 namespace tab::few {
 namespace {
@@ -12,21 +13,19 @@ using Maybe = std::optional<Tensor>;
 
 struct Inputs {
   Tensor q, k, v, w;
-  Maybe mask;
+  Maybe mask, s0, z0, c0;
   int64_t b, h, n, d, dv, m;
   bool relu;
 
   Inputs(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-         const Tensor& projection, const Maybe& key_mask, const Maybe& s0, int64_t kernel,
-         bool causal)
+         const Tensor& projection, const Maybe& key_mask, const Maybe& s0_in, const Maybe& z0_in,
+         const Maybe& c0_in, int64_t kernel)
       : relu(kernel == 1) {
     STD_TORCH_CHECK(q_in.dim() == 4 && v_in.dim() == 4 && projection.dim() == 2, op,
                     ": q, v and projection have 4, 4 and 2 dimensions");
     b = q_in.size(0), h = q_in.size(1), n = q_in.size(2), d = q_in.size(3), dv = v_in.size(3);
     m = projection.size(0);
     check_few(op, n);
-    STD_TORCH_CHECK(!causal && !s0, op, " (backend=\"cuda\") is bidirectional and takes no "
-                    "initial_state; use backend=\"auto\" or \"triton\"");
     STD_TORCH_CHECK(kernel == 0 || kernel == 1, op, ": kernel is 0 or 1");
     check_shape(op, "k", k_in, {b, h, n, d});
     check_shape(op, "v", v_in, {b, h, n, dv});
@@ -34,12 +33,22 @@ struct Inputs {
     check_dtype(op, "v", v_in, q_in.scalar_type());
     check_floats(op, "projection", projection, {m, d});
     check_mask(op, key_mask, b, n);
+    STD_TORCH_CHECK(s0_in.has_value() == z0_in.has_value() && s0_in.has_value() == c0_in.has_value(),
+                    op, ": S, z and c come together");
+    if (s0_in) {
+      check_floats(op, "S", *s0_in, {b, h, m, dv});
+      check_floats(op, "z", *z0_in, {b, h, m});
+      check_floats(op, "c", *c0_in, {b, h, m});
+    }
+    s0 = whole(s0_in), z0 = whole(z0_in), c0 = whole(c0_in);
     q = unit_last(q_in), k = unit_last(k_in), v = unit_last(v_in);
     w = torch::stable::contiguous(projection), mask = whole(key_mask);
   }
 
-  template <typename T>
-  Favor<T> read() const {
+  State from() const { return {floats(s0), floats(z0), floats(c0)}; }
+
+  template <typename T, typename E = T>
+  Favor<T, E> read() const {
     return {static_cast<int>(h), static_cast<int>(n), static_cast<int>(d), static_cast<int>(dv),
             static_cast<int>(m), relu, bytes_of(mask), static_cast<const float*>(w.data_ptr()),
             heads<const T>(q), heads<const T>(k), heads<const T>(v)};
@@ -47,33 +56,43 @@ struct Inputs {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor q, Tensor k, Tensor v, Tensor projection, Maybe key_mask, Maybe s0, Maybe /* z0 */,
-    Maybe /* c0 */, int64_t kernel, bool causal, double eps) {
+    Tensor q, Tensor k, Tensor v, Tensor projection, Maybe key_mask, Maybe s0, Maybe z0, Maybe c0,
+    int64_t kernel, bool causal, double eps) {
   const char* op = "tab_cuda::performer_fwd";
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Inputs x(op, q, k, v, projection, key_mask, s0, kernel, causal);
+  const Inputs x(op, q, k, v, projection, key_mask, s0, z0, c0, kernel);
   Tensor o = token_major(x.v, x.b, x.h, x.n, x.dv), s = states(x.q, {x.b, x.h, x.m, x.dv});
   Tensor z = states(x.q, {x.b, x.h, x.m}), c = states(x.q, {x.b, x.h, x.m});
   Tensor lse = states(x.q, {x.b, x.h, x.n});
   const auto data = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
   with_type(op, x.q, [&](auto type) {
     using T = decltype(type);
-    const PerformerForward<T> problem{x.read<T>(), static_cast<float>(eps), heads<T>(o), data(s),
-                                      data(z), data(c), data(lse)};
-    launch(op, problem, problem.BYTES, x.q);
+    const auto e = static_cast<float>(eps);
+    if (causal || s0) {
+      const PerformerStateForward<T> problem{x.read<T, float>(), causal, e, x.from(), heads<T>(o),
+                                             data(s), data(z), data(c), data(lse)};
+      launch(op, problem, problem.BYTES, x.q);
+    } else {
+      const PerformerForward<T> problem{x.read<T>(), e, heads<T>(o), data(s), data(z), data(c),
+                                        data(lse)};
+      launch(op, problem, problem.BYTES, x.q);
+    }
   });
   return {o, s, z, c, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dout, Maybe ds, Maybe /* dz */, Tensor q, Tensor k, Tensor v, Tensor projection,
+    Tensor dout, Maybe ds, Maybe dz, Tensor q, Tensor k, Tensor v, Tensor projection,
     Tensor o, Tensor /* s */, Tensor /* z */, Tensor c, Tensor lse, Maybe key_mask, Maybe s0,
-    Maybe /* z0 */, Maybe /* c0 */, int64_t kernel, bool causal) {
+    Maybe z0, Maybe c0, int64_t kernel, bool causal) {
   const char* op = "tab_cuda::performer_bwd";
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Inputs x(op, q, k, v, projection, key_mask, s0, kernel, causal);
-  STD_TORCH_CHECK(!ds, op, " (backend=\"cuda\") passes no gradient through the state; ",
-                  "use backend=\"auto\" or \"triton\"");
+  const Inputs x(op, q, k, v, projection, key_mask, s0, z0, c0, kernel);
+  STD_TORCH_CHECK(ds.has_value() == dz.has_value(), op, ": dS and dz come together");
+  if (ds) {
+    check_floats(op, "dS", *ds, {x.b, x.h, x.m, x.dv});
+    check_floats(op, "dz", *dz, {x.b, x.h, x.m});
+  }
   check_shape(op, "do", dout, {x.b, x.h, x.n, x.dv});
   check_shape(op, "o", o, {x.b, x.h, x.n, x.dv});
   check_dtype(op, "do", dout, x.q.scalar_type());
@@ -84,15 +103,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   c = torch::stable::contiguous(c), lse = torch::stable::contiguous(lse);
   Tensor dq = token_major(x.q, x.b, x.h, x.n, x.d), dk = token_major(x.k, x.b, x.h, x.n, x.d);
   Tensor dv = token_major(x.v, x.b, x.h, x.n, x.dv);
+  const auto ds_in = whole(ds), dz_in = whole(dz);
+  Tensor ds0 = s0 ? states(x.q, {x.b, x.h, x.m, x.dv}) : states(x.q, {0});
+  Tensor dz0 = s0 ? states(x.q, {x.b, x.h, x.m}) : states(x.q, {0});
+  const auto data = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
   with_type(op, x.q, [&](auto type) {
     using T = decltype(type);
-    const PerformerBackward<T> problem{x.read<T>(), heads<const T>(dout), heads<const T>(o),
-                                       static_cast<const float*>(c.data_ptr()),
-                                       static_cast<const float*>(lse.data_ptr()), heads<T>(dq),
-                                       heads<T>(dk), heads<T>(dv)};
-    launch(op, problem, problem.BYTES, x.q);
+    if (causal || s0 || ds) {
+      const PerformerStateBackward<T> problem{
+          x.read<T, float>(), causal, x.from(), {floats(ds_in), floats(dz_in), data(c)},
+          heads<const T>(dout), heads<const T>(o), data(lse), heads<T>(dq), heads<T>(dk),
+          heads<T>(dv), data(ds0), data(dz0)};
+      launch(op, problem, problem.BYTES, x.q);
+    } else {
+      const PerformerBackward<T> problem{x.read<T>(), heads<const T>(dout), heads<const T>(o),
+                                         data(c), data(lse), heads<T>(dq), heads<T>(dk),
+                                         heads<T>(dv)};
+      launch(op, problem, problem.BYTES, x.q);
+    }
   });
-  return {dq, dk, dv, states(x.q, {0}), states(x.q, {0})};
+  return {dq, dk, dv, ds0, dz0};
 }
 
 }  // namespace

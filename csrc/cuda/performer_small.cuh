@@ -6,92 +6,16 @@
 //
 // Features come 64 at a time: to the query they are what keys are in softmax attention, with c as
 // bias, S as values and z as weights, so its maximum r is found online. The kernel "relu" has c = 0
-// and r = 0 and relu in place of both exponentials. Half types: W is the sum of two numbers of that
-// type, so that exponents are as exact as with the float32 W.
+// and r = 0 and relu in place of both exponentials.
 //
 // Floors at B 512 H 8 N 64 D 64 M 256 (4.3 TB/s; 60 TFLOP/s FMA), predicted: forward float32 125 µs
 // for q, k, v, o and the state S, which the contract returns, 573 µs for 34 GFLOP; half types 94 µs
 // for memory, 52 GFLOP on tensor cores and 37 µs of exp.
 #pragma once
 
-#include "tile.cuh"
+#include "favor.cuh"
 
 namespace tab::few {
-
-/// What both directions read.
-template <typename T>
-struct Favor {
-  int heads, n, d, dv, m, relu;
-  const uint8_t* mask;  // (B, N) or null
-  const float* w;       // (M, D)
-  Heads<const T> q, k, v;
-
-  static constexpr bool SPLIT = !std::is_same_v<T, float>;
-
-  TAB_DEVICE float scale() const { return rsqrtf(sqrtf(static_cast<float>(d))); }
-  TAB_DEVICE bool real(int bh, int i) const {
-    return i < n && (mask == nullptr || mask[static_cast<int64_t>(bh / heads) * n + i] != 0);
-  }
-  /// W[from m0, from c] into `high` and, for half types, what that leaves into `low`.
-  TAB_DEVICE void load_w(T* high, T* low, int m0, int c) const {
-    const float* const from = w + static_cast<int64_t>(m0) * d + c;
-    load<2>(high, from, d, columns(m, m0), columns(d, c));
-    if constexpr (SPLIT) {
-      load<2>(low, from, d, columns(m, m0), columns(d, c), [](float x, int, int) {
-        T rounded;
-        narrow(x, &rounded);
-        return x - wide(rounded);
-      });
-    }
-  }
-
-  /// out = X Wᵀ for the features m0 and after, not yet scaled. If D fits one tile, `tile` is to
-  /// hold X from the `first` call on, and W what a call with `same_w` finds there from the one
-  /// before; else both are loaded piece by piece. All threads may be using the tiles before.
-  TAB_DEVICE void project(Part<T, true>& out, const T* x, int64_t stride, T* tile, T* high, T* low,
-                          int m0, bool first, bool same_w) const {
-    for (int c = 0; c < d; c += SIDE) {
-      if (first || !same_w || d > SIDE) {
-        __syncthreads();
-        if (first || d > SIDE) load<2>(tile, x + c, stride, n, columns(d, c));
-        if (!same_w || d > SIDE) load_w(high, low, m0, c);
-        __syncthreads();
-      }
-      multiply<false>(out, tile, high, n, columns(d, c));
-      if constexpr (SPLIT) multiply<false>(out, tile, low, n, columns(d, c));
-    }
-  }
-
-  /// Scales a and takes s²‖k‖²/2 off; −∞ where there is no key.
-  TAB_DEVICE void exponents(Part<T, true>& a, const float* norms, int bh) const {
-    const float s = scale();
-    bool there[Part<T, true>::ROWS];
-    float norm[Part<T, true>::ROWS];
-    TAB_UNROLL
-    for (int r = 0; r < Part<T, true>::ROWS; ++r) {
-      there[r] = real(bh, a.row(r));
-      norm[r] = relu ? 0.0f : norms[a.row(r)];
-    }
-    TAB_UNROLL
-    for (int e = 0; e < 32; ++e)
-      a.x[e] = there[a.which(e)] ? s * a.x[e] - norm[a.which(e)] : -INFINITY;
-  }
-};
-
-/// to[i] = factor·x_i·y_i for i < 64, zero from n on; to be read after a barrier.
-template <typename T>
-TAB_DEVICE void dots(float* to, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int n,
-                     int d, float factor) {
-  for (int r = 0; r < 16; ++r) {
-    const int i = warp() * 16 + r;
-    float sum = 0;
-    for (int c = lane(); c < d && i < n; c += WARP)
-      sum += wide(x[i * x_stride + c]) * wide(y[i * y_stride + c]);
-    TAB_UNROLL
-    for (int m = 1; m < WARP; m *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);
-    if (lane() == 0) to[i] = factor * sum;
-  }
-}
 
 template <typename T>
 struct PerformerForward {
@@ -116,7 +40,6 @@ struct PerformerForward {
     dots(norms, ks, in.k.n, ks, in.k.n, n, in.d, scale * scale / 2);
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
       const int width = columns(in.dv, c0);
-      if (c0 > 0) __syncthreads();
       load<2>(v, in.v.at(bh, heads) + c0, in.v.n, n, width);
       using Out = Part<T, false>;
       Out out;
@@ -157,7 +80,8 @@ struct PerformerForward {
         __syncwarp();
         multiply<false>(out, f, g, n, count);
       }
-      finish(out, top, den, bh, c0, width);
+      finish(out, top, den, eps, c0 == 0 ? lse + static_cast<int64_t>(bh) * n : nullptr,
+             o.at(bh, heads) + c0, o.n, n, width);
     }
   }
 
@@ -186,7 +110,7 @@ struct PerformerForward {
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
       const float top = top_of(tops, a.column(e));
-      a.x[e] = in.relu ? fmaxf(a.x[e], 0.0f) : expf(a.x[e] - (top == -INFINITY ? 0.0f : top));
+      a.x[e] = in.relu ? fmaxf(a.x[e], 0.0f) : expf(a.x[e] - finite(top));
     }
   }
 
@@ -207,7 +131,7 @@ struct PerformerForward {
     top_lanes<P>(highest);
     TAB_UNROLL
     for (int r = 0; r < P::ROWS; ++r) {
-      const float before = top[r], base = highest[r] == -INFINITY ? 0.0f : highest[r];
+      const float before = top[r], base = finite(highest[r]);
       const float factor = in.relu ? 1.0f : expf(before - base);
       top[r] = highest[r], highest[r] = base;
       den[r] *= factor;
@@ -220,23 +144,6 @@ struct PerformerForward {
       b.x[e] = in.relu ? fmaxf(b.x[e], 0.0f) : expf(b.x[e] - highest[b.which(e)]);
       den[b.which(e)] += b.x[e] * sums[b.column(e)];
     }
-  }
-
-  TAB_DEVICE void finish(Part<T, false>& out, const float (&top)[Part<T, false>::ROWS],
-                         float (&den)[Part<T, false>::ROWS], int bh, int c0, int width) const {
-    using P = Part<T, false>;
-    float inverse[P::ROWS];
-    add_lanes<P>(den);
-    TAB_UNROLL
-    for (int r = 0; r < P::ROWS; ++r) {
-      const float total = den[r] + eps;
-      inverse[r] = total == 0 ? 0.0f : 1 / total;
-      const int i = out.row(r);
-      if (c0 == 0 && lane() % P::LANES == 0 && i < in.n)
-        lse[static_cast<int64_t>(bh) * in.n + i] =
-            total == 0 ? INFINITY : (top[r] == -INFINITY ? 0.0f : top[r]) + logf(total);
-    }
-    write(out, o.at(bh, in.heads) + c0, o.n, in.n, width, inverse);
   }
 };
 

@@ -59,13 +59,14 @@ struct PerformerBackward {
         {
           Part<T, true> a;
           in.project(a, ks, in.k.n, y, w, low, m0, first, false);
-          keys(a, norms, bh, m0);
+          in.exponents(a, norms, bh);
+          in.key_features(a, c, bh, m0);
           keep(a, f);
         }
         {
           Part<T, true> b;
           in.project(b, in.q.at(bh, heads), in.q.n, x, w, low, m0, first || !in.SPLIT, true);
-          queries(b, bh, m0);
+          in.query_features(b, c, lse, bh, m0, false);
           keep(b, h);
         }
         __syncthreads();
@@ -73,10 +74,10 @@ struct PerformerBackward {
         {
           Part<T, false> da, db;
           multiply<false>(db, g, f, n, n);
-          slopes(db, h, lse + static_cast<int64_t>(bh) * n);
+          in.slopes(db, h, lse + static_cast<int64_t>(bh) * n);
           keep(db, dbs);
           multiply<true>(da, g, h, n, n);
-          slopes(da, f, nullptr);
+          in.slopes(da, f, nullptr);
           TAB_UNROLL
           for (int e = 0; e < 32; ++e) total[da.which(e)] += da.x[e];
           __syncthreads();
@@ -94,7 +95,6 @@ struct PerformerBackward {
       add_lanes<Part<T, false>>(total);
       write(to_q, dq.at(bh, heads) + d0, dq.n, n, width, scale);
       if (in.d > SIDE) {
-        __syncthreads();
         load<2>(y, ks + d0, in.k.n, n, width);
         __syncthreads();
       }
@@ -114,50 +114,6 @@ struct PerformerBackward {
       Part<T, false> out;
       multiply<true>(out, f, x, n, n);
       write(out, dv.at(bh, heads) + c0, dv.n, n, columns(in.dv, c0));
-    }
-  }
-
-  /// a, as projected -> φ(k), zero where there is no token or feature
-  TAB_DEVICE void keys(Part<T, true>& a, const float* norms, int bh, int m0) const {
-    in.exponents(a, norms, bh);
-    TAB_UNROLL
-    for (int e = 0; e < 32; ++e) {
-      const int j = m0 + a.column(e);
-      const float shift = j < in.m ? c[static_cast<int64_t>(bh) * in.m + j] : 0.0f;
-      const float phi =
-          in.relu ? fmaxf(a.x[e], 0.0f) : expf(a.x[e] - (shift == -INFINITY ? 0.0f : shift));
-      a.x[e] = j < in.m ? phi : 0.0f;
-    }
-  }
-
-  /// b, as projected -> φ(q) by its denominator
-  TAB_DEVICE void queries(Part<T, true>& b, int bh, int m0) const {
-    const float scale = in.scale();
-    float log_den[Part<T, true>::ROWS];
-    TAB_UNROLL
-    for (int r = 0; r < Part<T, true>::ROWS; ++r) {
-      const int i = b.row(r);
-      log_den[r] = i < in.n ? lse[static_cast<int64_t>(bh) * in.n + i] : INFINITY;
-    }
-    TAB_UNROLL
-    for (int e = 0; e < 32; ++e) {
-      const int j = m0 + b.column(e);
-      const float shift = j < in.m ? c[static_cast<int64_t>(bh) * in.m + j] : -INFINITY;
-      const float up = b.x[e] * scale, l = log_den[b.which(e)];
-      const float phi = in.relu ? fmaxf(up, 0.0f) * expf(-l) : expf(up + shift - l);
-      b.x[e] = j < in.m ? phi : 0.0f;
-    }
-  }
-
-  /// part ∘ dφ/d(exponent), which for the exponential is φ itself and for relu 1 (or 1/denominator)
-  TAB_DEVICE void slopes(Part<T, false>& part, const T* phi, const float* log_den) const {
-    TAB_UNROLL
-    for (int e = 0; e < 32; ++e) {
-      const int i = part.row(part.which(e));
-      const float value = wide(phi[i * LINE<T> + part.column(e)]);
-      float slope = value;
-      if (in.relu) slope = !(value > 0) ? 0.0f : log_den == nullptr ? 1.0f : expf(-log_den[i]);
-      part.x[e] *= slope;
     }
   }
 };

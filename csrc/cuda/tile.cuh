@@ -85,10 +85,15 @@ TAB_DEVICE void four(const float* from, float (&to)[4]) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
-/// part += A·B over `length` inner indices, rounded up to 4; A is a or aᵀ, B is b or bᵀ.
-template <bool LEFT_T, bool RIGHT_T>
+struct Product {
+  TAB_DEVICE float operator()(float left, float right, int) const { return left * right; }
+};
+
+/// part += A·B over `length` inner indices, rounded up to 4; A is a or aᵀ, B is b or bᵀ. f(left,
+/// right, e) may take the place of the product of two elements, for result e.
+template <bool LEFT_T, bool RIGHT_T, typename F = Product>
 TAB_DEVICE void multiply(Part<float, RIGHT_T>& part, const float* a, const float* b, int rows,
-                         int length) {
+                         int length, F f = {}) {
   constexpr int line = LINE<float>;
   if (warp() * 16 >= rows) return;
   const int i = part.row(0), j = lane() % 8;
@@ -107,8 +112,8 @@ TAB_DEVICE void multiply(Part<float, RIGHT_T>& part, const float* a, const float
       const int r = e / 8, c = e % 8;
       TAB_UNROLL
       for (int s = 0; s < 4; ++s)
-        part.x[e] += (LEFT_T ? left[s][r] : left[r][s]) *
-                     (RIGHT_T ? right[c][s] : right[2 * s + c / 4][c % 4]);
+        part.x[e] += f(LEFT_T ? left[s][r] : left[r][s],
+                       RIGHT_T ? right[c][s] : right[2 * s + c / 4][c % 4], e);
     }
   }
 }
@@ -198,6 +203,14 @@ TAB_DEVICE void keep(const Part<E, RIGHT_T>& part, E* tile) {
   TAB_UNROLL
   for (int e = 0; e < 32; ++e)
     narrow(part.x[e], tile + part.row(part.which(e)) * LINE<E> + part.column(e));
+}
+
+/// part = the tile's elements that are its own
+template <typename E, bool RIGHT_T>
+TAB_DEVICE void take(Part<E, RIGHT_T>& part, const E* tile) {
+  TAB_UNROLL
+  for (int e = 0; e < 32; ++e)
+    part.x[e] = wide(tile[part.row(part.which(e)) * LINE<E> + part.column(e)]);
 }
 
 /// to[i, c] = part(i, c)·factors[i] for i < n, c < d

@@ -313,7 +313,9 @@ def performer_attention(
     _check_projection(q, projection)
     state = _check_state(q, v, projection, initial_state)
     q, k, v = autocast(q, k, v)
-    simple = not causal and initial_state is None and not return_state  # csrc/cuda/performer.cu
+    # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer_state.cuh), which
+    # runs where it is asked for.
+    simple = not causal and initial_state is None and not return_state
     backend = choose(backend, performer_fwd, q, cuda=simple)
     o, *state = _Performer.apply(
         q, k, v, projection, key_mask, *state, KERNELS[kernel], causal, float(eps), backend

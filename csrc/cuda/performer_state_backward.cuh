@@ -1,0 +1,300 @@
+// FAVOR+ of one (batch, head) with N ≤ 64 tokens, backward: causal, or with states (performer_state.cuh).
+//
+//   with φ(q) and P divided by the denominator, E_ijm the terms of P_ij, δ = do·o, G = do vᵀ − δ where i
+//   sees j, else 0; from shift c₀: φ(q), S₀, z₀; from c: φ(k), dS, dz:
+//   db = Σ_j G_ij E_ij + φ(q)∘(do S₀ᵀ − δ z₀),  da = Σ_i G_ij E_ij + φ(k)∘(v dSᵀ + dz),
+//   dv = Pᵀdo + φ(k) dS,  dS₀ = e^(c₀ − c)dS + φ(q)ᵀdo,  dz₀ = e^(c₀ − c)dz − φ(q)ᵀδ
+#pragma once
+
+#include "performer_state.cuh"
+
+namespace tab::few {
+
+template <typename T>
+struct PerformerStateBackward {
+  Favor<T, float> in;
+  int causal;
+  State from, grad;  // of grad, c is that of the forward pass and never null
+  Heads<const T> dout, o;
+  const float* lse;
+  Heads<T> dq, dk, dv;
+  float *ds0, *dz0;  // null without `from`
+
+  static constexpr int THREADS = few::THREADS, BLOCKS = 2;
+  static constexpr int64_t BYTES = (6 * TILE<float> + 4 * SIDE) * sizeof(float);
+  using Pairs = Part<float, true>;
+  using Out = Part<float, false>;
+
+  struct Tiles {
+    float *norms, *delta, *tops, *starts;  // tops: c, starts: c₀
+    float *x, *w, *keys, *queries, *pairs, *sum;
+    TAB_DEVICE explicit Tiles(float* memory) {
+      norms = memory, delta = norms + SIDE, tops = delta + SIDE, starts = tops + SIDE;
+      x = starts + SIDE, w = x + TILE<float>, keys = w + TILE<float>;
+      queries = keys + TILE<float>, pairs = queries + TILE<float>, sum = pairs + TILE<float>;
+    }
+  };
+  struct Gradients {
+    Out to_q, to_k;
+    float total[Out::ROWS];
+  };
+
+  TAB_DEVICE void operator()(unsigned char* memory) const {
+    const Tiles t(reinterpret_cast<float*>(memory));
+    const int bh = static_cast<int>(blockIdx.x), heads = in.heads, n = in.n;
+    const T *const ks = in.k.at(bh, heads), *const gs = dout.at(bh, heads);
+    const float scale = in.scale();
+    dots(t.norms, ks, in.k.n, ks, in.k.n, n, in.d, scale * scale / 2);
+    dots(t.delta, gs, dout.n, o.at(bh, heads), o.n, n, in.dv, 1.0f);
+    make_pairs(t, bh);
+    Gradients g;
+    for (int d0 = 0; d0 < in.d; d0 += SIDE) {
+      const int width = columns(in.d, d0);
+      g.to_q = {}, g.to_k = {};
+      TAB_UNROLL
+      for (int r = 0; r < Out::ROWS; ++r) g.total[r] = 0;
+      for (int m0 = 0; m0 < in.m; m0 += SIDE)
+        features(t, bh, m0) ? pass<false>(t, g, bh, m0, d0) : pass<true>(t, g, bh, m0, d0);
+      add_lanes<Out>(g.total);
+      write(g.to_q, dq.at(bh, heads) + d0, dq.n, n, width, scale);
+      load<2>(t.x, ks + d0, in.k.n, n, width);
+      __syncthreads();
+      TAB_UNROLL
+      for (int e = 0; e < 32; ++e) {
+        const int r = g.to_k.which(e), at = g.to_k.row(r) * LINE<float> + g.to_k.column(e);
+        if (!in.relu) g.to_k.x[e] -= g.total[r] * scale * t.x[at];
+      }
+      write(g.to_k, dk.at(bh, heads) + d0, dk.n, n, width, scale);
+    }
+    values(t, bh);
+  }
+
+  TAB_DEVICE bool sees(int i, int j) const {
+    return i < in.n && j < in.n && (!causal || j <= i);
+  }
+
+  /// pairs = G
+  TAB_DEVICE void make_pairs(const Tiles& t, int bh) const {
+    Pairs g;
+    times(g, t, dout.at(bh, in.heads), dout.n, in.v.at(bh, in.heads), in.v.n, in.n);
+    TAB_UNROLL
+    for (int e = 0; e < 32; ++e) {
+      const int i = g.row(g.which(e));
+      g.x[e] = sees(i, g.column(e)) ? g.x[e] - t.delta[i] : 0.0f;
+    }
+    keep(g, t.pairs);
+  }
+
+  /// part += X Yᵀ, (N, Dv) and (count, Dv), by way of sum and w, which no thread still reads
+  template <typename Y>
+  TAB_DEVICE void times(Pairs& part, const Tiles& t, const T* x, int64_t stride, const Y* y,
+                        int64_t y_stride, int count) const {
+    for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
+      const int width = columns(in.dv, c0);
+      __syncthreads();
+      load<2>(t.sum, x + c0, stride, in.n, width);
+      load<2>(t.w, y + c0, y_stride, count, width);
+      __syncthreads();
+      multiply<false>(part, t.sum, t.w, in.n, width);
+    }
+  }
+
+  /// x = φ(k), keys = a; queries = e^(b + c − lse) or, if a query is far, b − lse. Whether one is.
+  TAB_DEVICE bool features(const Tiles& t, int bh, int m0) const {
+    const int count = columns(in.m, m0), j = static_cast<int>(threadIdx.x);
+    const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
+    Pairs a, b;
+    in.project(a, in.k.at(bh, in.heads), in.k.n, t.x, t.w, t.w, m0, true, false);
+    in.exponents(a, t.norms, bh);
+    keep(a, t.keys);
+    in.project(b, in.q.at(bh, in.heads), in.q.n, t.x, t.w, t.w, m0, true, true);
+    bool far = false;
+    if (j < SIDE) {
+      t.starts[j] = j < count ? from.shift(all + j, in.relu) : -INFINITY;
+      t.tops[j] = j < count ? grad.c[all + j] : -INFINITY;
+      far = causal && !in.relu && j < count && t.tops[j] - fmaxf(t.starts[j], t.keys[j]) > FAR;
+    }
+    far = __syncthreads_or(far);
+    in.query_features(b, grad.c, lse, bh, m0, far);
+    keep(b, t.queries);
+    take(a, t.keys);
+    in.key_features(a, grad.c, bh, m0);
+    keep(a, t.x);
+    __syncthreads();
+    return far;
+  }
+
+  /// e^(c₀ − c)
+  TAB_DEVICE float factor(const Tiles& t, int j) const {
+    return in.relu ? 1.0f : expf(t.starts[j] - finite(t.tops[j]));
+  }
+
+  template <bool NEAR>
+  TAB_DEVICE void pass(const Tiles& t, Gradients& g, int bh, int m0, int d0) const {
+    const int n = in.n, count = columns(in.m, m0), width = columns(in.d, d0);
+    const float* const log_den = lse + static_cast<int64_t>(bh) * n;
+    const float* const ws = in.w + static_cast<int64_t>(m0) * in.d + d0;
+    const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
+    if (from.s) from_initial<NEAR>(t, all, count, bh);
+    Out part;
+    const auto far = [&part](const float* own) {  // exponents; read again, registers are too few
+      return [own, &part](float pair, float other, int e) {  // 0 · ∞ where one does not see
+        const float b = own[part.row(part.which(e)) * LINE<float> + part.column(e)];
+        return pair == 0 ? 0.0f : pair * expf(b + other);
+      };
+    };
+    if constexpr (NEAR) {
+      multiply<false>(part, t.pairs, t.x, n, n);
+      in.slopes(part, t.queries, log_den);
+    } else {
+      multiply<false>(part, t.pairs, t.keys, n, n, far(t.queries));
+    }
+    if (from.s) add(part, t.sum);
+    project_back(g.to_q, t, part, ws, count, width);
+
+    if (grad.s) from_final(t, all, count, bh);
+    part = {};
+    if constexpr (NEAR) {
+      multiply<true>(part, t.pairs, t.queries, n, n);
+      in.slopes(part, t.x, nullptr);
+    } else {
+      multiply<true>(part, t.pairs, t.queries, n, n, far(t.keys));
+    }
+    if (grad.s) add(part, t.sum);
+    TAB_UNROLL
+    for (int e = 0; e < 32; ++e) g.total[part.which(e)] += part.x[e];
+    project_back(g.to_k, t, part, ws, count, width);
+  }
+
+  /// to += part W, whose columns `width` begin at ws
+  TAB_DEVICE void project_back(Out& to, const Tiles& t, const Out& part, const float* ws, int count,
+                               int width) const {
+    __syncthreads();
+    keep(part, t.sum);
+    load<2>(t.w, ws, in.d, count, width);
+    __syncthreads();
+    multiply<false>(to, t.sum, t.w, in.n, count);
+  }
+
+  /// φ(q_i)_j at the shift c₀
+  template <bool NEAR>
+  TAB_DEVICE float start_feature(const Tiles& t, int i, int j) const {
+    const float b = t.queries[i * LINE<float> + j];
+    return NEAR ? b * factor(t, j) : expf(b + t.starts[j]);
+  }
+
+  /// dS₀ and dz₀ of these features
+  template <bool NEAR>
+  TAB_DEVICE void to_initial(const Tiles& t, int64_t all, int count, int bh) const {
+    const int j = static_cast<int>(threadIdx.x);
+    if (j < count) {
+      float sum = grad.z ? factor(t, j) * grad.z[all + j] : 0.0f;
+      for (int i = 0; i < in.n; ++i) sum -= start_feature<NEAR>(t, i, j) * t.delta[i];
+      dz0[all + j] = sum;
+    }
+    for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
+      const int width = columns(in.dv, c0);
+      __syncthreads();
+      load<2>(t.sum, dout.at(bh, in.heads) + c0, dout.n, in.n, width);
+      if (grad.s) load<2>(t.w, grad.s + all * in.dv + c0, in.dv, count, width);
+      __syncthreads();
+      Out ds, given;
+      float start[Out::ROWS];
+      TAB_UNROLL
+      for (int r = 0; r < Out::ROWS; ++r) start[r] = t.starts[ds.row(r)];
+      if constexpr (NEAR)
+        multiply<true>(ds, t.queries, t.sum, count, in.n);
+      else
+        multiply<true>(ds, t.queries, t.sum, count, in.n, [&](float b, float x, int e) {
+          return expf(b + start[e / 8]) * x;
+        });
+      if (grad.s) take(given, t.w);
+      TAB_UNROLL
+      for (int e = 0; e < 32; ++e) {
+        const float f = factor(t, ds.row(ds.which(e)));
+        ds.x[e] = NEAR ? (ds.x[e] + given.x[e]) * f : ds.x[e] + given.x[e] * f;
+      }
+      write(ds, ds0 + all * in.dv + c0, in.dv, count, width);
+    }
+  }
+
+  /// sum = φ(q)∘(do S₀ᵀ − δ z₀)
+  template <bool NEAR>
+  TAB_DEVICE void from_initial(const Tiles& t, int64_t all, int count, int bh) const {
+    const float* const log_den = lse + static_cast<int64_t>(bh) * in.n;
+    Pairs u;
+    times(u, t, dout.at(bh, in.heads), dout.n, from.s + all * in.dv, in.dv, count);
+    TAB_UNROLL
+    for (int e = 0; e < 32; ++e) {
+      const int i = u.row(u.which(e)), j = u.column(e);
+      const bool inside = i < in.n && j < count;
+      const float read = inside ? u.x[e] - t.delta[i] * from.z[all + j] : 0.0f;
+      u.x[e] = inside ? in.slope(start_feature<NEAR>(t, i, j), log_den, i) * read : 0.0f;
+    }
+    __syncwarp();  // of sum, a warp reads and writes its own rows only
+    keep(u, t.sum);
+  }
+
+  /// sum = φ(k)∘(v dSᵀ + dz)
+  TAB_DEVICE void from_final(const Tiles& t, int64_t all, int count, int bh) const {
+    Pairs u;
+    times(u, t, in.v.at(bh, in.heads), in.v.n, grad.s + all * in.dv, in.dv, count);
+    TAB_UNROLL
+    for (int e = 0; e < 32; ++e)
+      if (u.column(e) < count) u.x[e] += grad.z[all + u.column(e)];
+    in.slopes(u, t.x, nullptr);
+    __syncwarp();
+    keep(u, t.sum);
+  }
+
+  /// to += the tile, written in another arrangement
+  TAB_DEVICE void add(Out& to, const float* tile) const {
+    Out other;
+    __syncwarp();
+    take(other, tile);
+    TAB_UNROLL
+    for (int e = 0; e < 32; ++e) to.x[e] += other.x[e];
+  }
+
+  /// dS₀, dz₀ and dv = Pᵀdo + φ(k) dS, apart: beside the sums of dq and dk, registers are too few.
+  TAB_DEVICE void values(const Tiles& t, int bh) const {
+    Pairs p;
+    for (int m0 = 0; m0 < in.m; m0 += SIDE) {
+      const int count = columns(in.m, m0);
+      const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
+      if (features(t, bh, m0)) {
+        multiply<false>(p, t.queries, t.keys, in.n, count, Exponential{});
+        if (from.s) to_initial<false>(t, all, count, bh);
+      } else {
+        multiply<false>(p, t.queries, t.x, in.n, count);
+        if (from.s) to_initial<true>(t, all, count, bh);
+      }
+    }
+    TAB_UNROLL
+    for (int e = 0; e < 32; ++e)
+      if (!sees(p.row(p.which(e)), p.column(e))) p.x[e] = 0;
+    keep(p, t.pairs);
+    for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
+      const int width = columns(in.dv, c0);
+      __syncthreads();
+      load<2>(t.sum, dout.at(bh, in.heads) + c0, dout.n, in.n, width);
+      __syncthreads();
+      Out out;
+      multiply<true>(out, t.pairs, t.sum, in.n, in.n);
+      for (int m0 = 0; grad.s && m0 < in.m; m0 += SIDE) {
+        Pairs a;
+        in.project(a, in.k.at(bh, in.heads), in.k.n, t.x, t.w, t.w, m0, true, false);
+        in.exponents(a, t.norms, bh);
+        in.key_features(a, grad.c, bh, m0);
+        keep(a, t.queries);
+        const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
+        load<2>(t.sum, grad.s + all * in.dv + c0, in.dv, columns(in.m, m0), width);
+        __syncthreads();
+        multiply<false>(out, t.queries, t.sum, in.n, columns(in.m, m0));
+      }
+      write(out, dv.at(bh, in.heads) + c0, dv.n, in.n, width);
+    }
+  }
+};
+
+}  // namespace tab::few
