@@ -75,7 +75,7 @@ def test_structure(tmp_path):
     tags = [tag for tag, _ in found.tags]
     assert found.open == [] and tags.count("table") == 3  # ranking, statistics, kernels
     assert tags.count("script") == 3 and NOTE not in text  # data and our own two
-    assert sum("data-chart" in attrs for _, attrs in found.tags) == 5
+    assert sum("data-chart" in attrs for _, attrs in found.tags) == 6
     sources = [a[k] for _, a in found.tags for k in ("src", "href") if k in a]
     assert sources and all(source.startswith("data:") for source in sources)
     assert {"alt": 'a "quoted" <caption>'}.items() <= next(
@@ -200,7 +200,7 @@ def test_in_a_browser(tmp_path):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     title = re.search("<title>(.*?)</title>", dom).group(1).split("|")
     up = "Local,Control,Self-Attention,Linear"
-    assert title[:4] == [up, ",".join(reversed(up.split(","))), "1", "5"], title
+    assert title[:4] == [up, ",".join(reversed(up.split(","))), "1", "6"], title
     assert title[4] == title[6] == "false" and int(title[5]) >= 4 and title[7] == "5"
     assert title[8] == "true"  # another axis
     assert title[9:] == ["4", "3", "0"]  # a curve hidden, nothing fetched, no error

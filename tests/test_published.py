@@ -355,7 +355,7 @@ def test_an_unfinished_comparison_is_reported_as_far_as_it_came(tmp_path):
     assert "not begun: `mlp-self-s0`" in text
     assert "| here, 2 epochs |" in text and "pictures/published.png" in text
     page = (out / "report.html").read_text()
-    assert "stopped after epoch 2 of 3" in page and "Beside the published curves" in page
+    assert "stopped after epoch 2 of 3" in page and "MLP: Control</figcaption>" in page
 
 
 def test_a_comparison_reports_beside_the_published_figures(tmp_path):

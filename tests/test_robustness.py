@@ -291,17 +291,20 @@ def test_the_report_shows_what_is_there(tmp_path):
         (path / FILE).write_text(json.dumps(found | {"calibration": {"ece": 0.05}}))
         return Run("cnn", attention, 0, path, "done")
 
+    def read_all(*runs):
+        return runs, {run.id: read(run.path) for run in runs}
+
     control, variant = run_of("none", 0.5), run_of("self", 0.6, ["gradients vanish"])
     text = robustness_section([control, variant])
     assert "| Self-Attention | 5.0 | 20.0 | 10.0 | 60.0 | 60.0 | 80.0 |" in text
     assert "| Control | 5.0 | 20.0 | 10.0 | 60.0 | 50.0 | 100.0 |" in text
     assert "not CIFAR-10-C" in text and "CIFAR-10.1" not in text and "100 test images" in text
-    assert "`cnn-self-s0`: gradients vanish" in text and "no measure of robustness" in text
+    assert "- gradients vanish: `cnn-self-s0`" in text and "no measure of robustness" in text
     assert "No sign of masked gradients" in robustness_section([control])
-    assert "mean over 5 kinds" in severity_picture(tmp_path / "s.png", [control, variant])
+    assert "mean over 5 kinds" in severity_picture(tmp_path / "s.png", *read_all(control, variant))
     assert (tmp_path / "s.png").is_file()
     bare = Run("cnn", "none", 1, tmp_path / "gone", "done")
-    assert robustness_section([bare]) == "" == severity_picture(tmp_path / "t.png", [bare])
+    assert robustness_section([bare]) == "" == severity_picture(tmp_path / "t.png", *read_all(bare))
 
 
 def test_mce_by_hand():

@@ -29,7 +29,7 @@ Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
 # Of report.html, which draws the others from their numbers.
-EMBEDDED = ("severity", "attention", "filters")
+EMBEDDED = ("attention", "filters")
 
 
 def write_report(
@@ -69,7 +69,7 @@ def write_report(
         noise = {name: f["noise"] for name, f in found.items()}
         pictures.noise(folder / "noise.png", done, noise, heading)
         shown["noise"] = "Test accuracy against Gaussian noise on the input"
-        if caption := severity_picture(folder / "severity.png", done):
+        if caption := severity_picture(folder / "severity.png", done, found):
             shown["severity"] = caption
         for model in dict.fromkeys(run.model for run in done):
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)

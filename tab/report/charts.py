@@ -12,7 +12,7 @@ import numpy as np
 from ..attacks import STEPS
 from ..results import Run
 from .pictures import averaged, measured
-from .robustness import SETS, corrupted
+from .robustness import SETS, corrupted, severities, severity_points
 from .style import look
 from .tables import ranking, title
 
@@ -40,7 +40,7 @@ class Group(NamedTuple):
 def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[dict]:
     """What charts.js draws. curves: the runs whose rows are drawn, by their accuracy on `part`."""
     names = list(dict.fromkeys(run.attention for run in runs))
-    drawn = []
+    drawn, severity = [], severities(found)
     for model in dict.fromkeys(run.model for run in runs):
         mine = [run for run in curves if run.model == model]
         drawn += _tradeoff(runs, model, found)
@@ -54,6 +54,10 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
             ),
             ("accuracy under noise", "σ of the noise", "test accuracy (%)", _noise(found)),
         ]
+        if severity:
+            name, _, means = severity
+            points = severity_points(means)
+            kinds.append((f"accuracy under {name}", "severity", "test accuracy (%)", points))
         for heading, x, y, points in kinds:
             chart = {"title": f"{model.upper()}: {heading}", "xlabel": x, "ylabel": y}
             series = _series(mine, names, points)

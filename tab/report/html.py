@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -42,34 +40,37 @@ def html(
 
 
 def _page(text, ranked, looks, groups, pictures: str, kernels: str) -> str:
-    heading, rest = text.split("\n\n", 1)
-    head, _, tail = rest.partition("\n\n## ")
+    name, rest = text.removeprefix("# ").split("\n\n", 1)
+    head, *sections = rest.split("\n\n## ")
     drawn = [chart for group in groups for chart in group.charts]
+    # Charts whose heading is a section's stand there, the others before all sections.
+    there = {group.heading: _group(group, drawn) for group in groups}
     parts = [
-        _markdown(heading),
+        f"<h1>{escape(name)}</h1>",
         f'<div class="answer">{"".join(f"<p>{escape(s)}</p>" for s in answers(ranked))}</div>',
         _markdown(head),
-        *(['<div><div class="show"></div>', *_groups(groups), "</div>"] if drawn else []),
-        _markdown(f"## {tail}") if tail else "",
-        pictures,
-        kernels,
     ]
-    name = heading.removeprefix("# ")
+    titles = [section.split("\n\n", 1)[0] for section in sections]
+    legend = '<div class="show"></div>'
+    for heading, figures in there.items():
+        if heading not in titles:
+            parts.append(f"<section><h2>{heading}</h2>{legend}{figures}</section>")
+    for heading, section in zip(titles, sections, strict=True):
+        words, figures = _markdown(section.removeprefix(heading)), there.get(heading, "")
+        parts.append(f"<section>{_markdown(f'## {heading}')}{figures}{words}</section>")
     scripts = ("tables.js", *(["charts.js"] if drawn else []))
     data = {"looks": looks, "charts": drawn} if drawn else None
-    return document(name, "\n".join(parts), scripts, data)
+    return document(name, "\n".join([*parts, pictures, kernels]), scripts, data)
 
 
-def _groups(groups: list[Group]) -> Iterator[str]:
-    number = itertools.count()
-    for group in groups:
-        figures = (
-            f'<figure data-chart="{i}"><figcaption>{escape(chart["title"])}</figcaption></figure>'
-            for chart, i in zip(group.charts, number, strict=False)
-        )
-        kind = "charts small" if group.small else "charts"
-        yield f'<h2>{group.heading}</h2><div class="{kind}">{"".join(figures)}</div>'
-        yield f'<p class="note">{group.note}</p>'
+def _group(group: Group, drawn: list[dict]) -> str:
+    figures = (
+        f'<figure data-chart="{drawn.index(chart)}"><figcaption>{escape(chart["title"])}'
+        "</figcaption></figure>"
+        for chart in group.charts
+    )
+    kind = "charts small" if group.small else "charts"
+    return f'<div class="{kind}">{"".join(figures)}</div><p class="note">{escape(group.note)}</p>'
 
 
 def answers(ranked: dict[str, list[Entry]]) -> list[str]:

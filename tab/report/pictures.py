@@ -70,13 +70,13 @@ def averaged(
 
 def focus(ax) -> None:
     """Lets the first fifth of long curves run out of the picture: there all lines rise or fall
-    together, the differences to be seen lie in the rest. Epochs are whole numbers."""
+    together, the differences to be seen lie in the rest. Epochs and severities are whole."""
     lines = [np.asarray(line.get_ydata()) for line in ax.get_lines()]
     values = np.concatenate([y[len(y) // 5 if len(y) >= 10 else 0 :] for y in lines] or [[]])
     values = values[np.isfinite(values)]
     if values.size and (high := values.max()) > (low := values.min()):
         ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    if ax.get_xlabel() == "epoch":
+    if ax.get_xlabel() in ("epoch", "severity"):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -14,6 +14,7 @@ from .pictures import averaged, drawn, measured
 from .style import figure, look
 from .tables import Mean, markdown_lines, title
 
+HEADING = "Beside the published figures"
 MARKS = (1, 2, 5, 10, 20, 50, 100)  # epochs of the table
 PARTS = ("test", "train")
 Pair = tuple[str, str]  # model, attention
@@ -51,7 +52,7 @@ def published_section(runs: list[Run], note: str) -> str:
         parts += [_by_epoch(pairs)]
     if not parts:
         return ""
-    return "\n\n".join(["## Beside the published figures", *parts, f"Data: {note}."])
+    return "\n\n".join([f"## {HEADING}", *parts, f"Data: {note}."])
 
 
 def _words(near: int, compared: int, count: int, epochs: set[int]) -> str:
@@ -127,7 +128,7 @@ def published_charts(pairs: dict[Pair, tuple[Lines, Lines]]) -> Group:
         found.append({"title": heading, "xlabel": "epoch", "ylabel": "accuracy (%)",
                       "shared": True, "whole": True, "series": series})  # fmt: skip
     note = "Drawn through: here, means over seeds; dashed: published. Thick: test; thin: training."
-    return Group("Beside the published curves", note, found, small=len(found) > 2)
+    return Group(HEADING, note, found, small=len(found) > 2)
 
 
 def published_picture(path: Path, pairs: dict[Pair, tuple[Lines, Lines]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from ..attacks import EPSILON, STEPS
 from ..corruptions import OFFICIAL, OWN, SEVERITIES
 from ..results import Run
@@ -117,7 +119,11 @@ def _suspicious(done: dict[str, tuple[Run, Found]]) -> list[str]:
     seen = {name: f["attacks"]["suspicions"] for name, (_, f) in done.items() if "attacks" in f}
     if not seen:
         return []
-    lines = [f"- `{name}`: {'; '.join(words)}" for name, words in seen.items() if words]
+    runs: dict[str, list[str]] = {}
+    for name, words in seen.items():
+        if words:
+            runs.setdefault("; ".join(words), []).append(f"`{name}`")
+    lines = [f"- {words}: {', '.join(names)}" for words, names in runs.items()]
     if not lines:
         return [
             "No sign of masked gradients: PGD does at least what FGSM does, both more than chance, "
@@ -127,22 +133,30 @@ def _suspicious(done: dict[str, tuple[Run, Found]]) -> list[str]:
     return [head + "\n\n" + "\n".join(lines)]
 
 
-def severity_picture(path: Path, runs: list[Run]) -> str:
-    """Mean accuracy over kinds against severity -> its caption, "" if nothing was measured."""
-    found = {run.id: read(run.path) for run in runs}
+def severities(found: dict[str, Found]) -> tuple[str, int, dict[str, list[float]]] | None:
+    """(name of the set, its kinds, run id -> mean accuracy in per cent at severity 1, 2, …) of the
+    official arrays, else of our own; None if nothing was measured."""
     for key, (name, kinds) in SETS.items():
         errors = {i: e for i, f in found.items() if (e := _errors(f, key, kinds))}
-        if not errors:
-            continue
-        levels = list(range(1, SEVERITIES + 1))
+        if errors:
+            means = {i: (100 * (1 - np.mean(e, axis=0))).tolist() for i, e in errors.items()}
+            return name, len(kinds), means
+    return None
 
-        def points(run: Run, errors=errors, kinds=kinds, levels=levels):
-            if run.id not in errors:
-                return [], []
-            means = [sum(e[s - 1] for e in errors[run.id]) / len(kinds) for s in levels]
-            return levels, [100 * (1 - error) for error in means]
 
-        mine = [run for run in runs if run.id in errors]
-        curves(path, mine, points, heading=name, xlabel="severity", ylabel="test accuracy (%)")
-        return f"Test accuracy under {name}, mean over {len(kinds)} kinds"
-    return ""
+def severity_points(means: dict[str, list[float]]) -> Callable[[Run], tuple[list, list]]:
+    """What `curves` draws."""
+    levels = list(range(1, SEVERITIES + 1))
+    return lambda run: (levels, means[run.id]) if run.id in means else ([], [])
+
+
+def severity_picture(path: Path, runs: list[Run], found: dict[str, Found]) -> str:
+    """Mean accuracy over kinds against severity -> its caption, "" if nothing was measured."""
+    measured = severities(found)
+    if not measured:
+        return ""
+    name, count, means = measured
+    mine = [run for run in runs if run.id in means]
+    curves(path, mine, severity_points(means), heading=name, xlabel="severity",
+           ylabel="test accuracy (%)")  # fmt: skip
+    return f"Test accuracy under {name}, mean over {count} kinds"

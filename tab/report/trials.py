@@ -14,6 +14,7 @@ from .tables import markdown_lines, title
 
 COLUMNS = ("model", "attention", "configuration", "rung", "epochs", "status", "validation_accuracy")
 BESIDE = (*COLUMNS, "bracket", "seconds")  # every other column is what was drawn
+HEADING = "Hyperparameters"
 Pair = tuple[str, str]  # model, attention
 
 
@@ -84,7 +85,7 @@ def trials_section(found: dict[Pair, list[Trial]], what: str) -> str:
         "rung, and how many were scored there; the best of the last rung won. Lost: diverged or "
         "failed. The test set was not scored."
     )
-    return f"## Hyperparameters\n\n{words}\n\n{markdown_lines(header, lines)}"
+    return f"## {HEADING}\n\n{words}\n\n{markdown_lines(header, lines)}"
 
 
 def trials_charts(found: dict[Pair, list[Trial]]) -> Group:
@@ -108,8 +109,8 @@ def trials_charts(found: dict[Pair, list[Trial]]) -> Group:
         charts.append({"title": f"{model.upper()} {title(attention)}{score}", "xlabel": "epoch",
                        "ylabel": "validation accuracy (%)", "shared": False, "whole": True,
                        "series": series})  # fmt: skip
-    note = "A line for each configuration as far as it came, the winner's in colour; a dot: a rung."
-    return Group("Hyperparameters: successive halving", note, charts, small=len(charts) > 2)
+    note = "A line for each configuration, the winner's in colour; a dot: a rung."
+    return Group(HEADING, note, charts, small=len(charts) > 2)
 
 
 def _short(value: str) -> str:

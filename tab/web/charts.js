@@ -56,7 +56,7 @@ const frame = (figure, [x0, x1], [y0, y1], xlabel, ylabel) => {
     svg("line", root, {class: "grid", x1: L, x2: W - R, y1: Y(t), y2: Y(t)});
     svg("text", root, {x: L - 6, y: Y(t) + 4, "text-anchor": "end"}, show(t));
   }
-  const whole = t => xlabel !== "epoch" || Number.isInteger(t);
+  const whole = t => !["epoch", "severity"].includes(xlabel) || Number.isInteger(t);
   for (const t of ticks(x0, x1, W > 400 ? 7 : 4).filter(whole))
     svg("text", root, {x: X(t), y: H - B + 17, "text-anchor": "middle"}, show(t));
   svg("text", root, {x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle"}, xlabel);
@@ -78,7 +78,7 @@ const nearest = (points, [x, y]) => points.reduce((best, p) => {
 const faint = key => lit && lit !== key ? " faint" : "";
 
 const lines = (figure, chart) => {
-  const series = chart.series.filter(s => !hidden.has(s.key)).map(s => ({...s,
+  const series = chart.series.filter(s => chart.whole || !hidden.has(s.key)).map(s => ({...s,
     points: s.x.map((x, i) => ({x, y: s.y[i]})).filter(p => p.y !== null)}));
   const all = series.flatMap(s => s.points);
   figure.hidden = !all.length;
@@ -156,13 +156,20 @@ const tradeoff = (figure, chart) => {
     svg("circle", f.root, {cx: p.px, cy: p.py, r: p.r, class: `mark${faint(p.key)}`,
       fill: look.color, "fill-opacity": p.solid ? .85 : .12, stroke: look.color, "stroke-width": 1.6});
   }
-  for (const p of placed) {  // a name that would cover another is left to the pointer
-    const name = data.looks[p.key].name, w = name.length * 6.6;
-    const right = p.px + p.r + 4 + w < f.W, x = right ? p.px + p.r + 4 : p.px - p.r - 4 - w;
-    if (boxes.some(b => Math.abs(b.y - p.py) < 13 && x < b.x + b.w && b.x < x + w)) continue;
-    boxes.push({x, y: p.py, w});
-    svg("text", f.root, {x: right ? x : x + w, y: p.py + 4, class: "name",
-      "text-anchor": right ? "start" : "end"}, name);
+  // A name stands right, left, above or below; one that would cover something is left out.
+  for (const p of placed) {
+    const text = svg("text", f.root, {class: "name"}, data.looks[p.key].name);
+    const w = text.getComputedTextLength(), d = p.r + 4;
+    const spot = [[p.px + d, p.py], [p.px - d - w, p.py], [p.px - w / 2, p.py - d - 5],
+      [p.px - w / 2, p.py + d + 5]].find(([x, y]) => x > f.L && x + w < f.W && y > f.T
+      && !boxes.some(b => Math.abs(b.y - y) < 13 && x < b.x + b.w && b.x < x + w)
+      && !placed.some(o => o !== p && Math.abs(o.py - y) < o.r + 5
+        && x < o.px + o.r && o.px - o.r < x + w));
+    if (!spot) { text.remove(); continue; }
+    const [x, y] = spot;
+    boxes.push({x, y, w});
+    text.setAttribute("x", x);
+    text.setAttribute("y", y + 4);
   }
   hover(f.root, event => {
     const p = nearest(placed, f.at(event));
@@ -172,8 +179,8 @@ const tradeoff = (figure, chart) => {
 };
 
 const draw = () => drawn.forEach(f => f());
-const list = document.querySelector(".show");
-for (const [key, look] of Object.entries(data.looks)) {
+const list = document.querySelector(".show");  // missing where every chart shows one mechanism
+for (const [key, look] of list ? Object.entries(data.looks) : []) {
   const button = html("button", list, {ariaPressed: "true"});
   const sample = svg("svg", button, {width: 22, height: 8, class: "mark"});
   svg("line", sample, {...stroke(look), x1: 0, x2: 22, y1: 4, y2: 4});

@@ -23,6 +23,9 @@ document.querySelectorAll("table").forEach(table => {
     });
     body.append(...rows.map(r => r[0]));
   };
+  const name = heads.findIndex(h => ["Attention", "contestant"].includes(h.textContent));
+  if (name >= 0)  // stays in sight when the table is scrolled sideways
+    for (const row of table.rows) row.cells[name].classList.add("named");
   heads.forEach((head, i) => {
     head.tabIndex = 0;
     head.onclick = () => sort(i);
