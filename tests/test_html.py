@@ -184,6 +184,7 @@ addEventListener("load", () => {
   said.push(document.querySelector("figure[data-chart='0'] svg").textContent.includes("PGD-20"));
   const paths = () => document.querySelectorAll("figure[data-chart='1'] > svg path").length;
   said.push(paths()); document.querySelector(".show button").click(); said.push(paths());
+  said.push(document.documentElement.scrollWidth <= innerWidth);
   const fetched = performance.getEntriesByType("resource");
   said.push(fetched.filter(r => !r.name.startsWith("data:")).length);
   document.title = [...said, ...errors].join("|");
@@ -196,6 +197,7 @@ def test_in_a_browser(tmp_path):
     path = tmp_path / "page.html"
     path.write_text(page(tmp_path).replace("</head>", CLICKS, 1), encoding="utf-8")
     options = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
+    options += " --window-size=500,900"  # as narrow as it goes
     command = [CHROMIUM, *options.split(), f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     title = re.search("<title>(.*?)</title>", dom).group(1).split("|")
@@ -203,4 +205,5 @@ def test_in_a_browser(tmp_path):
     assert title[:4] == [up, ",".join(reversed(up.split(","))), "1", "6"], title
     assert title[4] == title[6] == "false" and int(title[5]) >= 4 and title[7] == "5"
     assert title[8] == "true"  # another axis
-    assert title[9:] == ["4", "3", "0"]  # a curve hidden, nothing fetched, no error
+    # a curve hidden, the page no wider than the window, nothing fetched, no error
+    assert title[9:] == ["4", "3", "true", "0"]
