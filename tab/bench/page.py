@@ -46,12 +46,15 @@ def write_page(path: Path, record: dict, rows: list[Row]) -> None:
 def told(record: dict, rows: list[Row]) -> str:
     """HTML: the command, the machine, and how the table of these rows reads."""
     facts = [*record["environment"].items(), *(record["roofline"] or {}).items()]
-    main = _main(_directions(rows)) or "nothing timed"
+    main = _main(_directions(rows))
+    reading = (
+        "<br>Median and, in brackets, 10th and 90th percentile. Rates and “tab is ×” (how many "
+        f"times faster) belong to {escape(main)}."
+    ) if main else ""  # fmt: skip
     return (
         f"<code>{escape(record['command'])}</code><br><small>"
         + ", ".join(f"{escape(k)} {escape(_plain(v))}" for k, v in facts)
-        + "<br>Median and, in brackets, 10th and 90th percentile. Rates and “tab is ×” (how many "
-        f"times faster) belong to {escape(main)}.</small>"
+        + f"{reading}</small>"
     )
 
 
