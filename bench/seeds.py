@@ -1,4 +1,4 @@
-"""Seeds an hour, one by one against several at once: python bench/seeds.py [S] [ROUNDS] [SIZE …]
+"""Seeds an hour, one by one against S at once: python bench/seeds.py [S] [ROUNDS] [SIZE …]
 
 Each size is a recipe and a model (default: fair mlp, fair cnn, published mlp, published cnn, quick
 mlp, quick cnn), with each of two attentions. The two ways take turns: S seeds of `STEPS` training

@@ -32,7 +32,7 @@ from .layers.linformer import LinformerAttention
 from .layers.moe import MoE, SwiGLU
 from .layers.rope import Rope
 from .models import Head, ImageModel, Replace, Residual
-from .ops._check import full_precision
+from .ops._check import autocast, full_precision
 from .ops.mla import mla_attention
 from .ops.moe import moe_experts
 
@@ -142,15 +142,34 @@ class PerSeed(nn.Module):
 # --- what has weights -----------------------------------------------------------------------------
 
 
+class _Products(torch.autograd.Function):
+    """y_s = x_s W_sᵀ + b_s; x (S, M, I), W (S, O, I), b (S, O) or None -> (S, M, O).
+
+    baddbmm's own backward gives dW as (S, I, O), and putting that in W's layout takes as long as
+    the product: dW_s = g_sᵀ x_s is in it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return torch.bmm(x, w.mT) if b is None else torch.baddbmm(b[:, None], x, w.mT)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            torch.bmm(g, w) if need_x else None,
+            torch.bmm(g.mT, x) if need_w else None,
+            g.sum(1) if need_b else None,
+        )
+
+
 class SeedLinear(nn.Linear):
     """weight (S, O, I), bias (S, O); x (S·B, …, I)"""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(len(self.weight), -1, x.shape[-1])  # (S, B·…, I)
-        if self.bias is None:
-            y = torch.bmm(flat, self.weight.mT)
-        else:
-            y = torch.baddbmm(self.bias[:, None], flat, self.weight.mT)
+        y = _Products.apply(*autocast(flat, self.weight, self.bias))
         return y.view(*x.shape[:-1], -1)
 
 
@@ -274,7 +293,8 @@ class SeedMoE(MoE):
         with full_precision(x):
             # Not the router's own forward: its scores are float32 whatever autocast says.
             flat = x.float().reshape(len(self.seeds), -1, x.shape[-1])
-            logits = torch.bmm(flat, self.router.weight.float().mT).view(*x.shape[:-1], -1)
+            logits = _Products.apply(flat, self.router.weight.float(), None)
+            logits = logits.view(*x.shape[:-1], -1)  # (S·B, N, E)
         routed = []
         for s, (moe, own) in enumerate(zip(self.seeds, logits.chunk(len(self.seeds)), strict=True)):
             weights, index, counts = moe._gate(own)
