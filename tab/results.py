@@ -100,6 +100,7 @@ class Run:
     summary: dict = field(default_factory=dict)
     error: str = ""
     device: str = ""  # the name of what it ran on
+    threads: int = 0  # where known
     epochs: int = 0  # that it is to have, where known
 
     @property
@@ -162,6 +163,7 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
         summary=found["summary"],
         error=error,
         device=found["environment"]["device"],
+        threads=found["environment"]["threads"],
         epochs=found["config"]["train"]["epochs"],
     )
 

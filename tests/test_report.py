@@ -51,7 +51,7 @@ def run(attention="none", accuracy=0.5, seconds=10.0, seed=0, model="cnn", statu
         **{"flops": 7_000, "peak_memory_bytes": 2**30},
     }
     path = Path(f"runs/{model}-{attention}-s{seed}")
-    return Run(model, attention, seed, path, status, rows, summary, "Oops: boom", device="cpu")
+    return Run(model, attention, seed, path, status, rows, summary, "Oops: boom", "cpu", threads=1)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_report_says_data_failures_and_pictures():
     runs = [run("none"), run("self", status="failed"), run("local", status="diverged")]
     grid = Grid("fair", ["cnn"], ["none", "self", "local"], 1, "shapes", "cpu")
     text = markdown.report(runs, FACTS, grid, {"loss": "Training loss"})
-    assert "drawn, not CIFAR-10" in text and "Z80, 2 threads" in text
+    assert "drawn, not CIFAR-10" in text and "Z80, 1 thread a run" in text
     assert "![Training loss](pictures/loss.png)" in text
     assert "`cnn-self-s0` failed: Oops: boom" in text
     assert "`cnn-local-s0` diverged in epoch 3" in text

@@ -21,7 +21,7 @@ def report(
     parts = [
         f"# Attention compared on {facts['dataset']['name']}",
         f"Recipe `{grid.recipe}`, {epochs} epochs, {seeds}. "
-        f"{machine(facts)}, torch {facts['torch']}, "
+        f"{machine(facts, runs)}, torch {facts['torch']}, "
         f"Python {facts['python']}, TAB {facts['tab']}"
         + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
         f"**Data:** {facts['dataset']['note']}",
@@ -47,10 +47,12 @@ def report(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def machine(facts: dict) -> str:
+def machine(facts: dict, runs: list[Run]) -> str:
     if facts["device"] != "cpu":
         return facts["device"]
-    return f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+    threads = sorted({run.threads for run in runs if run.threads}) or [facts["threads"]]
+    plural = "s" * (threads != [1])
+    return f"{facts['cpu']}, {' or '.join(map(str, threads))} thread{plural} a run"
 
 
 def summary(model: str, entries: list[Entry]) -> str:
