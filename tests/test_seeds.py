@@ -4,9 +4,12 @@ import contextlib
 import csv
 import dataclasses
 import math
+import os
+import signal
 
 import pytest
 import torch
+from tasks import children
 from test_train import SMALL, TIMES, split
 from torch import nn
 from typer.testing import CliRunner
@@ -14,8 +17,9 @@ from typer.testing import CliRunner
 import tab.seeds
 from tab import checkpoint
 from tab.cli import app
-from tab.compare import Plan, compare
+from tab.compare import Plan, Watcher, compare
 from tab.data import Dataset, load_dataset
+from tab.executor import Processes
 from tab.layers import Attention, _registry, attention_names, register_attention
 from tab.models import build_model
 from tab.recipe import load_recipe
@@ -342,6 +346,29 @@ def test_compare_trains_groups_and_resumes(tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.pt")}
     compare(Plan.load(out), data, out)
     assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.pt")}
+
+
+def test_a_killed_process_costs_the_group_nothing(tmp_path):
+    """SIGKILL after a seed's first epoch: the group goes on in another process, bit for bit."""
+    data, killed, epochs = load_dataset(GRID.data), [], []
+
+    class Kill(Watcher):
+        def epoch(self, config, row):
+            epochs.append((config.id, row["epoch"]))
+            if not killed:
+                killed.append(children(os.getpid())[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+    plan = Plan(load_recipe("quick", TINY | {"train.epochs": 6}), GRID)
+    for name in ("whole", "killed"):
+        plan.save(tmp_path / name, data)
+    whole = compare(plan, data, tmp_path / "whole")
+    where = Processes(1, 1)
+    runs = compare(plan, data, tmp_path / "killed", watcher=Kill(), executor=where)
+    assert killed and {"mlp-none-s1"} <= {name for name, _ in epochs}
+    for a, b in zip(whole, runs, strict=True):
+        assert numbers(a) == numbers(b) and b.status == "done"
+        assert (a.path / "model.pt").read_bytes() == (b.path / "model.pt").read_bytes()
 
 
 def test_the_command_says_that_times_are_shares(tmp_path, monkeypatch):
