@@ -48,8 +48,8 @@ BatchSeeds = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Train N seeds of a variant at once, as one stacked model: worth it where a single "
-        "run leaves the device idle. The times of each are then its share.",
+        help="Train N seeds of a variant at once, as one stacked model: meant for a GPU that one "
+        "run leaves idle; a CPU gains little or loses. The times of each are then its share.",
     ),
 ]
 Threads = Annotated[
