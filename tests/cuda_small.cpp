@@ -1,7 +1,7 @@
 // The kernels of csrc/cuda for a few tokens on the CPU (cuda_on_cpu.h), called by
 // tests/test_cuda_small.py with the argument structures that the launchers fill. Each returns "" or
 // what went wrong.
-#include "../csrc/cuda/linear_small.cuh"
+#include "../csrc/cuda/linear_small_backward.cuh"
 #include "../csrc/cuda/mla_small.cuh"
 #include "../csrc/cuda/performer_small_backward.cuh"
 #include "../csrc/cuda/performer_state_backward.cuh"
@@ -27,6 +27,8 @@ static const char* run(const void* problem, int type, int blocks, int64_t bytes)
     const int64_t bytes = type == 0 ? Problem<float>::BYTES : Problem<__half>::BYTES;          \
     return run<Problem>(problem, type, blocks, bytes);                              \
   }
+TAB_KERNEL(linear_fwd, LinearForward)
+TAB_KERNEL(linear_bwd, LinearBackward)
 TAB_KERNEL(softmax_fwd, SoftmaxForward)
 TAB_KERNEL(softmax_bwd, SoftmaxBackward)
 TAB_KERNEL(mla_fwd, MlaForward)
@@ -35,11 +37,3 @@ TAB_KERNEL(performer_fwd, PerformerForward)
 TAB_KERNEL(performer_bwd, PerformerBackward)
 TAB_KERNEL(performer_state_fwd, PerformerStateForward)
 TAB_KERNEL(performer_state_bwd, PerformerStateBackward)
-
-#define TAB_LINEAR(name, Problem)                                                              \
-  extern "C" const char* name(const void* problem, int type, int blocks) {     \
-    const Sizes& a = *static_cast<const Sizes*>(problem);                                      \
-    return run<Problem>(problem, type, blocks, Shared::bytes(a.n, a.d, a.dv));      \
-  }
-TAB_LINEAR(linear_fwd, LinearForward)
-TAB_LINEAR(linear_bwd, LinearBackward)

@@ -123,25 +123,25 @@ def test_sparse(n, block, causal, dtype, generator):
 # --- linear ---------------------------------------------------------------------------------------
 
 LINEAR_NAMES = ["o", "s", "z", "dq", "dk", "dv", "ds0", "dz0"]
-LINEAR = [*ints("heads n d dv feature_map"), ("eps", FLOAT), ("mask", POINTER)]
-LINEAR_FORWARD = struct(
-    *LINEAR, *((name, HEADS) for name in "qkv"), ("s0", POINTER), ("z0", POINTER), ("o", HEADS),
-    ("s", POINTER), ("z", POINTER),
+LINEAR = struct(
+    *ints("heads n d dv feature_map causal"), ("eps", FLOAT), ("mask", POINTER),
+    *((name, HEADS) for name in "qkv"), ("s0", POINTER), ("z0", POINTER),
 )  # fmt: skip
+LINEAR_FORWARD = struct(("in", LINEAR), ("o", HEADS), ("s", POINTER), ("z", POINTER))
 LINEAR_BACKWARD = struct(
-    *LINEAR, *((name, HEADS) for name in ("do", "q", "k", "v", "o")),
-    *((name, POINTER) for name in ("s0", "z0", "ds", "dz")),
+    ("in", LINEAR), ("do", HEADS), ("o", HEADS), ("ds", POINTER), ("dz", POINTER),
     *((name, HEADS) for name in ("dq", "dk", "dv_out")), ("ds0", POINTER), ("dz0", POINTER),
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("n", "d", "dv", "feature_map", "state"),
     [(1, 3, 2, 0, True), (5, 16, 24, 1, False), (63, 33, 65, 2, True), (63, 65, 33, 0, False),
-     (64, 128, 128, 0, True)],
+     (64, 64, 64, 0, False), (64, 130, 72, 0, True)],
 )  # fmt: skip
-def test_linear(n, d, dv, feature_map, state, dtype, generator):
+def test_linear(n, d, dv, feature_map, state, dtype, causal, generator):
     b, h, eps = 2, 2, 0.5
     q, k, v = inputs(generator, b, h, n, d, dv, dtype)
     do = inputs(generator, b, h, n, d, dv, dtype)[2]
@@ -153,19 +153,18 @@ def test_linear(n, d, dv, feature_map, state, dtype, generator):
         s0 = z0 = ds = dz = None
     mask = torch.rand(b, n, generator=generator) > 0.3
     exact = [None if x is None else x.double() for x in (q, k, v, s0, z0, do, ds, dz)]
-    rest = mask, *exact[3:5], feature_map, False, eps
+    rest = mask, *exact[3:5], feature_map, causal, eps
     o, s, z = forward_reference(*exact[:3], *rest)
     wanted = o, s, z, *backward_reference(*exact[5:], *exact[:3], o, s, z, *rest)
-    sizes, given = (h, n, d, dv, feature_map, eps, mask.data_ptr()), o.to(dtype)
+    options, given = (feature_map, causal, eps, mask.data_ptr()), o.to(dtype)
+    read = LINEAR(h, n, d, dv, *options, *map(heads, (q, k, v)), pointer(s0), pointer(z0))
 
     def forward(o, s, z):
-        inputs = *map(heads, (q, k, v)), pointer(s0), pointer(z0)
-        return LINEAR_FORWARD(*sizes, *inputs, heads(o), s.data_ptr(), z.data_ptr())
+        return LINEAR_FORWARD(read, heads(o), s.data_ptr(), z.data_ptr())
 
     def backward(dq, dk, dv, ds0, dz0):
-        inputs = *map(heads, (do, q, k, v, given)), *map(pointer, (s0, z0, ds, dz))
         outputs = *map(heads, (dq, dk, dv)), ds0.data_ptr(), dz0.data_ptr()
-        return LINEAR_BACKWARD(*sizes, *inputs, *outputs)
+        return LINEAR_BACKWARD(read, heads(do), heads(given), pointer(ds), pointer(dz), *outputs)
 
     states = s.float().flatten(0, 1), z.float()  # three dimensions: contiguous
     results = run("linear_fwd", forward, q, [v, *states])
@@ -208,7 +207,7 @@ def attention(op: str, n: int, d: int, backend: str, causal: bool = False):
         )
     if op == "mla":
         return lambda *x: tab.mla_attention(*x, causal=causal, form="fused", backend=backend)
-    return lambda *x: tab.linear_attention(*x, backend=backend)
+    return lambda *x: tab.linear_attention(*x, causal=causal, backend=backend)
 
 
 OPERATORS = "linear", "performer", "local", "sparse", "mla"
@@ -228,7 +227,7 @@ def operands(op, generator, b, h, n, d, dv, dtype):
 @pytest.mark.parametrize(("n", "d", "dv"), [(1, 8, 8), (17, 33, 64), (64, 64, 64), (63, 96, 40)])
 def test_gpu(op, n, d, dv, dtype, generator):
     x = operands(op, generator, 3, 2, n, d, dv, dtype)
-    for causal in (False, True)[: 1 if op == "linear" else 2]:
+    for causal in (False, True):
         f, naive = (attention(op, n, d, backend, causal) for backend in ("cuda", "reference"))
         assert_accurate(f, naive, x, floor=max(2 * FLOOR[dtype], 1e-5))
 

@@ -213,6 +213,14 @@ TAB_DEVICE void take(Part<E, RIGHT_T>& part, const E* tile) {
     part.x[e] = wide(tile[part.row(part.which(e)) * LINE<E> + part.column(e)]);
 }
 
+/// to = from in the other arrangement, by way of a tile whose rows only this warp uses
+TAB_DEVICE void regroup(Part<float, false>& to, const Part<float, true>& from, float* tile) {
+  __syncwarp();
+  keep(from, tile);
+  __syncwarp();
+  take(to, tile);
+}
+
 /// to[i, c] = part(i, c)·factors[i] for i < n, c < d
 template <typename T, typename P>
 TAB_DEVICE void write(const P& part, T* to, int64_t stride, int n, int d,

@@ -230,8 +230,7 @@ def linear_attention(
             f"feature_map={feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}, softmax "
             '(a learned map is applied by the layer "linear")'
         )
-    small = not causal and max(q.shape[-1], v.shape[-1]) <= 128  # csrc/cuda/linear.cu
-    backend = choose(backend, linear_fwd, q, cuda=small)
+    backend = choose(backend, linear_fwd, q)
     o, s, z = _Linear.apply(
         q, k, v, key_mask, s0, z0, FEATURE_MAPS[feature_map], causal, float(eps), backend
     )
