@@ -26,14 +26,43 @@ def test_the_steps_and_their_times(tmp_path):
     done = run(tmp_path, DRY="1", TAB_DATA="shapes:100/20")
     assert done.returncode == 0, done.stderr
     steps = dict(re.findall(r"^(\w+), (\d+) s: ", done.stdout, re.M))
-    assert list(steps) == ["build", "tests", "sanitizer", "study", "bench"]
+    tests = {name for name in steps if name.startswith("test_")}
+    assert [name for name in steps if name not in tests] == ["build", "sanitizer", "study", "bench"]
     assert "--data shapes:100/20 --device cuda" in done.stdout
-    assert list(map(int, steps.values())) == [150, 220, 45, 150, 170]
-    named = re.search(r"^tests, .*-p no:cacheprovider (.*)$", done.stdout, re.M)[1].split()
+    times = [int(steps[name]) for name in ("build", "test_step", "sanitizer", "study", "bench")]
+    assert times == [150, 220, 45, 150, 170]
     mark = "mark" + ".gpu"  # in two words: this file has none
-    marked = {p.name for p in ROOT.glob("tests/test_*.py") if mark in p.read_text()}
-    assert {Path(name).name for name in named} == marked
+    marked = {p.stem for p in ROOT.glob("tests/test_*.py") if mark in p.read_text()}
+    assert tests == marked | {"test_triton_performer"}
     assert not (ROOT / "tab" / "kernels").is_symlink()
+
+
+PYTHON = """#!/bin/sh
+case "$*" in
+*get_device_capability*) echo 9.0 ;;
+*build_ext*) echo "error: no compiler"; exit 1 ;;
+*test_step.py*) echo "begun"; sleep 60 ;;
+*pytest*) echo "3 passed in 1.00s" ;;
+*"tab compare"*) while [ "$1" != --out ]; do shift; done; mkdir "$2"; exit 2 ;;
+esac
+"""
+
+
+def test_what_fails_and_what_hangs_costs_only_itself(tmp_path):
+    """With a Python that only says what its steps might: the summary is whole, and last."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    done = run(tmp_path / "out", PYTHON=str(python), MOST="2", TORCH_CUDA_ARCH_LIST="")
+    assert done.returncode == 1
+    summary = done.stdout
+    assert re.search(r"^build: FAILED \(1\), \d s\nerror: no compiler$", summary, re.M)
+    assert re.search(r"^test_step: CUT, out of time, \d s$", summary, re.M)
+    assert re.search(r"^test_triton: ok, \d s\n3 passed", summary, re.M)
+    assert re.search(r"^study: FAILED \(2\)", summary, re.M)
+    assert summary.splitlines()[-1] == "3 passed in 1.00s"  # the bench
+    assert (tmp_path / "out" / "study.tgz").exists()
+    assert (tmp_path / "out" / "test_step.log").read_text() == "begun\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
