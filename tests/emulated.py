@@ -13,19 +13,31 @@ import torch
 HERE = Path(__file__).parent
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_small.cpp knows
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-INT, LONG, FLOAT, BOOL, POINTER = (
-    ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_void_p,
-)  # fmt: skip
+KINDS = {
+    "int": ctypes.c_int,
+    "int64": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "bool": ctypes.c_bool,
+    "pointer": ctypes.c_void_p,
+}
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(mechanism: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "cuda_small.so"
-    flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{HERE}"]
+    flags = [
+        f"-D{mechanism.upper()}",
+        "-std=c++20",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-shared",
+        "-fPIC",
+        f"-I{HERE}",
+    ]
     flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     made = path.with_suffix(".o")  # ThreadSanitizer's calls without its runtime: cuda_races.h
     subprocess.run(
@@ -38,15 +50,25 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def struct(*fields) -> type[ctypes.Structure]:
-    return type("Struct", (ctypes.Structure,), {"_fields_": list(fields)})
+def struct(name: str, members: str) -> type[ctypes.Structure]:
+    """struct("Point", "float x y; Color c"), which later ones may have as a member of kind Point"""
+    fields = [
+        (member, KINDS[kind])
+        for line in members.split(";")
+        for kind, *names in [line.split()]
+        for member in names
+    ]
+    KINDS[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return KINDS[name]
 
 
-def ints(names: str) -> list[tuple]:
-    return [(name, INT) for name in names.split()]
-
-
-HEADS = struct(("data", POINTER), ("b", LONG), ("h", LONG), ("n", LONG))
+HEADS = struct("Heads", "pointer data; int64 b h n")
+# Which keys a query sees (softmax_small.cuh)
+SEES = struct(
+    "Sees",
+    "int n; bool causal; int left right rows cols; pointer row_ptr col; int block patterns;"
+    "pointer mask",
+)
 
 
 def heads(x: torch.Tensor):
@@ -59,8 +81,8 @@ def run(name: str, make, x: torch.Tensor, outputs: list[torch.Tensor]) -> list[t
     """Runs a kernel: no race, each output written whole. make(*outputs) fills the argument
     structure."""
     fresh = [poison(out) for out in outputs]
-    f = getattr(library(), name)
-    f.restype, f.argtypes = ctypes.c_char_p, [POINTER, INT, INT]
+    f = getattr(library(name.split("_")[0]), name)
+    f.restype, f.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     error = f(ctypes.byref(make(*fresh)), TYPES.index(x.dtype), x.shape[0] * x.shape[1])
     assert not error, f"{name}: {error.decode()}"
     for out in fresh:
@@ -85,13 +107,6 @@ def unit_last(x: torch.Tensor) -> torch.Tensor:
 
 def pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-# Which keys a query sees (softmax_small.cuh)
-SEES = struct(
-    ("n", INT), ("causal", BOOL), *ints("left right rows cols"), ("row_ptr", POINTER),
-    ("col", POINTER), *ints("block patterns"), ("mask", POINTER),
-)  # fmt: skip
 
 
 def inputs(generator, b, h, n, d, dv, dtype):

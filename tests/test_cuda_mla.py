@@ -2,33 +2,16 @@
 
 import pytest
 import torch
-from emulated import (
-    FLOAT,
-    FLOOR,
-    HEADS,
-    POINTER,
-    SEES,
-    TYPES,
-    heads,
-    ints,
-    pointer,
-    run,
-    struct,
-    unit_last,
-)  # fmt: skip
+from emulated import FLOOR, HEADS, SEES, TYPES, heads, pointer, run, struct, unit_last
 from proof import assert_accurate
 
 from tab.ops.mla import forward_reference
 
 LATENTS = struct(
-    *ints("heads dn dr r dv"), ("scale", FLOAT), ("sees", SEES),
-    *((name, HEADS) for name in ("qn", "qr", "c", "kr")), ("uk", POINTER), ("uv", POINTER),
-)  # fmt: skip
-MLA_FORWARD = struct(("in", LATENTS), ("o", HEADS), ("lse", POINTER), ("peak", POINTER))
-MLA_BACKWARD = struct(
-    ("in", LATENTS), ("do", HEADS), ("lse", POINTER), ("dlse", POINTER),
-    *((name, HEADS) for name in ("dqn", "dqr", "dk", "dv", "dkr")),
-)  # fmt: skip
+    "Latents", "int heads dn dr r dv; float scale; Sees sees; Heads qn qr c kr; pointer uk uv"
+)
+FORWARD = struct("Forward", "Latents in; Heads o; pointer lse peak")
+BACKWARD = struct("Backward", "Latents in; Heads do; pointer lse dlse; Heads dqn dqr dk dv dkr")
 
 
 class Mla(torch.autograd.Function):
@@ -46,7 +29,7 @@ class Mla(torch.autograd.Function):
         )  # fmt: skip
 
         def make(o, lse, peak):
-            return MLA_FORWARD(ctx.read, heads(o), lse.data_ptr(), peak.data_ptr())
+            return FORWARD(ctx.read, heads(o), lse.data_ptr(), peak.data_ptr())
 
         like = qn[..., :1].expand(*qn.shape[:3], dv)
         o, ctx.lse, peak = run("mla_fwd", make, qn, [like, qn[..., 0], qn[..., 0, 0]])
@@ -60,7 +43,7 @@ class Mla(torch.autograd.Function):
 
         def make(*outputs):
             pointers = ctx.lse.data_ptr(), dlse.data_ptr()
-            return MLA_BACKWARD(ctx.read, heads(do), *pointers, *map(heads, outputs))
+            return BACKWARD(ctx.read, heads(do), *pointers, *map(heads, outputs))
 
         dqn, dqr, dk, dv, dkr = run("mla_bwd", make, qn, [qn, qr, qn, do, qr])
         dk, dv, c = dk.float(), dv.float(), c.float()  # (B, H, N, Dn), (B, H, N, Dv), (B, N, R)

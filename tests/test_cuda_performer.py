@@ -2,50 +2,24 @@
 
 import pytest
 import torch
-from emulated import (
-    FLOAT,
-    FLOOR,
-    HEADS,
-    INT,
-    POINTER,
-    TYPES,
-    heads,
-    inputs,
-    ints,
-    pointer,
-    run,
-    struct,
-    unit_last,
-)  # fmt: skip
+from emulated import FLOOR, TYPES, heads, inputs, pointer, run, struct, unit_last
 from proof import assert_accurate
 
 from tab import performer_attention
 from tab.ops.performer import forward_reference
 
-FAVOR = struct(
-    *ints("heads n d dv m relu"), ("mask", POINTER), ("w", POINTER),
-    *((name, HEADS) for name in "qkv"),
-)  # fmt: skip
-PERFORMER_FORWARD = struct(
-    ("in", FAVOR),
-    ("eps", FLOAT),
-    ("o", HEADS),
-    *((name, POINTER) for name in ("s", "z", "c", "lse")),
-)
-STATE = struct(*((name, POINTER) for name in "szc"))
+FAVOR = struct("Favor", "int heads n d dv m relu; pointer mask w; Heads q k v")
+STATE = struct("State", "pointer s z c")
+FORWARD = struct("Forward", "Favor in; float eps; Heads o; pointer s z c lse")
+BACKWARD = struct("Backward", "Favor in; Heads do o; pointer c lse; Heads dq dk dv")
 STATE_FORWARD = struct(
-    ("in", FAVOR), ("causal", INT), ("eps", FLOAT), ("from", STATE), ("o", HEADS),
-    *((name, POINTER) for name in ("s", "z", "c", "lse")),
-)  # fmt: skip
+    "StateForward", "Favor in; int causal; float eps; State from; Heads o; pointer s z c lse"
+)
 STATE_BACKWARD = struct(
-    ("in", FAVOR), ("causal", INT), ("from", STATE), ("grad", STATE), ("do", HEADS), ("o", HEADS),
-    ("lse", POINTER), *((name, HEADS) for name in ("dq", "dk", "dv")), ("ds0", POINTER),
-    ("dz0", POINTER),
-)  # fmt: skip
-PERFORMER_BACKWARD = struct(
-    ("in", FAVOR), ("do", HEADS), ("o", HEADS), ("c", POINTER), ("lse", POINTER),
-    *((name, HEADS) for name in ("dq", "dk", "dv")),
-)  # fmt: skip
+    "StateBackward",
+    "Favor in; int causal; State from grad; Heads do o; pointer lse; Heads dq dk dv;"
+    "pointer ds0 dz0",
+)
 
 
 class Performer(torch.autograd.Function):
@@ -55,7 +29,7 @@ class Performer(torch.autograd.Function):
         favor = FAVOR(h, n, d, dv, m, relu, pointer(mask), w.data_ptr(), *map(heads, (q, k, v)))
 
         def make(o, *rest):
-            return PERFORMER_FORWARD(favor, eps, heads(o), *map(pointer, rest))
+            return FORWARD(favor, eps, heads(o), *map(pointer, rest))
 
         rest = q.new_empty(b * h, m, dv), q.new_empty(b, h, m), q.new_empty(b, h, m), q[..., 0]
         o, s, z, c, lse = run("performer_fwd", make, q, [v, *rest])
@@ -72,7 +46,7 @@ class Performer(torch.autograd.Function):
 
         def make(*outputs):
             state = c.data_ptr(), lse.data_ptr()
-            return PERFORMER_BACKWARD(ctx.favor, heads(do), heads(o), *state, *map(heads, outputs))
+            return BACKWARD(ctx.favor, heads(do), heads(o), *state, *map(heads, outputs))
 
         return *run("performer_bwd", make, q, [q, k, v]), None, None, None, None
 

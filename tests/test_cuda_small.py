@@ -3,37 +3,19 @@ ops as a whole where there is a GPU."""
 
 import pytest
 import torch
-from emulated import (
-    FLOAT,
-    FLOOR,
-    HEADS,
-    POINTER,
-    SEES,
-    TYPES,
-    heads,
-    inputs,
-    ints,
-    pointer,
-    run,
-    struct,
-    unit_last,
-)  # fmt: skip
+from emulated import FLOOR, SEES, TYPES, heads, inputs, run, struct, unit_last
 from proof import assert_accurate
 
 import tab
 from tab.ops import BlockPattern
 from tab.ops._tile import tile_forward
-from tab.ops.linear import backward_reference, forward_reference
 from tab.ops.local import in_window
 
 # --- local and sparse: softmax with 64 bits a row -------------------------------------------------
 
-SIZES = [*ints("heads d dv"), ("scale", FLOAT), ("sees", SEES)]
-FORWARD = struct(*SIZES, *((name, HEADS) for name in ("q", "k", "v", "o")), ("lse", POINTER))
-BACKWARD = struct(
-    *SIZES, *((name, HEADS) for name in ("do", "q", "k", "v")), ("lse", POINTER),
-    *((name, HEADS) for name in ("dq", "dk", "dv_out")),
-)  # fmt: skip
+SIZES = "int heads d dv; float scale; Sees sees"
+FORWARD = struct("Forward", f"{SIZES}; Heads q k v o; pointer lse")
+BACKWARD = struct("Backward", f"{SIZES}; Heads do q k v; pointer lse; Heads dq dk dv_out")
 
 
 class Softmax(torch.autograd.Function):
@@ -118,61 +100,6 @@ def test_sparse(n, block, causal, dtype, generator):
     x = inputs(generator, 2, 2, n, 24, 16, dtype)
     check_softmax(x, sees, allowed.tril() if causal else allowed)
     sees.keepalive = pattern
-
-
-# --- linear ---------------------------------------------------------------------------------------
-
-LINEAR_NAMES = ["o", "s", "z", "dq", "dk", "dv", "ds0", "dz0"]
-LINEAR = struct(
-    *ints("heads n d dv feature_map causal"), ("eps", FLOAT), ("mask", POINTER),
-    *((name, HEADS) for name in "qkv"), ("s0", POINTER), ("z0", POINTER),
-)  # fmt: skip
-LINEAR_FORWARD = struct(("in", LINEAR), ("o", HEADS), ("s", POINTER), ("z", POINTER))
-LINEAR_BACKWARD = struct(
-    ("in", LINEAR), ("do", HEADS), ("o", HEADS), ("ds", POINTER), ("dz", POINTER),
-    *((name, HEADS) for name in ("dq", "dk", "dv_out")), ("ds0", POINTER), ("dz0", POINTER),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(
-    ("n", "d", "dv", "feature_map", "state"),
-    [(1, 3, 2, 0, True), (5, 16, 24, 1, False), (63, 33, 65, 2, True), (63, 65, 33, 0, False),
-     (64, 64, 64, 0, False), (64, 130, 72, 0, True)],
-)  # fmt: skip
-def test_linear(n, d, dv, feature_map, state, dtype, causal, generator):
-    b, h, eps = 2, 2, 0.5
-    q, k, v = inputs(generator, b, h, n, d, dv, dtype)
-    do = inputs(generator, b, h, n, d, dv, dtype)[2]
-    if feature_map == 2:  # features are positive
-        q, k = q.abs(), k.abs()
-    s0, ds = (torch.randn(b, h, d, dv, generator=generator) for _ in range(2))
-    z0, dz = (torch.rand(b, h, d, generator=generator) for _ in range(2))
-    if not state:
-        s0 = z0 = ds = dz = None
-    mask = torch.rand(b, n, generator=generator) > 0.3
-    exact = [None if x is None else x.double() for x in (q, k, v, s0, z0, do, ds, dz)]
-    rest = mask, *exact[3:5], feature_map, causal, eps
-    o, s, z = forward_reference(*exact[:3], *rest)
-    wanted = o, s, z, *backward_reference(*exact[5:], *exact[:3], o, s, z, *rest)
-    options, given = (feature_map, causal, eps, mask.data_ptr()), o.to(dtype)
-    read = LINEAR(h, n, d, dv, *options, *map(heads, (q, k, v)), pointer(s0), pointer(z0))
-
-    def forward(o, s, z):
-        return LINEAR_FORWARD(read, heads(o), s.data_ptr(), z.data_ptr())
-
-    def backward(dq, dk, dv, ds0, dz0):
-        outputs = *map(heads, (dq, dk, dv)), ds0.data_ptr(), dz0.data_ptr()
-        return LINEAR_BACKWARD(read, heads(do), heads(given), pointer(ds), pointer(dz), *outputs)
-
-    states = s.float().flatten(0, 1), z.float()  # three dimensions: contiguous
-    results = run("linear_fwd", forward, q, [v, *states])
-    results += run("linear_bwd", backward, q, [q, k, v, *states])
-    for name, x, truth in zip(LINEAR_NAMES, results, wanted, strict=True):
-        scale = max(1.0, truth.abs().max().item())
-        error = (x.double().view_as(truth) - truth).abs().max().item() / scale
-        assert error < 2 * FLOOR[dtype], f"{name}: relative error {error:.2g}"
 
 
 # --- whole ops ------------------------------------------------------------------------------------

@@ -76,9 +76,12 @@ inline Tensor states(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-inline void check_few(const char* op, int64_t n) {
+/// What every kernel here refuses, before anything else is looked at
+inline void check_few(const char* op, const Tensor& q) {
+  const int64_t n = q.size(2);
   STD_TORCH_CHECK(n <= MAX_TOKENS, op, " (backend=\"cuda\") takes N ≤ ", MAX_TOKENS, "; got N ", n,
                   "; use backend=\"auto\" or \"triton\"");
+  with_type(op, q, [](auto) {});
 }
 inline void check_floats(const char* op, const char* name, const Tensor& x,
                          std::initializer_list<int64_t> want) {

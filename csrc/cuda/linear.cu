@@ -1,4 +1,5 @@
-// tab_cuda::linear_fwd and tab_cuda::linear_bwd: N ≤ 64, one block a (batch, head), one launch. The arithmetic is in linear_small.cuh; here are checks, launch, registration.
+// tab_cuda::linear_fwd and tab_cuda::linear_bwd: N ≤ 64, one block a (batch, head), one launch. The
+// arithmetic is in linear_small.cuh; here are checks, launch, registration.
 #include <tuple>
 
 #include "launch.h"
@@ -27,7 +28,7 @@ struct Inputs {
          const Maybe& key_mask, const Maybe& s, const Maybe& z, int64_t feature_map) {
     STD_TORCH_CHECK(q_in.dim() == 4 && v_in.dim() == 4, op, ": q and v have four dimensions");
     b = q_in.size(0), h = q_in.size(1), n = q_in.size(2), d = q_in.size(3), dv = v_in.size(3);
-    check_few(op, n);
+    check_few(op, q_in);
     STD_TORCH_CHECK(feature_map >= 0 && feature_map <= 2, op, ": feature_map is 0, 1 or 2");
     check_shape(op, "k", k_in, {b, h, n, d});
     check_shape(op, "v", v_in, {b, h, n, dv});

@@ -28,7 +28,7 @@ struct Inputs {
                     op, ": q_nope, q_rope, c_kv and w_uv have 4, 4, 3 and 3 dimensions");
     b = q_nope.size(0), h = q_nope.size(1), n = q_nope.size(2), dn = q_nope.size(3);
     dr = q_rope.size(3), r = c_kv.size(2), dv = w_uv.size(1);
-    check_few(op, n);
+    check_few(op, q_nope);
     check_shape(op, "q_rope", q_rope, {b, h, n, dr});
     check_shape(op, "c_kv", c_kv, {b, n, r});
     check_shape(op, "k_rope", k_rope, {b, n, dr});

@@ -25,7 +25,7 @@ struct Inputs {
                     ": q, v and projection have 4, 4 and 2 dimensions");
     b = q_in.size(0), h = q_in.size(1), n = q_in.size(2), d = q_in.size(3), dv = v_in.size(3);
     m = projection.size(0);
-    check_few(op, n);
+    check_few(op, q_in);
     STD_TORCH_CHECK(kernel == 0 || kernel == 1, op, ": kernel is 0 or 1");
     check_shape(op, "k", k_in, {b, h, n, d});
     check_shape(op, "v", v_in, {b, h, n, dv});

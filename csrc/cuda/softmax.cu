@@ -12,7 +12,7 @@ namespace {
 void check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, op, ": q and v have four dimensions");
   const int64_t b = q.size(0), h = q.size(1), n = q.size(2);
-  check_few(op, n);
+  check_few(op, q);
   check_shape(op, "k", k, {b, h, n, q.size(3)});
   check_shape(op, "v", v, {b, h, n, v.size(3)});
   check_dtype(op, "k", k, q.scalar_type());
@@ -68,7 +68,7 @@ Sees window(const char* op, const Tensor& q, int64_t left, int64_t right, int64_
             int64_t cols, bool causal) {
   STD_TORCH_CHECK(q.dim() == 4, op, ": q has four dimensions");
   const int64_t n = q.size(2);
-  check_few(op, n);
+  check_few(op, q);
   STD_TORCH_CHECK(left >= 0 && right >= 0 && left <= n && right <= n, op,
                   ": left and right lie in 0 … N");
   STD_TORCH_CHECK(rows >= 0 && cols >= 0 && (cols == 0 || rows * cols == n), op,
@@ -85,7 +85,7 @@ Sees blocks(const char* op, const Tensor& q, const Tensor& row_ptr, const Tensor
   STD_TORCH_CHECK(q.dim() == 4 && row_ptr.dim() == 2 && col.dim() == 1 && block > 0, op,
                   ": q, row_ptr and col have 4, 2 and 1 dimensions, block_size is positive");
   const int64_t n = q.size(2), h = q.size(1);
-  check_few(op, n);
+  check_few(op, q);
   const int64_t patterns = row_ptr.size(0);
   STD_TORCH_CHECK(patterns == 1 || patterns == h, op, ": row_ptr is for one head or for all");
   check_shape(op, "row_ptr", row_ptr, {patterns, (n + block - 1) / block + 1});
