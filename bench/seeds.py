@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from tab.memory import keep_freed_memory
 from tab.models import build_model
 from tab.recipe import load_recipe
 from tab.seeds import SeedSteps
@@ -61,6 +62,8 @@ def main() -> None:
     seeds, rounds = (int(word) for word in [*sys.argv[1:3], "5", "5"][:2])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     print(f"{name}, {torch.get_num_threads()} threads, {seeds} seeds, median of {rounds} rounds")
     print("seeds an hour                     one by one    at once    ratio [least – most]")
     for size in sys.argv[3:] or SIZES:

@@ -1,7 +1,7 @@
 """The grid: models × attentions × seeds, each an independent run, in a directory that can resume.
 
 A kill at any moment loses at most the epoch in progress: config.toml is written before the first
-run, each run keeps its own state (tab/train.py), and the CSV files are rewritten from all runs.
+run, each run keeps its own state (tab/run.py), and the CSV files are rewritten from all runs.
 """
 
 from __future__ import annotations

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from . import checkpoint
 from .config import RunConfig, Train
 from .data import Dataset
+from .run import Outcome, Run, random_of, read_rows
 from .splits import splits
 from .stacked import SeedModel, stack
 from .step import Batch, Steps
-from .train import Outcome, _Run, found_run, random_of, read_rows
+from .train import found_run
 
 FILE = "group.pt"
 
@@ -72,7 +73,7 @@ def train_seeds(
                     own.seed = config.seed
                     alone = replace(config.train, compile=False, graph=False)  # for scores only
                     given = (own, *parts[1:]), alone, together
-                    runs[i] = _Run(config, dataset, torch_device, out, *given)
+                    runs[i] = Run(config, dataset, torch_device, out, *given)
             _train(runs, outs[0] / FILE, on_epoch, stop_after)
         outcomes = {**ended, **{i: run.outcome() for i, run in runs.items()}}
         return [outcomes[i] for i in range(len(configs))]
@@ -101,7 +102,7 @@ def _variant(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    runs: dict[int, _Run],
+    runs: dict[int, Run],
     path: Path,
     on_epoch: Callable[[int, dict], None] | None,
     stop_after: int | None,
@@ -126,7 +127,7 @@ def _train(
     path.unlink(missing_ok=True)
 
 
-def _restore(runs: dict[int, _Run], path: Path) -> None:
+def _restore(runs: dict[int, Run], path: Path) -> None:
     """Back to the last complete epoch of all; to the start if it is damaged."""
     if not path.exists():
         return
@@ -144,7 +145,7 @@ def _restore(runs: dict[int, _Run], path: Path) -> None:
 class _Group:
     """Runs that are at the same epoch, stacked; each is brought up to date after an epoch."""
 
-    def __init__(self, runs: list[_Run]):
+    def __init__(self, runs: list[Run]):
         self.runs, first = runs, runs[0]
         self.model: SeedModel = stack([run.model for run in runs])
         count = first.config.train.epochs * len(first.batches)

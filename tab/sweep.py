@@ -3,7 +3,7 @@
     DIR/
         recipe.toml  space.toml  sweep.toml  environment.json   written first: enough to resume
         study.journal                                           unless in PostgreSQL; tab/study.py
-        runs/<model>-<attention>-c<number>/                     one per configuration; tab/train.py
+        runs/<model>-<attention>-c<number>/                     one per configuration; tab/run.py
         trials.csv  winners.toml  halving.png
 
 A configuration that goes on continues from its checkpoint, in its own folder. It is one run of
@@ -34,11 +34,12 @@ from .executor import Executor, Shared, Task, run_tasks
 from .halving import Bracket, brackets, promote
 from .recipe import Recipe
 from .results import made_with
+from .run import Outcome
 from .space import possible, with_chosen
 from .storage import opened
 from .study import Ended, Entry, Record, seed_of
 from .sweep_plan import Pair, Plan, name_of
-from .train import Outcome, train
+from .train import train
 
 
 class Watcher:

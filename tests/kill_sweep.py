@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # by the counter of FLOPs: here, not in every fork
 
-import tab.train
+import tab.run
 from tab.data import load_dataset
 from tab.halving import Budget
 from tab.recipe import load_recipe
@@ -63,14 +63,14 @@ def plan(folder: Path, **changes) -> Plan:
 def drive(out: Path, dataset) -> None:
     """The child: every epoch that is safely on disk leaves a line in epochs.log."""
     torch.set_num_threads(1)
-    save = tab.train._Run.save
+    save = tab.run.Run.save
 
     def logged(run) -> None:
         save(run)
         with open(out / "epochs.log", "a") as file:
             file.write(f"{run.out.name} {len(run.rows)}\n")
 
-    tab.train._Run.save = logged
+    tab.run.Run.save = logged
     sweep(Plan.load(out), dataset, out)
 
 

@@ -14,6 +14,7 @@ from test_train import SMALL, TIMES, split
 from torch import nn
 from typer.testing import CliRunner
 
+import tab.run
 import tab.seeds
 from tab import checkpoint
 from tab.cli import app
@@ -181,7 +182,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
     class Killed(BaseException):
         pass
 
-    writes, write = [], tab.seeds._Run.write
+    writes, write = [], tab.seeds.Run.write
 
     def stop(run):
         writes.append(run)
@@ -189,7 +190,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
             raise Killed
         write(run)
 
-    monkeypatch.setattr(tab.seeds._Run, "write", stop)
+    monkeypatch.setattr(tab.seeds.Run, "write", stop)
     with contextlib.suppress(Killed):
         together(configs, dataset, tmp_path / "killed")
     monkeypatch.undo()
@@ -203,7 +204,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
 @pytest.mark.parametrize("attention", ["multi_head", "kimi_k2"])
 def test_a_seed_that_diverges_spoils_no_other(attention, dataset, tmp_path, monkeypatch):
     configs = configs_of("cnn", attention, 3, train__epochs=3)
-    build = tab.train.build_model
+    build = tab.run.build_model
 
     def poisoned(config, classes):
         model = build(config, classes)
@@ -211,7 +212,7 @@ def test_a_seed_that_diverges_spoils_no_other(attention, dataset, tmp_path, monk
             model.backbone.convolutions[0].weight.data.mul_(math.nan)
         return model
 
-    monkeypatch.setattr(tab.train, "build_model", poisoned)
+    monkeypatch.setattr(tab.run, "build_model", poisoned)
     alone = [train(c, dataset, tmp_path / "alone" / c.id) for c in configs]
     part = together(configs, dataset, tmp_path / "group", stop_after=2)
     assert [outcome.status for outcome in part] == ["diverged", "running", "running"]

@@ -16,7 +16,8 @@ from tab.models import build_model
 from tab.ops._op import OPS
 from tab.recipe import load_recipe
 from tab.results import ANSWERS
-from tab.train import ROW, load_trained, train
+from tab.run import ROW
+from tab.train import load_trained, train
 
 SMALL = {
     **{"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16},
