@@ -21,7 +21,7 @@ BACKWARD = struct(
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("n", "d", "dv", "feature_map", "state"),
-    [(1, 3, 2, 0, True), (5, 16, 24, 1, False), (63, 33, 65, 2, True), (63, 65, 33, 0, False),
+    [(1, 3, 2, 0, True), (5, 16, 136, 1, False), (63, 33, 65, 2, True), (63, 65, 33, 0, False),
      (64, 64, 64, 0, False), (64, 130, 72, 0, True)],
 )  # fmt: skip
 def test_linear(n, d, dv, feature_map, state, dtype, causal, generator):
