@@ -112,7 +112,7 @@ def test_command_line(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 1000
     record = json.loads(out.read_text())
     for entry in record["rows"]:
-        entry["seconds"] = {d: [t / 10 for t in ts] for d, ts in entry["seconds"].items()}
+        entry["seconds"] = {d: [t / 1000 for t in ts] for d, ts in entry["seconds"].items()}
     old = tmp_path / "old.json"
     old.write_text(json.dumps(record))
     done = CliRunner().invoke(app, ["compare", str(old), str(out), "--alpha", "0.05"])
