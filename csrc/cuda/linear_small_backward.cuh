@@ -76,7 +76,7 @@ struct LinearBackward {
     }
   }
 
-  /// p = P; inverse and delta of each token
+  /// p = P; inverse and delta of each token, to be read after the next barrier (of `times`)
   TAB_DEVICE void denominators(const Tiles& t, Pairs& p, int bh) const {
     float den[Pairs::ROWS] = {}, inverse[Pairs::ROWS];
     for (int d0 = 0; d0 < in.d; d0 += SIDE) {
@@ -98,7 +98,6 @@ struct LinearBackward {
       for (int m = 1; m < WARP; m *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);
       if (lane() == 0) t.delta[i] = sum * t.inverse[i];
     }
-    __syncthreads();
   }
 
   TAB_DEVICE void load_g(const Tiles& t, int bh, int c) const {
