@@ -120,13 +120,13 @@ def compare(
             for done in run_tasks(tasks, where, partial(_tell, watcher, groups)):
                 if isinstance(done.error, OSError) and done.error.errno in DISK:
                     raise done.error
-                for config in groups[done.index]:
-                    cell = config.model, config.attention, config.seed
-                    if done.error and read_run(out, *cell).status not in ("done", "diverged"):
-                        path = out / "runs" / config.id / "error.txt"
-                        path.parent.mkdir(parents=True, exist_ok=True)  # if no process began it
-                        checkpoint.write_bytes(path, done.traceback.encode())
-                    write_csvs(out, read_runs(out, plan.grid))
+                cells = [(c.model, c.attention, c.seed) for c in groups[done.index]]
+                for run in (read_run(out, *cell) for cell in cells):
+                    if done.error and run.status not in ("done", "diverged"):
+                        run.path.mkdir(parents=True, exist_ok=True)  # if no process began it
+                        checkpoint.write_bytes(run.path / "error.txt", done.traceback.encode())
+                write_csvs(out, read_runs(out, plan.grid))
+                for cell in cells:
                     watcher.end(read_run(out, *cell))
     return read_runs(out, plan.grid)
 
