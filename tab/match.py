@@ -10,7 +10,10 @@ A recipe says model.<model>.match:
 `hidden` is the width of backbone, tokens and attention alike, since the control has nothing else
 to widen. So at a matched width variants with one seed share the order of the data and its
 augmentation, but not the weights they start from: those have other shapes. A width that a layer
-refuses (heads that do not divide it) is passed over; how near each variant came is in the report.
+refuses (heads that do not divide it) is passed over. Where few widths remain (the rotary pairs of a
+mixture of experts want multiples of 16 on a grid), the layer names an option that sets its size in
+finer steps (`Attention.fine_size`); it is chosen here too, unless the recipe sets it. How near each
+variant came is in the report.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 
 import torch
 
 from .config import RunConfig, check_keys
 from .flops import forward_flops
-from .layers import attention_names
+from .layers import attention_names, get_attention
 from .models import build_model, parameter_count
 
 
@@ -46,10 +50,7 @@ def reference_of(match: str) -> str:
 
 
 def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]) -> RunConfig:
-    """The config with the `hidden` whose model's cost comes nearest to `target`.
-
-    Widths that the layer refuses (heads that do not divide it) are passed over.
-    """
+    """The config with the `hidden`, and fine option if any, that costs nearest to `target`."""
 
     def size(hidden: int) -> int | None:
         try:
@@ -63,14 +64,44 @@ def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]
         cost(_with(config, width))  # raises what is wrong, if none is
         return width
 
+    def miss(sized: RunConfig) -> float:
+        return abs(cost(sized) / target - 1)
+
+    published = config.model_options.forms == "published"
+    fine = get_attention(config.attention, published=published).fine_size
+    around = _around(target, lambda hidden: size(valid(hidden)))
+    sized = [_with(config, valid(hidden)) for hidden in around]
+    if not fine or fine in config.attention_options:  # there, it is the recipe's choice
+        return min(sized, key=miss)
+    choices = [choice for config in sized for choice in _choices(config, fine, target, cost)]
+    return min(choices, key=lambda choice: choice[:2])[2]
+
+
+def _choices(
+    config: RunConfig, fine: str, target: int, cost: Callable[[RunConfig], int]
+) -> list[tuple[float, float, RunConfig]]:
+    """This width with the two values of `fine` around `target`, each with how far it is from the
+    target, in whole per cents, and how far, as a ratio, from the layer's own choice."""
+
+    def size(n: int) -> int:
+        return cost(_with_option(config, fine, n))
+
+    own = _around(cost(config), size)[1]
+    return [
+        (round(abs(size(n) / target - 1), 2), abs(math.log(n / own)), _with_option(config, fine, n))
+        for n in _around(target, size)
+    ]
+
+
+def _around(target: int, size: Callable[[int], int]) -> tuple[int, int]:
+    """Neighbours n, n + 1 from 1 on with size(n) < target ≤ size(n + 1), or (1, 2); size grows."""
     low, high = 1, 2
-    while size(valid(high)) < target:
+    while size(high) < target:
         low, high = high, 2 * high
-    while high - low > 1:  # size(valid(low)) < target ≤ size(valid(high)), but for low = 1
+    while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(valid(middle)) < target else (low, middle)
-    best = min((valid(low), valid(high)), key=lambda h: abs(size(h) - target))
-    return _with(config, best)
+        low, high = (middle, high) if size(middle) < target else (low, middle)
+    return low, high
 
 
 def parameters_of(config: RunConfig) -> int:
@@ -101,3 +132,8 @@ def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: i
 def _with(config: RunConfig, hidden: int) -> RunConfig:
     options = dataclasses.replace(config.model_options, hidden=hidden)
     return dataclasses.replace(config, model_options=options)
+
+
+def _with_option(config: RunConfig, name: str, value: int) -> RunConfig:
+    options = {**config.attention_options, name: value}
+    return dataclasses.replace(config, attention_options=options)

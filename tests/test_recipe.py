@@ -148,6 +148,26 @@ def test_widths_are_matched_by_flops(model):
     assert max(off.values()) < 0.02, off
 
 
+@pytest.mark.parametrize("attention", ["deepseek_mla", "kimi_k2"])
+@pytest.mark.parametrize("match", ["multi_head", "flops:multi_head"])
+def test_experts_match_where_widths_do_not(attention, match):
+    small = {"model.cnn.hidden": 64, "model.cnn.channels": 16, "model.cnn.match": match}
+    cost = forward_flops if match.startswith("flops:") else parameter_count
+
+    def size(name, **more):
+        config = load_recipe("fair", small | more).run("cnn", name, 0)
+        return config, cost(build_model(config, 10))
+
+    _, target = size("multi_head")
+    config, matched = size(attention)
+    assert abs(matched / target - 1) < 0.011, (config, matched, target)
+    assert config.attention_options["expert_dim"] > 1
+    # A recipe's own choice stays, and is worse.
+    config, own = size(attention, **{f"attention.{attention}.expert_dim": 500})
+    assert config.attention_options["expert_dim"] == 500
+    assert abs(own / target - 1) > abs(matched / target - 1)
+
+
 def test_what_to_match_is_an_attention():
     with pytest.raises(ValueError, match=r"model.cnn.match: .* did you mean 'flops:multi_head'"):
         load_recipe("fair", {"model.cnn.match": "flops:multihead"})

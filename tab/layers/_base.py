@@ -8,7 +8,13 @@ from .rope import Rope
 
 
 class Attention(nn.Module):
-    """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options)."""
+    """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options).
+
+    fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
+    than with `dim`; recipes that match sizes choose it (tab/match.py).
+    """
+
+    fine_size: str = ""
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x (B, N, C), key_mask (B, N) bool, True where a token is real -> (B, N, C)."""

@@ -103,6 +103,7 @@ class LatentMoE(Attention):
     paper: attention, residual, norm, experts, residual. Subclasses set `attention` and `moe`.
     """
 
+    fine_size = "expert_dim"
     attention: nn.Module
     moe: MoE
 
