@@ -40,7 +40,7 @@ kernels: setup
 # Triton that came with that one (3.6) must interpret and compile every kernel. Its interpreter turns
 # arrays into numbers in a way that NumPy has since dropped; it runs on one core, beside the rest.
 OLD := .venv-oldest
-OPS := linear performer performer_cpp local sparse mla mla_cpp moe h2o batches step triton
+OPS := linear performer performer_cpp projection local sparse mla mla_cpp moe h2o h2o_choice batches step triton
 two-torch: setup
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from tasks import threads
 
 # A shell that runs the tests in the background has them ignore Control-C, and so all they start:
 # the tests of Control-C would wait for ever.
@@ -23,3 +24,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    with threads(1):
+        yield

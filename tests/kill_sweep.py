@@ -4,7 +4,7 @@
 
 A kill is SIGKILL. A sweep that comes to its end is compared with an unbroken one, and the next
 begins, until there have been as many kills as asked for. The drivers are forks of one process, so
-that a kill costs no import of torch; test_sweep.py does the same with two kills.
+that a kill costs no import of torch; test_sweep_faults.py does the same with two kills.
 """
 
 from __future__ import annotations

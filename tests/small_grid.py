@@ -2,10 +2,7 @@
 
 import csv
 import json
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from tab.compare import Plan, compare
 from tab.recipe import load_recipe
@@ -23,15 +20,6 @@ SMALL = {
 }
 GRID = Grid("quick", ["mlp"], ["none", "self", "multi_head", "linear"], 1, "shapes:100/20", "cpu")
 RUNS = 4
-
-
-@contextmanager
-def one_thread():
-    """Sums in another order are other sums: bit for bit needs the same number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def begin(out: Path, dataset) -> Path:

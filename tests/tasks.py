@@ -3,9 +3,23 @@
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from tab import checkpoint
+
+
+@contextmanager
+def threads(number: int):
+    """Sums in another order are other sums: bit for bit needs the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def count(steps: int, *, folder: Path, emit) -> int:

@@ -1,18 +1,15 @@
 """Image sets: sources, statistics, held-out images, the cache, and each error with its way out."""
 
-import hashlib
 import os
-import pickle
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
-from tab import _cifar10, shapes
-from tab.data import Dataset, Split, describe, hold_out, load_dataset, statistics
+from tab import _cifar10
+from tab.data import load_dataset
 
 CLASSES = ("apple", "pear")
 
@@ -38,57 +35,6 @@ def pack(folder, archive, mode="w:xz", prefix="top"):
     with tarfile.open(archive, mode) as tar:
         tar.add(folder, prefix)
     return archive
-
-
-# -- shapes ----------------------------------------------------------------------------------------
-
-
-def test_shapes_are_a_function_of_the_seed():
-    images, labels = shapes.draw(600, seed=1)
-    assert images.shape == (600, 32, 32, 3) and images.dtype == np.uint8
-    assert np.bincount(labels).tolist() == [60] * 10
-    again = shapes.draw(600, seed=1)
-    assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1])
-    for other in (shapes.draw(600, seed=2), shapes.draw(600, seed=1, stream=1)):
-        assert not np.array_equal(images, other[0])
-
-
-def test_shapes_cannot_be_told_by_colour():
-    """The mean colour of a class is that of every other, to within 4 standard errors."""
-    images, labels = shapes.draw(3000, seed=0)
-    mean = images.mean((1, 2))  # (N, 3)
-    error = mean.std(0) / np.sqrt(300)
-    for label in range(10):
-        assert (np.abs(mean[labels == label].mean(0) - mean.mean(0)) < 4 * error).all()
-
-
-def test_shapes_can_be_told_by_form():
-    """Least squares on |pixel − median colour| is far above chance: the forms are really there."""
-    images, labels = shapes.draw(3000, seed=0)
-    pixels = images.astype(np.float32)
-    away = np.abs(pixels - np.median(pixels, (1, 2), keepdims=True)).mean(3).reshape(3000, -1)
-    away = (away - away.mean(0)) / away.std(0)
-    fit, test = slice(0, 2500), slice(2500, 3000)
-    gram = away[fit].T @ away[fit] + 2000 * np.eye(1024)
-    weights = np.linalg.solve(gram, away[fit].T @ np.eye(10)[labels[fit]])
-    accuracy = ((away[test] @ weights).argmax(1) == labels[test]).mean()
-    assert 0.2 < accuracy < 0.7
-
-
-def test_shapes_by_name():
-    data = load_dataset("shapes:40/20")
-    assert (len(data.train), len(data.test), data.name) == (40, 20, "shapes:40/20")
-    assert "not CIFAR-10" in data.note and data.classes == shapes.CLASSES
-    assert data.fingerprint == load_dataset("shapes:40/20").fingerprint
-    assert data.fingerprint != load_dataset("shapes:50/20").fingerprint
-
-
-@pytest.mark.parametrize(
-    "spec", ["shapes:", "shapes:40", "shapes:9/20", "shapes:40/9", "shapes:a/b"]
-)
-def test_bad_shapes_are_named(spec):
-    with pytest.raises(ValueError, match=r"shapes:4000/1000"):
-        load_dataset(spec)
 
 
 # -- folders and archives --------------------------------------------------------------------------
@@ -370,133 +316,3 @@ def test_root_from_the_environment(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TAB_DATA", str(tmp_path / "there"))
     load_dataset(folder)
     assert [file.suffix for file in (tmp_path / "there/cache").iterdir()] == [".npz"]
-
-
-# -- CIFAR-10: torchvision's reader on small files of the same form --------------------------------
-
-
-@pytest.fixture
-def cifar(root, monkeypatch):
-    base = root / CIFAR10.base_folder
-    base.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-
-    def put(name: str, content: dict) -> tuple[str, str]:
-        (base / name).write_bytes(pickle.dumps(content))
-        return name, hashlib.md5((base / name).read_bytes()).hexdigest()
-
-    def batch() -> dict:
-        data = rng.integers(0, 256, (20, 3072), np.uint8)
-        return {"data": data, "labels": [i % 10 for i in range(20)]}
-
-    train = [put(f"data_batch_{i}", batch()) for i in (1, 2)]
-    name, md5 = put("batches.meta", {"label_names": list(_cifar10.CLASSES)})
-    monkeypatch.setattr(CIFAR10, "train_list", train)
-    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", batch())])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
-    return base
-
-
-def test_cifar10_is_read_and_cached(cifar, root):
-    data = load_dataset("cifar10", root=root, download=False)
-    assert data.classes == _cifar10.CLASSES and (len(data.train), len(data.test)) == (40, 20)
-    raw = pickle.loads((cifar / "data_batch_2").read_bytes())["data"][3]  # three planes
-    assert np.array_equal(data.train.images[23].numpy(), raw.reshape(3, 32, 32).transpose(1, 2, 0))
-    for file in cifar.iterdir():
-        file.unlink()
-    again = load_dataset("cifar10", root=root, download=False)
-    assert again.fingerprint == data.fingerprint and "official" in again.note
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os._exit, (3,))
-
-
-def test_altered_cifar10_is_named_and_not_unpickled(cifar, root):
-    (cifar / "test_batch").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(OSError, match=r"test_batch is truncated or altered.*--data shapes"):
-        load_dataset("cifar10", root=root, download=False)
-    (cifar / "data_batch_1").unlink()
-    with pytest.raises(OSError, match=r"data_batch_1 is missing.*Allow the download"):
-        load_dataset("cifar10", root=root, download=False)
-
-
-def test_cifar10_without_a_network(root, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(OSError, match=r"data_batch_1 is missing.*Fetch http://127\.0\.0\.1:9"):
-        load_dataset("cifar10", root=root)
-
-
-# -- statistics, held-out images, checks -----------------------------------------------------------
-
-
-def test_statistics_are_exact():
-    images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
-    mean, std = statistics(torch.from_numpy(images))
-    exact = images.astype(np.float64)
-    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(std, exact.std((0, 1, 2)), rtol=1e-11)
-    assert mean.dtype == std.dtype == torch.float64
-
-
-def test_statistics_lose_no_digits_over_many_pixels():
-    """51 million pixels a channel: a running float32 sum stops growing at 2²⁴ · 255."""
-    images = torch.full((1, 1, 1, 3), 125, dtype=torch.uint8).expand(50_000, 32, 32, 3)
-    mean, std = statistics(images)
-    assert mean.tolist() == [125.0] * 3 and std.tolist() == [0.0] * 3
-
-
-@pytest.mark.parametrize(
-    "images",
-    [torch.zeros(2, 4, 4, 3), torch.zeros(0, 4, 4, 3).byte(), torch.zeros(2, 3, 4, 4).byte()],
-)
-def test_statistics_refuse_other_things(images):
-    with pytest.raises(ValueError, match="statistics wants uint8"):
-        statistics(images)
-
-
-def test_hold_out_is_stratified_and_seeded():
-    labels = torch.arange(5000) % 10
-    train, validation = hold_out(labels, 500, seed=3)
-    assert torch.bincount(labels[validation]).tolist() == [50] * 10
-    assert sorted(torch.cat([train, validation]).tolist()) == list(range(5000))
-    assert all(torch.equal(x, x.sort().values) for x in (train, validation))
-    assert torch.equal(hold_out(labels, 500, seed=3)[1], validation)
-    assert not torch.equal(hold_out(labels, 500, seed=4)[1], validation)
-
-
-def test_hold_out_of_uneven_classes():
-    labels = torch.tensor([0] * 70 + [1] * 25 + [3] * 5)  # class 2 has no image
-    train, validation = hold_out(labels, 11, seed=0)
-    # 7.7, 2.75 and 0.55: rounded down 7, 2, 0; the two left go to .75 and .7.
-    assert torch.bincount(labels[validation], minlength=4).tolist() == [8, 3, 0, 0]
-    assert len(train) == 89
-
-
-@pytest.mark.parametrize("count", [0, -1, 10, 11])
-def test_hold_out_refuses_bad_counts(count):
-    with pytest.raises(ValueError, match=f"cannot hold out {count} of 10"):
-        hold_out(torch.arange(10), count, seed=0)
-
-
-def test_a_data_set_checks_itself():
-    images, labels = torch.zeros(4, 32, 32, 3).byte(), torch.tensor([0, 1, 0, 1])
-    good = Split(images, labels)
-    with pytest.raises(ValueError, match="images must be uint8"):
-        Split(images.permute(0, 3, 1, 2), labels)
-    with pytest.raises(ValueError, match=r"labels must be int64 \(4,\)"):
-        Split(images, labels[:3])
-    with pytest.raises(ValueError, match="test: label 1, but there are only 1 classes"):
-        Dataset("x", ("a",), Split(images, labels * 0), good, "", "")
-    with pytest.raises(ValueError, match="train: no image of class 'c'"):
-        Dataset("x", ("a", "b", "c"), good, good, "", "")
-
-
-def test_describe():
-    data = load_dataset("shapes:40/20")
-    rows = dict(describe(data))
-    assert rows["images"] == "40 train, 20 test, 0.2 MiB as uint8"
-    assert rows["class 0 disk"] == "4 train, 2 test" and rows["fingerprint"] == data.fingerprint
-    mean, _ = statistics(data.train.images)
-    assert rows["train mean"].startswith(f"{mean[0]:.4f} ") and "not CIFAR-10" in rows["note"]

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_grid import GRID, begin, finished, one_thread, resume, same
+from small_grid import GRID, begin, finished, resume, same
 from tasks import alive, children, until
 from typer.testing import CliRunner
 
@@ -32,11 +32,7 @@ from tab.compare import Plan, Watcher, compare
 from tab.data import load_dataset, share
 from tab.executor import Processes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def on_one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

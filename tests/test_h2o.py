@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from h2o_textbook import algorithm1, attend, draw, evict, naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
@@ -9,68 +10,6 @@ from torch.testing import assert_close
 
 from tab import H2OCache, h2o_attention
 from tab.layers import build_attention
-from tab.ops.h2o_choice import attend_chosen, h2o_choose
-
-
-def evict(score, heavy, recent):
-    """score {token: A} -> the tokens that stay, leaving one by one."""
-    last = max(score)
-    score = dict(score)
-    while len(score) > heavy + recent:
-        old = [j for j in score if j <= last - recent]
-        del score[min(old, key=score.get)]
-    return score
-
-
-def attend(q, k, v, tokens, scale):
-    """q (D,) over the tokens -> o (Dv,), p {token: weight}"""
-    p = (k[tokens] @ q * scale).softmax(0)
-    return p @ v[tokens], dict(zip(tokens, p.tolist(), strict=True))
-
-
-def algorithm1(q, k, v, heavy, recent, causal, block, scale):
-    """One head, (N, D) -> (N, Dv), and the final {token: A}. Algorithm 1 with blocks for tokens."""
-    n, score, out = len(q), {}, []
-    for start in range(0, n, block):
-        own = list(range(start, min(start + block, n)))
-        slots = {**score, **dict.fromkeys(own, 0.0)}
-        for i in own:
-            o, p = attend(q[i], k, v, [j for j in slots if j <= i or not causal], scale)
-            out.append(o)
-            slots = {j: a + p.get(j, 0.0) for j, a in slots.items()}
-        score = evict(slots, heavy, recent)
-    return torch.stack(out), score
-
-
-def two_passes(q, k, v, heavy, recent, causal, scale):
-    """One head: full attention chooses, then attends to the chosen."""
-    n, out = len(q), []
-    for i in range(n):
-        seen = list(range(i + 1 if causal else n))
-        score = dict.fromkeys(seen, 0.0)
-        for t in seen:
-            _, p = attend(q[t], k, v, [j for j in seen if j <= t or not causal], scale)
-            score = {j: a + p.get(j, 0.0) for j, a in score.items()}
-        out.append(attend(q[i], k, v, sorted(evict(score, heavy, recent)), scale)[0])
-    return torch.stack(out)
-
-
-def naive(q, k, v, *, heavy, recent, causal=False, mode="streaming", block=64, scale=None):
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    heads = []
-    for head in zip(*(x.flatten(0, 1) for x in (q, k, v)), strict=True):
-        if mode == "exact":
-            heads.append(two_passes(*head, heavy, recent, causal, scale))
-        else:
-            heads.append(algorithm1(*head, heavy, recent, causal, block, scale)[0])
-    return torch.stack(heads).unflatten(0, q.shape[:2])
-
-
-def draw(generator, b=2, h=2, n=20, d=8, dv=5, dtype=torch.float32):
-    return [
-        torch.randn(b, h, n, width, generator=generator, dtype=torch.float64).to(dtype)
-        for width in (d, d, dv)
-    ]
 
 
 def both(**options):
@@ -125,80 +64,6 @@ def test_dtypes(generator, dtype, causal, mode):
     options = {"heavy": 4, "recent": 5, "causal": causal, "mode": mode, "block": 4}
     assert h2o_attention(*inputs, **{**options, "heavy": 1}).dtype == dtype
     assert_accurate(*both(**options), inputs, floor=torch.finfo(dtype).eps)
-
-
-# --- choices first, then one attention: how a GPU does it -----------------------------------------
-
-
-def in_two_steps(q, k, v, *, heavy, recent, causal, block, key_mask=None):
-    scale = q.shape[-1] ** -0.5
-    options = heavy, recent, causal, block, scale
-    chosen = h2o_choose("auto", q.detach(), k.detach(), key_mask, *options)
-    return attend_chosen(q, k, v, chosen, key_mask, *options[2:])
-
-
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("n, heavy, recent, block", [(20, 5, 3, 5), (21, 2, 1, 4), (33, 0, 1, 1)])
-def test_two_steps_are_the_stream(generator, n, heavy, recent, block, causal):
-    """A mask while N is small, then copies of the chosen keys; padding, and nothing but it."""
-    inputs = draw(generator, b=3, n=n, dtype=torch.float64)
-    mask = torch.rand(3, n, generator=generator) > 0.2
-    mask[0] = False
-    options = {"heavy": heavy, "recent": recent, "causal": causal, "block": block}
-    for key_mask in (None, mask):
-        given, wanted = (
-            outputs_and_gradients(lambda *x: f(*x, key_mask=key_mask, **options), inputs)  # noqa: B023
-            for f in (in_two_steps, h2o_attention)
-        )
-        assert_close(given, wanted)
-
-
-@pytest.mark.parametrize("n", (16, 40))
-def test_two_steps_compile(generator, n):
-    options = {"heavy": 2, "recent": 2, "causal": True, "block": 4}
-    inputs = draw(generator, n=n)
-    f = lambda *x: in_two_steps(*x, **options)  # noqa: E731
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert_close(outputs_and_gradients(compiled, inputs), outputs_and_gradients(f, inputs))
-
-
-def test_choose_opcheck(generator):
-    q, k, _ = draw(generator, n=9)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(h2o_choose.overload, (q, k, None, 2, 1, True, 2, 0.5), test_utils=tests)
-
-
-GPU_CASES = (64, 16, 16, 16), (200, 5, 4, 20), (9, 1, 0, 1)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize(
-    "n, heavy, recent, block", [(64, 16, 16, 16), (200, 5, 4, 20), (9, 1, 0, 1)]
-)
-def test_gpu(generator, n, heavy, recent, block, causal, dtype):
-    """The float64 stream's values and gradients; the choices in a CUDA graph too."""
-    assert h2o_choose.why_not("triton") is None, h2o_choose.why_not("triton")
-    options = {"heavy": heavy, "recent": recent, "causal": causal, "block": block}
-    # Large scores: no choice turns on a rounding.
-    inputs = [2 * x.to(dtype) for x in draw(generator, n=n, d=32, dv=32)]
-    exact = outputs_and_gradients(lambda *x: naive(*x, **options), [x.double() for x in inputs])
-    on_gpu = [x.cuda() for x in inputs]
-    f = lambda *x: h2o_attention(*x, **options)  # noqa: E731
-    given = outputs_and_gradients(f, on_gpu)
-    bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
-    scale = max(x.abs().max() for x in exact)
-    for x, y in zip(given, exact, strict=True):
-        assert (x.double().cpu() - y).abs().max() <= bound * scale
-    choose = lambda: h2o_choose("auto", *on_gpu[:2], None, *options.values(), 0.2)  # noqa: E731
-    chosen = choose()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = choose()
-    graph.replay()
-    assert torch.equal(captured, chosen)
 
 
 # --- cache ----------------------------------------------------------------------------------------

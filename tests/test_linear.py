@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients, poisoned
+from tasks import threads
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -224,14 +225,10 @@ def test_split_and_resume(backend, generator):
 @pytest.mark.parametrize("causal", (False, True))
 def test_threads_change_little(causal, generator):
     x = inputs(generator, 1, 1, 900, 32, 32)  # one sequence: cut into segments by two threads
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = outputs_and_gradients(call("cpp", causal=causal), x)
-        torch.set_num_threads(3)
+    with threads(3):
         three = outputs_and_gradients(call("cpp", causal=causal), x)
-    finally:
-        torch.set_num_threads(before)
     for a, b in zip(one, three, strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-4)
 

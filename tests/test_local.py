@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from tasks import threads
 
 from tab import local_attention
 from tab.layers import build_attention
@@ -156,14 +157,10 @@ def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
     def results():
         return outputs_and_gradients(lambda *x: local_attention(*x, window=40), inputs)
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with threads(3):
         three, again = results(), results()
-        torch.set_num_threads(1)
+    with threads(1):
         one = results()
-    finally:
-        torch.set_num_threads(before)
     assert all(map(torch.equal, three, again))
     for x, y in zip(one, three, strict=True):
         torch.testing.assert_close(x, y)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from proof import assert_accurate, outputs_and_gradients, poisoned
+from tasks import threads
 from test_mla import NAMES, needs_cpp, operands, ours, textbook
 
 from tab.functional import mla_attention, mla_decode
@@ -19,10 +20,8 @@ pytestmark = needs_cpp
 
 @pytest.fixture
 def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    with threads(3):
+        yield
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -43,13 +42,10 @@ def test_cut_for_threads(size, causal, generator):
 
 def test_same_bits_on_any_number_of_threads(generator):
     x = operands((5, 3, 70, 8, 4, 8, 8), generator)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for number in (1, 2, 3, 3):
+        with threads(number):
             results.append(outputs_and_gradients(ours("cpp", causal=True), x))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

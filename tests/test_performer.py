@@ -4,12 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from performer_textbook import draw, features, naive
+from performer_textbook import draw, naive
 from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
 from torch.testing import assert_close
 
 from tab import orthogonal_projection, performer_attention
-from tab.layers import build_attention
 from tab.ops import OPS, use_backend
 
 KERNELS = ("softmax", "relu")
@@ -336,46 +335,6 @@ def test_compile_meta_autocast(generator):
         assert performer_attention(q, k, v, w).dtype == torch.bfloat16
 
 
-# --- projection -----------------------------------------------------------------------------------
-
-
-def test_projection_blocks_are_orthogonal(generator):
-    w = orthogonal_projection(40, 16, generator=generator, dtype=torch.float64)
-    assert w.shape == (40, 16)
-    for block in w.split(16):
-        gram = block @ block.T
-        assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-10)
-
-
-def test_projection_is_unbiased(generator):
-    """E φ(q)·φ(k) = e^(q·k/√D) at D = M = 16. QR without the signs is biased by over 10
-    of the standard errors here; row norms that are not χ(D) fail too."""
-    d, draws = 16, 20000
-    w = orthogonal_projection(d * draws, d, generator=generator, dtype=torch.float64)
-    w = w.unflatten(0, (draws, d))  # its blocks are independent
-    q = k = torch.eye(d, dtype=torch.float64)[0]
-    truth = (q @ k / d**0.5).exp()
-    logs = w @ (q + k) * d**-0.25 - (q.square().sum() + k.square().sum()) * d**-0.5 / 2
-    estimates = logs.exp().mean(-1) / truth  # (draws,)
-    error = estimates.std() / draws**0.5
-    assert error < 0.003
-    assert abs(estimates.mean() - 1) < 4 * error
-    first = w.reshape(-1, d)
-    assert (first.mean() / (first.std() / first.numel() ** 0.5)).abs() < 4
-    assert abs(first.square().sum(-1).mean() - d) < 0.1  # χ² has mean D
-    assert abs(first.square().sum(-1).var() / (2 * d) - 1) < 0.05  # and variance 2 D
-
-
-def test_projection_by_seed():
-    def make(**o):
-        return orthogonal_projection(5, 4, generator=torch.Generator().manual_seed(3), **o)
-
-    assert torch.equal(make(), make())
-    assert_close(make(), make(dtype=torch.float64).float())
-    assert make().dtype == torch.float32 and make(device="meta").device.type == "meta"
-    assert not torch.equal(make(), orthogonal_projection(5, 4, generator=torch.Generator()))
-
-
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -402,69 +361,3 @@ def test_errors(generator):
             bad()
     with pytest.raises(RuntimeError, match="runs on cuda"):
         performer_attention(q, k, v, w, backend="triton")
-
-
-# --- layer ----------------------------------------------------------------------------------------
-
-
-def layer(**options):
-    torch.manual_seed(0)
-    return build_attention("performer", 24, seq_len=16, num_heads=3, **options)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_layer(generator, kernel):
-    x = torch.randn(2, 16, 24, generator=generator)
-    attention = layer(kernel=kernel, num_features=32)
-    matrix = attention.attention_matrix(x)
-    assert matrix.shape == (2, 3, 16, 16)
-    assert_close(matrix.sum(-1), torch.ones(2, 3, 16))
-    q, k, v = attention.project(x)
-    a = features(q, attention.projection, kernel) @ features(k, attention.projection, kernel).mT
-    assert_close(matrix, a / a.sum(-1, keepdim=True))
-    assert_close(attention(x), attention.out((matrix @ v).transpose(1, 2).flatten(2)))
-    mask = torch.arange(16).expand(2, 16) < 11
-    assert_close(attention(x, mask)[:, :11], attention(x[:, :11]))
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), attention(x))
-
-
-def test_redraw():
-    attention, fixed = layer(redraw_interval=2), layer()
-    assert torch.equal(attention.projection, fixed.projection)
-    assert not torch.equal(fixed.projection, layer(seed=1).projection)
-    seen = []
-    for _ in range(6):
-        attention.after_step()
-        fixed.after_step()
-        seen.append(attention.projection.clone())
-    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[3], seen[1])
-    assert torch.equal(fixed.projection, layer().projection)
-    attention.eval()
-    for _ in range(3):
-        attention.after_step()
-    assert torch.equal(attention.projection, seen[-1])
-
-
-def test_redraw_resumes():
-    whole, first = (layer(redraw_interval=2, seed=5) for _ in range(2))
-    for _ in range(3):
-        whole.after_step(), first.after_step()
-    torch.rand(7)  # the global generator plays no part
-    second = layer(redraw_interval=2, seed=9)
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(second.projection, whole.projection)
-    whole.after_step(), second.after_step()
-    assert torch.equal(second.projection, whole.projection)
-    assert not torch.equal(second.projection, first.projection)
-
-
-def test_layer_errors():
-    for options, words in (
-        ({"num_features": 0}, "at least 1"),
-        ({"kernel": "elu"}, "softmax, relu"),
-        ({"redraw_interval": -1}, "0 for never"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            layer(**options)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from tasks import threads
 from test_performer import KERNELS, call, draw, exact, naive
 from torch.testing import assert_close
 
@@ -94,20 +95,16 @@ def test_dtypes_in_place(generator, dtype, how, causal):
     )
 
 
-@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("number", (1, 3))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("h", (1, 4))
-def test_gradients_where_shifts_move(generator, causal, threads, h):
+def test_gradients_where_shifts_move(generator, causal, number, h):
     """Exponents that rise or fall by thousands: tiles end early, states move far."""
     q, k, v, w = draw(generator, b=1, h=h, n=300, m=20, dtype=torch.float64)
     k[:, :, :150] *= torch.linspace(60, 0, 150, dtype=torch.float64)[:, None]
     q[:, :, ::7] *= 30
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(number):
         given = outputs_and_gradients(call(w, causal=causal, backend="cpp"), (q, k, v))
-    finally:
-        torch.set_num_threads(before)
     truth = outputs_and_gradients(lambda q, k, v: exact(q, k, v, w, causal), (q, k, v))
     for x, y in zip(given, truth, strict=True):
         assert_close(x, y, rtol=1e-9, atol=1e-9 * y.abs().max().item())

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from small_grid import GRID, RUNS, SMALL, begin, one_thread, resume, same
-from tasks import count, count_and_die_at, count_slowly, facts, fail
+from small_grid import GRID, RUNS, SMALL, begin, resume, same
+from tasks import count, count_and_die_at, count_slowly, facts, fail, threads
 
 from tab.compare import Plan, Watcher, compare
 from tab.data import load_dataset
@@ -110,7 +110,7 @@ def test_a_comparison_is_bit_for_bit_the_same_though_a_node_dies(cluster, tmp_pa
             if row["epoch"] == 3 and nodes:
                 cluster.remove_node(nodes.pop(), allow_graceful=False)
 
-    with one_thread():
+    with threads(1):
         resume(here, dataset)
     compare(Plan.load(there), dataset, there, watcher=Kill(), executor=Ray(cluster.address))
     cluster.add_node(num_cpus=1)
@@ -136,7 +136,7 @@ def test_a_sweep_has_the_same_winners_though_a_node_dies_within_a_rung(cluster, 
 
     for out in (here, there):
         toy.save(out, dataset)
-    with one_thread():
+    with threads(1):
         sweep(toy, dataset, here)
     sweep(toy, dataset, there, watcher=Kill(), executor=Ray(cluster.address))
     cluster.add_node(num_cpus=1)

@@ -1,35 +1,13 @@
-"""The sweep: what promotion means, what is chosen, what Optuna sees, what faults cost.
-
-Each fault ends in a clear message; nothing that ended is trained again or counted twice, and the
-winners are those of an unbroken sweep.
-
-fault                                       shown by
-a driver killed, at any moment              test_killed_drivers_*, kill_sweep.py (a hundred times)
-what it left: RUNNING trials, a lock,       test_what_a_killed_driver_left_is_cleared
-half a line of the journal
-a process of --jobs killed, a Ray node      test_executor.py, test_ray.py
-Control-C                                   test_control_c_*, test_postgresql_holds_the_same_sweep
-a full disk                                 test_a_full_disk_*, test_batches_and_brackets_*
-a truncated checkpoint                      test_a_truncated_checkpoint_*
-a damaged journal                           test_a_damaged_journal_*
-a Ray node, within a rung                   test_ray.py: test_a_sweep_has_the_same_*
-two drivers of one sweep                    test_two_drivers_*, test_postgresql_has_one_driver
-a loss that is not a number                 test_a_diverged_run_*
-an exception in one configuration           test_an_exception_*
-other data than it began with               test_other_data_*
-no database                                 test_a_database_that_is_not_there
-"""
+"""The sweep: what promotion means, what is chosen, what Optuna sees, and the command line."""
 
 import errno
 import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +16,8 @@ from typer.testing import CliRunner
 
 optuna = pytest.importorskip("optuna")
 
-from kill_sweep import DATA, plan, result  # noqa: E402
+from kill_sweep import DATA, result  # noqa: E402
+from small_sweep import MULTI, SELF, Count, begin, read, tab_sweep  # noqa: E402
 
 import tab.sweep  # noqa: E402
 from tab import checkpoint  # noqa: E402
@@ -47,21 +26,12 @@ from tab.data import load_dataset  # noqa: E402
 from tab.executor import Processes  # noqa: E402
 from tab.halving import Budget  # noqa: E402
 from tab.recipe import load_recipe  # noqa: E402
-from tab.space import load_space  # noqa: E402
 from tab.study import TrialState  # noqa: E402
-from tab.sweep import Watcher, records, sweep  # noqa: E402
-from tab.sweep_plan import Plan, name_of  # noqa: E402
+from tab.sweep import records, sweep  # noqa: E402
+from tab.sweep_plan import Plan  # noqa: E402
 from tab.train import train  # noqa: E402
 
-SELF, MULTI = ("mlp", "self"), ("mlp", "multi_head")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +39,11 @@ def dataset():
     return load_dataset(DATA)
 
 
-def begin(folder: Path, dataset, **changes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    plan(folder, **changes).save(folder / "sweep", dataset)
-    return folder / "sweep"
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, dataset):
     """A whole sweep in this process; -> its directory and winners."""
     out = begin(tmp_path_factory.mktemp("done"), dataset)
     return out, sweep(Plan.load(out), dataset, out)
-
-
-class Count(Watcher):
-    def __init__(self):
-        self.epochs, self.ended = 0, []
-
-    def epoch(self, pair, entry, row):
-        self.epochs += 1
-
-    def end(self, pair, ended):
-        self.ended.append((pair, ended.entry.configuration, ended.entry.rung, ended.status))
-
-
-def read(out: Path):
-    with records(Plan.load(out), out) as found:
-        return found
 
 
 # --- what it does ---------------------------------------------------------------------------------
@@ -251,159 +199,7 @@ def test_importance_of_what_matters(tmp_path, dataset):
     assert max(shares, key=shares.get) == "lr" and sum(shares.values()) == pytest.approx(1)
 
 
-# --- faults ---------------------------------------------------------------------------------------
-
-
-def kills(times: int, folder: Path, **changes) -> str:
-    """What kill_sweep.kill returns, in a process of its own: it forks."""
-    program = (
-        "import json, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "import kill_sweep\n"
-        "changes = json.loads(sys.argv[4])\n"
-        "print(kill_sweep.kill(int(sys.argv[3]), Path(sys.argv[2]), **changes))"
-    )
-    words = (Path(__file__).parent, folder, times, json.dumps(changes))
-    command = [sys.executable, "-c", program, *map(str, words)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return ran.stdout.strip() or ran.stderr
-
-
-def test_killed_drivers_lose_and_double_nothing(tmp_path):
-    """tests/kill_sweep.py does it a hundred times."""
-    assert re.fullmatch(r"\(2, \d+, \[\]\)", found := kills(2, tmp_path)), found
-
-
-def test_what_a_killed_driver_left_is_cleared(dataset, tmp_path):
-    """A RUNNING trial, the journal's lock, and half a line at its end."""
-    out = begin(tmp_path, dataset, attentions=["self"])
-    it = Plan.load(out)
-    with records(it, out, mine=True) as found:
-        entry = tab.sweep.Entry(0, 0, 0, 0, 1, "", {"lr": 0.001, "hidden": 4})
-        found[SELF].enqueue(entry)
-        found[SELF].begin(entry)
-    (out / "study.journal.lock").symlink_to("study.journal")
-    with (out / "study.journal").open("a") as file:
-        file.write('{"op_code": 4, "worker')
-    sweep(it, dataset, out)
-    trials = read(out)[SELF].study.trials
-    assert (trials[0].state, trials[0].user_attrs["status"]) == (TrialState.FAIL, "lost")
-    assert not {t.state for t in trials} & {TrialState.RUNNING, TrialState.WAITING}
-    assert len(read(out)[SELF].ended()) == 5 + 2 + 1
-
-
-def test_a_damaged_journal_is_named_and_can_be_made_anew(done, dataset, tmp_path):
-    out = shutil.copytree(done[0], tmp_path / "sweep")
-    journal = out / "study.journal"
-    journal.write_bytes(journal.read_bytes().replace(b'"op_code":4', b'"op_code:4', 1))
-    with pytest.raises(ValueError, match=r"study\.journal is damaged"):
-        sweep(Plan.load(out), dataset, out)
-    journal.unlink()
-    sweep(Plan.load(out), dataset, out)
-    assert result(out) == result(done[0])
-
-
-def test_a_diverged_run_is_counted_and_never_promoted(dataset, tmp_path):
-    path = tmp_path / "wild.toml"
-    path.write_text("[train]\nlr = [0.001, 0.003, 1e30]\n[model]\nhidden = [4]\n")
-    changes = {"space": load_space(path), "budget": Budget(3, (1, 2), 1.1, 60, 20)}
-    out = begin(tmp_path, dataset, attentions=["self"], **changes)
-    sweep(Plan.load(out), dataset, out)
-    ended = read(out)[SELF].ended()
-    wild = [n for (n, r), e in ended.items() if e.entry.params["lr"] == 1e30]
-    assert [e.status for (n, r), e in ended.items() if n in wild] == ["diverged"]
-    assert sum(r == 1 for n, r in ended) == 2
-    assert ",diverged,," in (out / "trials.csv").read_text()
-
-
-def test_an_exception_ends_its_configuration_and_is_not_tried_again(dataset, tmp_path, monkeypatch):
-    calls = []
-
-    def failing(config, dataset, epochs, device, *, folder, emit):
-        calls.append(folder.name)
-        if folder.name.endswith("c001"):
-            raise RuntimeError("out of memory")
-        return tab.sweep_train(config, dataset, epochs, device, folder=folder, emit=emit)
-
-    monkeypatch.setattr(tab, "sweep_train", tab.sweep.train_rung, raising=False)
-    monkeypatch.setattr(tab.sweep, "train_rung", failing)
-    out = begin(tmp_path, dataset, attentions=["self"])
-    for _ in range(2):
-        sweep(Plan.load(out), dataset, out)
-        assert calls.count("mlp-self-c001") == 1 and len(calls) == 5 + 2 + 1
-    end = read(out)[SELF].ended()[1, 0]
-    assert (end.status, end.error) == ("failed", "RuntimeError: out of memory")
-    assert "Traceback" in (out / "runs/mlp-self-c001/error.txt").read_text()
-
-
-def test_a_truncated_checkpoint_costs_its_own_run_its_epochs(done, dataset, tmp_path):
-    out = begin(tmp_path, dataset)
-
-    class Stop(Count):
-        def step(self, bracket, rung, entries):
-            if rung == 1 and entries:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep(Plan.load(out), dataset, out, watcher=Stop())
-    with records(Plan.load(out), out) as found:
-        waiting = found[SELF].study.get_trials(states=(TrialState.WAITING,))
-    path = out / waiting[0].user_attrs["parent"]
-    path.write_bytes(path.read_bytes()[:-100])
-    watcher = Count()
-    with pytest.warns(UserWarning, match="starts again"):
-        sweep(Plan.load(out), dataset, out, watcher=watcher)
-    assert result(out) == result(done[0])
-    assert watcher.epochs == 2 * (2 * 1 + 1 * 2) + 1
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a small tmpfs")
-def test_a_full_disk_stops_the_sweep_which_goes_on_with_room(done, dataset, tmp_path):
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a tmpfs here")
-    try:
-        out = begin(place, dataset)
-        with pytest.raises(OSError) as caught:
-            sweep(Plan.load(out), dataset, out)
-        assert caught.value.errno == errno.ENOSPC
-        subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
-        sweep(Plan.load(out), dataset, out)
-        assert result(out) == result(done[0])
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def test_two_drivers_do_not_share_a_sweep(done, dataset):
-    out, _ = done
-    with checkpoint.locked(out), pytest.raises(ValueError, match="in use by process"):
-        sweep(Plan.load(out), dataset, out)
-
-
-def test_other_data_is_refused_before_anything_fails_of_it(dataset, tmp_path):
-    out = begin(tmp_path, dataset, attentions=["self"])
-    with pytest.raises(ValueError, match=r"was made with shapes:100/20 .* give the same data"):
-        sweep(Plan.load(out), load_dataset("shapes:110/20"), out)
-    assert not (out / "study.journal").exists()
-
-
-def test_a_directory_of_something_else(done, dataset, tmp_path):
-    with pytest.raises(ValueError, match="already holds a sweep"):
-        plan(tmp_path).save(done[0], dataset)
-    with pytest.raises(ValueError, match=r"no sweep\.toml"):
-        Plan.load(tmp_path)
-    it = plan(tmp_path, budget=Budget(2, (1,), 2, 60, 500))
-    with pytest.raises(ValueError, match="500"):
-        it.save(tmp_path / "new", dataset)
-    assert not (tmp_path / "new").exists()
-
-
 # --- the command line -----------------------------------------------------------------------------
-
-
-def tab_sweep(*words: object):
-    return CliRunner().invoke(app, ["sweep", *map(str, words)])
 
 
 def test_show_reads_what_is_there(done):
@@ -465,83 +261,3 @@ def test_control_c_says_how_to_go_on(dataset, tmp_path):
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert f"tab sweep --resume {out}" in text and "Traceback" not in text
-
-
-# --- PostgreSQL -----------------------------------------------------------------------------------
-
-
-def _server() -> Path | None:
-    found = [shutil.which("initdb"), *Path("/usr/lib/postgresql").glob("*/bin/initdb")]
-    return next((Path(path).parent for path in found if path), None)
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """The address of a PostgreSQL server of our own, on a free port of this machine."""
-    pytest.importorskip("psycopg")
-    if not (programs := _server()):
-        pytest.skip("no PostgreSQL server here: initdb was not found")
-    import socket
-    import tempfile
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="pg") as place:
-        run = {"check": True, "capture_output": True, "timeout": 60}
-        if os.geteuid() == 0:  # a server refuses to run as root
-            shutil.chown(place, "postgres", "postgres")
-            run |= {"user": "postgres", "group": "postgres"}
-        data = f"{place}/data"
-        subprocess.run([programs / "initdb", "-D", data, "-U", "tab", "-A", "trust"], **run)
-        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c fsync=off"
-        options += f" -c unix_socket_directories={place}"
-        server = [programs / "pg_ctl", "-D", data, "-l", f"{place}/log", "-w"]
-        subprocess.run([*server, "-o", options, "start"], **run)
-        try:
-            yield f"postgresql://tab@127.0.0.1:{port}/postgres"
-        finally:
-            subprocess.run([*server, "-m", "immediate", "stop"], **run)
-
-
-def test_postgresql_holds_the_same_sweep(database, done, dataset, tmp_path):
-    out = begin(tmp_path, dataset, storage=database)
-    it, watcher = Plan.load(out), Count()
-
-    class Stop(Count):
-        def end(self, pair, ended):
-            super().end(pair, ended)
-            if len(self.ended) == 7:
-                raise KeyboardInterrupt
-
-    stopped = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        sweep(it, dataset, out, watcher=stopped)
-    sweep(it, dataset, out, watcher=watcher)
-    assert result(out) == result(done[0])
-    assert stopped.epochs + watcher.epochs == 2 * (5 + 2 + 2)
-    assert not (out / "study.journal").exists()
-    assert tab_sweep("show", out).exit_code == 0
-    address = database.replace("postgresql", "postgresql+psycopg")
-    study = optuna.load_study(study_name=f"{name_of(out)}/mlp-self", storage=address)
-    assert study.best_trial.user_attrs["rung"] == 2
-
-
-def test_postgresql_after_a_kill(database, tmp_path):
-    """The server notices that the driver is gone, and lets the next one in."""
-    found = kills(1, tmp_path, storage=database)
-    assert re.fullmatch(r"\(1, \d+, \[\]\)", found), found
-
-
-def test_postgresql_has_one_driver(database, dataset, tmp_path):
-    """Also from a copy of the directory, on another machine perhaps."""
-    out = begin(tmp_path / "a", dataset, storage=database)
-    copy = shutil.copytree(out, tmp_path / "b" / "sweep")
-    with records(Plan.load(out), out, mine=True), pytest.raises(ValueError, match="another driver"):
-        sweep(Plan.load(copy), dataset, copy)
-
-
-def test_a_database_that_is_not_there(dataset, tmp_path):
-    out = begin(tmp_path, dataset, storage=f"postgresql://tab:secret@/x?host={tmp_path}")
-    assert "secret" not in (out / "sweep.toml").read_text()
-    with pytest.raises(ValueError, match="no database at postgresql://tab@"):
-        sweep(Plan.load(out), dataset, out)
