@@ -18,7 +18,7 @@ from tab.layers import attention_names
 from tab.progress import Bars
 from tab.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
-from tab.report.tables import Mean, count, markdown_table, ranking
+from tab.report.tables import Mean, Median, count, markdown_table, ranking
 from tab.results import Grid, Run
 from tab.robustness import NOISE, noise_curve
 
@@ -65,6 +65,13 @@ def test_mean_and_interval():
     assert Mean(-0.0312, 0.004).show("+.1f", 100, " %") == "-3.1 ± 0.4 %"
 
 
+def test_one_disturbed_run_does_not_move_a_time():
+    time = Median.of([20.0, 19.0, 51.0])
+    assert time.show(".0f", unit=" s") == "20 s (19–51)" and time.spread == (1.0, 31.0)
+    assert Median.of([3.0]) == Median(3.0) and Median.of([]) is None
+    assert Median(3.0).show(".2f") == "3.00" and Median(3.0).spread == (0.0, 0.0)
+
+
 def test_ranking_orders_and_pairs_seeds():
     runs = [
         *(run("none", 0.50 + 0.1 * s, 10.0 + s, s) for s in (0, 1)),
@@ -76,7 +83,8 @@ def test_ranking_orders_and_pairs_seeds():
     # Seeds differ by 10 points, the paired differences not at all.
     assert best.test.half > 0.5
     assert best.points.value == pytest.approx(0.03) and best.points.half == pytest.approx(0)
-    assert best.ratio.value == pytest.approx(2) and best.ratio.half == pytest.approx(0)
+    assert best.ratio.value == best.ratio.low == best.ratio.high == pytest.approx(2)
+    assert best.seconds == Median(21.0, 20.0, 22.0)
     assert control.points is None and control.ratio is None
 
 

@@ -140,7 +140,10 @@ def explanation(seeds: int, at_once: int = 1) -> str:
         "control's."
     )
     if seeds > 1:
-        text += " ± is half the width of a 95 % interval; differences and ratios pair the seeds."
+        text += (
+            " ± is half the width of a 95 % interval. Times are medians of seeds (least–largest), "
+            "as other work lengthens single runs. Differences and ratios pair the seeds."
+        )
     if min(at_once, seeds) > 1:
         text += (
             f" Times are shares: up to {at_once} seeds of a mechanism were trained at once as one "

@@ -117,13 +117,16 @@ def bars(path: Path, entries: list[Entry], heading: str) -> None:
         for ax, key, scale, xlabel, form in panels:
             means = [getattr(entry, key) for entry in entries]
             values = [mean.value * scale for mean in means]
-            halves = [(mean.half or 0) * scale for mean in means]
+            below = [mean.spread[0] * scale for mean in means]
+            above = [mean.spread[1] * scale for mean in means]
             ax.barh(places, values, color=colours, hatch=hatches, height=0.72, edgecolor="white")
-            if any(halves):
-                ax.errorbar(values, places, xerr=halves, fmt="none", ecolor="#777777", capsize=2.5)
-            room = max(v + h for v, h in zip(values, halves, strict=True)) or 1.0
-            for place, value, half in zip(places, values, halves, strict=True):
-                ax.text(value + half + 0.012 * room, place, f"{value:{form}}", va="center",
+            if any(above + below):
+                ax.errorbar(values, places, xerr=(below, above), fmt="none", ecolor="#777777",
+                            capsize=2.5)  # fmt: skip
+            ends = [value + more for value, more in zip(values, above, strict=True)]
+            room = max(ends) or 1.0
+            for place, value, end in zip(places, values, ends, strict=True):
+                ax.text(end + 0.012 * room, place, f"{value:{form}}", va="center",
                         fontsize=8.5, bbox={"color": "white", "pad": 0.6})  # fmt: skip
             ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
             ax.set_yticks(places, names if ax is accuracy else [""] * len(names))

@@ -55,6 +55,36 @@ class Mean:
         half = "" if self.half is None else f" ± {self.half * scale:{form.lstrip('+')}}"
         return f"{self.value * scale:{form}}{half}{unit}"
 
+    @property
+    def spread(self) -> tuple[float, float]:
+        """How far its bar reaches below and above."""
+        return (self.half or 0.0,) * 2
+
+
+@dataclass(frozen=True)
+class Median:
+    """A median over seeds, for times, with the least and the largest (None with one seed): what
+    else the machine did during one run lengthens that run alone."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: list[float]) -> Median | None:
+        if not values:
+            return None
+        ends = (min(values), max(values)) if len(values) > 1 else ()
+        return cls(float(np.median(values)), *ends)
+
+    def show(self, form: str, unit: str = "") -> str:
+        ends = "" if self.low is None else f" ({self.low:{form}}–{self.high:{form}})"
+        return f"{self.value:{form}}{unit}{ends}"
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        return (0.0, 0.0) if self.low is None else (self.value - self.low, self.high - self.value)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -66,10 +96,10 @@ class Entry:
     notes: str  # "2 seeds", "diverged (s1)", "failed (s0)"
     test: Mean | None
     train: Mean | None
-    seconds: Mean | None
+    seconds: Median | None
     points: Mean | None  # test accuracy - control's
-    ratio: Mean | None  # train time / control's
-    rate: Mean | None
+    ratio: Median | None  # train time / control's
+    rate: Median | None
     parameters: int | None
     flops: int | None
     memory: int | None
@@ -99,11 +129,11 @@ def _entry(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> 
     good = [run for run in runs if run.scored]
     paired = [(run.summary, control[run.seed]) for run in good if run.seed in control]
 
-    def mean(key: str) -> Mean | None:
-        return Mean.of([run.summary[key] for run in good if run.summary.get(key) is not None])
+    def values(key: str) -> list[float]:
+        return [run.summary[key] for run in good if run.summary.get(key) is not None]
 
     def first(key: str) -> int | None:
-        return next((run.summary[key] for run in good if run.summary.get(key) is not None), None)
+        return next(iter(values(key)), None)
 
     ratio, test, points = "total_training_time", None, None
     if found:
@@ -117,11 +147,11 @@ def _entry(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> 
         runs=good,
         notes=", ".join(f"{run.state} (seed {run.seed})" for run in runs if run not in good),
         test=test,
-        train=mean("final_train_accuracy"),
-        seconds=mean("total_training_time"),
+        train=Mean.of(values("final_train_accuracy")),
+        seconds=Median.of(values("total_training_time")),
         points=points,
-        ratio=Mean.of([a[ratio] / b[ratio] for a, b in paired if b[ratio]]) if compared else None,
-        rate=mean("images_per_second"),
+        ratio=Median.of([a[ratio] / b[ratio] for a, b in paired if b[ratio]]) if compared else None,
+        rate=Median.of(values("images_per_second")),
         parameters=first("parameters"),
         flops=first("flops"),
         # On a CPU it is the whole process's peak so far: it says nothing of one run.
@@ -143,8 +173,8 @@ def count(n: float | None) -> str:
     return f"{n:.0f}"
 
 
-def seconds(mean: Mean) -> str:
-    return mean.show(".0f" if mean.value >= 10 else ".2f", unit=" s")
+def seconds(median: Median) -> str:
+    return median.show(".0f" if median.value >= 10 else ".2f", unit=" s")
 
 
 def versus(entry: Entry) -> str:
