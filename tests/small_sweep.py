@@ -13,7 +13,7 @@ pytest.importorskip("optuna")
 from kill_sweep import plan
 
 from tab.cli import app
-from tab.sweep import Watcher, records
+from tab.sweep import Watcher, records, sweep
 from tab.sweep_plan import Plan
 
 SELF, MULTI = ("mlp", "self"), ("mlp", "multi_head")
@@ -23,6 +23,12 @@ def begin(folder: Path, dataset, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plan(folder, **changes).save(folder / "sweep", dataset)
     return folder / "sweep"
+
+
+def whole(folder: Path, dataset) -> tuple:
+    """A whole sweep in this process; -> its directory and winners."""
+    out = begin(folder, dataset)
+    return out, sweep(Plan.load(out), dataset, out)
 
 
 class Count(Watcher):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 optuna = pytest.importorskip("optuna")
 
 from kill_sweep import DATA, result  # noqa: E402
-from small_sweep import MULTI, SELF, Count, begin, read, tab_sweep  # noqa: E402
+from small_sweep import MULTI, SELF, Count, begin, read, tab_sweep, whole  # noqa: E402
 
 import tab.sweep  # noqa: E402
 from tab import checkpoint  # noqa: E402
@@ -41,9 +41,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, dataset):
-    """A whole sweep in this process; -> its directory and winners."""
-    out = begin(tmp_path_factory.mktemp("done"), dataset)
-    return out, sweep(Plan.load(out), dataset, out)
+    return whole(tmp_path_factory.mktemp("done"), dataset)
 
 
 # --- what it does ---------------------------------------------------------------------------------

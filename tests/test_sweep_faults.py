@@ -31,7 +31,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from kill_sweep import DATA, plan, result
-from small_sweep import SELF, Count, begin, kills, read
+from small_sweep import SELF, Count, begin, kills, read, whole
 
 import tab.sweep
 from tab import checkpoint
@@ -52,9 +52,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, dataset):
-    """A whole sweep in this process; -> its directory and winners."""
-    out = begin(tmp_path_factory.mktemp("done"), dataset)
-    return out, sweep(Plan.load(out), dataset, out)
+    return whole(tmp_path_factory.mktemp("done"), dataset)
 
 
 def test_killed_drivers_lose_and_double_nothing(tmp_path):

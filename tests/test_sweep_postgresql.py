@@ -11,7 +11,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 from kill_sweep import DATA, result  # noqa: E402
-from small_sweep import Count, begin, kills, tab_sweep  # noqa: E402
+from small_sweep import Count, begin, kills, tab_sweep, whole  # noqa: E402
 
 from tab.data import load_dataset  # noqa: E402
 from tab.sweep import records, sweep  # noqa: E402
@@ -27,9 +27,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, dataset):
-    """A whole sweep in this process; -> its directory and winners."""
-    out = begin(tmp_path_factory.mktemp("done"), dataset)
-    return out, sweep(Plan.load(out), dataset, out)
+    return whole(tmp_path_factory.mktemp("done"), dataset)
 
 
 def _server() -> Path | None:
