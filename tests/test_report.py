@@ -271,3 +271,10 @@ def test_bars_on_a_terminal():
         bars.end(run())
         assert bars.progress.tasks[0].completed == 3
     assert "cnn-none-s0" in text.getvalue() and "test 16.7%" in text.getvalue()
+
+
+def test_curves_against_time_are_at_its_median():
+    runs = [run("none", 0.5, seed=s) for s in range(3)]
+    times = {0: [1.0, 2.0], 1: [1.2, 2.2], 2: [29.0, 30.0]}
+    x, y = pictures.averaged(runs, lambda run: (times[run.seed], [0.1 * run.seed, 0.5]))
+    assert x.tolist() == [1.2, 2.2] and y.shape == (3, 2)

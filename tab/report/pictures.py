@@ -60,12 +60,13 @@ def drawn(runs: list[Run]) -> list[Run]:
 def averaged(
     runs: list[Run], points: Callable[[Run], tuple[list[float], list[float]]]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """x (n,), its mean over runs, and y (runs, n), cut to the shortest; None without a point."""
+    """x (n,), its median over runs (epochs are equal, times are not), and y (runs, n), cut to the
+    shortest; None without a point."""
     pairs = [pair for pair in map(points, runs) if pair[0]]
     if not pairs:
         return None
     n = min(len(x) for x, _ in pairs)
-    return np.mean([x[:n] for x, _ in pairs], axis=0), np.array([y[:n] for _, y in pairs], float)
+    return np.median([x[:n] for x, _ in pairs], axis=0), np.array([y[:n] for _, y in pairs], float)
 
 
 def focus(ax) -> None:
