@@ -64,15 +64,12 @@ def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]
         cost(_with(config, width))  # raises what is wrong, if none is
         return width
 
-    def miss(sized: RunConfig) -> float:
-        return abs(cost(sized) / target - 1)
-
     published = config.model_options.forms == "published"
     fine = get_attention(config.attention, published=published).fine_size
     around = _around(target, lambda hidden: size(valid(hidden)))
     sized = [_with(config, valid(hidden)) for hidden in around]
     if not fine or fine in config.attention_options:  # there, it is the recipe's choice
-        return min(sized, key=miss)
+        return min(sized, key=lambda config: abs(cost(config) - target))
     choices = [choice for config in sized for choice in _choices(config, fine, target, cost)]
     return min(choices, key=lambda choice: choice[:2])[2]
 
