@@ -1,8 +1,8 @@
 """Results that version 0.1 left behind go on, and come to the numbers that it came to itself.
 
-tests/fixtures/results-0.1.tar.xz holds a comparison, a sweep and a run of that version, each stopped
-in the middle of a run, and under `after` what it made of them when it resumed them: the CSV files,
-the rows, and a finished comparison with its models and robustness.
+fixtures/results-0.1.tar.xz holds a comparison, a sweep and a run of that version, each stopped
+midway, and under `after` what it made of them when it resumed them: the CSV files, the rows, and a
+finished comparison with its models and robustness.
 """
 
 import csv
