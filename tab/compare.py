@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from .data import Dataset, share
 from .doctor import available, cpu_name
 from .environment import environment
 from .executor import Executor, InProcess, Shared, Task, run_tasks
+from .files import begun, toml, write_json, write_text, write_toml
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
 from .results import Grid, Run, read_run, read_runs, write_csvs
@@ -68,16 +68,19 @@ class Plan:
             get_attention(attention)  # an unknown name is an error before anything runs
         return [self.recipe.run(*cell) for cell in self.grid.cells()]
 
-    def save(self, out: Path, dataset: Dataset) -> None:
-        """Starts the directory `out`; one that holds a comparison is an error."""
-        if (out / "config.toml").exists():
-            raise ValueError(f"{out} already holds a comparison: resume it, or give another place")
+    def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
+        """Starts the directory `out`; one that holds a comparison is an error. new: if another has
+        taken that name, it gets a number. -> the directory"""
         splits(self.configs()[0], dataset, torch.device("cpu"))  # are there images enough?
-        out.mkdir(parents=True, exist_ok=True)
-        facts = json.dumps(facts_of(self.grid.device, dataset), indent=1, ensure_ascii=False)
-        checkpoint.write_bytes(out / "environment.json", f"{facts}\n".encode())
-        text = f"{self.recipe.to_toml()}\n{self.grid.to_toml()}"
-        checkpoint.write_bytes(out / "config.toml", text.encode())
+        toml(self.table())  # an error now if it cannot be kept
+        with begun(out, "config.toml", "a comparison", new=new) as out:
+            write_json(out / "environment.json", facts_of(self.grid.device, dataset))
+            write_toml(out / "config.toml", self.table())
+        return out
+
+    def table(self) -> dict:
+        """config.toml: the recipe, and the grid below it."""
+        return {**self.recipe.tables, "grid": dataclasses.asdict(self.grid)}
 
     @classmethod
     def load(cls, out: Path) -> Plan:
@@ -124,7 +127,7 @@ def compare(
                 for run in (read_run(out, *cell) for cell in cells):
                     if done.error and run.status not in ("done", "diverged"):
                         run.path.mkdir(parents=True, exist_ok=True)  # if no process began it
-                        checkpoint.write_bytes(run.path / "error.txt", done.traceback.encode())
+                        write_text(run.path / "error.txt", done.traceback)
                 write_csvs(out, read_runs(out, plan.grid))
                 for cell in cells:
                     watcher.end(read_run(out, *cell))

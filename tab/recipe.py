@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import MODELS, SECTIONS, RunConfig, check_keys, check_type, model_class, options
+from .files import read_toml, toml
 from .layers import attention_names, attention_options
 from .match import check_match, matched, reference_of
 from .published import published_attentions
@@ -84,9 +84,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The whole recipe as TOML, without a base: `load_recipe` reads it back as it is."""
-        lines: list[str] = []
-        _write(lines, "", self.tables)
-        return "\n".join(lines).strip() + "\n"
+        return toml(self.tables)
 
 
 def recipe_names() -> list[str]:
@@ -106,13 +104,15 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
         inner[last] = value
         _check(f"override {key}", layer)
         tables = _merge(tables, layer)
-    recipe = Recipe(path.stem, tables)
-    for section, kind in SECTIONS.items():
-        options(kind, section, tables[section])
-    for model, table in tables["model"].items():
-        options(MODELS[model], f"model.{model}", table)
-        check_match(f"model.{model}.match", table["match"])
-    return recipe
+    try:
+        for section, kind in SECTIONS.items():
+            options(kind, section, tables[section])
+        for model, table in tables["model"].items():
+            options(MODELS[model], f"model.{model}", table)
+            check_match(f"model.{model}.match", table["match"])
+    except ValueError as error:
+        raise ValueError(f"recipe {name_or_file}: {error}") from None
+    return Recipe(path.stem, tables)
 
 
 def parse_override(text: str) -> tuple[str, object]:
@@ -143,13 +143,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     """The file's tables over those of its base."""
     if path in seen:
         raise ValueError(f"recipe {path}: its base leads back to itself")
-    try:
-        layer = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not TOML: {error}") from None
+    layer = read_toml(path, dict, "mend it, or give another recipe")
     base = layer.pop("base", None)
     layer.pop("grid", None)  # a comparison's config.toml is its recipe, with its grid below
-    _check(f"recipe {path.name}", layer)
+    _check(f"recipe {path}", layer)
     empty = {**{section: {} for section in SECTIONS}, "model": {}, "attention": {}}
     below = _read(_find(base, path.parent), (*seen, path)) if base else empty
     return _merge(below, layer)
@@ -214,14 +211,3 @@ def _update(into: dict, layer: dict) -> None:
             _update(into.setdefault(key, {}), value)
         else:
             into[key] = value
-
-
-def _write(lines: list[str], name: str, table: dict) -> None:
-    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    if name and plain:
-        lines += ["", f"[{name}]"]
-    # JSON's strings, numbers, booleans and lists are TOML's.
-    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
-    for key, inner in table.items():
-        if isinstance(inner, dict):
-            _write(lines, f"{name}.{key}" if name else key, inner)

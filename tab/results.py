@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import tomllib
-import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from . import checkpoint
+from .checkpoint import Corrupt
 from .data import Dataset
+from .files import check, read_json, read_lines, read_toml, reading, write_text
 from .verdicts import COLUMNS, verdicts
 
 NAMES = ["model_name", "architecture", "attention_type"]
@@ -46,6 +46,52 @@ MEASURED = {  # columns that differ between two equal runs: times, and what foll
 }
 ANSWERS = "test.npz"  # in a run's directory: predicted and label of each test image
 ENDED = ("done", "diverged", "failed")
+COPY = "put a copy back, or start a new comparison"  # the way out of a damaged file
+
+
+class Summary(TypedDict):
+    """Of run.json: what is read of it by name."""
+
+    num_epochs: int
+    final_test_accuracy: float | None
+    total_training_time: float | None
+    images_per_second: float | None
+
+
+class Data(TypedDict):
+    """Which data set a result comes from."""
+
+    name: str
+    note: str
+    fingerprint: str
+
+
+class Machine(TypedDict):
+    device: str
+    threads: int
+
+
+class RunFile(TypedDict):
+    """run.json: one run, with all that it takes to build its model again."""
+
+    config: dict
+    status: Literal["running", "done", "diverged"]
+    data: Data
+    classes: list[str]
+    environment: Machine
+    summary: Summary
+    together: NotRequired[list[str] | None]
+
+
+class Facts(Machine):
+    """environment.json: what the numbers of a comparison or a sweep come from."""
+
+    tab: str
+    torch: str
+    python: str
+    cpu: str
+    commit: str | None
+    dataset: Data
 
 
 @dataclass(frozen=True)
@@ -71,20 +117,16 @@ class Grid:
         starts = [(m, a, s) for m, a, s in self.cells() if s % n == 0]
         return [[(m, a, i) for i in range(s, min(s + n, self.seeds))] for m, a, s in starts]
 
-    def to_toml(self) -> str:
-        # JSON's strings, numbers and lists are TOML's.
-        lines = (f"{key} = {json.dumps(value)}" for key, value in asdict(self).items())
-        return "\n".join(["[grid]", *lines, ""])
-
     @classmethod
     def load(cls, out: Path) -> Grid:
         path = out / "config.toml"
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{out} holds no comparison: there is no config.toml in it")
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("grid")
+        table = read_toml(path, dict, COPY).get("grid")
         if not table:
             raise ValueError(f"{path} has no [grid]: it is a recipe, not a comparison")
-        return cls(**table)
+        with reading(path, COPY):
+            return cls(**check("grid", table, cls))
 
 
 @dataclass(frozen=True)
@@ -127,16 +169,14 @@ class Run:
     def right(self) -> np.ndarray | None:
         """(N,) bool: which test images it answered rightly; None for a run that did not keep it."""
         path = self.path / ANSWERS
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            with np.load(path, allow_pickle=False) as found:
-                return found["predicted"] == found["label"]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): remove it, and the statistics of this run rest on "
-                "its accuracy alone"
-            ) from None
+        way_out = "remove it, and the statistics of this run rest on its accuracy alone"
+        with reading(path, way_out), np.load(path, allow_pickle=False) as found:
+            predicted, label = found["predicted"], found["label"]
+            if predicted.ndim != 1 or predicted.shape != label.shape:
+                raise ValueError(f"shapes {predicted.shape} and {label.shape}")
+            return predicted == label
 
 
 def read_runs(out: Path, grid: Grid) -> list[Run]:
@@ -145,27 +185,64 @@ def read_runs(out: Path, grid: Grid) -> list[Run]:
 
 def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
     path = out / "runs" / f"{model}-{attention}-s{seed}"
-    cell, failed, run = (model, attention, seed, path), path / "error.txt", path / "run.json"
-    if not run.is_file():
-        if failed.is_file():
-            return Run(*cell, "failed", error=failed.read_text())
-        return Run(*cell, "missing")
-    found = json.loads(run.read_text())
-    status, error = found["status"], ""
-    if status == "running" and failed.is_file():
-        status, error = "failed", failed.read_text()
-    rows = path / "rows.jsonl"
-    lines = rows.read_text().splitlines() if rows.is_file() else []
+    cell, failed = (model, attention, seed, path), path / "error.txt"
+    error = failed.read_text("utf-8", "replace") if failed.is_file() else ""
+    found = read_run_file(path)
+    if not found:
+        return Run(*cell, "failed" if error else "missing", error=error)
+    with reading(path / "run.json", again(path)):
+        is_of = tuple(found["config"][key] for key in ("model", "attention", "seed"))
+        if is_of != cell[:3]:
+            raise ValueError("it is of {}-{}-s{}, not of this run".format(*is_of))
+        check("train.epochs", found["config"]["train"]["epochs"], int)
+    status = found["status"]
+    if status == "running" and error:
+        status = "failed"
     return Run(
         *cell,
         status,
-        rows=[json.loads(line) for line in lines],
+        rows=read_rows(path, found),
         summary=found["summary"],
-        error=error,
+        error=error if status == "failed" else "",
         device=found["environment"]["device"],
         threads=found["environment"]["threads"],
         epochs=found["config"]["train"]["epochs"],
     )
+
+
+def read_run_file(path: Path) -> RunFile | None:
+    """run.json of the run in the directory `path`; None if there is none yet."""
+    file = path / "run.json"
+    return read_json(file, RunFile, again(path)) if file.exists() else None
+
+
+def read_rows(path: Path, run: RunFile) -> list[dict]:
+    """The epochs of a run. While it runs, half a row at the end of the file is left out: its
+    checkpoint knows them all."""
+    file = path / "rows.jsonl"
+    rows = read_lines(file, again(path)) if file.exists() else []
+    with reading(file, again(path)):
+        for i, row in enumerate(rows):
+            numbers = all(type(x) in (int, float, NoneType) for x in row.values())
+            if row.get("epoch") != i + 1 or not numbers or not row.keys() >= MEASURES:
+                raise ValueError(f"line {i + 1} is no epoch {i + 1}")
+    if run["status"] != "running" and len(rows) != run["summary"]["num_epochs"]:
+        raise Corrupt(
+            f"{file} has {len(rows)} of {run['summary']['num_epochs']} epochs: {again(path)}"
+        )
+    return rows
+
+
+MEASURES = {  # of each row
+    *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss"),
+    *("test_accuracy", "seconds", "cumulative_training_time", "images_per_second"),
+    "peak_memory_bytes",
+}
+
+
+def again(path: Path) -> str:
+    """The way out of a run that is damaged."""
+    return f"put a copy back, or remove {path} and resume, which trains it again"
 
 
 def trained_runs(folder: Path) -> tuple[list[Path], str]:
@@ -173,9 +250,8 @@ def trained_runs(folder: Path) -> tuple[list[Path], str]:
 
     A ValueError if there is none, or the data of a run must be named.
     """
-    if (folder / "run.json").is_file():
-        name = json.loads((folder / "run.json").read_text())["data"]["name"]
-        return [folder], name
+    if found := read_run_file(folder):
+        return [folder], found["data"]["name"]
     grid = Grid.load(folder)
     runs = [run.path for run in read_runs(folder, grid) if run.status == "done"]
     if not runs:
@@ -185,7 +261,7 @@ def trained_runs(folder: Path) -> tuple[list[Path], str]:
 
 def made_with(out: Path, dataset: Dataset) -> dict:
     """The facts in environment.json; a ValueError if `out` was made with other data."""
-    facts = json.loads((out / "environment.json").read_text())
+    facts = read_json(out / "environment.json", Facts, COPY)
     was = facts["dataset"]
     if was["fingerprint"] != dataset.fingerprint:
         raise ValueError(
@@ -234,4 +310,4 @@ def write_csv(path: Path, columns: list[str], lines: Iterable[dict]) -> None:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    checkpoint.write_bytes(path, text.getvalue().encode())
+    write_text(path, text.getvalue())

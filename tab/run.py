@@ -26,6 +26,7 @@ from .batches import Batches
 from .config import RunConfig, Train
 from .data import Dataset
 from .environment import environment, peak_memory
+from .files import write_json, write_text
 from .flops import forward_flops
 from .memory import keep_freed_memory
 from .models import build_model, parameter_count
@@ -151,8 +152,7 @@ class Run:
             checkpoint.save(self.out / "model.pt", weights(self.model))
             if self.rows[-1]["test_accuracy"] is not None:
                 self._save_answers()
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        checkpoint.write_bytes(self.out / "rows.jsonl", lines.encode())
+        write_text(self.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         if self.status != "running":
             self._describe()
             (self.out / "checkpoint.pt").unlink(missing_ok=True)
@@ -190,7 +190,7 @@ class Run:
             "environment": environment(self.device),
             "summary": self.outcome().summary,
         }
-        checkpoint.write_bytes(self.out / "run.json", json.dumps(run, indent=1).encode())
+        write_json(self.out / "run.json", run)
 
     def outcome(self) -> Outcome:
         rows, last = self.rows, self.rows[-1] if self.rows else dict.fromkeys(ROW)
@@ -246,7 +246,3 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Its state, copied: torch.save would write all that a view is a view of."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def read_rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from . import checkpoint
 from .config import RunConfig, Train
 from .data import Dataset
-from .run import Outcome, Run, random_of, read_rows
+from .results import read_rows
+from .run import Outcome, Run, random_of
 from .splits import splits
 from .stacked import SeedModel, stack
 from .step import Batch, Steps
@@ -59,7 +60,7 @@ def train_seeds(
         pairs = list(zip(configs, outs, strict=True))
         found = [found_run(c, dataset, out, resume, together) for c, out in pairs]
         ended = {
-            i: Outcome(configs[i], read_rows(outs[i]), run["status"], run["summary"])
+            i: Outcome(configs[i], read_rows(outs[i], run), run["status"], run["summary"])
             for i, run in enumerate(found)
             if run and run["status"] != "running"
         }

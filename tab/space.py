@@ -13,13 +13,12 @@ The narrower table wins. An option that a mechanism or a model does not have is 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import MODELS, RunConfig, check_keys, check_type
+from .files import read_toml, toml
 from .layers import attention_names, attention_options
 from .match import parameters_of
 from .recipe import PAIR_TRAIN, Recipe
@@ -67,9 +66,7 @@ class Space:
         return {name: axis for name, axis in axes.items() if not isinstance(axis, dict)}
 
     def to_toml(self) -> str:
-        lines: list[str] = []
-        _write(lines, "", self.tables)
-        return "\n".join(lines).strip() + "\n"
+        return toml(tables_of(self))
 
 
 def space_names() -> list[str]:
@@ -86,11 +83,8 @@ def load_space(name_or_file: str | Path) -> Space:
     else:
         check_keys("spaces (or a file ending in .toml)", [name], space_names())
         path = _FOLDER / f"{name}.toml"
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"space {path} is not TOML: {error}") from None
-    return Space(path.stem, _checked(f"space {path.name}", tables))
+    tables = read_toml(path, dict, "mend it, or give another space")
+    return Space(path.stem, _checked(f"space {path}", tables))
 
 
 def size(axes: dict[str, Axis]) -> float:
@@ -178,16 +172,16 @@ def _axis(where: str, value: object) -> Axis:
     return Range(low, high, log)
 
 
-def _write(lines: list[str], name: str, table: dict) -> None:
-    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    if name and plain:
-        lines += ["", f"[{name}]"]
-    for key, value in plain.items():
+def tables_of(space: Space) -> dict:
+    """As the file has them."""
+    return _plain(space.tables)
+
+
+def _plain(tables: dict) -> dict:
+    plain = {}
+    for key, value in tables.items():
         if isinstance(value, Range):
-            text = f"{{ low = {value.low}, high = {value.high}, log = {str(value.log).lower()} }}"
-        else:  # JSON's strings, numbers, booleans and lists are TOML's
-            text = json.dumps(value, ensure_ascii=False)
-        lines.append(f"{key} = {text}")
-    for key, inner in table.items():
-        if isinstance(inner, dict):
-            _write(lines, f"{name}.{key}" if name else key, inner)
+            plain[key] = dataclasses.asdict(value)
+        else:
+            plain[key] = _plain(value) if isinstance(value, dict) else value
+    return plain

@@ -31,6 +31,7 @@ from .compare import DISK
 from .config import RunConfig
 from .data import Dataset, share
 from .executor import Executor, Shared, Task, run_tasks
+from .files import shown, write_text, write_toml
 from .halving import Bracket, brackets, promote
 from .recipe import Recipe
 from .results import made_with
@@ -77,7 +78,7 @@ def sweep(
             driver.run(bracket)
         best = winners(found)
         write_trials(out / "trials.csv", found)
-        checkpoint.write_bytes(out / "winners.toml", recipe_of(plan, best, out).to_toml().encode())
+        write_toml(out / "winners.toml", recipe_of(plan, best, out).tables)
     return best
 
 
@@ -109,7 +110,8 @@ def recipe_of(plan: Plan, best: dict[Pair, Ended], out: Path) -> Recipe:
     recipe = plan.recipe
     for pair, ended in best.items():
         recipe = with_chosen(recipe, *pair, ended.entry.params)
-    title = f"Winners of the sweep {out.resolve().name}, on {plan.data}, over {plan.recipe.name}"
+    name = shown(out.resolve().name)
+    title = f"Winners of the sweep {name}, on {plan.data}, over {plan.recipe.name}"
     return Recipe("winners", {**recipe.tables, "title": title})
 
 
@@ -128,7 +130,7 @@ def write_trials(path: Path, found: dict[Pair, Record]) -> None:
             line |= {k: getattr(entry, k) for k in ("configuration", "bracket", "rung", "epochs")}
             line |= {"validation_accuracy": end.score, "seconds": round(end.seconds, 3)}
             writer.writerow(line | entry.params)
-    checkpoint.write_bytes(path, text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 # --- the coordinator ------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class _Driver:
             if done.error:
                 path = tasks[done.index].folder / "error.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)  # if its process never began
-                checkpoint.write_bytes(path, done.traceback.encode())
+                write_text(path, done.traceback)
                 last = done.traceback.strip().splitlines()[-1]
                 end = Ended(entry, "failed", None, {}, 0.0, last)
             else:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 
-from . import checkpoint
 from .compare import facts_of
 from .config import RunConfig
 from .data import Dataset
+from .files import begun, read_toml, reading, shown, toml, write_json, write_toml
 from .halving import Budget, brackets
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
-from .space import Space, load_space, with_chosen
+from .space import Space, load_space, tables_of, with_chosen
 from .splits import splits
 from .storage import without_password
 from .study import SAMPLERS
 
 Pair = tuple[str, str]  # (model, attention)
+WAY_OUT = "put a copy back, or start a new sweep"
+
+
+class SweepFile(TypedDict):
+    """sweep.toml."""
+
+    name: str
+    recipe: str
+    space: str
+    models: list[str]
+    attentions: list[str]
+    data: str
+    device: str
+    seed: int
+    budget: dict
+    sampler: NotRequired[str]
+    brackets: NotRequired[int]
+    storage: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -70,18 +87,20 @@ class Plan:
         if self.storage:
             without_password(self.storage)  # raises what is wrong with it
 
-    def save(self, out: Path, dataset: Dataset) -> None:
+    def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
         """Starts the directory `out`; one that holds a sweep is an error."""
-        if (out / "sweep.toml").exists():
-            raise ValueError(f"{out} already holds a sweep: resume it, or give another place")
         self.check()
         splits(self.config(self.pairs()[0], {}), dataset, torch.device("cpu"))  # images enough?
-        out.mkdir(parents=True, exist_ok=True)
-        facts = json.dumps(facts_of(self.device, dataset), indent=1, ensure_ascii=False)
-        checkpoint.write_bytes(out / "environment.json", f"{facts}\n".encode())
-        checkpoint.write_bytes(out / "recipe.toml", self.recipe.to_toml().encode())
-        checkpoint.write_bytes(out / "space.toml", self.space.to_toml().encode())
-        name = out.resolve().name
+        toml({"data": self.data})  # an error now if it cannot be kept
+        with begun(out, "sweep.toml", "a sweep", new=new) as out:
+            write_json(out / "environment.json", facts_of(self.device, dataset))
+            write_toml(out / "recipe.toml", self.recipe.tables)
+            write_toml(out / "space.toml", tables_of(self.space))
+            write_toml(out / "sweep.toml", self._table(out))
+        return out
+
+    def _table(self, out: Path) -> dict:
+        name = shown(out.resolve().name)
         if self.storage:  # where others may have a sweep of that name
             name += f"-{uuid.uuid4().hex[:6]}"
         table = {"name": name, "recipe": self.recipe.name, "space": self.space.name}
@@ -89,25 +108,18 @@ class Plan:
         table |= {key: getattr(self, key) for key in keys}
         # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.
         table["storage"] = without_password(self.storage) if self.storage else ""
-        lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-        lines += ["", "[budget]"]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in asdict(self.budget).items()]
-        checkpoint.write_bytes(out / "sweep.toml", "\n".join([*lines, ""]).encode())
+        return table | {"budget": asdict(self.budget)}
 
     @classmethod
     def load(cls, out: Path) -> Plan:
         table = _read(out)
         table.pop("name")
         budget = table.pop("budget")
-        recipe = load_recipe((out / "recipe.toml").resolve())
-        return cls(
-            **table
-            | {
-                "recipe": replace(recipe, name=table["recipe"]),
-                "space": replace(load_space(out / "space.toml"), name=table["space"]),
-                "budget": Budget(**{**budget, "epochs": tuple(budget["epochs"])}),
-            }
-        )
+        recipe = replace(load_recipe((out / "recipe.toml").resolve()), name=table.pop("recipe"))
+        space = replace(load_space(out / "space.toml"), name=table.pop("space"))
+        with reading(out / "sweep.toml", WAY_OUT):
+            budget = Budget(**{**budget, "epochs": tuple(budget["epochs"])})
+            return cls(recipe=recipe, space=space, budget=budget, **table)
 
 
 def name_of(out: Path) -> str:
@@ -117,6 +129,6 @@ def name_of(out: Path) -> str:
 
 def _read(out: Path) -> dict:
     path = out / "sweep.toml"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{out} holds no sweep: there is no sweep.toml in it")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return read_toml(path, SweepFile, WAY_OUT)

@@ -6,7 +6,6 @@ the same numbers as an unbroken one, on a CPU bit for bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from . import checkpoint
 from .config import RunConfig
 from .data import Dataset
 from .models import ImageModel, build_model
-from .run import Outcome, Run, place, read_rows
+from .results import RunFile, read_rows, read_run_file
+from .run import Outcome, Run, place
 
 
 def train(
@@ -40,7 +40,7 @@ def train(
     with checkpoint.locked(out):
         found = found_run(config, dataset, out, resume)
         if found and found["status"] != "running":
-            return Outcome(config, read_rows(out), found["status"], found["summary"])
+            return Outcome(config, read_rows(out, found), found["status"], found["summary"])
         run = Run(config, dataset, torch.device(device), out)
         if found:
             run.restore()
@@ -56,9 +56,9 @@ def train(
 def load_trained(out: Path, device: str | torch.device = "cpu") -> tuple[ImageModel, RunConfig]:
     """The model of a finished run, in eval mode, and its config."""
     out = Path(out)
-    if not (out / "run.json").is_file():
+    run = read_run_file(out)
+    if not run:
         raise ValueError(f"{out} holds no run: there is no run.json in it")
-    run = json.loads((out / "run.json").read_text())
     if run["status"] != "done":
         raise ValueError(f"the run in {out} is {run['status']}, it has no trained model")
     config = RunConfig.from_dict(run["config"])
@@ -69,14 +69,13 @@ def load_trained(out: Path, device: str | torch.device = "cpu") -> tuple[ImageMo
 
 def found_run(
     config: RunConfig, dataset: Dataset, out: Path, resume: bool, together: list[str] | None = None
-) -> dict | None:
+) -> RunFile | None:
     """The run.json in `out`, which must be of this very run."""
-    path = out / "run.json"
-    if not path.is_file():
+    found = read_run_file(out)
+    if not found:
         return None
     if not resume:
         raise ValueError(f"{out} already holds a run: resume it, or give another directory")
-    found = json.loads(path.read_text())
     if found["data"]["fingerprint"] != dataset.fingerprint:
         raise ValueError(
             f"the run in {out} was trained on {found['data']['name']} "

@@ -7,9 +7,9 @@ import pytest
 import torch
 import triton
 from proof import poisoned
-from tab.kernels.batches import assemble
 
 from tab.batches import assemble_host
+from tab.kernels.batches import assemble
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 

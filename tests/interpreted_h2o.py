@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 from proof import LAYOUTS, layout
-from tab.kernels.h2o import choose
 
+from tab.kernels.h2o import choose
 from tab.ops.h2o_choice import choose_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"

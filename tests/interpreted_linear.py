@@ -7,9 +7,9 @@ import pytest
 import torch
 import triton
 from proof import LAYOUTS, assert_accurate, layout
+
 from tab.kernels import linear as kernels
 from tab.kernels import linear_backward
-
 from tab.ops.linear import _Linear, backward_reference, forward_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"

@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 from proof import LAYOUTS, assert_accurate, layout
-from tab.kernels import local as kernels
 
+from tab.kernels import local as kernels
 from tab.ops.local import _Local, backward_reference, forward_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"

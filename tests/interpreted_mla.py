@@ -7,11 +7,11 @@ import pytest
 import torch
 import triton
 from proof import LAYOUTS, assert_accurate, outputs_and_gradients, poisoned
+from test_mla import NAMES, operands, textbook
+
 from tab.kernels import mla as kernels
 from tab.kernels import mla_backward
 from tab.kernels import mla_decode as decoding
-from test_mla import NAMES, operands, textbook
-
 from tab.ops.mla import _Fused, backward_reference, forward_reference
 from tab.ops.mla_decode import decode_reference
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton
 from proof import assert_accurate, poisoned
-from tab.kernels import moe as kernels
 
+from tab.kernels import moe as kernels
 from tab.ops.moe import _Grouped, grouped_outer_reference, grouped_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"

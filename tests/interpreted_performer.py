@@ -8,9 +8,9 @@ import torch
 import triton
 from performer_textbook import draw, naive
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+
 from tab.kernels import performer as kernels
 from tab.kernels import performer_backward
-
 from tab.ops.performer import _Performer, backward_reference, forward_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"

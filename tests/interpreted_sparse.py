@@ -7,10 +7,10 @@ import pytest
 import torch
 import triton
 from proof import LAYOUTS, assert_accurate, layout
-from tab.kernels import sparse as kernels
-from tab.kernels import sparse_backward
 
 from tab import BlockPattern
+from tab.kernels import sparse as kernels
+from tab.kernels import sparse_backward
 from tab.ops.sparse import _Sparse, backward_reference, forward_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"

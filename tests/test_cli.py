@@ -165,7 +165,9 @@ def test_robustness_says_what_it_needs(compared, tmp_path):
     out, _ = compared
     result = tab("robustness", out, "--cifar10c", tmp_path)
     assert result.exit_code == 2 and "CIFAR-10's classes" in flat(result.output)
-    (tmp_path / "run.json").write_text('{"data": {"name": "folder:mine"}}')
+    run = json.loads((out / "runs" / "mlp-none-s0" / "run.json").read_text())
+    run["data"]["name"] = "folder:mine"
+    (tmp_path / "run.json").write_text(json.dumps(run))
     result = tab("robustness", tmp_path)
     assert result.exit_code == 2 and "give that folder or archive as --data" in flat(result.output)
 
