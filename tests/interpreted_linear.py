@@ -10,7 +10,7 @@ from proof import LAYOUTS, assert_accurate, layout
 
 from tab.kernels import linear as kernels
 from tab.kernels import linear_backward
-from tab.ops.linear import _Linear, backward_reference, forward_reference
+from tab.ops.linear import backward_reference, forward_reference, linear_fwd
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
@@ -35,7 +35,7 @@ def path(request, monkeypatch):
 
 def launchers(causal, feature_map=0, eps=0.0, mask=None):
     def f(q, k, v, s0=None, z0=None):
-        return _Linear.apply(q, k, v, mask, s0, z0, feature_map, causal, eps, "cuda")
+        return linear_fwd.apply("cuda", q, k, v, mask, s0, z0, feature_map, causal, eps)
 
     return f
 

@@ -11,7 +11,7 @@ from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 
 from tab.kernels import performer as kernels
 from tab.kernels import performer_backward
-from tab.ops.performer import _Performer, backward_reference, forward_reference
+from tab.ops.performer import backward_reference, forward_reference, performer_fwd
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
@@ -45,8 +45,8 @@ def call(backend, w, path, kernel=0, eps=0.0, mask=None, c0=None):
     def f(q, k, v, s0=None, z0=None):
         acc = torch.promote_types(q.dtype, torch.float32)
         shift = None if s0 is None else c0.to(acc)
-        o, s, z, c = _Performer.apply(
-            q, k, v, w.to(acc), mask, s0, z0, shift, kernel, path == "causal", eps, backend
+        o, s, z, c, _ = performer_fwd.apply(
+            backend, q, k, v, w.to(acc), mask, s0, z0, shift, kernel, path == "causal", eps
         )
         return (o, s, z) if kernel == 1 else (o, s * c.exp()[..., None], z * c.exp())
 

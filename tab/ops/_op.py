@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._check import full_precision
+from ._autograd import below_autograd, function, once_only, plain, register, transforming
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 # Op -> the N up to which "auto" takes CUDA C++ over Triton on a GPU. A measurement decides that
@@ -43,11 +43,19 @@ def _without_autocast(reference: Callable) -> Callable:
 
 
 class Op:
-    """One operator under every backend; call it with the backend's name first."""
+    """One operator under every backend. In its schema the tensors come first, then the options.
 
-    def __init__(self, name: str, schema: str, reference: Callable):
-        self.name, self.reference = name, reference
+    flops: FLOPs of one call, from the shapes of its arguments, as torch.utils.flop_counter calls a
+        formula; None for what does no arithmetic.
+    """
+
+    def __init__(self, name: str, schema: str, reference: Callable, flops: Callable | None = None):
+        self.name, self.reference, self.flops = name, reference, flops
         self.reasons: dict[str, str | None] = {}  # backend -> why not; load_kernels fills it
+        # backend -> why its kernel does not take these operands (those that `choose` is given), or
+        # None; the kernel's file fills it.
+        self.limits: dict[str, Callable[..., str | None]] = {}
+        self.run: Callable = self  # (backend, *args) -> the outputs, in eager use
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
             torch.library.impl(
@@ -55,13 +63,52 @@ class Op:
             )
         self.overload = getattr(torch.ops.tab, name).default
         self.cuda_overload = getattr(torch.ops.tab_cuda, name).default
+        kinds = [
+            str(x.type) in ("Tensor", "Optional[Tensor]") for x in self.overload._schema.arguments
+        ]
+        self.tensors = sum(kinds)
+        if not all(kinds[: self.tensors]):
+            raise ValueError(f"{name}: tensors come first in the schema, got {schema}")
         OPS[name] = self
 
     def __call__(self, backend: str, *args):
+        """One kernel."""
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+            if backend == "reference":
+                return plain(self.reference, args)
+            return (self.cuda_overload if backend == "cuda" else self.overload)(*args)
+        return self.below(backend, *args)
+
+    def below(self, backend: str, *args):
+        """One kernel, gradients off: past the Autograd key, whose kernel is Python. Dynamo cannot
+        trace the guard, and needs none."""
         if backend == "reference":
-            with full_precision(args[0]):
-                return self.reference(*args)
-        return self.cuda_overload(*args) if backend == "cuda" else self.overload(*args)
+            return plain(self.reference, args)
+        with below_autograd():
+            return (self.cuda_overload if backend == "cuda" else self.overload)(*args)
+
+    def differentiable(self, gradients: Callable, by: Op, constant: tuple[int, ...] = ()) -> None:
+        """Gives the op its gradients, on its Autograd key and in `apply`.
+
+        gradients: (backend, gradients of the outputs, *tensors, *outputs, *options) -> those of the
+            tensors, in the schema's order; None where there is none, the last Nones left out. It
+            runs the op `by`, which is thereby closed to second derivatives. The gradient of an
+            output that nothing depends on is None.
+        constant: the outputs that carry no gradient; the reference detaches them.
+        """
+        self.run = function(self, gradients, constant).apply
+        register(self, self.run)
+        register(by, once_only(by, self.name).apply)
+
+    def apply(self, backend: str, *args):
+        """What a public function calls: the op with its gradients. Nothing to compute (B or N is 0)
+        and torch.func transforms are the reference's, so that no kernel meets them. Dynamo writes
+        the op into its graph, where the Autograd key gives the gradients."""
+        if transforming() or args[0].numel() == 0:
+            return plain(self.reference, args)
+        if torch.compiler.is_dynamo_compiling():
+            return self(backend, *args)
+        return self.run(backend, *args)
 
     def why_not(self, backend: str) -> str | None:
         """None when this backend can run here, else the reason why it cannot."""
@@ -88,9 +135,9 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def choose(backend: str, op: Op, x: Tensor, cuda: bool = True) -> str:
-    """The backend that will run `op` on `x` (…, N, D): the caller's, else the default, else what
-    CUDA_TOKENS says, else "auto", which is the dispatcher.
+def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) -> str:
+    """The backend that will run `op` on `x` (…, N, D) and `others`: the caller's, else the default,
+    else what CUDA_TOKENS says, else "auto", which is the dispatcher.
 
     `cuda` says whether the CUDA C++ kernel, where there is one, takes this problem. An explicit
     backend that cannot run raises a RuntimeError that says why; it never falls back.
@@ -111,6 +158,8 @@ def choose(backend: str, op: Op, x: Tensor, cuda: bool = True) -> str:
             f'{device}; move them, or use backend="auto"'
         )
     reason = op.why_not(backend)
+    if reason is None and backend in op.limits:
+        reason = op.limits[backend](x, *others)
     if reason:
         raise RuntimeError(
             f'backend={backend!r} of {op.name} is not available: {reason}; use backend="auto"'

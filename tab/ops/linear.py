@@ -88,7 +88,9 @@ def _sums(fq, fk, v1, state, causal, total=None):
 
 
 def _inverse(den: Tensor) -> Tensor:
-    return torch.where(den == 0, torch.zeros_like(den), 1 / den)
+    """1/den, 0 where den is 0; replaced before it divides, for 1/0 has the gradient NaN."""
+    nothing = den == 0
+    return (1 / den.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
 def forward_reference(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
@@ -152,30 +154,19 @@ linear_bwd = Op(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, key_mask, s0, z0, feature_map, causal, eps, backend):
-        o, s, z = linear_fwd(backend, q, k, v, key_mask, s0, z0, feature_map, causal, eps)
-        ctx.save_for_backward(q, k, v, o, s, z, key_mask, s0, z0)
-        ctx.options = feature_map, causal, eps
-        ctx.backend = backend
-        ctx.set_materialize_grads(False)
-        return o, s, z
+def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
+    do, ds, dz = grads
+    do = torch.zeros_like(o) if do is None else do
+    if (ds is None) != (dz is None):  # the ops take both or none
+        ds = torch.zeros_like(s) if ds is None else ds
+        dz = torch.zeros_like(z) if dz is None else dz
+    dq, dk, dv, ds0, dz0 = linear_bwd(
+        backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *options
+    )
+    return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, ds0, dz0)
 
-    @staticmethod
-    def backward(ctx, do, ds, dz):
-        q, k, v, o, s, z, key_mask, s0, z0 = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do
-        if (ds is None) != (dz is None):  # the ops take both or none
-            ds = dz.new_zeros(*dz.shape, v.shape[-1]) if ds is None else ds
-            dz = torch.zeros_like(ds[..., 0]) if dz is None else dz
-        dq, dk, dv, ds0, dz0 = linear_bwd(
-            ctx.backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *ctx.options
-        )
-        if s0 is None:
-            ds0 = dz0 = None
-        return dq, dk, dv, None, ds0, dz0, None, None, None, None
 
+linear_fwd.differentiable(_gradients, by=linear_bwd)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -230,10 +221,9 @@ def linear_attention(
             f"feature_map={feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}, softmax "
             '(a learned map is applied by the layer "linear")'
         )
-    backend = choose(backend, linear_fwd, q)
-    o, s, z = _Linear.apply(
-        q, k, v, key_mask, s0, z0, FEATURE_MAPS[feature_map], causal, float(eps), backend
-    )
+    backend = choose(backend, linear_fwd, q, k, v)
+    options = FEATURE_MAPS[feature_map], bool(causal), float(eps)
+    o, s, z = linear_fwd.apply(backend, q, k, v, key_mask, s0, z0, *options)
     return (o, (s, z)) if return_state else o
 
 

@@ -107,11 +107,12 @@ def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def _causal_sums(b, a, v1, r, kernel):
     """Σ_{j≤i} Σ_m e^(b_im + a_jm - r_i) v1_j, (B, H, N, Dv+1)"""
     n = a.shape[2]
-    fq, fk = query_features(b, a, r, kernel)[0], key_features(a, a, kernel)[0]
+    own = a.detach()
+    fq, fk = query_features(b, own, r, kernel)[0], key_features(a, own, kernel)[0]
     out = (fq * fk).sum(-1, keepdim=True) * v1  # j = i
     for h in levels(n):
         left, right = halves(a, h, -torch.inf)[0], halves(b, h, -torch.inf)[1]
-        shift = left.amax(-2, keepdim=True)
+        shift = left.amax(-2, keepdim=True).detach()
         fk = key_features(left, shift, kernel)[0]
         fq = query_features(right, shift, halves(r, h)[1], kernel)[0]
         out = out + to_right(product(fq, fk, halves(v1, h)[0]), n)
@@ -153,8 +154,8 @@ def forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal,
         c, r = shift0, torch.zeros_like(b[..., :1])
     else:
         c = a.cummax(2).values if causal else a.amax(2, keepdim=True)
-        c = torch.maximum(c, shift0)  # (B, H, N or 1, M), what query i may know
-        r = finite((b + c).amax(-1, keepdim=True))  # (B, H, N, 1)
+        c = torch.maximum(c, shift0).detach()  # (B, H, N or 1, M), what query i may know
+        r = finite((b + c).amax(-1, keepdim=True)).detach()  # (B, H, N, 1)
     last = c[:, :, -1:]
     total = key_features(a, last, kernel)[0].mT @ v1 + rescale(shift0, last, kernel) * t0
     if causal:
@@ -163,8 +164,9 @@ def forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal,
         out = query_features(b, last, r, kernel)[0] @ total
     den = out[..., -1:] + eps  # (B, H, N, 1)
     nothing = den == 0
-    o = (out[..., :-1] / den).masked_fill(nothing, 0.0)
-    lse = (r + den.log()).masked_fill(nothing, torch.inf).squeeze(-1)
+    # A denominator that is 0 is replaced before it divides: 0/0 would have the gradient NaN.
+    o = (out[..., :-1] / den.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    lse = (r + den.log()).masked_fill(nothing, torch.inf).squeeze(-1).detach()
     s, z = total[..., :-1].contiguous(), total[..., -1].contiguous()
     return token_major(o.to(v.dtype)), s, z, last.squeeze(2).clone(), lse
 
@@ -235,32 +237,21 @@ performer_bwd = Op(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Performer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps, backend):
-        o, s, z, c, lse = performer_fwd(
-            backend, q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps
-        )
-        ctx.save_for_backward(q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0)
-        ctx.options, ctx.backend = (kernel, causal), backend
-        ctx.mark_non_differentiable(c)
-        ctx.set_materialize_grads(False)
-        return o, s, z, c
+def _gradients(backend, grads, q, k, v, projection, key_mask, s0, z0, c0, *saved):
+    *outs, kernel, causal, _ = saved
+    o, s, z = outs[:3]
+    do, ds, dz = grads[:3]
+    do = torch.zeros_like(o) if do is None else do
+    if (ds is None) != (dz is None):  # the ops take both or none
+        ds = torch.zeros_like(s) if ds is None else ds
+        dz = torch.zeros_like(z) if dz is None else dz
+    dq, dk, dv, ds0, dz0 = performer_bwd(
+        backend, do, ds, dz, q, k, v, projection, *outs, key_mask, s0, z0, c0, kernel, causal
+    )
+    return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, None, ds0, dz0)
 
-    @staticmethod
-    def backward(ctx, do, ds, dz, _):
-        q, k, v, projection, o, s, z, *rest = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do
-        if (ds is None) != (dz is None):  # the ops take both or none
-            ds = torch.zeros_like(s) if ds is None else ds
-            dz = torch.zeros_like(z) if dz is None else dz
-        dq, dk, dv, ds0, dz0 = performer_bwd(
-            ctx.backend, do, ds, dz, q, k, v, projection, o, s, z, *rest, *ctx.options
-        )
-        if rest[-1] is None:
-            ds0 = dz0 = None
-        return dq, dk, dv, None, None, ds0, dz0, None, None, None, None, None
 
+performer_fwd.differentiable(_gradients, by=performer_bwd, constant=(3, 4))  # c and lse
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -316,10 +307,9 @@ def performer_attention(
     # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer_state.cuh), which
     # runs where it is asked for.
     simple = not causal and initial_state is None and not return_state
-    backend = choose(backend, performer_fwd, q, cuda=simple)
-    o, *state = _Performer.apply(
-        q, k, v, projection, key_mask, *state, KERNELS[kernel], causal, float(eps), backend
-    )
+    backend = choose(backend, performer_fwd, q, k, v, projection, cuda=simple)
+    options = KERNELS[kernel], bool(causal), float(eps)
+    o, *state, _ = performer_fwd.apply(backend, q, k, v, projection, key_mask, *state, *options)
     return (o, tuple(state)) if return_state else o
 
 

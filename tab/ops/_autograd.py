@@ -1,0 +1,109 @@
+"""Gradients that belong to the op: whoever calls it, by whatever route, gets them.
+
+One autograd.Function for all ops. The public functions apply it in Python, which is the fast way in
+eager use; the same Function stands on the op's Autograd key, for those who call the op itself:
+graphs of torch.compile, torch.export and torch.jit.trace, opcheck.
+
+First derivatives come from the backward op. Higher ones (`create_graph=True`) come from the
+reference, which PyTorch differentiates as often as one likes; so do all derivatives under
+torch.func transforms. The backward op has no derivative of its own, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ._check import full_precision
+
+if TYPE_CHECKING:
+    from ._op import Op
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+transforming = torch._C._are_functorch_transforms_active
+
+
+def plain(reference: Callable, args: tuple):
+    """The reference as PyTorch operators, each with the derivatives that PyTorch gives it."""
+    with full_precision(args[0]):
+        return reference(*args)
+
+
+def function(op: Op, gradients: Callable, constant: tuple[int, ...]) -> type[Function]:
+    """The autograd.Function of `op`; `Op.differentiable` says what the arguments are."""
+    n, count = op.tensors, len(op.overload._schema.arguments)
+    below = op.below
+
+    def forward(ctx, backend, *args):
+        outs = below(backend, *args)
+        ctx.save_for_backward(*args[:n], *outs)
+        ctx.backend, ctx.options = backend, args[n:]
+        if constant:
+            ctx.mark_non_differentiable(*[outs[i] for i in constant])
+        ctx.set_materialize_grads(False)
+        return outs
+
+    def backward(ctx, *grads):
+        saved, options = ctx.saved_tensors, ctx.options
+        if torch.is_grad_enabled():  # create_graph=True
+            got = _again(op, (*saved[:n], *options), grads, ctx.needs_input_grad[1:])
+        else:
+            got = gradients(ctx.backend, grads, *saved, *options)
+        return None, *got, *nothing[len(got) :]
+
+    nothing = (None,) * count
+    name = "".join(word.capitalize() for word in op.name.removesuffix("_fwd").split("_"))
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (Function,), body)
+
+
+def _again(op: Op, args: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple[Tensor | None]:
+    """Gradients with a graph of their own. Each operand is a view, a node of its own: q and k may
+    be one tensor, or made from each other."""
+    with torch.enable_grad():
+        args = tuple(x.view_as(x) if need else x for x, need in zip(args, needed, strict=True))
+        outs = plain(op.reference, args)
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [x for x, need in zip(args, needed, strict=True) if need]
+    got = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs],
+            create_graph=True, allow_unused=True,
+        )
+    )  # fmt: skip
+    return tuple(next(got) if need else None for need in needed[: op.tensors])
+
+
+def register(op: Op, apply: Callable) -> None:
+    """`apply(backend, *args)` on the Autograd key of the op, in both namespaces."""
+
+    def kernel(backend):
+        def run(*args):
+            return apply(backend, *args) if torch.is_grad_enabled() else op.below(backend, *args)
+
+        return run
+
+    for namespace, backend in (("tab", "auto"), ("tab_cuda", "cuda")):
+        torch.library.impl(f"{namespace}::{op.name}", "Autograd", kernel(backend))
+
+
+def once_only(op: Op, instead: str) -> type[Function]:
+    """The Function of a backward op: a second derivative through it is an error, never zeros."""
+
+    def forward(ctx, backend, *args):
+        return op.below(backend, *args)
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"tab::{op.name} has no derivative of its own. For second derivatives call "
+            f"tab::{instead}, or the function that does, in eager mode: create_graph=True goes "
+            "through its PyTorch reference"
+        )
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(op.name, (Function,), body)
