@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(help="Microbenchmark the ops against what you could run instead.")
 
+Processes = Annotated[
+    int, typer.Option(min=1, help="That take turns; at least 2 for tab bench compare.")
+]
 Out = Annotated[Path | None, typer.Option(help="JSON; PNG and HTML are put beside it.")]
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,6 +41,7 @@ def run(
     contestants: Annotated[str, typer.Option(help="Names (prefixes), or all.")] = "all",
     budget: Annotated[float, typer.Option(help="Seconds per contestant and direction.")] = 3.0,
     cold: Annotated[bool, typer.Option(help="Empty the caches before each call.")] = False,
+    processes: Processes = 5,
     out: Out = None,
 ) -> None:
     """Check each contestant against float64, then time them in turns."""
@@ -49,6 +55,7 @@ def run(
     from .page import write_page
     from .results import picture, save, tables
     from .roofline import measure_roofline
+    from .turns import Load, in_turns
 
     console = Console()
     kind = getattr(torch, _chosen(dtype, DTYPES, "dtype")[0])
@@ -64,23 +71,41 @@ def run(
         f"ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
     )
-    rows = []
-    for case in chosen:
-        rows += measure(
-            case,
-            roofline,
-            directions=wanted,
-            budget=budget,
-            cold=cold,
-            only=lambda name: prefixes is None or name == "tab" or name.startswith(prefixes),
-        )
-        console.print(tables([row for row in rows if row.case == case.name])[0])
-        if out:  # after each case, so that what was measured is kept
-            record = save(out, rows, roofline, device, _command())
+    load, found = Load(), {}
+    one = partial(measure, roofline=roofline, directions=wanted, budget=budget / processes,
+                  min_rounds=_rounds(processes), cold=cold,
+                  only=partial(_entered, prefixes))  # fmt: skip
+    for i, group in in_turns(chosen, one, processes):
+        found[i] = group
+        rows = [row for mine in found.values() for row in mine]
+        load.note()
+        if out:  # each time, so that what was measured is kept
+            record = save(out, rows, roofline, device, _command(), load.record())
+    for table in tables(rows):
+        console.print(table)
+    _warn(load)
     if out:
         picture(rows, out.with_suffix(".png"))
         write_page(out.with_suffix(".html"), record, rows)
         console.print(f"wrote {out}, and .png and .html beside it")
+
+
+def _entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
+    return prefixes is None or name == "tab" or name.startswith(prefixes)
+
+
+def _rounds(processes: int) -> int:
+    """At least, of each process: its median."""
+    return 5 if processes == 1 else 3
+
+
+def _warn(load) -> None:
+    import torch
+
+    from .turns import busy
+
+    if words := busy(load.record(), torch.get_num_threads()):
+        Console(stderr=True).print(f"[yellow]{words}: times are longer than the code's own")
 
 
 @app.command("steps")
@@ -91,6 +116,7 @@ def steps_command(
     batch: Annotated[int | None, typer.Option(min=1, help="Images; default: recipe's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     budget: Annotated[float, typer.Option(help="Seconds per contestant.")] = 3.0,
+    processes: Processes = 5,
     out: Annotated[Path | None, typer.Option(help="JSON; HTML is put beside it.")] = None,
 ) -> None:
     """Whole training steps of the models, against control and against plain PyTorch attention."""
@@ -100,15 +126,22 @@ def steps_command(
     from .page import write_page
     from .results import save, steps_table
     from .steps import steps
+    from .turns import Load, in_turns
 
-    console, rows = Console(), []
+    load, found = Load(), {}
     names = _chosen(attentions, attention_names(), "attention")
-    for model in _chosen(models, model_names(), "model"):
-        new = steps(load_recipe(recipe), model, names, batch=batch, device=device, budget=budget)
-        rows += new
-        console.print(steps_table(new))
+    one = partial(steps, load_recipe(recipe), attentions=names, batch=batch, device=device,
+                  budget=budget / processes, min_rounds=_rounds(processes))  # fmt: skip
+    for i, group in in_turns(_chosen(models, model_names(), "model"), one, processes):
+        found[i] = group
+        rows = [row for mine in found.values() for row in mine]
+        load.note()
         if out:
-            write_page(out.with_suffix(".html"), save(out, rows, None, device, _command()), rows)
+            record = save(out, rows, None, device, _command(), load.record())
+            write_page(out.with_suffix(".html"), record, rows)
+    for group in found.values():
+        Console().print(steps_table(group))
+    _warn(load)
 
 
 @app.command("memory")
@@ -146,18 +179,47 @@ def compare_runs(
     new: Path,
     alpha: Annotated[float, typer.Option(help="Significance after Holm.")] = 0.01,
     effect: Annotated[float, typer.Option(help="Least relative change that counts.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Also of two machines.")] = False,
 ) -> None:
-    """Rank test between two results; exit code 1 when anything of TAB's got slower."""
-    from .regress import compare
+    """What changed between two results. Exit code 1: something of TAB's is slower, wrong or gone;
+    2: something of TAB's could not be judged."""
+    from .regress import compare, differences
     from .results import load
+    from .turns import busy
 
-    changes = compare(load(old)[1], load(new)[1], alpha=alpha, effect=effect)
-    table = Table("case", "contestant", "direction", "old ms", "new ms", "change", "p", "")
-    for c in changes:
-        colour = {"slower": "red", "faster": "green"}.get(c.verdict, "dim")
-        change = f"{100 * (c.new / c.old - 1):+.1f} %"
-        cells = [c.case, c.contestant, c.direction, f"{1e3 * c.old:.3f}", f"{1e3 * c.new:.3f}"]
-        table.add_row(*cells, change, f"{c.p:.2g}", f"[{colour}]{c.verdict}[/{colour}]")
-    Console().print(table)
-    if any(c.verdict == "slower" and c.contestant.startswith("tab") for c in changes):
+    (before, old_rows), (after, new_rows) = load(old), load(new)
+    machine, other = differences(before, after)
+    if machine and not force:
+        raise ValueError(
+            f"{old} and {new} are not of one machine ({'; '.join(machine)}): measure both on one, "
+            "or compare them nevertheless with --force"
+        )
+    console = Console()
+    for line in (*machine, *other):
+        console.print(line, style="yellow" if line in machine else "dim", markup=False)
+    for path, record in ((old, before), (new, after)):
+        if words := busy(record.get("load"), record["environment"]["threads"]):
+            console.print(f"{path}: {words}", style="yellow", markup=False)
+    changes = compare(old_rows, new_rows, alpha=alpha, effect=effect)
+    console.print(_changes(changes))
+    mine = [change for change in changes if change.ours]
+    if any(change.bad for change in mine):
         raise typer.Exit(1)
+    if any(change.undecidable for change in mine):
+        raise typer.Exit(2)
+
+
+def _changes(changes) -> Table:
+    table = Table("case", "contestant", "direction", "old ms", "new ms", "change", "p", "")
+    table.caption = "change: of the time over the yardstick's, with the interval of --alpha"
+    for c in changes:
+        bad = c.bad or c.undecidable
+        colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
+        times = ("–" if x is None else f"{1e3 * x:.3f}" for x in (c.old, c.new))
+        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
+        if c.low is not None:
+            change += f" ({100 * (c.low - 1):+.1f} … {100 * (c.high - 1):+.1f})"
+        p = "–" if c.p is None else f"{c.p:.2g}"
+        table.add_row(c.case, c.contestant, c.direction, *times, change, p,
+                      Text(c.verdict, style=colour))  # fmt: skip
+    return table

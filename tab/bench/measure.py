@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import random
 import statistics
 import time
@@ -31,11 +32,29 @@ class Row:
     gradient_error: float | None = None
     skipped: str | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    # Beside each of `seconds`, the yardstick in the same round; and how many of them each process
+    # took, one after the other. Empty in files from before there were either.
+    pace: dict[str, list[float]] = field(default_factory=dict)
+    rounds: dict[str, list[int]] = field(default_factory=dict)
     peak_bytes: int | None = None
     batch: int | None = None  # images in a call, where it is a training step
     floor: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, direction: str, seconds: list[float], pace: list[float]) -> None:
+        """What one process measured."""
+        self.seconds[direction], self.pace[direction] = seconds, pace[: len(seconds)]
+        self.rounds[direction] = [len(seconds)]
+
+    def by_process(self, direction: str) -> list[tuple[list[float], list[float]]]:
+        """(seconds, the yardstick's seconds) of each process; the latter may be empty."""
+        seconds, pace = self.seconds[direction], self.pace.get(direction, [])
+        parts, start = [], 0
+        for n in self.rounds.get(direction) or [len(seconds)]:
+            parts.append((seconds[start : start + n], pace[start : start + n]))
+            start += n
+        return parts
 
 
 def measure(
@@ -69,10 +88,9 @@ def measure(
             if direction == "forward" or _differentiable(entrants, name)
         }
         flush = _flusher(case.device) if cold else None
-        for name, times in take_turns(
-            able, case.device, budget, min_rounds, max_rounds, flush, seed
-        ).items():
-            rows[name].seconds[direction] = times
+        times, pace = take_turns(able, case.device, budget, min_rounds, max_rounds, flush, seed)
+        for name, seconds in times.items():
+            rows[name].timed(direction, seconds, pace)
     for name, f in runners.items():
         last = directions[-1] if _differentiable(entrants, name) else "forward"
         rows[name].peak_bytes = peak(call(f, p, last), case.device)
@@ -105,13 +123,18 @@ def _admit(c: Contestant, p: Problem, row: Row, runners: dict, directions: tuple
         return
     runners[c.name] = runner
     errors = [_relative(x, t) for x, t in zip(result, truth, strict=True)]
-    row.error, row.gradient_error = errors[0], max(errors[1:], default=None)
+    row.error, row.gradient_error = errors[0], worst_of(errors[1:])
     # Each peer's own approximation differs for performer, so its error is shown, not judged.
     judged = p.case.op != "performer" or c.name.startswith("tab")
-    worst = max(errors)
+    worst = worst_of(errors)
     if judged and not worst <= TOLERANCE[p.case.dtype]:
         row.skipped = f"wrong: error {worst:.1e} of the largest value"
         del runners[c.name]
+
+
+def worst_of(errors: list[float]) -> float | None:
+    """The largest; NaN if any is, which `max` can pass over."""
+    return next((e for e in errors if math.isnan(e)), max(errors, default=None))
 
 
 def _run(f: Callable, p: Problem, gradient: bool) -> list[Tensor]:
@@ -143,10 +166,14 @@ def call(f: Callable, p: Problem, direction: str) -> tuple[Callable, Callable]:
     return lambda: None, lambda _: torch.autograd.grad(f(*leaves), leaves, do)
 
 
-def take_turns(calls, device, budget, min_rounds, max_rounds, flush, seed) -> dict:
-    """Rounds in which everyone runs once, in shuffled order; slow ones stop at their budget."""
+def take_turns(
+    calls, device, budget, min_rounds, max_rounds, flush, seed
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Rounds in which everyone runs once, in shuffled order; slow ones stop at their budget. With
+    the times of each, those of the yardstick: one a round, at its end."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for prepare, timed in calls.values():  # warm up
+    pace, beside = [], yardstick(device)
+    for prepare, timed in (*calls.values(), beside):  # warm up
         _timed(prepare, timed, device, None)
     order, shuffle = list(calls), random.Random(seed)
     gc.collect()
@@ -157,7 +184,16 @@ def take_turns(calls, device, budget, min_rounds, max_rounds, flush, seed) -> di
             break
         for name in active:
             times[name].append(_timed(*calls[name], device, flush))
-    return times
+        pace.append(_timed(*beside, device, flush))
+    return times, pace
+
+
+def yardstick(device: str) -> tuple[Callable, Callable]:
+    """A fixed PyTorch op, about a millisecond: how fast the machine was in a round. What slows it
+    as well (other work, a lower clock) is no change of a kernel."""
+    n = 4096 if device.startswith("cuda") else 384
+    x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device)
+    return lambda: None, lambda _: torch.softmax(x @ x, -1)
 
 
 def _timed(prepare: Callable, timed: Callable, device: str, flush: Callable | None) -> float:
@@ -222,3 +258,10 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 def speedup(theirs: list[float], ours_: list[float]) -> tuple[float, float, float]:
     """How many times faster we are: p10, p50, p90 of the ratio within each round."""
     return percentiles([t / o for t, o in zip(theirs, ours_, strict=False)])
+
+
+def row_speedup(theirs: Row, ours_: Row, direction: str) -> tuple[float, float, float]:
+    """`speedup` of two rows of one case: their rounds pair within each process."""
+    parts = zip(theirs.by_process(direction), ours_.by_process(direction), strict=False)
+    pairs = [pair for (a, _), (b, _) in parts for pair in zip(a, b, strict=False)]
+    return speedup(*zip(*pairs, strict=True))

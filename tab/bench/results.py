@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from .. import __version__
-from .measure import DIRECTIONS, Row, percentiles, speedup
+from .measure import DIRECTIONS, Row, percentiles, row_speedup
 from .memory import growth, tokens
 from .roofline import Roofline
 
@@ -29,6 +29,7 @@ def environment(device: str) -> dict[str, object]:
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "commit": _commit(),
+        **{key: os.environ[key] for key in ("TAB_ISA", "TAB_BACKEND") if os.environ.get(key)},
     }
     if device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -36,13 +37,19 @@ def environment(device: str) -> dict[str, object]:
 
 
 def save(
-    path: Path, rows: Iterable[Row], roofline: Roofline | None, device: str, command: str
+    path: Path,
+    rows: Iterable[Row],
+    roofline: Roofline | None,
+    device: str,
+    command: str,
+    load: dict | None = None,
 ) -> dict:
     """Writes the run atomically: everything that the tables are made of, each single time. Returns
-    the record. roofline: None where nothing is compared with it."""
+    the record. roofline: None where nothing is compared with it. load: of turns.Load."""
     record = {
         "command": command,
         "environment": environment(device),
+        "load": load,
         "roofline": roofline.to_dict() if roofline else None,
         "rows": [asdict(row) for row in rows],
     }
@@ -106,7 +113,7 @@ def _table(case: str, rows: list[Row]) -> Table:
 def _ratio(row: Row, base: Row, direction: str) -> str:
     if row is base or direction not in base.seconds:
         return ""
-    low, mid, high = speedup(row.seconds[direction], base.seconds[direction])
+    low, mid, high = row_speedup(row, base, direction)
     return f"{mid:.2f} ({low:.2f}–{high:.2f})"
 
 
@@ -124,10 +131,10 @@ def steps_table(rows: list[Row]) -> Table:
         low, mid, high = percentiles(times)
         rates = [f"{row.batch / x:,.0f}" for x in (mid, high, low)]
         control, eager = timed["none"], timed.get(row.contestant.replace("tab ", "eager ", 1))
-        over = speedup(times, control.seconds["step"]) if row is not control else None
+        over = row_speedup(row, control, "step") if row is not control else None
         wins = None
         if row.contestant.startswith("tab ") and eager and not eager.skipped:
-            wins = speedup(eager.seconds["step"], times)
+            wins = row_speedup(eager, row, "step")
         table.add_row(
             row.contestant,
             f"{rates[0]} ({rates[1]}–{rates[2]})",

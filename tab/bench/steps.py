@@ -33,7 +33,7 @@ from ..models import ImageModel, build_model
 from ..ops.local import in_window
 from ..recipe import Recipe
 from . import eager
-from .measure import Row, take_turns
+from .measure import Row, take_turns, worst_of
 
 CLASSES = 10
 TOLERANCE = 1e-3  # of the largest value, float32
@@ -74,15 +74,15 @@ def steps(
             rows.append(row)
             if label.startswith("eager"):
                 row.error, row.gradient_error = errors
-                if not max(errors) <= TOLERANCE:
-                    row.skipped = f"wrong: differs from the layer by {max(errors):.1e}"
+                if not (worst := worst_of(errors)) <= TOLERANCE:
+                    row.skipped = f"wrong: differs from the layer by {worst:.1e}"
                     continue
             step = training_step(net, config.train, x, y)
             calls[label] = (lambda: None, lambda _, step=step: step())
-    times = take_turns(calls, device, budget, min_rounds, max_rounds, None, 0)
+    times, pace = take_turns(calls, device, budget, min_rounds, max_rounds, None, 0)
     for row in rows:
         if row.contestant in times:
-            row.seconds["step"] = times[row.contestant]
+            row.timed("step", times[row.contestant], pace)
     return rows
 
 
@@ -158,7 +158,7 @@ def difference(ours: ImageModel, other: ImageModel, x: Tensor) -> tuple[float, f
         ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
         for a, b in zip(*found, strict=True)
     ]
-    return errors[0], max(errors[1:])
+    return errors[0], worst_of(errors[1:])
 
 
 def _attention(model: ImageModel, tokens: Tensor) -> list[Tensor]:
