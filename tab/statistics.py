@@ -14,6 +14,7 @@ from scipy.special import bdtr, ndtri, stdtr, stdtrit  # scipy.stats takes longe
 
 LEVEL = 0.95  # of every interval; tests call 1 − LEVEL significant
 MARGIN = 0.005  # ±0.5 points of accuracy count as equal
+SEEDS = 3  # fewer never show that two are equal
 RESAMPLES = 2000
 
 
@@ -65,12 +66,9 @@ def bootstrap_interval(
     variance (Searle, Casella and McCulloch 1992). Few resampled seeds vary too little:
     c = √(S/(S−1))·t/z gives their share the width of Student's t (Hesterberg 2015).
     """
-    seeds, images = table.shape
-    by_seed, by_image = table.mean(1), table.mean(0)
+    seeds, by_seed = len(table), table.mean(1)
     m = by_seed.mean()
-    residual = table - by_seed[:, None] - by_image + m
-    mse = (residual**2).sum() / ((seeds - 1) * (images - 1))
-    msi = seeds * by_image.var(ddof=1)
+    mse, msi = _mean_squares(table)
     f = math.sqrt(max(0.0, 1 - mse / msi)) if msi else 0.0
     c = math.sqrt(seeds / (seeds - 1)) * t_quantile(seeds) / ndtri(0.5 + LEVEL / 2)
     drawn = np.random.default_rng(seed).integers(seeds, size=means.shape)
@@ -80,24 +78,65 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def _mean_squares(table: np.ndarray) -> tuple[float, float]:
+    """MSE and MSI of a two-way table (S, N) of seeds and images."""
+    (seeds, images), by_image = table.shape, table.mean(0)
+    residual = table - table.mean(1)[:, None] - by_image + by_image.mean()
+    mse = (residual**2).sum() / ((seeds - 1) * (images - 1))
+    return float(mse), float(seeds * by_image.var(ddof=1))
+
+
 # --- tests ----------------------------------------------------------------------------------------
+# Of a mean difference m over S seeds on N images, by t = m/√(s²/S + v) with S − 1 degrees of
+# freedom: s² among the seeds' differences, v from `images_variance`. More seeds alone would test
+# what holds on these images.
 
 
-def paired_p(differences: Sequence[float]) -> float:
-    """Two-sided paired t-test over seeds. NaN with one seed, or where all differ equally: seeds
+def images_variance(table: np.ndarray) -> float:
+    """What the choice of test images adds to the variance of the mean of `table` (S ≥ 2, N ≥ 2),
+    differences −1, 0 or 1: (MSI − MSE)/(S·N), not below 0, + 2/(N + 2)².
+
+    The last as if two more images had spoken, one for each side (Bonett and Price 2012): that two
+    models answer N images alike leaves room for a difference of the order of 1/N on others.
+    """
+    (seeds, images), (mse, msi) = table.shape, _mean_squares(table)
+    return max(0.0, msi - mse) / (seeds * images) + 2 / (images + 2) ** 2
+
+
+def paired_p(differences: Sequence[float], images: float = 0.0) -> float:
+    """Two-sided paired t-test. NaN with one seed, or where all differ equally and images = 0: seeds
     that do not vary say nothing of how others would."""
-    if len(differences) < 2 or not (error := standard_error(differences)):
+    error = _error(differences, images) if len(differences) > 1 else 0.0
+    if not error:
         return math.nan
     t = abs(float(np.mean(differences))) / error
     return float(2 * stdtr(len(differences) - 1, -t))
 
 
-def equivalence_p(differences: Sequence[float], margin: float = MARGIN) -> float:
-    """Two one-sided t-tests (Schuirmann 1987) of |mean| ≥ margin, the larger p; NaN as above."""
-    if len(differences) < 2 or not (error := standard_error(differences)):
+def equivalence_p(
+    differences: Sequence[float], images: float | None, margin: float = MARGIN
+) -> float:
+    """Two one-sided t-tests (Schuirmann 1987) of |mean| ≥ margin, the larger p.
+
+    NaN, that is no test, with fewer than SEEDS seeds, whose spread is hardly known, or where the
+    images' share is not known (None). Fewer than `least_images` cannot give p ≤ 0.05.
+    """
+    if len(differences) < SEEDS or images is None:
+        return math.nan
+    if not (error := _error(differences, images)):
         return math.nan
     t = (margin - abs(float(np.mean(differences)))) / error
     return float(stdtr(len(differences) - 1, -t))
+
+
+def least_images(seeds: int, margin: float = MARGIN) -> int:
+    """From how many test images on models can be shown to be equivalent: t_{S−1}·√2/(N + 2), the
+    least that the test may leave open, is then below the margin."""
+    return math.ceil(float(stdtrit(seeds - 1, LEVEL)) * math.sqrt(2) / margin) - 2
+
+
+def _error(differences: Sequence[float], images: float) -> float:
+    return math.sqrt(standard_error(differences) ** 2 + images)
 
 
 def mcnemar_p(right: np.ndarray, control: np.ndarray) -> float:

@@ -22,7 +22,8 @@ UNDECIDED, ONE_SEED, NO_PAIRS = "undecided", "one seed: no verdict", "no seed in
 @dataclass(frozen=True)
 class Verdict:
     """Of one mechanism on one model. Accuracies run from 0 to 1; None: there is nothing to say it
-    from. p and p_equivalent are tests over seeds, p_mcnemar one over images."""
+    from. p and p_equivalent are tests over seeds, and images where each run kept its answers;
+    p_mcnemar is one over images."""
 
     model: str
     attention: str
@@ -68,8 +69,7 @@ def verdicts(runs: Sequence[Run], model: str) -> dict[str, Verdict]:
         for a, p in zip(others, corrected, strict=True):
             found[a] = replace(found[a], **{into: None if math.isnan(p) else p})
     for a in others:
-        tied = _tied(mine[a], control, answers)
-        found[a] = replace(found[a], verdict=EQUIVALENT if tied else words(found[a]))
+        found[a] = replace(found[a], verdict=words(found[a]))
     return found
 
 
@@ -140,20 +140,21 @@ def _one(
     )
     if not pairs:
         return found
-    moved, p_images = None, None
+    moved, p_images, images = None, None, None
     if have:
         a, b = (_Table.of([answers[pair[i].id] for pair in pairs]) for i in (0, 1))
         moved = _Table(a.right.astype(float) - b.right, a.resampled - b.resampled)
         p_images = st.mcnemar_p(a.right, b.right)
+        images = st.images_variance(moved.right) if len(pairs) > 1 else None
     low, high = _interval(differences, moved)
     return replace(
         found,
         difference=float(np.mean(differences)),
         difference_low=low,
         difference_high=high,
-        p=_number(st.paired_p(differences)),
+        p=_number(st.paired_p(differences, images or 0.0)),
         p_mcnemar=p_images,
-        p_equivalent=_number(st.equivalence_p(differences)),
+        p_equivalent=_number(st.equivalence_p(differences, images)),
     )
 
 
@@ -167,13 +168,3 @@ def _interval(values: list[float], table: _Table | None) -> tuple:
 
 def _number(p: float) -> float | None:
     return None if math.isnan(p) else p
-
-
-def _tied(group: dict, control: dict, answers: dict[str, _Answers]) -> bool:
-    """At least two seeds, and each image answered as rightly as by the control: one function under
-    two names, to which no test of differences applies."""
-    pairs = [(group[s].id, control[s].id) for s in group if s in control]
-    return len(pairs) > 1 and all(
-        a in answers and b in answers and np.array_equal(answers[a].right, answers[b].right)
-        for a, b in pairs
-    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 
 import numpy as np
@@ -36,8 +37,8 @@ def test_t_interval_and_paired_test_are_scipys():
 def test_seeds_that_do_not_vary_say_nothing():
     """0.1 + 0.2 − 0.3 is not 0: rounding must not pass for a spread."""
     same = [0.1 + 0.2 - 0.3, 0.0, 0.0]
-    for values in (same, [0.02, 0.02]):
-        assert math.isnan(paired_p(values)) and math.isnan(equivalence_p(values))
+    for values in (same, [0.02, 0.02, 0.02]):
+        assert math.isnan(paired_p(values)) and math.isnan(equivalence_p(values, 0.0))
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.003, -0.004, 0.02])
@@ -45,8 +46,12 @@ def test_equivalence_is_the_larger_of_two_one_sided_tests(shift):
     values = shift + np.array([-0.001, 0.0005, 0.0015, -0.0012, 0.0002])
     lower = stats.ttest_1samp(values, -MARGIN, alternative="greater").pvalue
     upper = stats.ttest_1samp(values, MARGIN, alternative="less").pvalue
-    assert equivalence_p(values) == pytest.approx(max(lower, upper), rel=1e-9)
-    assert (equivalence_p(values) < 0.05) == (abs(shift) < 0.0035)
+    assert equivalence_p(values, 0.0) == pytest.approx(max(lower, upper), rel=1e-9)
+    assert (equivalence_p(values, 0.0) < 0.05) == (abs(shift) < 0.0035)
+    # The images' share widens both; without it, or with two seeds, nothing is said.
+    assert equivalence_p(values, 1e-6) > equivalence_p(values, 0.0) or shift == 0.02
+    assert paired_p(values, 1e-6) >= paired_p(values)
+    assert math.isnan(equivalence_p(values, None)) and math.isnan(equivalence_p(values[:2], 1e-9))
 
 
 def test_mcnemar_against_the_textbook():
@@ -158,7 +163,7 @@ def test_verdicts_of_constructed_runs(runs):
     # Paired by image: narrower than the accuracy itself, whose seeds and images vary.
     assert best.difference_high - best.difference_low < best.accuracy_high - best.accuracy_low
     assert best.p < best.p_holm <= 5 * best.p and best.p_mcnemar < 1e-6
-    assert found["sparse"].p is None and found["sparse"].p_mcnemar == 1.0
+    assert found["sparse"].p == 1.0 == found["sparse"].p_mcnemar
     assert found["flex"].difference_low is None and found["flex"].p_mcnemar < 1e-6
 
 
@@ -170,7 +175,8 @@ def test_runs_that_did_not_keep_their_answers_rest_on_seeds(runs):
     by_seed = {(r.attention, r.seed): r.accuracy for r in runs}
     differences = [by_seed["self", s] - by_seed["none", s] for s in range(5)]
     assert (found["self"].difference_low, found["self"].difference_high) == t_interval(differences)
-    assert found["sparse"].verdict == UNDECIDED  # equal accuracies are not equal answers
+    # Equal accuracies are not equal answers, and of how many images is not known.
+    assert found["sparse"].verdict == UNDECIDED and found["local"].p_equivalent is None
     # With others that did, it is known of which.
     mixed = verdicts([r for r in runs if r.attention != "self"] + old, "cnn")
     assert mixed["local"].interval_over == "seeds"
@@ -199,3 +205,16 @@ def test_damaged_answers_are_named(damage, tmp_path):
     (run.path / ANSWERS).write_bytes(damage)
     with pytest.raises(ValueError, match=r"test.npz is damaged.*remove it"):
         run.right()
+
+
+def test_equal_answers_to_twenty_images_are_no_equivalence(tmp_path):
+    """Two seeds, or three: the control under another name, which nothing tells apart."""
+    right = np.arange(20) % 3 > 0
+    for seeds in (2, 3):
+        pairs = itertools.product(("none", "self"), range(seeds))
+        few = [run_of(tmp_path, a, s, right) for a, s in pairs]
+        assert verdicts(few, "cnn")["self"].verdict == UNDECIDED
+    right = np.arange(10_000) % 3 > 0
+    pairs = itertools.product(("none", "self"), range(3))
+    many = [run_of(tmp_path, a, s, right) for a, s in pairs]
+    assert verdicts(many, "cnn")["self"].verdict == EQUIVALENT

@@ -170,11 +170,13 @@ def take_turns(
     calls, device, budget, min_rounds, max_rounds, flush, seed
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Rounds in which everyone runs once, in shuffled order; slow ones stop at their budget. With
-    the times of each, those of the yardstick: one a round, at its end."""
+    the times of each, those of the yardstick: one a round, at its end, and over as long a time as
+    the others take, as a machine that is shared is busy now and idle a moment later."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    pace, beside = [], yardstick(device)
-    for prepare, timed in (*calls.values(), beside):  # warm up
-        _timed(prepare, timed, device, None)
+    warm = [_timed(*call, device, None) for call in calls.values()]
+    pace, one = [], yardstick(device)
+    took = min(_timed(*one, device, None) for _ in range(3))
+    count = round(min(max(statistics.median(warm) / took, 1), 1000)) if warm else 1
     order, shuffle = list(calls), random.Random(seed)
     gc.collect()
     for done in range(max_rounds):
@@ -184,7 +186,7 @@ def take_turns(
             break
         for name in active:
             times[name].append(_timed(*calls[name], device, flush))
-        pace.append(_timed(*beside, device, flush))
+        pace.append(sum(_timed(*one, device, flush) for _ in range(count)) / count)
     return times, pace
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..results import Grid, Run
-from ..statistics import LEVEL, MARGIN
+from ..statistics import LEVEL, MARGIN, SEEDS, least_images
 from .tables import Entry, markdown_table, ranking, statistics_table, title
 
 MATCHED = 0.02  # sizes this near to the control's count as the same
@@ -186,11 +186,13 @@ def what_it_means(ranked: dict[str, list[Entry]]) -> str:
     return (
         "Points of test accuracy. Seeds pair: with one seed all variants see the same images in "
         "the same order, and start from the same weights where no width was matched. Intervals "
-        f"are 95 % by {by}. p: paired t-test over seeds against the control, then Holm's "
-        f"correction over the mechanisms; better and worse mean p (Holm) ≤ {alpha}. McNemar: "
+        f"are 95 % by {by}. p: paired t-test against the control, whose variance is that of seeds "
+        "and, where the answers were kept, of test images; then Holm's correction over the "
+        f"mechanisms; better and worse mean p (Holm) ≤ {alpha}. McNemar: "
         "exact mid-p over images, each with the side that answers it rightly in more seeds. "
-        f"Equivalence: two one-sided t-tests of a difference within {margin}, corrected "
-        "likewise. undecided: neither a difference nor equality is shown; more seeds may show "
-        "it. A mechanism that answers each image as rightly as the control, in each seed, is "
-        "called equivalent without a test."
+        f"Equivalence: two one-sided t-tests of a difference within {margin} with the same "
+        f"variance, corrected likewise; it takes {SEEDS} seeds and the answers to at least "
+        f"{least_images(SEEDS):,} test images ({least_images(5):,} with 5 seeds), as fewer could "
+        "hide such a difference even where all answers are alike. undecided: neither a "
+        "difference nor equality is shown; more seeds or images may show it."
     )
