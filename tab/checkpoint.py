@@ -1,7 +1,8 @@
 """Files that are whole or not there: written aside, synced, renamed; read only if the sum is right.
 
-A `.pt` file is one line, "tab sha256 <hex>", then what torch.save wrote. The sum is verified before
-anything is unpickled, and then only tensors and plain values are (weights_only).
+A `.pt` file is what torch.save writes, a zip archive: torch.load(path, weights_only=True) reads it.
+Its checksum is the archive's comment, "tab sha256 <hex>", verified before anything is unpickled.
+(Version 0.1 wrote it as a line before the archive, which is still read.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 PART, LOCK = ".part", "lock"  # names of what is no result: a file half written, and `locked`'s
 _MARK = b"tab sha256 "
-_HEAD = len(_MARK) + 64 + 1
+_SUM = len(_MARK) + 64
 
 
 class Corrupt(ValueError):
@@ -45,17 +46,26 @@ def save(path: Path, state: object) -> None:
     """Writes tensors and plain values, atomically, with their checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
-    write_bytes(path, _MARK + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+    # An archive ends with the length of its comment, in two bytes, and the comment.
+    data = buffer.getvalue()[:-2] + _SUM.to_bytes(2, "little")
+    write_bytes(path, data + _sum(data))
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict:
     """What `save` wrote; Corrupt if a byte differs."""
     raw = path.read_bytes()
-    head, data = raw[:_HEAD], raw[_HEAD:]
-    if head != _MARK + hashlib.sha256(data).hexdigest().encode() + b"\n":
+    if raw.startswith(_MARK):
+        data, found = raw[_SUM + 1 :], raw[:_SUM]
+    else:
+        data, found = raw[:-_SUM], raw[-_SUM:]
+    if found != _sum(data):
         raise Corrupt(f"{path} is truncated or altered ({len(raw)} bytes): its checksum differs")
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    whole = data if raw.startswith(_MARK) else raw
+    return torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
+
+
+def _sum(data: bytes) -> bytes:
+    return _MARK + hashlib.sha256(data).hexdigest().encode()
 
 
 @contextlib.contextmanager

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import operator
+import pickle
 import textwrap
 import tomllib
+import types
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import safetensors
 import tomli_w
 
 from .checkpoint import Corrupt, locked, write_bytes
@@ -25,7 +30,7 @@ from .config import check_keys, check_type
 FORMAT = 1  # a file without it is of a time before there was another
 FAULTS = (  # what reading damaged content raises, here or in a library
     *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
-    zipfile.BadZipFile,
+    *(zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError),
 )
 
 
@@ -137,6 +142,10 @@ def begun(out: Path, file: str, what: str, *, new: bool) -> Iterator[Path]:
 def check(where: str, value: object, kind: object):
     """`value`, a ValueError if it is no `kind`: a TypedDict, which may hold more than it names; a
     dataclass, which may not; list[…]; dict[str, …]; or what `check_type` knows."""
+    if types.NoneType in typing.get_args(kind):  # "… | None"
+        if value is None:
+            return None
+        kind = functools.reduce(operator.or_, set(typing.get_args(kind)) - {types.NoneType})
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
         check_type(where, value, dict)

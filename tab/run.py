@@ -1,8 +1,9 @@
 """One run between its epochs: what it is made of, its rows, and its state on disk.
 
 A run directory holds run.json (config, status, environment, summary), rows.jsonl (one line an
-epoch), checkpoint.pt while it runs (all that the next epoch needs) and at the end model.pt and,
-where the test set was scored, test.npz: each test image's class and what it was taken for.
+epoch), checkpoint.pt while it runs (all that the next epoch needs) and at the end model.safetensors
+(tab/weights.py) and, where the test set was scored, test.npz: each test image's class and what it
+was taken for.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from .batches import Batches
 from .config import RunConfig, Train
 from .data import Dataset
 from .environment import environment, peak_memory
-from .files import write_json, write_text
+from .files import reading, write_json, write_text
 from .flops import forward_flops
 from .memory import keep_freed_memory
 from .models import build_model, parameter_count
 from .results import ANSWERS
 from .splits import splits
 from .step import Steps
+from .weights import FILE, save_weights
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ class Run:
     def write(self) -> None:
         """What others read: the rows, and at the end the weights, answers and summary."""
         if self.status == "done":
-            checkpoint.save(self.out / "model.pt", weights(self.model))
+            about = {"config": self.config.to_dict(), "classes": list(self.dataset.classes)}
+            about |= {k: getattr(self.test, k).tolist() for k in ("mean", "scale")}
+            save_weights(self.out / FILE, weights(self.model), about)
             if self.rows[-1]["test_accuracy"] is not None:
                 self._save_answers()
         write_text(self.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -173,12 +177,14 @@ class Run:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return
-        try:
-            state = checkpoint.load(path, self.device)
-        except checkpoint.Corrupt as error:
-            warnings.warn(f"{error}; this run starts again from its first epoch", stacklevel=3)
-            return
-        self.load(state)
+        way_out = "remove it, and this run starts again from its first epoch"
+        with reading(path, way_out):
+            try:
+                state = checkpoint.load(path, self.device)
+            except checkpoint.Corrupt as error:
+                warnings.warn(f"{error}; this run starts again from its first epoch", stacklevel=3)
+                return
+            self.load(state)
 
     def _describe(self) -> None:
         run = {

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from . import checkpoint
 from .config import RunConfig, Train
 from .data import Dataset
+from .files import reading
 from .results import read_rows
 from .run import Outcome, Run, random_of
 from .splits import splits
@@ -132,15 +133,16 @@ def _restore(runs: dict[int, Run], path: Path) -> None:
     """Back to the last complete epoch of all; to the start if it is damaged."""
     if not path.exists():
         return
-    try:
-        states = checkpoint.load(path, next(iter(runs.values())).device)
-    except checkpoint.Corrupt as error:
-        warnings.warn(f"{error}; these runs start again from their first epoch", stacklevel=4)
-        return
-    for run in runs.values():
-        state = states[run.config.id]
-        run.load(state)
-        run.status = state["status"]
+    with reading(path, "remove it, and these runs start again from their first epoch"):
+        try:
+            states = checkpoint.load(path, next(iter(runs.values())).device)
+        except checkpoint.Corrupt as error:
+            warnings.warn(f"{error}; these runs start again from their first epoch", stacklevel=4)
+            return
+        for run in runs.values():
+            state = states[run.config.id]
+            run.load(state)
+            run.status = state["status"]
 
 
 class _Group:

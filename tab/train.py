@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
+from .checkpoint import Corrupt
 from .config import RunConfig
 from .data import Dataset
+from .files import reading
 from .models import ImageModel, build_model
-from .results import RunFile, read_rows, read_run_file
+from .results import RunFile, again, read_rows, read_run_file
 from .run import Outcome, Run, place
+from .weights import FILE, load_weights
 
 
 def train(
@@ -53,18 +56,53 @@ def train(
         return run.outcome()
 
 
-def load_trained(out: Path, device: str | torch.device = "cpu") -> tuple[ImageModel, RunConfig]:
-    """The model of a finished run, in eval mode, and its config."""
+def load_model(run: str | Path, device: str | torch.device = "cpu") -> ImageModel:
+    """The trained model of a finished run, on `device` and in eval mode.
+
+    run: its directory, as of `tab train` or one of runs/ of a comparison; or a model.safetensors
+    from there, which is enough by itself and says how to prepare images (tab/weights.py).
+    The model takes x (B, 3, 32, 32) and gives logits (B, classes).
+    ValueError, OSError: there is no such run, it has not ended well, or a file is damaged.
+    """
+    return load_trained(run, device)[0]
+
+
+def load_trained(
+    out: str | Path, device: str | torch.device = "cpu"
+) -> tuple[ImageModel, RunConfig]:
+    """`load_model`, and the run's config."""
     out = Path(out)
+    path, way_out = out, "fetch it again"
+    if not out.is_file():
+        path, way_out = _model_of(out), again(out)
+    if path.name == OLD:
+        try:
+            weights, about = checkpoint.load(path), read_run_file(out)
+        except Corrupt as error:
+            raise Corrupt(f"{error}; {way_out}") from None
+    else:
+        weights, about = load_weights(path, way_out)
+    with reading(path, way_out):
+        config = RunConfig.from_dict(about["config"])
+        model = build_model(config, len(about["classes"]))
+        model.load_state_dict(weights)
+    return place(model, torch.device(device)).eval(), config
+
+
+OLD = "model.pt"  # of version 0.1
+
+
+def _model_of(out: Path) -> Path:
+    """The file with the weights of the run in the directory `out`."""
     run = read_run_file(out)
     if not run:
         raise ValueError(f"{out} holds no run: there is no run.json in it")
     if run["status"] != "done":
         raise ValueError(f"the run in {out} is {run['status']}, it has no trained model")
-    config = RunConfig.from_dict(run["config"])
-    model = build_model(config, len(run["classes"]))
-    model.load_state_dict(checkpoint.load(out / "model.pt"))
-    return place(model, torch.device(device)).eval(), config
+    path = next((out / name for name in (FILE, OLD) if (out / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{out} has lost its {FILE}: {again(out)}")
+    return path
 
 
 def found_run(

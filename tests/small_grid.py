@@ -49,7 +49,8 @@ def numbers(out: Path) -> list[list[dict]]:
 
 
 def weights(out: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in sorted(out.glob("runs/*/model.pt"))}
+    paths = sorted(out.glob("runs/*/model.safetensors"))
+    return {path.parent.name: path.read_bytes() for path in paths}
 
 
 def same(out: Path, unbroken: Path, before: dict[str, int]) -> None:

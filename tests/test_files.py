@@ -96,6 +96,7 @@ class Shape(TypedDict):
     state: Literal["on", "off"]
     score: float | None
     more: NotRequired[int]
+    last: NotRequired[list[str] | None]
 
 
 GOOD = {"name": "x", "parts": ["a"], "sizes": {"b": [1, 2.5]}, "state": "on", "score": None}
@@ -113,6 +114,9 @@ GOOD = {"name": "x", "parts": ["a"], "sizes": {"b": [1, 2.5]}, "state": "on", "s
         ({"sizes": {"b": ["1"]}}, "it: sizes = '1': give float"),
         ({"state": "broken"}, "give 'on', 'off'"),
         ({"more": "4"}, "it: more"),
+        ({"last": None}, None),
+        ({"last": ["a"]}, None),
+        ({"last": [1]}, "it: last = 1: give str"),
         ({"format": 2}, "a later TAB (format 2; this one reads 1): update TAB, or remove it"),
         ({"format": "new"}, "format = 'new'"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tab import checkpoint
@@ -115,7 +116,7 @@ def test_batch_norm_stands_still_after_the_first_epoch(tmp_path):
     resumed = train(config, dataset, tmp_path / "run", resume=True)
     whole = train(config, dataset, tmp_path / "unbroken", resume=True)
     assert resumed.rows[-1]["test_loss"] == whole.rows[-1]["test_loss"]
-    end = checkpoint.load(tmp_path / "run" / "model.pt")
+    end = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(one[k], end[k]) for k in means)
 
 

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tasks import children
 from test_train import SMALL, TIMES, split
 from torch import nn
@@ -16,7 +17,6 @@ from typer.testing import CliRunner
 
 import tab.run
 import tab.seeds
-from tab import checkpoint
 from tab.cli import app
 from tab.compare import Plan, Watcher, compare
 from tab.data import Dataset, load_dataset
@@ -59,7 +59,7 @@ def together(configs, dataset, out, **options):
 
 
 def saved(out, config):
-    return checkpoint.load(out / config.id / "model.pt")
+    return load_file(out / config.id / "model.safetensors")
 
 
 def numbers(outcome):
@@ -165,11 +165,11 @@ def test_stopped_and_resumed_is_the_unbroken_group(model, attention, dataset, tm
     for config in configs:
         a, b = (saved(tmp_path / name, config) for name in ("whole", "parts"))
         assert all(torch.equal(a[key], b[key]) for key in a)
-    before = [(tmp_path / "parts" / c.id / "model.pt").stat().st_mtime_ns for c in configs]
+    before = [(tmp_path / "parts" / c.id / "model.safetensors").stat().st_mtime_ns for c in configs]
     assert numbers(together(configs, dataset, tmp_path / "parts", resume=True)[1]) == numbers(
         whole[1]
     )
-    after = [(tmp_path / "parts" / c.id / "model.pt").stat().st_mtime_ns for c in configs]
+    after = [(tmp_path / "parts" / c.id / "model.safetensors").stat().st_mtime_ns for c in configs]
     assert before == after  # finished seeds are not trained again
 
 
@@ -253,7 +253,7 @@ def test_the_trained_model_of_a_seed_comes_back(dataset, tmp_path):
     assert found[1].summary["parameters"] == sum(p.numel() for p in model.parameters())
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     # One seed's weights, not the stack that they are a view of.
-    assert (tmp_path / configs[1].id / "model.pt").stat().st_size < 1.5 * size + 30_000
+    assert (tmp_path / configs[1].id / "model.safetensors").stat().st_size < 1.5 * size + 30_000
 
 
 # --- layers of others -----------------------------------------------------------------------------
@@ -346,9 +346,11 @@ def test_compare_trains_groups_and_resumes(tmp_path):
     runs = compare(Plan.load(out), data, out)
     assert [run.status for run in runs] == ["done"] * 6
     assert [run.rows[0]["seeds_at_once"] for run in runs] == [2, 2, 2, 2, 1, 1]
-    stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.pt")}
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")}
     compare(Plan.load(out), data, out)
-    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.pt")}
+    assert stamps == {
+        path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")
+    }
 
 
 def test_a_killed_process_costs_the_group_nothing(tmp_path):
@@ -371,7 +373,9 @@ def test_a_killed_process_costs_the_group_nothing(tmp_path):
     assert killed and {"mlp-none-s1"} <= {name for name, _ in epochs}
     for a, b in zip(whole, runs, strict=True):
         assert numbers(a) == numbers(b) and b.status == "done"
-        assert (a.path / "model.pt").read_bytes() == (b.path / "model.pt").read_bytes()
+        assert (a.path / "model.safetensors").read_bytes() == (
+            b.path / "model.safetensors"
+        ).read_bytes()
 
 
 def test_the_command_says_that_times_are_shares(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tasks import until
 from typer.testing import CliRunner
 
@@ -20,7 +21,6 @@ from kill_sweep import DATA, result  # noqa: E402
 from small_sweep import MULTI, SELF, Count, begin, read, tab_sweep, whole  # noqa: E402
 
 import tab.sweep  # noqa: E402
-from tab import checkpoint  # noqa: E402
 from tab.cli import app  # noqa: E402
 from tab.data import load_dataset  # noqa: E402
 from tab.executor import Processes  # noqa: E402
@@ -76,7 +76,7 @@ def test_promotion_from_checkpoints_is_training_from_scratch(done, dataset, tmp_
         for mine, theirs in zip(whole.rows, rows, strict=True):
             for key in ("train_loss", "validation_loss", "learning_rate"):
                 assert mine[key] == theirs[key]
-        a, b = (checkpoint.load(d / "model.pt") for d in (tmp_path / pair[1], folder))
+        a, b = (load_file(d / "model.safetensors") for d in (tmp_path / pair[1], folder))
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 

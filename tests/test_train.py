@@ -82,7 +82,7 @@ def test_it_learns_and_leaves_what_it_promises(model, recipe, dataset, tmp_path)
     assert tested == ([True] * 6 if recipe == "document" else [False] * 5 + [True])
     assert (seen[0]["validation_loss"] is None) == (recipe == "document")
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"run.json", "rows.jsonl", "model.pt", "test.npz", "lock"}
+    assert files == {"run.json", "rows.jsonl", "model.safetensors", "test.npz", "lock"}
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "done" and run["summary"] == outcome.summary
     assert run["environment"]["torch"] == torch.__version__
