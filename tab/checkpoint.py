@@ -68,6 +68,15 @@ def _sum(data: bytes) -> bytes:
     return _MARK + hashlib.sha256(data).hexdigest().encode()
 
 
+def digest(*paths: Path) -> str:
+    """SHA-256 over that of each file."""
+    found = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`; the system drops the lock if the process dies."""

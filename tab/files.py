@@ -168,7 +168,10 @@ def check(where: str, value: object, kind: object):
 
 def _required(kind: type) -> list[str]:
     if typing.is_typeddict(kind):
-        return sorted(kind.__required_keys__)
+        # Where annotations are strings, __required_keys__ holds what is NotRequired too.
+        hints = typing.get_type_hints(kind, include_extras=True)
+        optional = {k for k, hint in hints.items() if typing.get_origin(hint) is typing.NotRequired}
+        return sorted(kind.__required_keys__ - optional)
     none = dataclasses.MISSING
     fields = dataclasses.fields(kind)
     return [f.name for f in fields if f.default is none and f.default_factory is none]

@@ -1,6 +1,8 @@
 """How trained models take what they were not trained on, measured once a run: robustness.json.
 
-Sections, each written when it is done and measured again only under other settings:
+Sections, each written when it is done and measured again only under other settings. These hold what
+it was measured on, too: the data set's fingerprint, how many images, the official files' sum, and
+the sum of the weights.
 
     noise             accuracy against Gaussian noise on the input
     calibration       expected calibration error
@@ -12,11 +14,12 @@ Sections, each written when it is done and measured again only under other setti
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -27,13 +30,39 @@ from .attacks import ALPHA, EPSILON, LARGE, STEPS, attacked
 from .batches import Batches
 from .corruptions import OFFICIAL, OWN, SEVERITIES, check_cifar10c, cifar10c, cifar101, corrupt
 from .data import Dataset, Split
+from .files import check, read_json, reading, write_json
+from .results import read_run_file
 from .splits import splits
-from .train import load_trained
+from .train import load_trained, model_of
 
 NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # σ, in standard deviations of the training images
 BINS = 15
 FILE = "robustness.json"
 Section = tuple[str, dict, Callable[[nn.Module, Batches], dict]]  # name, settings, measure
+LATER = ("data", "images", "model")  # settings that older files do not state
+
+
+class Curve(TypedDict):
+    accuracy: list[float]
+
+
+class Calibration(TypedDict):
+    ece: float
+
+
+class Attacks(TypedDict):
+    fgsm: float
+    pgd: float
+    random: float
+    images: int
+    suspicions: list[str]
+
+
+class NewTest(TypedDict):
+    accuracy: float
+
+
+KINDS = {"calibration": Calibration, "attacks": Attacks, "cifar10.1": NewTest}  # else a Curve
 
 
 @dataclass(frozen=True)
@@ -57,17 +86,20 @@ def measure(
 
     options None: the noise alone, which every report shows.
     """
-    sections = list(_sections(dataset, options))
+    if (described := read_run_file(run)) and described["data"][
+        "fingerprint"
+    ] != dataset.fingerprint:
+        trained_on = described["data"]
+        raise ValueError(
+            f"the run in {run} was trained on {trained_on['name']} "
+            f"({trained_on['fingerprint']}), not on {dataset.name} ({dataset.fingerprint})"
+        )
+    model_is = weights_of(run)
+    sections = [(s, {**of, "model": model_is}, f) for s, of, f in _sections(dataset, options)]
     if not _missing(read(run), sections):
         return read(run)
     with checkpoint.locked(run):
         model, config = load_trained(run, device)
-        trained_on = json.loads((run / "run.json").read_text())["data"]
-        if trained_on["fingerprint"] != dataset.fingerprint:
-            raise ValueError(
-                f"the run in {run} was trained on {trained_on['name']} "
-                f"({trained_on['fingerprint']}), not on {dataset.name} ({dataset.fingerprint})"
-            )
         model.requires_grad_(False)  # attacks want gradients of images alone
         test = splits(config, dataset, torch.device(device))[2]
         found = read(run)
@@ -76,13 +108,29 @@ def measure(
             if progress:
                 progress(i, len(missing), f"{run.name}: {name}")
             found[name] = {"settings": settings, **of(model, test)}
-            checkpoint.write_bytes(run / FILE, json.dumps(found, indent=1).encode())
+            write_json(run / FILE, found)
     return found
 
 
 def _missing(found: dict, sections: list[Section]) -> list[Section]:
     """Those not measured yet, or under other settings."""
-    return [s for s in sections if found.get(s[0], {}).get("settings") != s[1]]
+    return [s for s in sections if s[0] not in found or differing(found[s[0]]["settings"], s[1])]
+
+
+def differing(settings: dict, other: dict) -> list[str]:
+    """The keys in which two measurements differ. Older ones do not state LATER: they were made on
+    the data of their run."""
+    unstated = {key for key in LATER if key not in settings or key not in other}
+    keys = dict.fromkeys((*settings, *other))
+    return [k for k in keys if k not in unstated and settings.get(k) != other.get(k)]
+
+
+def weights_of(run: Path) -> str:
+    """The sum of a finished run's weights."""
+    return checkpoint.digest(model_of(run))
+
+
+official_sum = functools.cache(checkpoint.digest)  # of two gigabytes, in one process once
 
 
 def read(run: Path) -> dict:
@@ -90,35 +138,41 @@ def read(run: Path) -> dict:
     path = run / FILE
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and measure again") from None
+    way_out = "remove it, and measure again"
+    found = read_json(path, dict, way_out)
+    with reading(path, way_out):
+        for name, section in found.items():
+            check(name, section, KINDS.get(name, Curve))
+            check(f"{name}: settings", section.setdefault("settings", {}), dict)
+    return found
 
 
 def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:
-    yield "noise", {"sigma": list(NOISE), "seed": 0}, _noise
+    on = {"data": dataset.fingerprint, "images": len(dataset.test)}
+    yield "noise", {"sigma": list(NOISE), "seed": 0, **on}, _noise
     if options is None:
         return
-    yield "calibration", {"bins": BINS}, lambda *a: {"ece": calibration_error(*answers(*a))}
-    settings = {"images": min(options.images, len(dataset.test)), "seed": 0}
+    calibration = {"bins": BINS, **on}
+    yield "calibration", calibration, lambda *a: {"ece": calibration_error(*answers(*a))}
+    settings = on | {"images": min(options.images, len(dataset.test)), "seed": 0}
     settings |= {"epsilon": EPSILON, "alpha": ALPHA, "steps": STEPS, "large": LARGE}
     yield "attacks", settings, lambda model, test: attacked(model, test, settings["images"])
     if options.cifar10c:
         check_cifar10c(options.cifar10c, dataset)
+        folder = options.cifar10c
         for name in OFFICIAL:
-            yield (
-                f"cifar10c/{name}",
-                {},
-                partial(_severities, partial(cifar10c, options.cifar10c, name)),
-            )
+            files = {"files": official_sum(folder / f"{name}.npy", folder / "labels.npy")}
+            yield f"cifar10c/{name}", files, partial(_severities, partial(cifar10c, folder, name))
     else:
         for kind, (_, levels) in OWN.items():
             made = partial(_own, dataset.test, kind)
-            yield f"own/{kind}", {"levels": list(levels), "seed": 0}, partial(_severities, made)
+            drawn = {"levels": list(levels), "seed": 0, **on}
+            yield f"own/{kind}", drawn, partial(_severities, made)
     if options.cifar101:
         version, split = cifar101(options.cifar101, dataset)
-        yield "cifar10.1", {"version": version}, partial(_on, split)
+        parts = (f"cifar10.1_{version}_{part}.npy" for part in ("data", "labels"))
+        files = {"files": official_sum(*(options.cifar101 / part for part in parts))}
+        yield "cifar10.1", {"version": version, **files}, partial(_on, split)
 
 
 def _own(test: Split, kind: str, severity: int) -> Split:

@@ -74,7 +74,7 @@ def load_trained(
     out = Path(out)
     path, way_out = out, "fetch it again"
     if not out.is_file():
-        path, way_out = _model_of(out), again(out)
+        path, way_out = model_of(out), again(out)
     if path.name == OLD:
         try:
             weights, about = checkpoint.load(path), read_run_file(out)
@@ -92,7 +92,7 @@ def load_trained(
 OLD = "model.pt"  # of version 0.1
 
 
-def _model_of(out: Path) -> Path:
+def model_of(out: Path) -> Path:
     """The file with the weights of the run in the directory `out`."""
     run = read_run_file(out)
     if not run:

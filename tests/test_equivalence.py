@@ -1,4 +1,4 @@
-"""Tests whose variance is that of seeds and of images: what few of either can show, by simulation."""
+"""Tests whose variance is that of seeds and images: what few of either can show, by simulation."""
 
 import math
 

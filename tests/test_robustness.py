@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tab import attacks, corruptions
+from tab import attacks, corruptions, robustness
 from tab._cifar10 import CLASSES
 from tab.attacks import EPSILON, attacked, fgsm, pgd
 from tab.batches import Batches
@@ -18,10 +19,11 @@ from tab.data import Dataset, Split, load_dataset
 from tab.layers import attention_names
 from tab.models import build_model
 from tab.recipe import load_recipe
-from tab.report.robustness import corrupted, corruption_error, robustness_section, severity_picture
-from tab.results import Run, trained_runs
-from tab.robustness import FILE, Options, calibration_error, instead, measure, read
+from tab.results import trained_runs
+from tab.robustness import FILE, NOISE, Options, calibration_error, instead, measure, read
 from tab.train import train
+from tab.weights import FILE as weights_file
+from tab.weights import load_weights, save_weights
 
 TINY = {
     **{"train.epochs": 1, "train.batch_size": 20, "data.images": 60, "data.validation": 20},
@@ -272,45 +274,49 @@ def test_what_cannot_be_measured(trained, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"was trained on shapes:100/20 .* not on .*\(other\)"):
         measure(trained, other, Options(11))
     (tmp_path / FILE).write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"robustness.json is damaged.*remove it, and measure"):
+        read(tmp_path)
+    (tmp_path / FILE).write_text('{"own/blur": {"accuracy": 0.5}}')
+    with pytest.raises(ValueError, match=r"own/blur: accuracy = 0.5.*remove it, and measure"):
         read(tmp_path)
     with pytest.raises(ValueError, match="holds no comparison"):
         trained_runs(tmp_path)
 
 
-# --- report ---------------------------------------------------------------------------------------
+def test_what_was_measured_on_something_else_is_measured_again(official, cifar, tmp_path):
+    config = load_recipe("quick", TINY | {"train.batch_size": 5, "data.validation": 0,
+        "data.images": 0, "evaluate.split": "test"}).run("mlp", "none", 0)  # fmt: skip
+    run, options = tmp_path / "run", Options(10, tmp_path / "official", None)
+    images = torch.randint(256, (10, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+    cifar = dataclasses.replace(cifar, train=Split(images, torch.arange(10)))
+    shutil.copytree(official, tmp_path / "official")
+    train(config, cifar, run)
+    first = measure(run, cifar, options)
+    assert first["noise"]["settings"]["data"] == cifar.fingerprint
+    seen = []
+    again = lambda: measure(run, cifar, options, progress=lambda i, n, s: seen.append(s))  # noqa: E731
+    assert again() == first and not seen
+    # Other files in the same folder, as a process of tomorrow finds them.
+    fog = np.full((10, 32, 32, 3), 255, np.uint8)
+    np.save(tmp_path / "official" / "fog.npy", fog)
+    robustness.official_sum.cache_clear()
+    again()
+    assert [s.split()[-1] for s in seen] == ["cifar10c/fog"]
+    # Other weights in the same directory: nothing of the old ones is left.
+    weights, about = load_weights(run / weights_file, "")
+    save_weights(run / weights_file, {k: v + 0.1 for k, v in weights.items()}, about)
+    seen.clear()
+    assert set(again()) == {s.split()[-1] for s in seen}
 
 
-def test_the_report_shows_what_is_there(tmp_path):
-    def run_of(attention, accuracy, suspicions=()) -> Run:
-        path = tmp_path / f"cnn-{attention}-s0"
-        path.mkdir()
-        attack = {"fgsm": 0.2, "pgd": 0.1, "random": 0.6, "images": 100}
-        found = {f"own/{kind}": {"accuracy": [accuracy] * 5} for kind in OWN}
-        found |= {"attacks": {**attack, "suspicions": list(suspicions)}}
-        (path / FILE).write_text(json.dumps(found | {"calibration": {"ece": 0.05}}))
-        return Run("cnn", attention, 0, path, "done")
-
-    def read_all(*runs):
-        return runs, {run.id: read(run.path) for run in runs}
-
-    control, variant = run_of("none", 0.5), run_of("self", 0.6, ["gradients vanish"])
-    text = robustness_section([control, variant])
-    assert "| Self-Attention | 5.0 | 20.0 | 10.0 | 60.0 | 60.0 | 80.0 |" in text
-    assert "| Control | 5.0 | 20.0 | 10.0 | 60.0 | 50.0 | 100.0 |" in text
-    assert "not CIFAR-10-C" in text and "CIFAR-10.1" not in text and "100 test images" in text
-    assert "- gradients vanish: `cnn-self-s0`" in text and "no measure of robustness" in text
-    assert "No sign of masked gradients" in robustness_section([control])
-    assert "mean over 5 kinds" in severity_picture(tmp_path / "s.png", *read_all(control, variant))
-    assert (tmp_path / "s.png").is_file()
-    bare = Run("cnn", "none", 1, tmp_path / "gone", "done")
-    assert robustness_section([bare]) == "" == severity_picture(tmp_path / "t.png", *read_all(bare))
-
-
-def test_mce_by_hand():
-    kinds = ("a", "b")
-    control = {"c/a": {"accuracy": [0.5] * 5}, "c/b": {"accuracy": [0.8] * 5}}
-    found = {"c/a": {"accuracy": [0.75] * 5}, "c/b": {"accuracy": [0.6] * 5}}
-    assert corruption_error(found, control, "c", kinds) == pytest.approx((0.5 + 2) / 2)
-    assert corrupted(found, "c", kinds) == pytest.approx(0.675)
-    assert corrupted({}, "c", kinds) is None is corruption_error({}, control, "c", kinds)
+def test_a_file_of_before_is_read_and_kept(trained, dataset, tmp_path):
+    """It states neither data nor weights; what it does state is compared."""
+    run = tmp_path / trained.name
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns(FILE))
+    noise = {"settings": {"sigma": list(NOISE), "seed": 0}, "accuracy": [0.25] * 6, "images": 20}
+    (run / FILE).write_text(json.dumps({"noise": noise, "cifar10c/fog": {"settings": {},
+                            "accuracy": [0.5] * 5}}))  # fmt: skip
+    assert measure(run, dataset, None)["noise"]["accuracy"] == [0.25] * 6
+    other = dataclasses.replace(dataset, fingerprint="other")
+    with pytest.raises(ValueError, match="was trained on"):  # also where nothing is to be measured
+        measure(run, other, None)

@@ -12,11 +12,12 @@ from ..data import Dataset
 from ..identity import identity
 from ..recipe import load_recipe
 from ..results import Grid, Run, made_with, read_runs
-from ..robustness import measure
+from ..robustness import measure, weights_of
 from ..splits import splits
 from ..train import load_trained
 from . import markdown, pictures
 from .charts import NOTE, Group, charts, looks
+from .comparable import comparable
 from .html import html
 from .identity import identity_section
 from .published import beside, published_charts, published_picture, published_section
@@ -62,11 +63,12 @@ def write_report(
         # It may have been trained on another machine.
         device = grid.device if torch.cuda.is_available() else "cpu"
         found[run.id] = measure(run.path, dataset, None, device=device)
+    found, left = comparable(found, {run.id: weights_of(run.path) for run in done})
     if done:
         if progress:
             progress(len(done), len(done), "pictures")
         heading = f"accuracy against input noise ({len(dataset.test):,} test images)"
-        noise = {name: f["noise"] for name, f in found.items()}
+        noise = {name: f["noise"] for name, f in found.items() if "noise" in f}
         pictures.noise(folder / "noise.png", done, noise, heading)
         shown["noise"] = "Test accuracy against Gaussian noise on the input"
         if caption := severity_picture(folder / "severity.png", done, found):
@@ -74,6 +76,7 @@ def write_report(
         for model in dict.fromkeys(run.model for run in done):
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     sections = _sections(out, runs, grid, dataset)
+    sections.append(robustness_section(runs, found, left))
     if trials:
         sections.append(trials_section(trials, told(sweep)))
     path = out / "report.md"
@@ -97,7 +100,7 @@ def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[
     sections = [identity_section(identity(recipe, grid.models, grid.attentions), runs)]
     if grid.recipe == "published":
         sections.insert(0, published_section(runs, dataset.note))
-    return [*sections, robustness_section(runs)]
+    return sections
 
 
 def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:

@@ -74,7 +74,7 @@ def looks(attentions: Iterable[str]) -> dict[str, dict]:
 
 def _noise(found: Found) -> Callable[[Run], tuple[list[float], list[float]]]:
     def points(run: Run) -> tuple[list[float], list[float]]:
-        if run.id not in found:
+        if "noise" not in found.get(run.id, {}):
             return [], []
         noise = found[run.id]["noise"]
         return noise["settings"]["sigma"], [100 * a for a in noise["accuracy"]]
@@ -123,7 +123,7 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
         "flops": ("FLOPs per image", False, lambda e: e.flops),
         "noise": (
             *("mean accuracy under noise (%)", True),
-            mean(lambda f: float(np.mean(f["noise"]["accuracy"][1:]))),
+            mean(lambda f: float(np.mean(f["noise"]["accuracy"][1:])) if "noise" in f else None),
         ),
         "pgd": (pgd, True, mean(lambda f: f.get("attacks", {}).get("pgd"))),
     }

@@ -10,7 +10,6 @@ import numpy as np
 from ..attacks import EPSILON, STEPS
 from ..corruptions import OFFICIAL, OWN, SEVERITIES
 from ..results import Run
-from ..robustness import read
 from .pictures import curves
 from .tables import Mean, markdown_lines, title
 
@@ -19,18 +18,21 @@ Found = dict[str, dict]  # robustness.json of one run
 Value = Callable[[Found, Found | None], float | None]  # of a run and the control of its seed
 
 
-def robustness_section(runs: list[Run]) -> str:
-    """A table for each model; "" where nothing but noise was measured."""
-    done = {run.id: (run, read(run.path)) for run in runs if run.status == "done"}
+def robustness_section(runs: list[Run], measured: dict[str, Found], left: list[str]) -> str:
+    """A table for each model; "" where nothing but noise was measured. measured, left: from
+    `comparable`."""
+    done = {run.id: (run, measured[run.id]) for run in runs if run.id in measured}
     parts, everything = [], []
     for model in dict.fromkeys(run.model for run, _ in done.values()):
         mine = [(run, found) for run, found in done.values() if run.model == model]
         everything += [found for _, found in mine]
         if table := _table(mine):
             parts += [f"**{model.upper()}**", table]
-    if not parts:
-        return ""
-    return "\n\n".join(["## Robustness", *parts, _words(everything), *_suspicious(done)])
+    if parts:
+        parts += [_words(everything), *_suspicious(done)]
+    if left:
+        parts.append("**Left out, as it was not measured as the others:**\n" + "\n".join(left))
+    return "\n\n".join(["## Robustness", *parts]) if parts else ""
 
 
 def _table(mine: list[tuple[Run, Found]]) -> str:
