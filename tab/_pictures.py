@@ -1,150 +1,187 @@
-"""Pictures from a folder or a tar archive, train/<class>/* and test/<class>/*, as uint8 arrays.
+"""Pictures train/<class>/* and test/<class>/* of a folder or archive, as uint8 arrays.
 
-An archive is read in memory and never unpacked to disk, so nothing in it can reach outside.
-Any JPEG or PNG is taken: turned as its EXIF says, transparency laid over white, grey, palette, CMYK
-and 16-bit grey converted to RGB, and stretched to a square whatever its proportions.
+Without a folder `test`, the pictures in `val` are the test set, and the note says so. Hidden files
+and folders are no part of a set; other files that are no pictures are passed over, and counted and
+named in the note.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import lzma
 import os
-import tarfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import UnidentifiedImageError
 
-SPLITS = ("train", "test")
+from ._decode import ENDINGS, NAMES, decode, looks_like_picture
+from ._tree import FILE, FOLDER, LOST, Archive, Fetch, Folder, shown, stamp, visible
+
+TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
 BLOCK = 250  # pictures decoded by a thread between two reports of progress
 LAYOUT = "wanted are pictures train/<class>/* and test/<class>/*"
 Pair = tuple[np.ndarray, np.ndarray]  # images uint8 (N, side, side, 3), labels int64 (N,)
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
-def key(path: Path) -> str:
-    """Another string as soon as a file comes, goes, or changes its size or time."""
-    if path.is_file():
-        stat = path.stat()
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-    digest = hashlib.sha256()
-    for folder, entries in _scan(path).items():
-        for entry in entries:
-            stat = entry.stat()
-            digest.update(f"{folder}/{entry.name}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+def is_set(entries: dict[str, str]) -> bool:
+    """Whether the folder that holds these is a data set."""
+    return entries.get(TRAIN) == FOLDER and any(entries.get(name) == FOLDER for name in TESTS)
+
+
+@dataclass
+class Layout:
+    """Where the pictures of a set lie."""
+
+    test: str  # the folder that is the test set
+    other: list[str]  # those that might be as well, and are not read
+    files: dict[str, list[str]] = field(default_factory=dict)  # {"train/cat": names}
+    skipped: list[str] = field(default_factory=list)  # no pictures, by name and place
+
+
+def scan(tree: Folder | Archive, base: str) -> Layout:
+    """The files of the set in the folder `base`. ValueError names what lies where it must not."""
+    tests = [name for name in TESTS if tree.list(base).get(name) == FOLDER]
+    found = Layout(tests[0], tests[1:])
+    for split in (TRAIN, found.test):
+        for name, kind in visible(tree.list(_join(base, split))).items():
+            if kind == FOLDER:
+                found.files[f"{split}/{name}"] = _files(tree, base, f"{split}/{name}", found)
+            elif kind == FILE and _meant(name):
+                raise ValueError(f"{_at(tree, base, split, name)} is in no class folder; {LAYOUT}")
+            else:
+                found.skipped.append(_not_lost(tree, base, f"{split}/{name}", kind))
+    return found
+
+
+def _files(tree: Folder | Archive, base: str, folder: str, found: Layout) -> list[str]:
+    names = []
+    for name, kind in visible(tree.list(_join(base, folder))).items():
+        if kind == FOLDER:
+            raise ValueError(
+                f"{_at(tree, base, folder, name)} is a folder within a class; {LAYOUT}"
+            )
+        if kind == FILE:
+            names.append(name)
+        else:
+            found.skipped.append(_not_lost(tree, base, f"{folder}/{name}", kind))
+    return names
+
+
+def _not_lost(tree: Folder | Archive, base: str, name: str, kind: str) -> str:
+    if kind == LOST:
+        raise ValueError(
+            f"{_at(tree, base, name)} is a link to nothing that is here; put the file in its "
+            "place, or remove it"
+        )
+    return name
+
+
+def nothing(tree: Folder | Archive) -> str:
+    """Why there is no data set in the tree, in words."""
+    folder, entries = "", visible(tree.list(""))
+    while list(entries.values()) == [FOLDER] and not {TRAIN, *TESTS} & set(entries):
+        folder = _join(folder, *entries)
+        entries = visible(tree.list(folder))
+    missing = "'train'" if entries.get(TRAIN) != FOLDER else "'test' (nor 'val')"
+    here = ", ".join(map(shown, list(entries)[:8])) or "nothing"
+    return (
+        f"{_at(tree, folder)} has no folder {missing}, it holds {here}; {LAYOUT}, or the Python "
+        "version of CIFAR-10 or CIFAR-100"
+    )
+
+
+def key(tree: Folder, base: str) -> str:
+    """Another string as soon as a file comes, goes or changes."""
+    found = scan(tree, base)
+    digest = hashlib.sha256(repr((found.test, found.other, found.skipped)).encode())
+    for folder, names in found.files.items():
+        for name in names:
+            line = f"{folder}/{name}\0{stamp(tree.path / base / folder / name)}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def read(
-    path: Path, order: tuple[str, ...], side: int, progress: Progress | None
+    tree: Folder | Archive,
+    base: str,
+    order: tuple[str, ...],
+    side: int,
+    progress: Progress | None,
 ) -> tuple[tuple[str, ...], Pair, Pair, str]:
     """(classes, train, test, note); classes in `order` if they are just those, else sorted."""
-    if path.is_dir():
-        found = {folder: [entry.name for entry in part] for folder, part in _scan(path).items()}
-
-        def fetch(name: str) -> bytes:
-            return (path / name).read_bytes()
-    else:
-        found, fetch = _read_archive(path)
-    classes = _classes(path, found, order)
-    names, labels = [], []
-    for split in SPLITS:
+    found = scan(tree, base)
+    fetch = tree.read([_join(base, d, name) for d, names in found.files.items() for name in names])
+    for folder, names in found.files.items():
+        for name in names[:]:
+            if not _meant(name) and not looks_like_picture(fetch(_join(base, folder, name), 16)):
+                names.remove(name)
+                found.skipped.append(f"{folder}/{name}")
+    classes = _classes(tree, base, found, order)
+    names, labels, counts = [], [], []
+    for split in (TRAIN, found.test):
         for label, name in enumerate(classes):
-            files = sorted(found[f"{split}/{name}"])
-            names += [f"{split}/{name}/{file}" for file in files]
+            files = found.files[f"{split}/{name}"]
+            names += [_join(base, split, name, file) for file in files]
             labels += [label] * len(files)
-    images, resized = _decode_all(path, names, fetch, side, progress)  # (train + test, side, side)
-    n = sum(name.startswith("train/") for name in names)
-    note = f"pictures from {path.name}: {n:,} train, {len(names) - n:,} test"
+        counts.append(len(names))
+    images, resized = _decode_all(tree, names, fetch, side, progress)  # (train + test, side, side)
+    n, both = counts[0], np.asarray(labels, np.int64)
+    note = _note(tree, found, names, n, resized, side)
+    return tuple(map(shown, classes)), (images[:n], both[:n]), (images[n:], both[n:]), note
+
+
+def _note(
+    tree: Folder | Archive, found: Layout, names: list[str], train: int, resized: int, side: int
+) -> str:
+    note = f"pictures from {shown(tree.path.name)}: {train:,} train, {len(names) - train:,} test"
     if resized:
         note += f", {resized:,} of them resized to {side}×{side}"
+    if found.test != "test":
+        note += f"; there is no folder test: the pictures in {found.test} are the test set"
+    if found.other:
+        note += f"; not read: {', '.join(found.other)}"
+    if found.skipped:
+        one, few = len(found.skipped) == 1, ", ".join(map(shown, found.skipped[:3]))
+        what = "file that is no picture" if one else "files that are no pictures"
+        more = ", …" * (len(found.skipped) > 3)
+        note += f"; skipped {len(found.skipped):,} {what}: {few}{more}"
     if any(name.lower().endswith((".jpg", ".jpeg")) for name in names):
         note += "; lossy JPEG: accuracy can differ a little from that on the original pixels"
-    both = np.asarray(labels, np.int64)
-    return classes, (images[:n], both[:n]), (images[n:], both[n:]), note
+    return note
 
 
-def _scan(path: Path) -> dict[str, list[os.DirEntry]]:
-    """{"train/cat": its files} of a folder."""
-    found = {}
-    for split in SPLITS:
-        if not (path / split).is_dir():
-            here = ", ".join(entry.name for entry in _visible(path)[:8]) or "nothing"
-            raise ValueError(f"{path} has no folder {split!r}, it holds {here}; {LAYOUT}")
-        for folder in _visible(path / split):
-            if not folder.is_dir():
-                raise ValueError(f"{folder.path} is no class folder; remove it: {LAYOUT}")
-            found[f"{split}/{folder.name}"] = _visible(folder.path)
-            for entry in found[f"{split}/{folder.name}"]:
-                if entry.is_dir():
-                    raise ValueError(f"{entry.path} is a folder within a class; {LAYOUT}")
-    return found
-
-
-def _visible(folder: str | Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-
-
-def _read_archive(path: Path) -> tuple[dict[str, list[str]], Callable[[str], bytes]]:
-    """({"train/cat": file names}, name -> bytes); folders above train and test do not matter."""
-    found: dict[str, list[str]] = {}
-    contents: dict[str, bytes] = {}
-    end = 0
-    try:
-        with tarfile.open(path) as archive:  # read in order: each byte is unpacked once
-            for member in archive:
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                parts = PurePosixPath(member.name).parts
-                if member.isdir() and len(parts) > 1 and parts[-2] in SPLITS:
-                    found.setdefault("/".join(parts[-2:]), [])
-                if not member.isfile() or parts[-1].startswith("."):
-                    continue
-                if any(part in SPLITS for part in parts[:-3]):
-                    raise ValueError(f"{path}: {member.name} lies too deep; {LAYOUT}")
-                if len(parts) > 2 and parts[-3] in SPLITS:
-                    contents["/".join(parts[-3:])] = archive.extractfile(member).read()
-                    found.setdefault("/".join(parts[-3:-1]), []).append(parts[-1])
-            # tarfile takes an archive cut between two members for whole. Wanted are the empty block
-            # after the last one, and the checksum at the very end of a compressed file.
-            if archive.fileobj.tell() < end + tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("its end is missing")
-            while archive.fileobj.read(2**20):
-                pass
-    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        raise ValueError(
-            f"{path} is no whole tar archive ({error}); copy or fetch it again"
-        ) from error
-    return found, contents.__getitem__
-
-
-def _classes(path: Path, found: dict[str, list[str]], order: tuple[str, ...]) -> tuple[str, ...]:
+def _classes(
+    tree: Folder | Archive, base: str, found: Layout, order: tuple[str, ...]
+) -> tuple[str, ...]:
+    path = _at(tree, base)
     train, test = (
-        {name.split("/")[1] for name in found if name.startswith(f"{split}/")} for split in SPLITS
+        {name.split("/")[1] for name in found.files if name.startswith(f"{split}/")}
+        for split in (TRAIN, found.test)
     )
-    for here, there, names in (("train", "test", train - test), ("test", "train", test - train)):
+    pairs = ((TRAIN, found.test, train - test), (found.test, TRAIN, test - train))
+    for here, there, names in pairs:
         if names:
             raise ValueError(
-                f"{path}: {here} has the classes {', '.join(sorted(names))}, {there} has not; "
-                "both need the same class folders"
+                f"{path}: {here} has the classes {', '.join(map(shown, sorted(names)))}, {there} "
+                "has not; both need the same class folders"
             )
     if len(train) < 2:
         raise ValueError(f"{path} has {len(train)} classes, but 2 or more are needed; {LAYOUT}")
-    for name, files in found.items():
+    for name, files in found.files.items():
         if not files:
-            raise ValueError(f"{path / name} is empty; add pictures, or remove the class from both")
+            raise ValueError(
+                f"{_at(tree, base, name)} is empty; add pictures, or remove the class from both"
+            )
     return order if train == set(order) else tuple(sorted(train))
 
 
 def _decode_all(
-    path: Path,
+    tree: Folder | Archive,
     names: list[str],
-    fetch: Callable[[str], bytes],
+    fetch: Fetch,
     side: int,
     progress: Progress | None,
 ) -> tuple[np.ndarray, int]:
@@ -154,12 +191,12 @@ def _decode_all(
     def block(start: int) -> int:
         resized = 0
         for i, name in enumerate(names[start : start + BLOCK], start):
+            data = fetch(name)
             try:
-                images[i], other = _decode(fetch(name), side)
-            # Pillow raises SyntaxError for a broken PNG.
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                images[i], other = decode(data, side)
+            except Exception as error:  # Pillow raises whatever its readers stumble over
                 raise ValueError(
-                    f"{path / name} is no whole JPEG or PNG ({error}); replace or remove it"
+                    f"{_at(tree, name)} is no whole picture ({_short(error)}); replace or remove it"
                 ) from error
             resized += other
         return resized
@@ -173,16 +210,19 @@ def _decode_all(
     return images, total
 
 
-def _decode(data: bytes, side: int) -> tuple[np.ndarray, bool]:
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        other = image.size != (side, side)
-        if other:
-            image = image.resize((side, side), Image.Resampling.BICUBIC)
-        return np.asarray(image), other
+def _short(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory
+        return f"it does not begin as one; {NAMES} can be read"
+    return str(error) or type(error).__name__
+
+
+def _meant(name: str) -> bool:
+    return name.lower().endswith(ENDINGS)
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _at(tree: Folder | Archive, *parts: str) -> str:
+    return shown(tree.path.joinpath(*parts))

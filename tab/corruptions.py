@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._cifar10 import CLASSES
+from ._cifar import CLASSES
 from .data import SIDE, Dataset, Split
 
 SEVERITIES = 5

@@ -10,70 +10,24 @@ import difflib
 import hashlib
 import os
 import re
-import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import _cache, _pictures, shapes
-from . import _cifar10 as _cifar10_files
+from . import _cache, _cifar, _pictures, shapes
+from ._dataset import Dataset, Split, dataset_of
+from ._tree import FILE, Archive, Folder, is_archive, locate, open_tree, shown, stamp
 from .executor import Shared
+
+__all__ = ["Dataset", "Split", "describe", "hold_out", "load_dataset", "share", "statistics"]
 
 SIDE = 32
 Progress = Callable[[int, int, str], None]  # (done, total, what)
-
-
-@dataclass(frozen=True)
-class Split:
-    """images uint8 (N, 32, 32, 3), labels int64 (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self):
-        images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
-            raise ValueError(
-                f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}"
-            )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels must be int64 ({len(images)},), one for each image; "
-                f"got {labels.dtype} {tuple(labels.shape)}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A training and a test split; `note` says what it is and is shown beside every result."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-    note: str
-    fingerprint: str  # of all images, labels and class names
-
-    def __post_init__(self):
-        for name, split in (("train", self.train), ("test", self.test)):
-            counts = torch.bincount(split.labels, minlength=len(self.classes)).tolist()
-            if len(counts) > len(self.classes):
-                raise ValueError(
-                    f"{self.name}, {name}: label {len(counts) - 1}, but there are only "
-                    f"{len(self.classes)} classes: {', '.join(self.classes)}"
-                )
-            if 0 in counts:
-                raise ValueError(
-                    f"{self.name}, {name}: no image of class {self.classes[counts.index(0)]!r}; "
-                    "each class needs at least one in train and in test"
-                )
+# What a folder or archive can hold, and what tells it by the entries of a folder.
+KINDS = {"pictures": _pictures.is_set, **_cifar.KINDS}
 
 
 def load_dataset(
@@ -87,8 +41,9 @@ def load_dataset(
 
     "cifar10": the official files, fetched and checksummed by torchvision (download=False: only if
     already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. A folder,
-    or a tar archive of one (.tar, .tar.gz, .tar.xz, …): pictures train/<class>/*, test/<class>/*,
-    JPEG or PNG, stretched to 32×32; read in memory, never unpacked to disk.
+    or an archive of one (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), at whatever depth: pictures
+    train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM; stretched to 32×32), or
+    the official Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to disk.
     ValueError or OSError name the file at fault and the way out.
     """
     root = Path(root or os.environ.get("TAB_DATA") or "data")
@@ -98,8 +53,8 @@ def load_dataset(
     if spec == "shapes" or spec.startswith("shapes:"):
         return _shapes(spec)
     path = Path(spec).expanduser()
-    if path.is_dir() or (path.is_file() and tarfile.is_tarfile(path)):
-        return _from_pictures(path, root, progress)
+    if path.is_dir() or is_archive(path):
+        return _from_files(path, root, progress)
     raise ValueError(_unknown(spec, path))
 
 
@@ -185,16 +140,6 @@ def describe(dataset: Dataset) -> list[tuple[str, str]]:
     ]
 
 
-def _dataset(name: str, classes, train, test, note: str) -> Dataset:
-    """From numpy pairs (images, labels)."""
-    digest = hashlib.sha256("\n".join(classes).encode())
-    for array in (*train, *test):
-        digest.update(repr(array.shape).encode())
-        digest.update(array.data)
-    splits = (Split(*map(torch.from_numpy, pair)) for pair in (train, test))
-    return Dataset(name, tuple(classes), *splits, note, digest.hexdigest()[:16])
-
-
 def _shapes(spec: str, seed: int = 0) -> Dataset:
     sizes = re.fullmatch(r"shapes(?::(\d+)/(\d+))?", spec)
     if not sizes or any(n and int(n) < len(shapes.CLASSES) for n in sizes.groups()):
@@ -203,7 +148,7 @@ def _shapes(spec: str, seed: int = 0) -> Dataset:
             f"least {len(shapes.CLASSES)}, e.g. 'shapes:4000/1000'"
         )
     train, test = (int(n) for n in sizes.groups()) if ":" in spec else (10000, 2000)
-    return _dataset(
+    return dataset_of(
         spec,
         shapes.CLASSES,
         shapes.draw(train, seed=seed, stream=0),
@@ -236,28 +181,52 @@ def _cached(file: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
 
 def _cifar10(root: Path, download: bool) -> Dataset:
     def make() -> Dataset:
-        train, test = _cifar10_files.read(root, download)
-        note = "CIFAR-10, the official files"
-        return _dataset("cifar10", _cifar10_files.CLASSES, train, test, note)
+        return dataset_of("cifar10", *_cifar.official(root, download))
 
     return _cached(root / "cache" / "cifar10.npz", "cifar10", make)
 
 
-def _from_pictures(path: Path, root: Path, progress: Progress | None) -> Dataset:
+def _from_files(path: Path, root: Path, progress: Progress | None) -> Dataset:
     path = path.resolve()
 
     def make() -> Dataset:
-        read = _pictures.read(path, _cifar10_files.CLASSES, SIDE, progress)
-        return _dataset(f"folder:{path.name}", *read)
+        tree = open_tree(path)
+        kind, base = _located(tree)
+        if kind == "pictures":
+            read = _pictures.read(tree, base, _cifar.CLASSES, SIDE, progress)
+        else:
+            read = _cifar.read(tree, kind, base)
+        return dataset_of(f"folder:{shown(path.name)}", *read)
 
-    place = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    file = root / "cache" / f"{path.name}-{place}.npz"
-    return _cached(file, _pictures.key(path), make)
+    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    file = root / "cache" / f"{shown(path.name)[:40]}-{place}.npz"
+    return _cached(file, _key(path), make)
+
+
+def _key(path: Path) -> str:
+    """Another string as soon as a file of the set comes, goes or changes."""
+    if path.is_file():
+        return stamp(path)
+    tree = Folder(path)
+    kind, base = _located(tree)
+    if kind == "pictures":
+        return _pictures.key(tree, base)
+    files = sorted(name for name, what in tree.list(base).items() if what == FILE)
+    return "\n".join(f"{name} {stamp(path / base / name)}" for name in files)
+
+
+def _located(tree: Folder | Archive) -> tuple[str, str]:
+    if found := locate(tree, KINDS):
+        return found
+    raise ValueError(_pictures.nothing(tree))
 
 
 def _unknown(spec: str, path: Path) -> str:
     if path.is_file():
-        return f"{spec} is no whole tar archive (nor a folder), fetch it again; {_pictures.LAYOUT}"
+        return (
+            f"{shown(spec)} is no whole tar archive or zip archive (nor a folder), fetch it again; "
+            f"{_pictures.LAYOUT}"
+        )
     known = ["cifar10", "shapes"]
     if path.parent.is_dir():
         known += [str(path.parent / entry.name) for entry in os.scandir(path.parent)]
@@ -265,5 +234,5 @@ def _unknown(spec: str, path: Path) -> str:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
         f"no data set {spec!r}{hint} Choose cifar10, shapes, shapes:TRAIN/TEST, or an existing "
-        "folder or tar archive with train/<class>/* and test/<class>/*"
+        "folder or archive (tar, zip) with train/<class>/* and test/<class>/*"
     )

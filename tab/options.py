@@ -11,7 +11,9 @@ from .terminal import bar
 
 Data = Annotated[
     str | None,
-    typer.Option(help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures."),
+    typer.Option(
+        help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures or of CIFAR."
+    ),
 ]
 RecipeName = Annotated[
     str | None,

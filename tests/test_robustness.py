@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tab import attacks, corruptions, robustness
-from tab._cifar10 import CLASSES
+from tab._cifar import CLASSES
 from tab.attacks import EPSILON, attacked, fgsm, pgd
 from tab.batches import Batches
 from tab.corruptions import OFFICIAL, OWN, cifar10c, cifar101, corrupt

@@ -1,0 +1,70 @@
+"""What an image set is in memory: uint8 (N, 32, 32, 3) in RGB, labels, class names."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """images uint8 (N, 32, 32, 3), labels int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self):
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+            raise ValueError(
+                f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 ({len(images)},), one for each image; "
+                f"got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if len(labels) and labels.min() < 0:
+            raise ValueError(f"labels are the numbers of classes, from 0; got {int(labels.min())}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split; `note` says what it is and is shown beside every result."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    note: str
+    fingerprint: str  # of all images, labels and class names
+
+    def __post_init__(self):
+        for name, split in (("train", self.train), ("test", self.test)):
+            counts = torch.bincount(split.labels, minlength=len(self.classes)).tolist()
+            if len(counts) > len(self.classes):
+                raise ValueError(
+                    f"{self.name}, {name}: label {len(counts) - 1}, but there are only "
+                    f"{len(self.classes)} classes: {', '.join(self.classes)}"
+                )
+            if 0 in counts:
+                raise ValueError(
+                    f"{self.name}, {name}: no image of class {self.classes[counts.index(0)]!r}; "
+                    "each class needs at least one in train and in test"
+                )
+
+
+def dataset_of(name: str, classes, train, test, note: str) -> Dataset:
+    """From numpy pairs (images, labels)."""
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for array in (*train, *test):
+        digest.update(repr(array.shape).encode())
+        digest.update(array.data)
+    splits = (Split(*map(torch.from_numpy, pair)) for pair in (train, test))
+    return Dataset(name, tuple(classes), *splits, note, digest.hexdigest()[:16])
