@@ -3,6 +3,9 @@
 //
 //     C (M, N) = A·B or C += A·B      A (M, K) row-major, or Aᵀ given as (K, M); B (K, N) row-major
 //
+// C += A·B adds the whole product, not one term after the other: a sum over tiles of tokens is then
+// as exact as one of its tiles. `low` (M, N; strides of C) makes that addition compensated (add_to).
+//
 // A register tile of TAB_TILE_ROWS × 2 vectors (6×16 floats on AVX2, 8×32 on AVX-512) stays in
 // registers over all of K. N counts whole vectors: rows of B and C are padded (padded<A>(n)) and
 // the padding of B holds zeros. A needs no padding. Nothing is packed here: the caller stages B in
@@ -10,15 +13,20 @@
 
 namespace tab::TAB_ISA {
 
+/// x + n, or null.
+template <class A>
+TAB_INLINE A* beside(A* x, int64_t n) {
+  return x == nullptr ? x : x + n;
+}
+
 template <bool transposed, int rows, int columns, class A>
 TAB_INLINE void gemm_tile(int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c,
-                          int64_t ldc, bool accumulate) {
+                          int64_t ldc, bool accumulate, A* low) {
   Vec<A> sum[rows][columns];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < columns; ++j)
-      sum[i][j] = accumulate ? load(c + i * ldc + j * W<A>) : Vec<A>{};
+    for (int j = 0; j < columns; ++j) sum[i][j] = Vec<A>{};
   for (int64_t p = 0; p < k; ++p) {
     Vec<A> row[columns];
 #pragma GCC unroll 2
@@ -33,38 +41,59 @@ TAB_INLINE void gemm_tile(int64_t k, const A* a, int64_t lda, const A* b, int64_
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < columns; ++j) store(c + i * ldc + j * W<A>, sum[i][j]);
+    for (int j = 0; j < columns; ++j) {
+      const int64_t at = i * ldc + j * W<A>;
+      if (accumulate)
+        add_to<A>(c + at, sum[i][j], beside(low, at));
+      else
+        store(c + at, sum[i][j]);
+    }
 }
 
 template <bool transposed, int columns, class A>
 static void gemm_panel(int64_t m, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c,
-                       int64_t ldc, bool accumulate) {
+                       int64_t ldc, bool accumulate, A* low = nullptr) {
   constexpr int rows = TAB_TILE_ROWS;
   const int64_t step = transposed ? 1 : lda;  // from one row of A to the next
   int64_t i = 0;
   for (; i + rows <= m; i += rows)
-    gemm_tile<transposed, rows, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc,
-                                         accumulate);
+    gemm_tile<transposed, rows, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate,
+                                         beside(low, i * ldc));
   if (rows > 4 && i + 4 <= m) {
-    gemm_tile<transposed, 4, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    gemm_tile<transposed, 4, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate,
+                                      beside(low, i * ldc));
     i += 4;
   }
   if (i + 2 <= m) {
-    gemm_tile<transposed, 2, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    gemm_tile<transposed, 2, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate,
+                                      beside(low, i * ldc));
     i += 2;
   }
   if (i < m)
-    gemm_tile<transposed, 1, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    gemm_tile<transposed, 1, columns>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate,
+                                      beside(low, i * ldc));
 }
 
 /// C (m, n) = A·B, or C += A·B; with `transposed` A is read from (k, m) storage. n % W<A> == 0.
 template <bool transposed = false, class A>
 TAB_INLINE void gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b,
-                     int64_t ldb, A* c, int64_t ldc, bool accumulate) {
+                     int64_t ldb, A* c, int64_t ldc, bool accumulate, A* low = nullptr) {
   int64_t j = 0;
   for (; j + 2 * W<A> <= n; j += 2 * W<A>)
-    gemm_panel<transposed, 2>(m, k, a, lda, b + j, ldb, c + j, ldc, accumulate);
-  if (j < n) gemm_panel<transposed, 1>(m, k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+    gemm_panel<transposed, 2>(m, k, a, lda, b + j, ldb, c + j, ldc, accumulate, beside(low, j));
+  if (j < n)
+    gemm_panel<transposed, 1>(m, k, a, lda, b + j, ldb, c + j, ldc, accumulate, beside(low, j));
+}
+
+/// y += P·x, or Pᵀ·x, for the lower triangle P (count, count), term by term: x may hold NaN or ∞,
+/// which must not meet the zeros above the diagonal.
+template <bool transposed, class A>
+static __attribute__((noinline)) void lower_times(int64_t count, int64_t width, const A* p,
+                                                  int64_t ldp, const A* x, A* y) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      add_scaled(y + (transposed ? j : i) * width, p[i * ldp + j],
+                 x + (transposed ? i : j) * width, width);
 }
 
 /// y (columns, padded rows) = xᵀ of x (rows, columns), the padding zeroed.

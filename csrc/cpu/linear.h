@@ -12,6 +12,7 @@ struct Linear {
   int64_t tile, segments, length;  // tokens in a tile; segments of a sequence, tokens in each
   int map;                         // φ: 0 elu + 1, 1 relu, 2 identity
   bool causal, stream;             // stream: outputs too large for the caches are written past them
+  bool compensated;                // sums of segments this long keep what additions round away
   double eps;
   const uint8_t* mask;  // (B, N) or null
   Rows q, k, v, o, grad, dq, dk, dv;
@@ -85,8 +86,8 @@ struct States {
 inline int64_t scratch_size(const Linear& a, int64_t lanes) {
   using S = States<float>;
   const int64_t wide = S::up(a.d > a.e ? a.d : a.e, lanes), tile = S::up(a.tile, lanes);
-  return 8 * Arena<float>::cost(tile * wide) + Arena<float>::cost(wide * wide) +
-         Arena<float>::cost(tile * tile) + 4 * Arena<float>::cost(tile + wide);
+  return 8 * Arena<float>::cost(tile * wide) + 3 * Arena<float>::cost(wide * wide) +
+         Arena<float>::cost(tile * tile) + 6 * Arena<float>::cost(tile + wide);
 }
 
 inline Linear prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -111,6 +112,7 @@ inline Linear prepare(const char* op, const Tensor& q, const Tensor& k, const Te
   const int64_t wanted = segments(a.b * a.h, tiles);
   a.length = (tiles + wanted - 1) / wanted * a.tile;
   a.segments = (a.n + a.length - 1) / a.length;
+  a.compensated = a.length > LONG;
   return a;
 }
 

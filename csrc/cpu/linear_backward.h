@@ -7,7 +7,7 @@ namespace tab::TAB_ISA {
 template <class T, int64_t fixed>
 TAB_INLINE void cotangents(const Segment<T, fixed>& s, int64_t t, int64_t count,
                            const acc_t<T>* inverses, acc_t<T>* g) {
-  Segment<T, fixed>::values(s.a.grad, s, t, count, g);
+  Segment<T, fixed>::values(s.a.grad, s, nullptr, t, count, g);
   for (int64_t i = 0; i < count; ++i) multiply(g + i * s.ep, inverses[i], s.ep);
 }
 
@@ -29,26 +29,30 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
   A *vt = arena.take(e * tp), *p = arena.take(a.tile * tp), *r = arena.take(a.tile);
   A *den = arena.take(a.tile), *seen = arena.take(dp);
   A *z = static_cast<A*>(state) + d * ep, *dsum = static_cast<A*>(dstate);
+  A *low = lost(a, arena, d * ep), *low_z = lost(a, arena, dp);
+  A* low_st = a.causal ? lost(a, arena, e * dp) : nullptr;
   transpose(d, e, static_cast<A*>(state), ep, st, dp);  // (Dv, Dp)
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
     S::features(a.q, s, nullptr, t, count, fq);
     if (a.causal) S::features(a.k, s, a.mask, t, count, fk);
-    S::values(a.grad, s, t, count, g);
-    __builtin_memcpy(seen, z, dp * sizeof(A));  // z as the first token of the tile finds it
+    S::values(a.grad, s, nullptr, t, count, g);
+    drop_queries(s, t, count, fq);
+    __builtin_memcpy(seen, z, dp * sizeof(A));  // z as each token of the tile finds it
     for (int64_t i = 0; i < count; ++i) {
-      if (a.causal) add_scaled(z, A(1), fk + i * dp, dp);
-      den[i] = inverse(dot(fq + i * dp, z, dp) + static_cast<A>(a.eps));
+      if (a.causal) add_scaled(seen, A(1), fk + i * dp, dp);
+      den[i] = inverse(dot(fq + i * dp, seen, dp) + static_cast<A>(a.eps));
       multiply(g + i * ep, den[i], ep);
     }
     gemm(count, dp, e, g, ep, st, dp, df, dp, false);
     if (a.causal) {
-      S::values(a.v, s, t, count, v);
+      S::values(a.v, s, a.mask, t, count, v);
       transpose(count, e, v, ep, vt, padded<A>(count));
       triangle<A>(count, e, g, ep, vt, nullptr, p);
       triangle_times<false>(count, dp, p, fk, df);
-      gemm<true>(e, dp, count, v, ep, fk, dp, st, dp, true);
+      gemm<true>(e, dp, count, v, ep, fk, dp, st, dp, true, low_st);
     }
+    __builtin_memcpy(seen, z, dp * sizeof(A));
     for (int64_t i = 0; i < count; ++i) {  // df is S g: with φ(q) it gives g·o/inverse
       if (a.causal) add_scaled(seen, A(1), fk + i * dp, dp);
       r[i] = -den[i] * dot(fq + i * dp, df + i * dp, dp);
@@ -56,12 +60,13 @@ static void queries(const Linear& a, int64_t task, void* state, void* dstate, vo
       write_gradient(S::row(a.dq, s, t + i), d, df + i * dp, fq + i * dp, slope, a.stream);
     }
     if (a.causal) {
+      add_rows<A>(z, nullptr, fk, count, dp, low_z);
       A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
       for (int64_t i = 0; i < count; ++i) notes[i] = den[i], notes[a.n + i] = r[i];
     }
     if (dstate != nullptr) {
-      gemm<true>(d, ep, count, fq, dp, g, ep, dsum, ep, true);
-      add_rows<A>(dsum + d * ep, r, fq, count, dp);
+      gemm<true>(d, ep, count, fq, dp, g, ep, dsum, ep, true, low);
+      add_rows<A>(dsum + d * ep, r, fq, count, dp, low_z);
     }
   }
   fence();
@@ -85,11 +90,14 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
   A *dst = arena.take(e * dp), *turned = arena.take(tp * (d > e ? d : e));
   A *p = arena.take(a.tile * tp);
   A *dsum = static_cast<A*>(dstate), *dz = dsum + d * ep;
+  A *low = nullptr, *low_st = nullptr, *low_z = nullptr;
+  if (a.causal)
+    low = lost(a, arena, d * ep), low_st = lost(a, arena, e * dp), low_z = lost(a, arena, dp);
   transpose(d, e, dsum, ep, dst, dp);  // (Dv, Dp)
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t t = s.from + tile * a.tile, count = t + a.tile < s.to ? a.tile : s.to - t;
     S::features(a.k, s, a.mask, t, count, fk);
-    S::values(a.v, s, t, count, v);
+    S::values(a.v, s, a.mask, t, count, v);
     gemm(count, ep, d, fk, dp, dsum, ep, dv, ep, false);
     for (int64_t i = 0; i < count; ++i) __builtin_memcpy(df + i * dp, dz, dp * sizeof(A));
     gemm(count, dp, e, v, ep, dst, dp, df, dp, true);
@@ -97,6 +105,7 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
       const A* notes = static_cast<A*>(a.notes) + 2 * (s.b * a.h + s.h) * a.n + t;
       const A* r = notes + a.n;
       S::features(a.q, s, nullptr, t, count, fq);
+      drop_queries(s, t, count, fq);
       cotangents<T, fixed>(s, t, count, notes, g);
       transpose(count, d, fk, dp, turned, padded<A>(count));
       triangle<A>(count, d, fq, dp, turned, nullptr, p);
@@ -104,9 +113,9 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
       transpose(count, e, v, ep, turned, padded<A>(count));
       triangle<A>(count, e, g, ep, turned, r, p);
       triangle_times<true>(count, dp, p, fq, df);
-      gemm<true>(d, ep, count, fq, dp, g, ep, dsum, ep, true);
-      gemm<true>(e, dp, count, g, ep, fq, dp, dst, dp, true);
-      add_rows<A>(dz, r, fq, count, dp);
+      gemm<true>(d, ep, count, fq, dp, g, ep, dsum, ep, true, low);
+      gemm<true>(e, dp, count, g, ep, fq, dp, dst, dp, true, low_st);
+      add_rows<A>(dz, r, fq, count, dp, low_z);
     }
     for (int64_t i = 0; i < count; ++i) {
       if (a.mask != nullptr && !a.mask[s.b * a.n + t + i]) clear(df + i * dp, dp);

@@ -11,7 +11,7 @@ namespace tab::TAB_ISA {
 template <int map, class A>
 TAB_INLINE Vec<A> feature(Vec<A> x) {
   if (map == 0) return x > 0 ? x + 1 : exp<A>(x);  // elu(x) + 1
-  return map == 1 ? maximum<A>(x, Vec<A>{}) : x;
+  return map == 1 ? maximum<A>(Vec<A>{}, x) : x;
 }
 
 /// φ'(x) out of φ(x): 1 above an edge and a multiple of φ below it. For elu1, φ > 1 where x > 0,
@@ -77,28 +77,43 @@ struct Segment {
     if (s.a.map == 1) load_features<1, fixed>(p, x.n, next, step, m, count, s.a.d, f);
     if (s.a.map == 2) load_features<2, fixed>(p, x.n, next, step, m, count, s.a.d, f);
   }
-  /// y (count, Ep) = rows t, t+1, … as they are.
-  TAB_INLINE void values(const Rows& x, const Segment& s, int64_t t, int64_t count, A* y) {
+  /// y (count, Ep) = rows t, t+1, … as they are; masked rows are 0: φ(k) = 0 does not hide a NaN.
+  TAB_INLINE void values(const Rows& x, const Segment& s, const uint8_t* mask, int64_t t,
+                         int64_t count, A* y) {
     const int64_t e = fixed ? fixed : s.a.e, ep = padded<A>(e);
     for (int64_t i = 0; i < count; ++i) {
+      if (mask != nullptr && !mask[s.b * s.a.n + t + i]) {
+        clear(y + i * ep, ep);
+        continue;
+      }
       prefetch_row(row(x, s, t + i + AHEAD), e);
       load_row(row(x, s, t + i), e, y + i * ep);
     }
   }
 };
 
-/// z += Σ_i w_i·f_i over the rows f (count, padded width); w null for ones.
+/// φ(q) = 0 where a token is masked and its output has no cotangent: whatever its q holds, nobody
+/// learns of it.
+template <class T, int64_t fixed>
+static void drop_queries(const Segment<T, fixed>& s, int64_t t, int64_t count, acc_t<T>* fq) {
+  const uint8_t* mask = s.a.mask == nullptr ? nullptr : s.a.mask + s.b * s.a.n + t;
+  for (int64_t i = 0; mask != nullptr && i < count; ++i)
+    if (!mask[i] && all_zero(Segment<T, fixed>::row(s.a.grad, s, t + i), s.a.e))
+      clear(fq + i * s.dp, s.dp);
+}
+
+/// z += Σ_i w_i·f_i over the rows f (count, padded width); w null for ones, `low` as in add_to.
 template <class A>
-static void add_rows(A* z, const A* w, const A* f, int64_t count, int64_t width) {
+static void add_rows(A* z, const A* w, const A* f, int64_t count, int64_t width, A* low) {
   for (int64_t j = 0; j < width; j += W<A>) {
-    Vec<A> even = load(z + j), odd{};
+    Vec<A> even{}, odd{};
     int64_t i = 0;
     for (; i + 2 <= count; i += 2) {
       even += load(f + i * width + j) * (w == nullptr ? A(1) : w[i]);
       odd += load(f + (i + 1) * width + j) * (w == nullptr ? A(1) : w[i + 1]);
     }
     if (i < count) even += load(f + i * width + j) * (w == nullptr ? A(1) : w[i]);
-    store(z + j, even + odd);
+    add_to<A>(z + j, even + odd, beside(low, j));
   }
 }
 
@@ -153,6 +168,7 @@ static void triangle(int64_t count, int64_t width, const A* x, int64_t ldx, cons
 template <bool transposed, class A>
 static void triangle_times(int64_t count, int64_t width, const A* p, const A* x, A* y) {
   const int64_t tp = padded<A>(count);
+  if (!all_finite(x, count * width)) return lower_times<transposed>(count, width, p, tp, x, y);
   for (int64_t i = 0; i < count; i += 16) {
     const int64_t rows = i + 16 < count ? 16 : count - i;
     if (transposed)
@@ -168,6 +184,15 @@ TAB_INLINE A inverse(A den) {
   return den == 0 ? A(0) : 1 / den;
 }
 
+/// Zeros for what the sums of a segment round away, or null where they are short.
+template <class A>
+TAB_INLINE A* lost(const Linear& a, Arena<A>& arena, int64_t n) {
+  if (!a.compensated) return nullptr;
+  A* low = arena.take(n);
+  clear(low, n);
+  return low;
+}
+
 // --- steps ----------------------------------------------------------------------------------------
 
 /// state += Σ over the segment of φ(k) vᵀ and φ(k).
@@ -181,12 +206,13 @@ static void keys(const Linear& a, int64_t task, void* state, void* scratch) {
   Arena<A> arena{static_cast<A*>(scratch)};
   A *fk = arena.take(a.tile * dp), *v = arena.take(a.tile * ep);
   A *sum = static_cast<A*>(state), *z = sum + d * ep;
+  A *low = lost(a, arena, d * ep), *low_z = lost(a, arena, dp);
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
     S::features(a.k, s, a.mask, t, count, fk);
-    S::values(a.v, s, t, count, v);
-    gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true);
-    add_rows<A>(z, nullptr, fk, count, dp);
+    S::values(a.v, s, a.mask, t, count, v);
+    gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true, low);
+    add_rows<A>(z, nullptr, fk, count, dp, low_z);
   }
 }
 
@@ -203,23 +229,29 @@ static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
   A *v = arena.take(a.tile * ep), *o = arena.take(a.tile * ep);
   A *fkt = arena.take(d * padded<A>(a.tile)), *p = arena.take(a.tile * padded<A>(a.tile));
   A *sum = static_cast<A*>(state), *z = sum + d * ep;
+  A *low = lost(a, arena, d * ep), *low_z = lost(a, arena, dp);
   for (int64_t t = s.from; t < s.to; t += a.tile) {
-    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
+    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t, tp = padded<A>(count);
     S::features(a.q, s, nullptr, t, count, fq);
     gemm(count, ep, d, fq, dp, sum, ep, o, ep, false);
     if (a.causal) {
       S::features(a.k, s, a.mask, t, count, fk);
-      S::values(a.v, s, t, count, v);
-      transpose(count, d, fk, dp, fkt, padded<A>(count));
+      S::values(a.v, s, a.mask, t, count, v);
+      transpose(count, d, fk, dp, fkt, tp);
       triangle<A>(count, d, fq, dp, fkt, nullptr, p);
       triangle_times<false>(count, ep, p, v, o);
-      gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true);
+      gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true, low);
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (a.causal) add_scaled(z, A(1), fk + i * dp, dp);
-      const A den = dot(fq + i * dp, z, dp) + static_cast<A>(a.eps);
+      A den = dot(fq + i * dp, z, dp) + static_cast<A>(a.eps);
+      if (a.causal) {
+        Vec<A> own{};
+        for (int64_t j = 0; j < tp; j += W<A>) own += load(p + i * tp + j);
+        den += tab::TAB_ISA::sum<A>(own);
+      }
       write_row(S::row(a.o, s, t + i), e, o + i * ep, inverse(den), a.stream);
     }
+    if (a.causal) add_rows<A>(z, nullptr, fk, count, dp, low_z);
   }
   fence();
 }

@@ -30,16 +30,16 @@ TAB_INLINE void add_product(const A* a, int64_t lda, const A* b, Tile<A>& x) {
 }
 
 /// The numbers of rows t, t+1, …, and the step between two: where they lie, or a copy in `scratch`
-/// if they must be converted, or if a group of four would reach behind the tensor.
+/// if they must be converted or masked, or if a group of four would reach behind the tensor.
 template <class T>
 TAB_INLINE const acc_t<T>* numbers(const Rows& x, const Wide<T>& s, int64_t t, int64_t count,
                                    acc_t<T>* scratch, int64_t* step) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     *step = x.n;
-    if (count % 4 == 0) return Wide<T>::row(x, s, t);
+    if (count % 4 == 0 && s.a.mask == nullptr) return Wide<T>::row(x, s, t);
   }
   *step = 4 * W<acc_t<T>>;
-  Wide<T>::values(x, s, t, count, scratch);
+  Wide<T>::values(x, s, s.a.mask, t, count, scratch);
   return scratch;
 }
 
@@ -76,6 +76,7 @@ static void wide_keys(const Linear& a, int64_t task, void* state, void* scratch)
   const auto s = Wide<T>::at(a, task);
   Arena<A> arena{static_cast<A*>(scratch)};
   A *fk = arena.take(a.tile * d), *copy = arena.take(a.tile * d), *sum = static_cast<A*>(state);
+  A *low = lost(a, arena, d * d), *low_z = lost(a, arena, d);
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
     int64_t step;
@@ -84,9 +85,9 @@ static void wide_keys(const Linear& a, int64_t task, void* state, void* scratch)
     for (int64_t i = 0; i < d; i += 8) {
       for (int r = 0; r < 8; r += 4)
         ask<T>(a.k, s, t + a.tile + i + r), ask<T>(a.v, s, t + a.tile + i + r);
-      gemm<true>(8, d, count, fk + i, d, v, step, sum + i * d, d, true);
+      gemm<true>(8, d, count, fk + i, d, v, step, sum + i * d, d, true, beside(low, i * d));
     }
-    add_rows<A>(sum + d * d, nullptr, fk, count, d);
+    add_rows<A>(sum + d * d, nullptr, fk, count, d, low_z);
   }
 }
 
@@ -125,10 +126,12 @@ static void wide_queries(const Linear& a, int64_t task, void* state, void* dstat
   A *fq = arena.take(a.tile * d), *g = arena.take(a.tile * d), *st = arena.take(d * d);
   A *inverse = arena.take(a.tile), *r = arena.take(a.tile);
   A *z = static_cast<A*>(state) + d * d, *dsum = static_cast<A*>(dstate);
+  A *low = lost(a, arena, d * d), *low_z = lost(a, arena, d);
   transpose(d, d, static_cast<A*>(state), d, st, d);
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
     Wide<T>::features(a.q, s, nullptr, t, count, fq, &a.grad);
+    drop_queries(s, t, count, fq);
     inverses<A>(count, fq, z, a.eps, inverse);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < d; j += W<A>)
@@ -156,8 +159,8 @@ static void wide_queries(const Linear& a, int64_t task, void* state, void* dstat
           put_row(Wide<T>::row(a.dq, s, t + i + n), df[n], splat<A>(1), a.stream);
       }
     }
-    gemm<true>(d, d, count, fq, d, g, d, dsum, d, true);
-    add_rows<A>(dsum + d * d, r, fq, count, d);
+    gemm<true>(d, d, count, fq, d, g, d, dsum, d, true, low);
+    add_rows<A>(dsum + d * d, r, fq, count, d, low_z);
   }
   fence();
 }
@@ -200,8 +203,9 @@ static void wide_gradients(const Linear& a, int64_t task, void* dstate, void* sc
         const bool seen = a.mask == nullptr || a.mask[s.b * a.n + t + i + r];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-          df[r][j] *= Slope<A>::at(slope, load(fk + (i + r) * d + j * W<A>));
-        put_row(Wide<T>::row(a.dk, s, t + i + r), df[r], splat<A>(seen), a.stream);
+          df[r][j] = seen ? df[r][j] * Slope<A>::at(slope, load(fk + (i + r) * d + j * W<A>))
+                          : Vec<A>{};
+        put_row(Wide<T>::row(a.dk, s, t + i + r), df[r], splat<A>(1), a.stream);
       }
     }
   }

@@ -152,7 +152,8 @@ Three forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
     for (int64_t i = 0; parts > 1 && i < heads; ++i) {
       highest[i] = each[i];
       for (int64_t part = 1; part < parts; ++part)
-        highest[i] = std::max(highest[i], each[part * heads + i]);
+        if (const A other = each[part * heads + i]; other != other || other > highest[i])
+          highest[i] = other;
     }
     return {o, lse, peaks};
   });

@@ -53,21 +53,26 @@ static void differentiate(const Mla& a, int64_t i0, int64_t count, int64_t colum
   for (int64_t i = 0; i < count; ++i, s += ld, ds += ld) {
     const int64_t seen = masked && a.causal ? least(columns, padded<A>(i0 + i + 1)) : columns;
     for (int64_t j = 0; j < seen; j += W<A>) {
-      const Vec<A> p = exp2<A>(hide<masked>(load(s + j), bias, a.causal, i0 + i, j) - lse[i]);
+      const Vec<A> x = hide<masked>(load(s + j), bias, a.causal, i0 + i, j);
+      const Vec<A> p = exp2<A>(x - lse[i]);
+      Vec<A> slope = p * LN2<A> * (load(ds + j) - delta[i]);
+      if (masked) slope = x == splat<A>(-A(__builtin_inf())) ? Vec<A>{} : slope;  // not 0·NaN
       store(s + j, p);
-      store(ds + j, p * LN2<A> * (load(ds + j) - delta[i]));
+      store(ds + j, slope);
     }
     clear(s + seen, columns - seen);
     clear(ds + seen, columns - seen);
   }
 }
 
-/// dO of the queries i0 …, Δ = Σ do·o - dlse, and lse·log₂e, +∞ in a row that sees no key.
+/// dO of the queries i0 …, Δ = Σ do·o - dlse, and lse·log₂e, +∞ in a row that sees no key. So is a
+/// masked token whose results have no cotangent, with q = 0: whatever its q holds, nobody learns it.
 template <class T>
 static void load_cotangents(const Mla& a, int64_t b, int64_t h, int64_t i0, int64_t count,
-                            acc_t<T>* g, acc_t<T>* o, acc_t<T>* delta, acc_t<T>* lse) {
+                            acc_t<T>* q, acc_t<T>* g, acc_t<T>* o, acc_t<T>* delta,
+                            acc_t<T>* lse) {
   using A = acc_t<T>;
-  const int64_t dvp = padded<A>(a.dv), first = (b * a.h + h) * a.n + i0;
+  const int64_t dkp = padded<A>(a.dn + a.dr), dvp = padded<A>(a.dv), first = (b * a.h + h) * a.n + i0;
   const A *l = static_cast<const A*>(a.lse) + first, *dl = static_cast<const A*>(a.dlse);
   for (int64_t i = 0; i < count; ++i, g += dvp) {
     prefetch_row(row<T>(a.grad, b, h, i0 + i + AHEAD), a.dv);
@@ -78,6 +83,11 @@ static void load_cotangents(const Mla& a, int64_t b, int64_t h, int64_t i0, int6
     for (int64_t j = 0; j < dvp; j += W<A>) products += load(g + j) * load(o + j);
     delta[i] = sum<A>(products) - (dl == nullptr ? A(0) : dl[first + i]);
     lse[i] = l[i] == A(-__builtin_inf()) ? A(__builtin_inf()) : l[i] * LOG2E<A>;
+    if (a.mask == nullptr || a.mask[b * a.n + i0 + i] || (dl != nullptr && dl[first + i] != 0) ||
+        !all_zero(row<T>(a.grad, b, h, i0 + i), a.dv))
+      continue;
+    delta[i] = 0, lse[i] = A(__builtin_inf());
+    clear(q + i * dkp, dkp);
   }
 }
 
@@ -114,16 +124,28 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
         const int64_t columns = a.causal ? least(s.np, padded<A>(i0 + count)) : s.np;
         const bool add = block < blocks - 1;
         load_queries<T>(a, b, h, i0, count, q);
-        load_cotangents<T>(a, b, h, i0, count, g, x + at.o, delta, lse);
+        load_cotangents<T>(a, b, h, i0, count, q, g, x + at.o, delta, lse);
         scores(count, columns, s.dk, q, s.dkp, kt, tall, s.dvp, strip, s.strip);
         scores(count, columns, s.dvp, g, s.dvp, kt, tall, int64_t(0), ds, s.strip);
         if (bias != nullptr || a.causal)
           differentiate<true>(a, i0, count, columns, bias, lse, delta, strip, ds, s.strip);
         else
           differentiate<false>(a, i0, count, columns, bias, lse, delta, strip, ds, s.strip);
-        gemm<true>(columns, s.dvp, count, strip, s.strip, g, s.dvp, grads, ld, add);
-        gemm<true>(columns, s.dkp, count, ds, s.strip, q, s.dkp, grads + s.dvp, ld, add);
+        const bool whole = !a.causal || (all_finite(g, count * s.dvp) &&
+                                         all_finite(q, count * s.dkp));
+        if (whole) {
+          gemm<true>(columns, s.dvp, count, strip, s.strip, g, s.dvp, grads, ld, add);
+          gemm<true>(columns, s.dkp, count, ds, s.strip, q, s.dkp, grads + s.dvp, ld, add);
+        } else {
+          for (int64_t j = 0; !add && j < columns; ++j) clear(grads + j * ld, ld);
+          pair_by_pair<true>(i0, count, s.dvp, strip, s.strip, g, s.dvp, grads, ld);
+          pair_by_pair<true>(i0, count, s.dkp, ds, s.strip, q, s.dkp, grads + s.dvp, ld);
+        }
         gemm(count, s.dkp, columns, ds, s.strip, k, s.dkp, dq, s.dkp, false);
+        if (a.causal && !all_finite(dq, count * s.dkp)) {
+          clear(dq, count * s.dkp);
+          pair_by_pair<false>(i0, count, s.dkp, ds, s.strip, k, s.dkp, dq, s.dkp);
+        }
         for (int64_t i = 0; i < count; ++i) {
           store_row(row<T>(a.dqn, b, h, i0 + i), a.dn, dq + i * s.dkp, A(1));
           if (a.dr > 0) store_row(row<T>(a.dqr, b, h, i0 + i), a.dr, dq + i * s.dkp + a.dn, A(1));

@@ -45,6 +45,14 @@ TAB_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
 // --- latents and queries --------------------------------------------------------------------------
 
+/// Rows of a masked token are 0: a weight of 0 would not hide a NaN.
+template <class A>
+TAB_INLINE void hide_masked(const Mla& a, int64_t b, int64_t t, int64_t count, int64_t width,
+                            A* x) {
+  for (int64_t i = 0; a.mask != nullptr && i < count; ++i)
+    if (!a.mask[b * a.n + t + i]) clear(x + i * width, width);
+}
+
 /// c (Np, Rp), cᵀ (tiles, R, 64) and scale·log₂e·k_rᵀ, the last `dr` of `tall` rows of each tile.
 template <class T>
 static void load_latents(const Mla& a, int64_t b, acc_t<T>* c, acc_t<T>* ct, acc_t<T>* kt,
@@ -54,10 +62,12 @@ static void load_latents(const Mla& a, int64_t b, acc_t<T>* c, acc_t<T>* ct, acc
   for (int64_t t = 0; t < a.n; t += KEYS) {
     const int64_t count = least(KEYS, a.n - t);
     load_rows<T>(row<T>(a.c, b, 0, t), a.c.n, count, a.r, c + t * s.rp);
+    hide_masked(a, b, t, count, s.rp, c + t * s.rp);
     transpose(count, a.r, c + t * s.rp, s.rp, ct + t * a.r, KEYS);
     if (a.dr == 0) continue;
     A* krt = kt + (t / KEYS * tall + tall - a.dr) * KEYS;
     load_rows<T>(row<T>(a.kr, b, 0, t), a.kr.n, count, a.dr, turn);
+    hide_masked(a, b, t, count, s.drp, turn);
     transpose(count, a.dr, turn, s.drp, krt, KEYS);
     for (int64_t i = 0; i < a.dr; ++i)
       multiply(krt + i * KEYS, A(a.scale) * LOG2E<A>, padded<A>(count));
@@ -135,6 +145,23 @@ static void softmax(const Mla& a, int64_t i0, int64_t count, int64_t columns, co
   }
 }
 
+/// y (count, width) += P·x of the queries i0 … over the keys each of them sees when causal, or
+/// `to_keys` Pᵀ·x: term by term, since x holds NaN or ∞ and a weight of 0 would not hide it.
+template <bool to_keys, class A>
+static __attribute__((noinline)) void pair_by_pair(int64_t i0, int64_t count, int64_t width,
+                                                   const A* p, int64_t ldp, const A* x,
+                                                   int64_t ldx, A* y, int64_t ldy) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i0 + i; ++j)
+      add_scaled(y + (to_keys ? j : i) * ldy, p[i * ldp + j], x + (to_keys ? i : j) * ldx, width);
+}
+
+/// The larger one, NaN if either is.
+template <class A>
+TAB_INLINE A larger(A x, A y) {
+  return x != x || x > y ? x : y;
+}
+
 // --- forward --------------------------------------------------------------------------------------
 
 /// Packed weights of a head: scale·log₂e·W_uk (Dn, Rp), then W_uvᵀ (R, Dvp).
@@ -204,13 +231,19 @@ static void forward(const Mla& a, const MlaTask& task, void* peaks, void* scratc
         else
           softmax<false>(a, i0, count, columns, bias, strip, s.strip, top, total);
         gemm(count, s.dvp, columns, strip, s.strip, v, s.dvp, o, s.dvp, false);
+        if (a.causal && !all_finite(o, count * s.dvp)) {  // a later key's fault, perhaps
+          clear(o, count * s.dvp);
+          pair_by_pair<false>(i0, count, s.dvp, strip, s.strip, v, s.dvp, o, s.dvp);
+        }
         A* lse = static_cast<A*>(a.lse) + (b * a.h + h) * a.n + i0;
         for (int64_t i = 0; i < count; ++i) {
           store_row(row<T>(a.o, b, h, i0 + i), a.dv, o + i * s.dvp,
                     total[i] == 0 ? A(0) : 1 / total[i]);
           lse[i] = (top[i] + log2(total[i])) * LN2<A>;
           const bool real = a.mask == nullptr || a.mask[b * a.n + i0 + i];
-          if (real && top[i] > peak) peak = top[i];
+          // The maximum passes over a NaN score, the sum does not; ∞ makes it NaN too.
+          const bool lost = total[i] != total[i] && top[i] != A(__builtin_inf());
+          if (real) peak = larger<A>(peak, lost ? total[i] : top[i]);
         }
       }
       static_cast<A*>(peaks)[b * a.h + h] = peak * LN2<A>;

@@ -29,8 +29,8 @@ struct Performer {
   int64_t b, h, n, d, e, m;        // e is Dv
   int64_t tile, segments, length;  // tokens in a tile; segments of a sequence, tokens in each
   int kernel;                      // 0 softmax, 1 relu
-  bool causal;
-  double eps, scale, root;  // scale D^(-1/2) and its root
+  bool causal, compensated;  // compensated: sums of long segments keep what additions round away
+  double eps, scale, root;   // scale D^(-1/2) and its root
   const uint8_t* mask;      // (B, N) or null
   Rows q, k, v, o, grad, dq, dk, dv;
   void *panels, *rows;  // W·D^(-1/4), packed
@@ -154,7 +154,7 @@ int64_t scratch_size(const Performer& a, int64_t lanes) {
   const int64_t tp = up(a.tile, lanes), panel = 2 * lanes;
   return 3 * cost(tp * dp) + 3 * cost(tp * ep) + 2 * cost(tp * mp) + 3 * cost(tp * panel) +
          cost(mp * a.e) + cost(tp * a.e) + 2 * cost(tp * tp) + 2 * cost(tp * lanes) +
-         4 * cost(tp) + cost(ep);
+         6 * cost(tp) + cost(ep) + (a.compensated ? cost(mp * (ep + 1)) : 0);
 }
 
 Performer prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -183,6 +183,7 @@ Performer prepare(const char* op, const Tensor& q, const Tensor& k, const Tensor
   const int64_t wanted = segments(a.b * a.h, tiles);
   a.length = (tiles + wanted - 1) / wanted * a.tile;
   a.segments = (a.n + a.length - 1) / a.length;
+  a.compensated = a.length > LONG;
   return a;
 }
 

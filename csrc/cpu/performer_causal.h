@@ -1,45 +1,69 @@
 // FAVOR+ attention, causal. Included by performer_kernel.h, once per instruction set.
 //
-// Sums run over tiles, with the quadratic form inside a tile. One shift serves a whole tile: the
-// maximum over all of it, later keys included. It cancels, but what an early query sees must not
-// underflow on its account, so a tile ends before that maximum has grown by e^SPREAD over what its
-// first token sees. The gradient runs backwards in the same way, its shift the maximum of
-// w_m·q̂_i - lse_i over the queries behind; the keys' features e^(a_jm + shift) are then at most
-// e^SPREAD, because a_jm + w_m·q̂_i ≤ lse_i whenever i sees j.
+// Sums run over tiles, with the quadratic form inside a tile. One shift serves a whole tile: what its
+// first token sees. So no shift knows a later key, and a later key changes nothing earlier, not even
+// the rounding. A tile ends before a key of it rises by SPREAD over that shift: features of keys are
+// at most e^SPREAD. After the tile its maximum becomes the shift of the state. The gradient runs
+// backwards in the same way, its shift the maximum of w_m·q̂_i - lse_i over the queries behind; the
+// keys' features e^(a_jm + shift) are then at most 1, because a_jm + w_m·q̂_i ≤ lse_i whenever i sees
+// j.
 
 namespace tab::TAB_ISA {
 
-/// How many of the tile's n tokens, from its first on (from its last, `reverse`), share one shift.
+/// Whether any of `count` tokens lies more than SPREAD above `shift`.
+template <class A>
+TAB_INLINE bool rises(int64_t count, const A* x, const A* off, const Vec<A>* shift) {
+  constexpr A SPREAD = 30;
+  Vec<A> top[2] = {shift[0], shift[1]};
+  raise(count, x, off, top);
+  return any<A>(top[0] - shift[0] > SPREAD) || any<A>(top[1] - shift[1] > SPREAD);
+}
+
+/// How many of the tile's n tokens, from its first on (from its last, `reverse`), share one shift:
+/// those before the first that rises above it. That depends on no token behind them.
 template <class T, class A = acc_t<T>>
 static int64_t sharing(const Stretch<T>& s, int64_t n, const A* x, const A* off, const A* c,
                        bool reverse) {
-  constexpr A SPREAD = 30;
   const int64_t edge = reverse ? n - 1 : 0;
   int64_t count = n;
   for (int64_t p = 0; s.a.kernel == 0 && count > 1 && p < s.mp / P<A>; ++p) {
     const A* panel = x + p * P<A> * s.a.tile;
+    const int64_t begin = reverse ? n - count : 0;
     Vec<A> first[2] = {load(c + p * P<A>), load(c + p * P<A> + W<A>)};
     raise(1, panel + edge * P<A>, off + edge, first);
-    for (; count > 1; count /= 2) {
-      const int64_t begin = reverse ? n - count : 0;
-      Vec<A> top[2] = {first[0], first[1]};
-      raise(count, panel + begin * P<A>, off + begin, top);
-      if (!any<A>(top[0] - first[0] > SPREAD) && !any<A>(top[1] - first[1] > SPREAD)) break;
+    if (!rises(count, panel + begin * P<A>, off + begin, first)) continue;
+    int64_t calm = 1;
+    for (; calm < count; ++calm) {
+      const int64_t i = reverse ? edge - calm : calm;
+      if (rises(1, panel + i * P<A>, off + i, first)) break;
     }
+    count = calm;
   }
   return count;
 }
 
-/// Panel p of a state to the maximum over the tile, which becomes its shift.
+/// Panel p of a state to the shift of the tile, which is what its first token sees (`edge`; the
+/// last in a gradient). `top` is that of the state after the tile.
 template <class T, class A = acc_t<T>>
-TAB_INLINE void advance(const Stretch<T>& s, int64_t p, int64_t count, const A* x, const A* off,
-                        const FavorState<A>& t, Vec<A>* shift) {
-  Vec<A> top[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+TAB_INLINE void advance(const Stretch<T>& s, int64_t p, int64_t count, int64_t edge, const A* x,
+                        const A* off, const FavorState<A>& t, Vec<A>* shift, Vec<A>* top) {
+  shift[0] = load(t.c + p * P<A>), shift[1] = load(t.c + p * P<A> + W<A>);
   if (s.a.kernel == 0) {
-    raise(count, x, off, top);
-    rescale(t, p, s.ep, top);
+    raise(1, x + edge * P<A>, off + edge, shift);
+    rescale(t, p, s.ep, shift);
   }
-  shift[0] = top[0], shift[1] = top[1];
+  top[0] = shift[0], top[1] = shift[1];
+  if (s.a.kernel == 0) raise(count, x, off, top);
+}
+
+/// y += P·x, or Pᵀ·x, for the lower triangle P (count, count).
+template <bool transposed, class A>
+TAB_INLINE void add_lower(int64_t count, int64_t width, const A* p, const A* x, A* y) {
+  const int64_t tp = padded<A>(count);
+  if (all_finite(x, count * width))
+    gemm<transposed>(count, width, count, p, tp, x, width, y, width, true);
+  else
+    lower_times<transposed>(count, width, p, tp, x, y);
 }
 
 /// Zero right of the diagonal of p (count, Tp); what stands left of it += r, one number a row.
@@ -59,9 +83,9 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
   using A = acc_t<T>;
   using S = Stretch<T>;
   const auto s = S::at(a, task);
-  const auto t = FavorState<A>::at(state, s.mp, s.ep);
   const int64_t panels = s.mp / P<A>, size = P<A> * a.tile;
   Arena<A> arena{static_cast<A*>(scratch)};
+  const auto t = FavorState<A>::sum(state, s.mp, s.ep, a.compensated, arena);
   A *q = arena.take(a.tile * s.dp), *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
   A *o = arena.take(a.tile * s.ep), *xq = arena.take(a.tile * s.mp);
   A *xk = arena.take(a.tile * s.mp), *kt = arena.take(P<A> * padded<A>(a.tile));
@@ -73,9 +97,7 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
   for (int64_t i = s.from; i < s.to; i += count) {
     count = S::count(s, i);
     S::load(s, a.q, i, count, a.d, q);
-    S::load(s, a.k, i, count, a.d, k);
-    S::load(s, a.v, i, count, a.e, v);
-    S::key_offsets(s, i, count, k, off);
+    S::load_keys(s, i, count, k, v, off);
     for (int64_t p = 0; p < panels; ++p) exponents(s, p, count, k, xk + p * size);
     count = sharing(s, count, xk, off, t.c, false);
     const int64_t tp = padded<A>(count);
@@ -97,8 +119,8 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
     }
     for (int64_t p = 0; p < panels; ++p) {
       A *b = xq + p * size, *e = xk + p * size;
-      Vec<A> c[2];
-      advance(s, p, count, e, off, t, c);
+      Vec<A> c[2], top_after[2];
+      advance(s, p, count, 0, e, off, t, c, top_after);
       features(a.kernel, count, b, c, r);
       c[0] = -finite<A>(c[0]), c[1] = -finite<A>(c[1]);
       features(a.kernel, count, e, c, off);
@@ -110,9 +132,10 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
       transpose(count, P<A>, e, P<A>, kt, tp);
       gemm(count, tp, P<A>, b, P<A>, kt, tp, pairs, tp, p != 0);
       accumulate_panel(t, p, s.ep, count, e, v, one);
+      if (a.kernel == 0) rescale(t, p, s.ep, top_after);
     }
     lower<A>(count, pairs, nullptr);
-    gemm(count, s.ep, count, pairs, tp, v, s.ep, o, s.ep, true);
+    add_lower<false>(count, s.ep, pairs, v, o);
     for (int64_t j = 0; j < count; ++j) {
       Vec<A> seen = load(den + j * W<A>);
       for (int64_t m = 0; m < tp; m += W<A>) seen += load(pairs + j * tp + m);
@@ -127,16 +150,14 @@ static void reads(const Performer& a, int64_t task, void* dstate, void* scratch)
   using A = acc_t<T>;
   using S = Stretch<T>;
   const auto s = S::at(a, task);
-  const auto dt = FavorState<A>::at(dstate, s.mp, s.ep);
   Arena<A> arena{static_cast<A*>(scratch)};
+  const auto dt = FavorState<A>::sum(dstate, s.mp, s.ep, a.compensated, arena);
   A *q = arena.take(a.tile * s.dp), *g = arena.take(a.tile * s.ep), *x = arena.take(a.tile * P<A>);
-  A *r = arena.take(a.tile), *o = arena.take(s.ep);
+  A *r = arena.take(a.tile), *lse = arena.take(a.tile), *o = arena.take(s.ep);
   for (int64_t i = s.from; i < s.to; i += a.tile) {
     const int64_t count = S::count(s, i);
-    S::load(s, a.q, i, count, a.d, q);
-    S::load(s, a.grad, i, count, a.e, g);
-    row_products(s, i, count, g, o, r);
-    absorb(s, count, q, S::lse(s, i), g, r, dt, x);
+    S::load_queries(s, i, count, q, g, o, r, lse);
+    absorb(s, count, q, lse, g, r, dt, x);
   }
 }
 
@@ -156,45 +177,41 @@ static void causal_queries(const Performer& a, int64_t task, void* state, void* 
   using A = acc_t<T>;
   using S = Stretch<T>;
   const auto s = S::at(a, task);
-  const auto t = FavorState<A>::at(state, s.mp, s.ep);
   const int64_t panels = s.mp / P<A>, size = P<A> * a.tile;
   Arena<A> arena{static_cast<A*>(scratch)};
+  const auto t = FavorState<A>::sum(state, s.mp, s.ep, a.compensated, arena);
   A *q = arena.take(a.tile * s.dp), *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
   A *g = arena.take(a.tile * s.ep), *dq = arena.take(a.tile * s.dp);
   A *xk = arena.take(a.tile * s.mp), *xq = arena.take(size), *y = arena.take(size);
   A *vt = arena.take(a.e * padded<A>(a.tile)), *st = arena.take(a.e * P<A>);
   A *pairs = arena.take(a.tile * padded<A>(a.tile)), *off = arena.take(a.tile);
   A *one = arena.take(a.tile), *r = arena.take(a.tile), *o = arena.take(s.ep);
+  A* lse = arena.take(a.tile);
   for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
   int64_t count;
   for (int64_t i = s.from; i < s.to; i += count) {
     count = S::count(s, i);
-    const A* lse = S::lse(s, i);
-    S::load(s, a.q, i, count, a.d, q);
-    S::load(s, a.k, i, count, a.d, k);
-    S::load(s, a.v, i, count, a.e, v);
-    S::load(s, a.grad, i, count, a.e, g);
-    S::key_offsets(s, i, count, k, off);
-    row_products(s, i, count, g, o, r);
+    S::load_queries(s, i, count, q, g, o, r, lse);
+    S::load_keys(s, i, count, k, v, off);
     for (int64_t p = 0; p < panels; ++p) exponents(s, p, count, k, xk + p * size);
     count = sharing(s, count, xk, off, t.c, false);
-    const int64_t tp = padded<A>(count);
     cotangent_pairs(s, count, g, r, v, vt, pairs);
     for (int64_t p = 0; p < panels; ++p) {
       A* e = xk + p * size;
-      Vec<A> c[2];
+      Vec<A> c[2], top[2];
       exponents(s, p, count, q, xq);
-      advance(s, p, count, e, off, t, c);
+      advance(s, p, count, 0, e, off, t, c, top);
       features(a.kernel, count, xq, c, lse);
       c[0] = -finite<A>(c[0]), c[1] = -finite<A>(c[1]);
       features(a.kernel, count, e, c, off);
       transpose(P<A>, a.e, t.s + p * P<A> * s.ep, s.ep, st, P<A>);
       gemm_panel<false, 2>(count, a.e, g, s.ep, st, P<A>, y, P<A>, false);
-      gemm_panel<false, 2>(count, count, pairs, tp, e, P<A>, y, P<A>, true);
+      add_lower<false>(count, P<A>, pairs, e, y);
       slopes(a.kernel, count, y, r, t.z + p * P<A>, xq, lse);
       const A* w = static_cast<const A*>(a.rows) + p * P<A> * s.dp;
       gemm(count, s.dp, P<A>, y, P<A>, w, s.dp, dq, s.dp, p != 0);
       accumulate_panel(t, p, s.ep, count, e, v, one);
+      if (a.kernel == 0) rescale(t, p, s.ep, top);
     }
     for (int64_t j = 0; j < count; ++j) store_row(S::row(s, a.dq, i + j), a.d, dq + j * s.dp, A(1));
   }
@@ -207,9 +224,9 @@ static void causal_gradients(const Performer& a, int64_t task, void* dstate, voi
   using A = acc_t<T>;
   using S = Stretch<T>;
   const auto s = S::at(a, task);
-  const auto dt = FavorState<A>::at(dstate, s.mp, s.ep);
   const int64_t panels = s.mp / P<A>, size = P<A> * a.tile;
   Arena<A> arena{static_cast<A*>(scratch)};
+  const auto dt = FavorState<A>::sum(dstate, s.mp, s.ep, a.compensated, arena);
   A *q = arena.take(a.tile * s.dp), *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep);
   A *all_g = arena.take(a.tile * s.ep), *dk = arena.take(a.tile * s.dp);
   A *dv = arena.take(a.tile * s.ep), *xq = arena.take(a.tile * s.mp), *x = arena.take(size);
@@ -218,27 +235,23 @@ static void causal_gradients(const Performer& a, int64_t task, void* dstate, voi
   A* pairs = arena.take(a.tile * padded<A>(a.tile));
   A* cotangents = arena.take(a.tile * padded<A>(a.tile));
   A *off = arena.take(a.tile), *one = arena.take(a.tile), *all_r = arena.take(a.tile);
-  A *o = arena.take(s.ep), *total = arena.take(a.tile * W<A>);
+  A *o = arena.take(s.ep), *total = arena.take(a.tile * W<A>), *all_lse = arena.take(a.tile);
   for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
   int64_t count;
   for (int64_t end = s.to; end > s.from; end -= count) {
     const int64_t n = end - s.from < a.tile ? end - s.from : a.tile;
-    S::load(s, a.q, end - n, n, a.d, q);
-    S::load(s, a.grad, end - n, n, a.e, all_g);
-    row_products(s, end - n, n, all_g, o, all_r);
+    S::load_queries(s, end - n, n, q, all_g, o, all_r, all_lse);
     for (int64_t p = 0; p < panels; ++p) exponents(s, p, n, q, xq + p * size);
-    count = sharing(s, n, xq, S::lse(s, end - n), dt.c, true);
+    count = sharing(s, n, xq, all_lse, dt.c, true);
     const int64_t i = end - count, skip = n - count, tp = padded<A>(count);
-    const A *g = all_g + skip * s.ep, *r = all_r + skip, *lse = S::lse(s, i);
-    S::load(s, a.k, i, count, a.d, k);
-    S::load(s, a.v, i, count, a.e, v);
-    S::key_offsets(s, i, count, k, off);
+    const A *g = all_g + skip * s.ep, *r = all_r + skip, *lse = all_lse + skip;
+    S::load_keys(s, i, count, k, v, off);
     cotangent_pairs(s, count, g, r, v, vt, cotangents);
     for (int64_t p = 0; p < panels; ++p) {
       A* b = xq + p * size + skip * P<A>;
-      Vec<A> c[2];
+      Vec<A> c[2], top[2];
       exponents(s, p, count, k, x);
-      advance(s, p, count, b, lse, dt, c);
+      advance(s, p, count, count - 1, b, lse, dt, c, top);
       features(a.kernel, count, x, c, off);
       c[0] = -finite<A>(c[0]), c[1] = -finite<A>(c[1]);
       features(a.kernel, count, b, c, lse);
@@ -247,13 +260,14 @@ static void causal_gradients(const Performer& a, int64_t task, void* dstate, voi
       gemm(count, s.ep, P<A>, x, P<A>, dt.s + p * P<A> * s.ep, s.ep, dv, s.ep, p != 0);
       transpose(P<A>, a.e, dt.s + p * P<A> * s.ep, s.ep, st, P<A>);
       gemm_panel<false, 2>(count, a.e, v, s.ep, st, P<A>, y, P<A>, false);
-      gemm_panel<true, 2>(count, count, cotangents, tp, b, P<A>, y, P<A>, true);
+      add_lower<true>(count, P<A>, cotangents, b, y);
       slopes(a.kernel, count, y, one, dt.z + p * P<A>, x, off);
       key_panel(s, p, count, y, dk, total);
       accumulate_panel(dt, p, s.ep, count, b, g, r);
+      if (a.kernel == 0) rescale(dt, p, s.ep, top);
     }
     lower<A>(count, pairs, nullptr);
-    gemm<true>(count, s.ep, count, pairs, tp, g, s.ep, dv, s.ep, true);
+    add_lower<true>(count, s.ep, pairs, g, dv);
     store_keys(s, i, count, k, dk, dv, total);
   }
 }

@@ -24,9 +24,9 @@ TAB_INLINE bool any(Int<A> lanes) {
 }
 TAB_INLINE Vec<double> exp_below(Vec<double> x) { return exp<double>(x); }
 /// exp(x) for x < 87, and 0 for x < -86: what is left of a shifted exponent below that is nothing.
-/// As `exp` with degree 6 (minimax, 2e-9): the power of two is added to the exponent bits.
+/// As `exp` with degree 6 (minimax, 2e-9); NaN gives NaN.
 TAB_INLINE Vec<float> exp_below(Vec<float> x) {
-  constexpr float magic = 0x1.8p23f;
+  constexpr float magic = 0x1.8p23f + 127;  // with the exponent's bias
   const Vec<float> shifted = x * 0x1.715476p0f + magic, n = shifted - magic;
   const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   Vec<float> y = splat<float>(0x1.6ab95cp-10f);
@@ -36,7 +36,7 @@ TAB_INLINE Vec<float> exp_below(Vec<float> x) {
   y = y * r + 0x1.fffffap-2f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  y = as<Vec<float>>(as<Int<float>>(y) + (as<Int<float>>(shifted) << 23));
+  y *= as<Vec<float>>(as<Int<float>>(shifted) << 23);
   return x < -86.0f ? Vec<float>{} : y;
 }
 
@@ -45,9 +45,19 @@ TAB_INLINE Vec<float> exp_below(Vec<float> x) {
 template <class A>
 struct FavorState {
   A *s, *z, *c;
+  A *low_s = nullptr, *low_z = nullptr;  // what the sums of a long segment round away (add_to)
   TAB_INLINE FavorState at(void* state, int64_t mp, int64_t ep) {
     A* s = static_cast<A*>(state);
     return {s, s + mp * ep, s + mp * ep + mp};
+  }
+  /// The same for a state that a whole segment is added to.
+  TAB_INLINE FavorState sum(void* state, int64_t mp, int64_t ep, bool compensated,
+                            Arena<A>& arena) {
+    FavorState t = at(state, mp, ep);
+    if (!compensated) return t;
+    t.low_s = arena.take(mp * (ep + 1)), t.low_z = t.low_s + mp * ep;
+    clear(t.low_s, mp * (ep + 1));
+    return t;
   }
 };
 
@@ -73,15 +83,35 @@ struct Stretch {
     for (int64_t i = 0; i < count; ++i)
       load_row(row(s, x, t + i), width, y + i * padded<A>(width));
   }
-  TAB_INLINE const A* lse(const Stretch& s, int64_t t) {
-    return static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.n + t;
+  TAB_INLINE bool masked(const Stretch& s, int64_t t) {
+    return s.a.mask != nullptr && !s.a.mask[s.b * s.a.n + t];
   }
-  /// What is taken off the exponents of keys: ‖k̂‖²/2, and all of it where a key is masked.
-  TAB_INLINE void key_offsets(const Stretch& s, int64_t t, int64_t count, const A* k, A* off) {
+  /// k, v and what is taken off the exponents of keys: ‖k̂‖²/2, and all of it where a key is masked.
+  /// There k and v are 0, since φ(k) = 0 would not hide a NaN.
+  TAB_INLINE void load_keys(const Stretch& s, int64_t t, int64_t count, A* k, A* v, A* off) {
+    load(s, s.a.k, t, count, s.a.d, k);
+    load(s, s.a.v, t, count, s.a.e, v);
     for (int64_t i = 0; i < count; ++i) {
-      const A* x = k + i * s.dp;
+      A* x = k + i * s.dp;
       off[i] = s.a.kernel == 0 ? dot(x, x, s.dp) * static_cast<A>(s.a.scale / 2) : A(0);
-      if (s.a.mask != nullptr && !s.a.mask[s.b * s.a.n + t + i]) off[i] = INF<A>;
+      if (!masked(s, t + i)) continue;
+      off[i] = INF<A>;
+      clear(x, s.dp), clear(v + i * s.ep, s.ep);
+    }
+  }
+  /// q, do, lse and r_i = -do_i·o_i. A masked token whose output has no cotangent is dropped, by
+  /// lse = ∞ and q = 0: whatever its q holds, nobody learns of it.
+  TAB_INLINE void load_queries(const Stretch& s, int64_t t, int64_t count, A* q, A* g, A* o, A* r,
+                               A* lse) {
+    load(s, s.a.q, t, count, s.a.d, q);
+    load(s, s.a.grad, t, count, s.a.e, g);
+    const A* all = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.n + t;
+    for (int64_t i = 0; i < count; ++i) {
+      load_row(row(s, s.a.o, t + i), s.a.e, o);
+      r[i] = -dot(g + i * s.ep, o, s.ep), lse[i] = all[i];
+      if (!masked(s, t + i) || !all_zero(row(s, s.a.grad, t + i), s.a.e)) continue;
+      r[i] = 0, lse[i] = INF<A>;
+      clear(q + i * s.dp, s.dp);
     }
   }
   TAB_INLINE int64_t count(const Stretch& s, int64_t t) {
@@ -121,7 +151,7 @@ TAB_INLINE void features(int kernel, int64_t count, A* x, const Vec<A>* shift, c
     for (int64_t i = 0; i < count; ++i) {
       const Vec<A> factor = exp<A>(splat<A>(-off[i]));
       for (int64_t j = 0; j < P<A>; j += W<A>)
-        store(x + i * P<A> + j, maximum<A>(load(x + i * P<A> + j), Vec<A>{}) * factor);
+        store(x + i * P<A> + j, maximum<A>(Vec<A>{}, load(x + i * P<A> + j)) * factor);
     }
     return;
   }
@@ -166,8 +196,12 @@ TAB_INLINE void rescale(const FavorState<A>& t, int64_t p, int64_t ep, const Vec
     const Vec<A> factor = exp_below(before - finite<A>(top[j]));
     store(t.c + m, top[j]);
     store(t.z + m, load(t.z + m) * factor);
-    for (int64_t i = 0; i < W<A>; ++i)
-      if (factor[i] != 1) multiply<A>(t.s + (m + i) * ep, factor[i], ep);
+    if (t.low_z != nullptr) store(t.low_z + m, load(t.low_z + m) * factor);
+    for (int64_t i = 0; i < W<A>; ++i) {
+      if (factor[i] == 1) continue;
+      multiply<A>(t.s + (m + i) * ep, factor[i], ep);
+      if (t.low_s != nullptr) multiply<A>(t.low_s + (m + i) * ep, factor[i], ep);
+    }
   }
 }
 
@@ -176,11 +210,12 @@ template <class A>
 TAB_INLINE void accumulate_panel(const FavorState<A>& t, int64_t p, int64_t ep, int64_t count,
                                  const A* phi, const A* values, const A* weight) {
   for (int64_t j = 0; j < P<A>; j += W<A>) {
-    Vec<A> sum = load(t.z + p * P<A> + j);
+    Vec<A> sum{};
     for (int64_t i = 0; i < count; ++i) sum += load(phi + i * P<A> + j) * weight[i];
-    store(t.z + p * P<A> + j, sum);
+    add_to<A>(t.z + p * P<A> + j, sum, beside(t.low_z, p * P<A> + j));
   }
-  gemm<true>(P<A>, ep, count, phi, P<A>, values, ep, t.s + p * P<A> * ep, ep, true);
+  gemm<true>(P<A>, ep, count, phi, P<A>, values, ep, t.s + p * P<A> * ep, ep, true,
+             beside(t.low_s, p * P<A> * ep));
 }
 
 /// state += a tile of rows (keys, or queries of a gradient state) at the state's running maximum.
@@ -208,16 +243,14 @@ static void keys(const Performer& a, int64_t task, void* state, void* scratch) {
   using A = acc_t<T>;
   using S = Stretch<T>;
   const auto s = S::at(a, task);
-  const auto t = FavorState<A>::at(state, s.mp, s.ep);
   Arena<A> arena{static_cast<A*>(scratch)};
+  const auto t = FavorState<A>::sum(state, s.mp, s.ep, a.compensated, arena);
   A *k = arena.take(a.tile * s.dp), *v = arena.take(a.tile * s.ep), *x = arena.take(a.tile * P<A>);
   A *off = arena.take(a.tile), *one = arena.take(a.tile);
   for (int64_t i = 0; i < a.tile; ++i) one[i] = 1;
   for (int64_t i = s.from; i < s.to; i += a.tile) {
     const int64_t count = S::count(s, i);
-    S::load(s, a.k, i, count, a.d, k);
-    S::load(s, a.v, i, count, a.e, v);
-    S::key_offsets(s, i, count, k, off);
+    S::load_keys(s, i, count, k, v, off);
     absorb(s, count, k, off, v, one, t, x);
   }
 }
@@ -273,34 +306,23 @@ static void outputs(const Performer& a, int64_t task, void* state, void* scratch
   }
 }
 
-/// r_i = -do_i·o_i of a tile whose do is loaded.
-template <class T, class A = acc_t<T>>
-TAB_INLINE void row_products(const Stretch<T>& s, int64_t t, int64_t count, const A* g, A* o, A* r) {
-  for (int64_t i = 0; i < count; ++i) {
-    load_row(Stretch<T>::row(s, s.a.o, t + i), s.a.e, o);
-    r[i] = -dot(g + i * s.ep, o, s.ep);
-  }
-}
-
 /// dq over the segment, and dstate += Σ φ(q) (do, r) at the state's shift; bidirectional.
 template <class T>
 static void queries(const Performer& a, int64_t task, void* state, void* dstate, void* scratch) {
   using A = acc_t<T>;
   using S = Stretch<T>;
   const auto s = S::at(a, task);
-  const auto t = FavorState<A>::at(state, s.mp, s.ep), dt = FavorState<A>::at(dstate, s.mp, s.ep);
+  const auto t = FavorState<A>::at(state, s.mp, s.ep);
   Arena<A> arena{static_cast<A*>(scratch)};
+  const auto dt = FavorState<A>::sum(dstate, s.mp, s.ep, a.compensated, arena);
   A *q = arena.take(a.tile * s.dp), *dq = arena.take(a.tile * s.dp), *g = arena.take(a.tile * s.ep);
   A *x = arena.take(a.tile * P<A>), *y = arena.take(a.tile * P<A>), *st = arena.take(s.mp * a.e);
-  A *r = arena.take(a.tile), *o = arena.take(s.ep);
+  A *r = arena.take(a.tile), *lse = arena.take(a.tile), *o = arena.take(s.ep);
   for (int64_t p = 0; p < s.mp / P<A>; ++p)
     transpose(P<A>, a.e, t.s + p * P<A> * s.ep, s.ep, st + p * P<A> * a.e, P<A>);
   for (int64_t i = s.from; i < s.to; i += a.tile) {
     const int64_t count = S::count(s, i);
-    const A* lse = S::lse(s, i);
-    S::load(s, a.q, i, count, a.d, q);
-    S::load(s, a.grad, i, count, a.e, g);
-    row_products(s, i, count, g, o, r);
+    S::load_queries(s, i, count, q, g, o, r, lse);
     for (int64_t p = 0; p < s.mp / P<A>; ++p) {
       exponents(s, p, count, q, x);
       const Vec<A> c[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
@@ -357,9 +379,7 @@ static void gradients(const Performer& a, int64_t task, void* dstate, void* scra
     transpose(P<A>, a.e, dt.s + p * P<A> * s.ep, s.ep, st + p * P<A> * a.e, P<A>);
   for (int64_t i = s.from; i < s.to; i += a.tile) {
     const int64_t count = S::count(s, i);
-    S::load(s, a.k, i, count, a.d, k);
-    S::load(s, a.v, i, count, a.e, v);
-    S::key_offsets(s, i, count, k, off);
+    S::load_keys(s, i, count, k, v, off);
     for (int64_t p = 0; p < s.mp / P<A>; ++p) {
       exponents(s, p, count, k, x);
       const Vec<A> shift[2] = {-finite<A>(load(dt.c + p * P<A>)),

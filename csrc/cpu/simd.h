@@ -163,6 +163,16 @@ template <class T>
 TAB_INLINE T* row(const Rows& x, int64_t b, int64_t h, int64_t t) {
   return static_cast<T*>(x.data) + b * x.b + h * x.h + t * x.n;
 }
+template <class T>
+static bool all_zero(const T* x, int64_t n) {
+  bool zero = true;
+  for (int64_t i = 0; i < n; ++i)
+    if constexpr (sizeof(T) == 2)
+      zero = zero && (x[i].bits & 0x7fff) == 0;
+    else
+      zero = zero && x[i] == 0;
+  return zero;
+}
 /// y (count, padded width) = rows of a tensor that lie `step` apart.
 template <class T>
 static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, acc_t<T>* y) {
@@ -214,6 +224,7 @@ template <class A>
 TAB_INLINE void store_four(A* p, Vec<A> x) {
   __builtin_memcpy(p, &x, 4 * sizeof(A));
 }
+/// y where either is NaN: one instruction. What must not lose a NaN comes second.
 template <class A>
 TAB_INLINE Vec<A> maximum(Vec<A> x, Vec<A> y) {
   return x > y ? x : y;
@@ -251,6 +262,29 @@ TAB_INLINE void add_scaled(A* y, A a, const A* x, int64_t n) {
 template <class A>
 TAB_INLINE void clear(A* x, int64_t n) {
   __builtin_memset(x, 0, n * sizeof(A));
+}
+/// x += y over one vector. `low`, unless null, holds what earlier additions rounded away (Kahan
+/// 1965): thousands of equal terms would else all be rounded the same way.
+template <class A>
+TAB_INLINE void add_to(A* x, Vec<A> y, A* low) {
+  const Vec<A> before = load(x);
+  if (low == nullptr) return store(x, before + y);
+  y -= load(low);
+  const Vec<A> after = before + y;
+  store(low, (after - before) - y);
+  store(x, after);
+}
+/// Whether n padded elements are all finite: 0·NaN and 0·∞ are NaN.
+template <class A>
+TAB_INLINE bool all_finite(const A* x, int64_t n) {
+  Vec<A> even{}, odd{};
+  int64_t i = 0;
+  for (; i + 2 * W<A> <= n; i += 2 * W<A>) {
+    even += load(x + i) * A(0);
+    odd += load(x + i + W<A>) * A(0);
+  }
+  if (i < n) even += load(x + i) * A(0);
+  return sum<A>(even + odd) == 0;
 }
 
 // --- exp ------------------------------------------------------------------------------------------
@@ -311,11 +345,13 @@ TAB_INLINE Vec<A> exp(Vec<A> x) {
 
 /// 2^x for x ≤ 0 by a polynomial in x - round(x): degree 6, minimax, for float (at most 0.6 units
 /// of the last place), Taylor of degree 13 for double. It is 0 at and below 2^-127 (2^-1023), so
-/// that masked scores of -∞ vanish; NaN gives NaN.
+/// that masked scores of -∞ vanish; NaN gives NaN, whatever its bits: the power of two is a factor,
+/// since added to the exponent bits of a NaN it could make them a number.
 template <class A>
 TAB_INLINE Vec<A> exp2(Vec<A> x) {
   constexpr bool single = sizeof(A) == 4;
-  constexpr A low = single ? A(-127) : A(-1023), magic = single ? A(0x1.8p23) : A(0x1.8p52);
+  constexpr A low = single ? A(-127) : A(-1023);
+  constexpr A magic = (single ? A(0x1.8p23) : A(0x1.8p52)) - low;  // with the exponent's bias
   x = x < low ? splat<A>(low) : x;
   const Vec<A> shifted = x + magic, r = x - (shifted - magic);
   Vec<A> y;
@@ -335,7 +371,7 @@ TAB_INLINE Vec<A> exp2(Vec<A> x) {
   }
   y = y * r + A(1);
   constexpr int mantissa = single ? 23 : 52;
-  return as<Vec<A>>(as<Int<A>>(y) + (as<Int<A>>(shifted) << mantissa));
+  return y * as<Vec<A>>(as<Int<A>>(shifted) << mantissa);
 }
 
 template <class A>

@@ -36,21 +36,24 @@ static void differentiate(const Rule& rule, const Run* run, const Run* end, A sc
   for (; run < end; ++run)
     for (int64_t j = run->first; j < run->first + run->count; ++j, s += Q<A>, ds += Q<A>) {
       Vec<A> p0 = exp2<A>(load(s) - l0), p1 = exp2<A>(load(s + W<A>) - l1);
+      Vec<A> ds0 = p0 * (load(ds) - d0) * scale, ds1 = p1 * (load(ds + W<A>) - d1) * scale;
       if (!rule.whole(*run, j)) {
-        p0 = Rule::seen(rule, *run, j, 0) ? p0 : Vec<A>{};
-        p1 = Rule::seen(rule, *run, j, 1) ? p1 : Vec<A>{};
+        const Int<A> seen0 = Rule::seen(rule, *run, j, 0), seen1 = Rule::seen(rule, *run, j, 1);
+        p0 = seen0 ? p0 : Vec<A>{}, p1 = seen1 ? p1 : Vec<A>{};
+        ds0 = seen0 ? ds0 : Vec<A>{}, ds1 = seen1 ? ds1 : Vec<A>{};
       }
       store(s, p0);
       store(s + W<A>, p1);
-      store(ds, p0 * (load(ds) - d0) * scale);
-      store(ds + W<A>, p1 * (load(ds + W<A>) - d1) * scale);
+      store(ds, ds0);
+      store(ds + W<A>, ds1);
     }
 }
 
-/// dq of the queries i0 … of one head; their part of dK and dV goes into `sums`.
+/// dq of the queries i0 … of one head; their part of dK and dV goes into `sums`. A q or do that is
+/// not finite must reach no key beyond its window, nor such a key dq: then pair by pair.
 template <class T, class Rule>
 static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64_t i0,
-                           const Run* run, const Run* end, Stretch* stretch, const Sums& sums,
+                           const Run* first, const Run* end, Stretch* stretch, const Sums& sums,
                            Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
   const int64_t b = head / a.h, h = head % a.h, dp = padded<A>(a.d), ep = padded<A>(a.e);
@@ -70,7 +73,7 @@ static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64
   turn(count, a.e, g, A(1), gt);
   clear(l, Q<A>);
   clear(delta, Q<A>);
-  clear(dq, count * dp);
+  const bool finite_queries = all_finite(q, count * dp) && all_finite(g, count * ep);
   const A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
   for (int64_t i = 0; i < count; ++i) {
     load_row(row<T>(a.o, b, h, i0 + i), a.e, o);
@@ -78,15 +81,27 @@ static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64
     l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * log2e;
   }
   A *dk = static_cast<A*>(sums.dk), *dv = static_cast<A*>(sums.dv);
-  while (run < end) {
-    const Run* begin = run;
-    run = Keys<T>::next(keys, run, end);
-    keys_times<T>(keys, false, qt, s);
-    keys_times<T>(keys, true, gt, ds);
-    differentiate(rule, begin, run, A(a.scale), l, delta, s, ds);
-    add_to_keys<T>(keys, rule, i0, count, ep, s, g, dv, sums.ldv, sums.first);
-    add_to_keys<T>(keys, rule, i0, count, dp, ds, q, dk, sums.ldk, sums.first);
-    times_keys<T>(keys, rule, i0, count, false, ds, dq);
+  for (bool again = false;; again = true) {  // the second time for dq alone
+    clear(dq, count * dp);
+    for (const Run *begin = first, *run; begin < end; begin = run) {
+      run = Keys<T>::next(keys, begin, end);
+      keys_times<T>(keys, false, qt, s);
+      keys_times<T>(keys, true, gt, ds);
+      differentiate(rule, begin, run, A(a.scale), l, delta, s, ds);
+      if (again) {
+        pair_by_pair<false>(keys, rule, begin, run, count, false, ds, ds, dq, dp, 0);
+        continue;
+      }
+      if (finite_queries) {
+        add_to_keys<T>(keys, rule, i0, count, ep, s, g, dv, sums.ldv, sums.first);
+        add_to_keys<T>(keys, rule, i0, count, dp, ds, q, dk, sums.ldk, sums.first);
+      } else {
+        pair_by_pair<true>(keys, rule, begin, run, count, true, s, g, dv, sums.ldv, sums.first);
+        pair_by_pair<true>(keys, rule, begin, run, count, false, ds, q, dk, sums.ldk, sums.first);
+      }
+      times_keys<T>(keys, rule, i0, count, false, ds, dq);
+    }
+    if (again || all_finite(dq, count * dp)) break;
   }
   for (int64_t i = 0; i < count; ++i)
     store_row(row<T>(a.dq, b, h, i0 + i), a.d, dq + i * dp, A(1));

@@ -8,6 +8,9 @@
 //     seen_from(j), seen_to(j) the same for the queries that can see key j
 //     whole(run, j)            every query of the strip sees key j
 //     seen(run, j, half)       else: which lanes of this vector of queries do
+//
+// The tiles of a product also hold pairs that do not see each other, at weight 0. But 0·NaN and 0·∞
+// are NaN: where such a value could reach somebody, `pair_by_pair` takes the place of the tiles.
 
 namespace tab::TAB_ISA {
 
@@ -108,6 +111,31 @@ static void times_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t c
   }
 }
 
+/// The same over the pairs that see each other, or `to_keys`: row j - first of y (rows of ld) +=
+/// Σ_i p_ij x_i.
+template <bool to_keys, class T, class Rule>
+static __attribute__((noinline)) void pair_by_pair(
+    const Keys<T>& s, const Rule& rule, const Run* run, const Run* end, int64_t count, bool values,
+    const acc_t<T>* p, const acc_t<T>* x, acc_t<T>* y, int64_t ld, int64_t first) {
+  using A = acc_t<T>;
+  const int64_t width = padded<A>(values ? s.a.e : s.a.d);
+  const Stretch* t = s.stretch;
+  int64_t at = 0, step;
+  for (; run < end; ++run)
+    for (int64_t j = run->first; j < run->first + run->count; ++j, ++at, p += Q<A>) {
+      t += at == t->at + t->count;
+      const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k,
+                                    values ? s.a.e : s.a.d, s, *t, step);
+      for (int64_t i = 0; i < count; ++i) {
+        if (!rule.whole(*run, j) && !Rule::seen(rule, *run, j, i / W<A>)[i % W<A>]) continue;
+        if (to_keys)
+          add_scaled(y + (j - first) * ld, p[i], x + i * width, width);
+        else
+          add_scaled(y + i * width, p[i], keys + (at - t->at) * step, width);
+      }
+    }
+}
+
 // --- forward --------------------------------------------------------------------------------------
 
 /// Masks s (keys, Q) of the runs and raises `top`, its maximum per lane.
@@ -164,7 +192,7 @@ static void rescale(int64_t count, int64_t width, const A* old, const A* top, A*
 /// o and lse of the queries i0 … of one head, which may see the keys of `runs`.
 template <class T, class Rule>
 static void strip_forward(const Strip& a, const Rule& rule, int64_t head, int64_t i0,
-                          const Run* run, const Run* end, Stretch* stretch,
+                          const Run* first, const Run* end, Stretch* stretch,
                           Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
   const int64_t b = head / a.h, h = head % a.h, dp = padded<A>(a.d), ep = padded<A>(a.e);
@@ -178,18 +206,23 @@ static void strip_forward(const Strip& a, const Rule& rule, int64_t head, int64_
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
   turn(count, a.d, q, A(a.scale) * log2e, qt);
-  clear(o, count * ep);
-  clear(total, Q<A>);
-  for (int64_t i = 0; i < Q<A>; ++i) top[i] = -__builtin_inf();
-  for (bool first = true; run < end; first = false) {
-    const Run* begin = run;
-    run = Keys<T>::next(keys, run, end);
-    keys_times<T>(keys, false, qt, s);
-    __builtin_memcpy(old, top, sizeof top);
-    mask_scores(rule, begin, run, s, top);
-    if (!first) rescale(count, ep, old, top, total, o);
-    exponentiate(keys.size, top, s, total);
-    times_keys<T>(keys, rule, i0, count, true, s, o);
+  for (bool paired = false;; paired = true) {
+    clear(o, count * ep);
+    clear(total, Q<A>);
+    for (int64_t i = 0; i < Q<A>; ++i) top[i] = -__builtin_inf();
+    for (const Run *begin = first, *run; begin < end; begin = run) {
+      run = Keys<T>::next(keys, begin, end);
+      keys_times<T>(keys, false, qt, s);
+      __builtin_memcpy(old, top, sizeof top);
+      mask_scores(rule, begin, run, s, top);
+      if (begin != first) rescale(count, ep, old, top, total, o);
+      exponentiate(keys.size, top, s, total);
+      if (paired)
+        pair_by_pair<false>(keys, rule, begin, run, count, true, s, s, o, ep, 0);
+      else
+        times_keys<T>(keys, rule, i0, count, true, s, o);
+    }
+    if (paired || all_finite(o, count * ep)) break;
   }
   A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
   for (int64_t i = 0; i < count; ++i) {
