@@ -1,10 +1,16 @@
 """What a data set is: checks, statistics, held-out images."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tab.data import Dataset, Split, describe, hold_out, load_dataset, statistics
+from tab.recipe import load_recipe
+from tab.splits import splits
 
 
 def test_statistics_are_exact():
@@ -56,6 +62,101 @@ def test_hold_out_refuses_bad_counts(count):
         hold_out(torch.arange(10), count, seed=0)
 
 
+LABELS = st.lists(st.integers(0, 8), min_size=2, max_size=60).map(torch.tensor)
+
+
+@given(labels=LABELS, part=st.floats(0, 1), seed=st.integers(0, 3))
+def test_hold_out_keeps_what_it_must(labels, part, seed):
+    sizes, total = torch.bincount(labels), len(labels)
+    classes = int((sizes > 0).sum())
+    for least, most in (((0, 0), (1, total - 1)), ((1, 0), (1, total - classes)),
+                        ((0, 1), (classes, total - 1))):  # fmt: skip
+        count = round(most[0] + part * (most[1] - most[0]))
+        if not most[0] <= count <= most[1]:
+            with pytest.raises(ValueError, match="cannot hold out"):
+                hold_out(labels, count, seed=seed, least=least)
+            continue
+        train, held = hold_out(labels, count, seed=seed, least=least)
+        assert sorted([*train.tolist(), *held.tolist()]) == list(range(total))
+        shares = torch.bincount(labels[held], minlength=len(sizes))
+        assert int(shares.sum()) == count
+        assert (sizes - shares >= sizes.clamp(max=least[0])).all()
+        assert (shares >= sizes.clamp(max=least[1])).all()
+        # Nothing is nearer to the exact shares: no image can move to a class that is owed more.
+        owed = count * sizes / total - shares
+        for a in range(len(sizes)):
+            for b in range(len(sizes)):
+                give = sizes[a] - shares[a] > least[0] and shares[b] > least[1]
+                assert not give or owed[a] - owed[b] <= 1 + 1e-6 or sizes[a] == 0
+
+
+def test_hold_out_of_rare_classes_leaves_each_one():
+    labels = torch.tensor([0] * 9 + [1] + [2] + [3])
+    train, validation = hold_out(labels, 8, seed=0, least=(1, 0))
+    assert Counter(labels[train].tolist()) == {0: 1, 1: 1, 2: 1, 3: 1} and len(validation) == 8
+    _, chosen = hold_out(labels, 4, seed=0, least=(0, 1))
+    assert labels[chosen].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"9 of 12 images of 4 classes .*: give 0…8"):
+        hold_out(labels, 9, seed=0, least=(1, 0))
+    with pytest.raises(ValueError, match=r"3 of 12 images of 4 classes .*: give 4…12"):
+        hold_out(labels, 3, seed=0, least=(0, 1))
+
+
+def small(counts, **overrides):
+    """A set with `counts` training images of each class and one for the test; its splits."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (len(labels), 32, 32, 3), generator=generator).byte()
+    images[..., 2] = 0  # no blue anywhere
+    test = Split(images[: len(counts)], torch.arange(len(counts)))
+    names = tuple(f"c{i}" for i in range(len(counts)))
+    dataset = Dataset("small", names, Split(images, labels), test, "", "")
+    given = {"train.batch_size": 4, **{k.replace("_", ".", 1): v for k, v in overrides.items()}}
+    config = load_recipe("fair", given).run("cnn", "none", 0)
+    return splits(config, dataset, torch.device("cpu"))
+
+
+def test_every_class_is_trained_on():
+    train, validation, _ = small([20, 1, 1, 1], data_validation=15)
+    assert set(train.labels[train.index].tolist()) == {0, 1, 2, 3} and len(validation.index) == 15
+    train, *_ = small([40, 1, 1, 1], data_validation=20, data_images=6)
+    assert Counter(train.labels[train.index].tolist()) == {0: 3, 1: 1, 2: 1, 3: 1}
+
+
+def test_a_constant_channel_is_zero():
+    train, validation, test = small([20, 20], data_validation=5, data_normalise="each")
+    for batches in (train, validation, test):
+        x, _ = next(iter(batches.epoch(0)))
+        assert torch.isfinite(x).all() and (x[:, 2] == 0).all() and x[:, 0].std() > 0.5
+
+
+@pytest.mark.parametrize(
+    "counts, overrides, said",
+    [
+        (
+            [9, 3],
+            {},
+            r"data.validation = 5000 .* at most 10 .*--set data.validation=1 .*sweep: --v",
+        ),
+        ([9, 3], {"data_validation": 11}, r"of the 12 of small, 2 classes, at most 10 can be"),
+        ([1, 1], {"data_validation": 1}, r"add pictures, or give --set data.validation=0 --set ev"),
+        (
+            [9, 9, 9],
+            {"data_validation": 1, "data_images": 2},
+            r"data.images = 2 .* 3 classes of small: give --set data.images=3 or more",
+        ),
+        (
+            [9, 9],
+            {"data_validation": 8, "train_batch_size": 16},
+            r"10 images, batch_size 16.*--set train.batch_size=10 or less, or --set data.drop_last",
+        ),
+    ],
+)
+def test_too_few_images_name_the_key(counts, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        small(counts, **overrides)
+
+
 def test_a_data_set_checks_itself():
     images, labels = torch.zeros(4, 32, 32, 3).byte(), torch.tensor([0, 1, 0, 1])
     good = Split(images, labels)
@@ -63,6 +164,8 @@ def test_a_data_set_checks_itself():
         Split(images.permute(0, 3, 1, 2), labels)
     with pytest.raises(ValueError, match=r"labels must be int64 \(4,\)"):
         Split(images, labels[:3])
+    with pytest.raises(ValueError, match=r"labels are the numbers of classes, from 0; got -1"):
+        Split(images, labels - 1)
     with pytest.raises(ValueError, match="test: label 1, but there are only 1 classes"):
         Dataset("x", ("a",), Split(images, labels * 0), good, "", "")
     with pytest.raises(ValueError, match="train: no image of class 'c'"):
