@@ -9,7 +9,7 @@ import triton
 from proof import LAYOUTS, assert_accurate, layout
 
 from tab.kernels import local as kernels
-from tab.ops.local import _Local, backward_reference, forward_reference
+from tab.ops.local import backward_reference, forward_reference, local_fwd
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
@@ -36,7 +36,7 @@ def naive(n, left, right, cols, causal, scale):
 def check(x, left, right, rows=0, cols=0, causal=False, scale=0.4, floor=2e-6):
     n = x[0].shape[2]
     assert_accurate(
-        lambda *x: _Local.apply(*x, left, right, rows, cols, causal, scale, "cuda"),
+        lambda *x: local_fwd.apply("cuda", *x, left, right, rows, cols, causal, scale)[0],
         naive(n, left, right, cols, causal, scale),
         x,
         floor=floor,

@@ -12,7 +12,7 @@ from test_mla import NAMES, operands, textbook
 from tab.kernels import mla as kernels
 from tab.kernels import mla_backward
 from tab.kernels import mla_decode as decoding
-from tab.ops.mla import _Fused, backward_reference, forward_reference
+from tab.ops.mla import backward_reference, forward_reference, mla_fwd
 from tab.ops.mla_decode import decode_reference
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
@@ -34,7 +34,7 @@ CASES = [  # dtype, (B, H, N, Dn, Dr, R, Dv): one token, one tile, several tiles
 def launchers(causal=False, key_mask=None, scale=None):
     def f(*x):
         s = scale or (x[0].shape[-1] + x[1].shape[-1]) ** -0.5
-        return _Fused.apply(*x, key_mask, s, causal, "cuda")[:2]
+        return mla_fwd.apply("cuda", *x, key_mask, s, causal)[:2]
 
     return f
 

@@ -11,7 +11,7 @@ from proof import LAYOUTS, assert_accurate, layout
 from tab import BlockPattern
 from tab.kernels import sparse as kernels
 from tab.kernels import sparse_backward
-from tab.ops.sparse import _Sparse, backward_reference, forward_reference
+from tab.ops.sparse import backward_reference, forward_reference, sparse_fwd
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
@@ -41,8 +41,8 @@ def inputs(pattern, d, dv, generator, dtype=torch.float32, b=1, h=2):
 
 
 def check(x, pattern, causal=False, scale=0.4):
-    rest = *pattern.tensors, pattern.block_size, causal, scale, "cuda"
-    f = lambda *x: _Sparse.apply(*x, *rest)  # noqa: E731
+    rest = *pattern.tensors, pattern.block_size, causal, scale
+    f = lambda *x: sparse_fwd.apply("cuda", *x, *rest)[0]  # noqa: E731
     assert_accurate(f, naive(pattern, causal, scale), x, names=NAMES)
 
 

@@ -332,16 +332,24 @@ def test_decode_gradients_meta_compile(generator):
     assert [t.shape for t in meta] == [(2, 2, 2), (2, 2)]
 
 
-def test_decode_kernels_have_no_gradient(generator, monkeypatch):
-    qn, qr, c, kr, uk, uv = operands((2, 2, 3, 3, 2, 3, 2), generator)
-    args = qn[:, :, 0], qr[:, :, 0], torch.cat([c, kr], -1), torch.tensor([2, 3]), uk, uv
-    monkeypatch.setattr(mla_decode_op, "why_not", lambda backend: None)
-    uk.requires_grad_()
-    with pytest.raises(RuntimeError, match="backend='cpp' of mla_decode has no gradient"):
-        mla_decode(*args, backend="cpp")
-    with torch.no_grad():
-        o, _ = mla_decode(*args, backend="cpp")
-    torch.testing.assert_close(o, mla_decode(*args, backend="reference")[0].detach())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+def test_decode_gradients_are_those_of_the_causal_forward(backend, dtype, generator):
+    """The last token of each sequence, every tensor, o and lse."""
+
+    def last(f):
+        def attend(qn, qr, c, kr, uk, uv):
+            o, lse = f(qn, qr, c, kr, uk, uv)
+            return o[:, :, -1], lse[:, :, -1]
+
+        return attend
+
+    def decode(qn, qr, c, kr, uk, uv):
+        cache, lengths = torch.cat([c, kr], -1), torch.full((len(c),), c.shape[1])
+        return mla_decode(qn[:, :, -1], qr[:, :, -1], cache, lengths, uk, uv, backend=backend)
+
+    x = operands((2, 3, 9, 8, 4, 6, 5), generator, dtype)
+    assert_accurate(decode, last(textbook(causal=True)), x, names=NAMES)
 
 
 # --- errors ---------------------------------------------------------------------------------------

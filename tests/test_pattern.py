@@ -1,6 +1,8 @@
 """BlockPattern: BigBird row by row, compressed rows and columns, its own seed."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -93,6 +95,31 @@ def test_pattern_is_small_immutable_and_moves_once():
     assert repr(pattern) == (
         f"BlockPattern(n=200000, block_size=64, heads=2, density={pattern.density:.3f})"
     )
+
+
+def test_saved_and_copied_without_what_lies_on_other_devices():
+    pattern = BlockPattern.bigbird(64, heads=2, block_size=8)
+    pattern.to("meta")
+    file = io.BytesIO()
+    torch.save({"pattern": pattern}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["pattern"]
+    for copied in (loaded, pickle.loads(pickle.dumps(pattern)), copy.deepcopy(pattern)):
+        assert repr(copied) == repr(pattern)
+        for x, y in zip(copied.tensors, pattern.tensors, strict=True):
+            assert torch.equal(x, y)
+            assert x.data_ptr() != y.data_ptr()
+        assert copied.to("cpu") is copied
+        assert copied._copies.keys() == {"cpu"}
+
+
+def test_no_tokens():
+    for pattern in (
+        BlockPattern.bigbird(0, heads=2, block_size=8),
+        BlockPattern.from_blocks(torch.ones(0, 0, dtype=torch.bool), 8, 0),
+    ):
+        assert pattern.blocks == pattern.density == 0
+        assert pattern.to_dense().shape == (1, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast changes
+DTYPES = (*CAST, torch.float64)
+NUMBERS = {  # option -> what to do where it was to be learned
+    "scale": "a learned scale multiplies q: pass q * scale, and scale=1.0",
+    "eps": "it gets no gradient; pass float(eps)",
+}
+
 
 def accumulate(*tensors: Tensor) -> torch.dtype:
     """float32 for half types, else the type itself: sums and softmaxes run in it."""
@@ -19,14 +26,67 @@ def token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def operands(op: str, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The floating operands as they are computed with: dense, of a dtype that TAB takes, and under
+    autocast cast to its type before anything is compared, as PyTorch's operators do. Like theirs,
+    float64 stays float64."""
+    for name, x in tensors.items():
+        if x is not None and (x.is_nested or x.dtype not in DTYPES):
+            _refuse(op, name, x)
+    return autocast(*tensors.values())
+
+
+def _refuse(op: str, name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise ValueError(
+            f"{op} wants dense tensors, {name} is nested: call it for each of {name}.unbind(), or "
+            f"pad with torch.nested.to_padded_tensor({name}, 0.0) and, where the operator takes a "
+            "key_mask, hide the padding with it"
+        )
+    raise ValueError(
+        f"{op} wants float16, bfloat16, float32 or float64, got {shapes(**{name: x})}; "
+        f"convert it, for example {name}.to(torch.bfloat16)"
+    )
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts floating tensors to the autocast type when autocast is on for their device."""
+    """Casts float16, bfloat16 and float32 to the autocast type when it is on for their device."""
     device = tensors[0].device.type
     # is_autocast_available does not trace on torch 2.11, so meta is asked for by name.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors)
+    return tuple(x.to(dtype) if x is not None and x.dtype in CAST else x for x in tensors)
+
+
+def number(op: str, name: str, value: float) -> float:
+    """`value` as a float, or a TypeError: a tensor would lose its gradient here in silence."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(
+            f"{op}(): argument {name!r} must be float, not {type(value).__name__}; {NUMBERS[name]}"
+        )
+    return float(value)
+
+
+def real(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values (B, H, N, ·) with masked tokens replaced by 0: 0 · NaN would be NaN."""
+    if key_mask is None:
+        return tensors
+    hidden = ~key_mask[:, None, :, None]
+    return tuple(x.masked_fill(hidden, 0.0) for x in tensors)
+
+
+def answered(
+    key_mask: Tensor | None, do: Tensor, *tensors: Tensor, fill: float = 0.0
+) -> tuple[Tensor, ...]:
+    """In a backward pass: what belongs to queries (B, H, N, ·), replaced by `fill` at masked tokens
+    whose outputs have no cotangent do. Like `real`, so that 0 · NaN is 0."""
+    if key_mask is None:
+        return tensors
+    idle = ~key_mask[:, None, :, None] & (do == 0).all(-1, keepdim=True)  # (B, H, N, 1)
+    return tuple(x.masked_fill(idle, fill) for x in tensors)
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -44,27 +104,33 @@ def shapes(**tensors: Tensor | None) -> str:
     )
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k (B, H, N, D) and v (B, H, N, Dv): one floating dtype, one device, N ≥ 1."""
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (B, H, N, D) and v (B, H, N, Dv), cast under autocast: one floating dtype, one device.
+    B and N may be 0."""
+    q, k, v = operands(op, q=q, k=k, v=v)
     rule = None
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
     elif q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         rule = "q and k of one shape, v with the same B, H, N"
-    elif 0 in q.shape or 0 in v.shape:
-        rule = "no empty dimension"
+    elif not (q.shape[1] and q.shape[3] and v.shape[3]):
+        rule = "at least one head and D, Dv ≥ 1"
     if rule:
         raise ValueError(f"{op} wants {rule}; got {shapes(q=q, k=k, v=v)}")
-    same(op, q=q, k=k, v=v)
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        same(op, q=q, k=k, v=v)
+    return q, k, v
 
 
 def same(op: str, **tensors: Tensor | None) -> None:
-    """One floating dtype and one device for all, or a ValueError that prints them."""
+    """One dtype and one device for all, or a ValueError that prints them."""
     present = [x for x in tensors.values() if x is not None]
     if len({x.device for x in present}) > 1 or len({x.dtype for x in present}) > 1:
         raise ValueError(f"{op} wants one dtype and one device, got {shapes(**tensors)}")
-    if not present[0].is_floating_point():
-        raise ValueError(f"{op} wants floating tensors, got {shapes(**tensors)}")
+    if present[0].dtype not in DTYPES:
+        raise ValueError(
+            f"{op} wants float16, bfloat16, float32 or float64, got {shapes(**tensors)}"
+        )
 
 
 def check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> None:

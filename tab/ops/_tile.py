@@ -1,12 +1,15 @@
 """Softmax attention on one tile of queries and keys, forward and backward by formula.
 
-Local and sparse attention differ in which tiles exist; inside a tile they are the same:
+Local, sparse and latent attention differ in which tiles exist; inside a tile they are the same:
 
     S = scale·QKᵀ (−∞ where not allowed),  L = log Σ_j exp S_j,  O = exp(S − L) V
-    P = exp(S − L),  Δ = Σ dO∘O,  dV = PᵀdO,  dS = P∘(dO Vᵀ − Δ),  dQ = scale·dS K,  dK = scale·dSᵀQ
+    P = exp(S − L),  Δ = Σ dO∘O − dL,  dV = PᵀdO,  dS = P∘(dO Vᵀ − Δ),  dQ = scale·dS K,
+    dK = scale·dSᵀQ
 
 Dao 2023, "FlashAttention-2", algorithms 1 and 2. A row that is allowed nothing has L = −∞ and
-O = 0, and passes no gradient. Leading dimensions are the caller's.
+O = 0, and passes no gradient. What a pair of tokens that is not allowed holds, NaN too, reaches
+nobody. Leading dimensions are the caller's. The forward formula can be differentiated by autograd
+as often as one likes, and runs under torch.func.
 """
 
 from __future__ import annotations
@@ -14,23 +17,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def tile_forward(q, k, v, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (…, n, D), k (…, m, D), v (…, m, Dv), allowed (…, n, m) -> O (…, n, Dv), L (…, n)."""
-    s = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf)
-    top = _finite(s.amax(-1, keepdim=True))
-    p = (s - top).exp()
-    total = p.sum(-1, keepdim=True)
-    o = p @ v / torch.where(total == 0, torch.ones_like(total), total)
-    return o, (top + total.log()).squeeze(-1)
+from ._check import number
 
 
-def tile_backward(do, q, k, v, lse, delta, allowed: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """do (…, n, Dv), lse and delta (…, n), the rest as in `tile_forward` -> dq, dk, dv."""
-    s = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf)
-    p = (s - _finite(lse)[..., None]).exp()
-    ds = p * (do @ v.mT - delta[..., None]) * scale
-    return ds @ k, ds.mT @ q, p.mT @ do
+def tile_forward(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (…, n, D), k (…, m, D), v (…, m, Dv), allowed (…, n, m), None for all -> O (…, n, Dv),
+    L (…, n) and max_j S_j (…, n)."""
+    s = _scores(q, k, allowed, scale)
+    peak = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
+    p = (s - _finite(peak)[..., None]).exp()
+    total = p.sum(-1)
+    none = total == 0
+    total = total.masked_fill(none, 1.0)
+    lse = (_finite(peak) + total.log()).masked_fill(none, -torch.inf)
+    return weigh(p, v, allowed) / total[..., None], lse, peak
+
+
+def tile_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    allowed: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """do (…, n, Dv), lse and Δ (…, n), the rest as in `tile_forward` -> dq, dk, dv.
+
+    A query whose output nobody used passes no gradient, whatever it holds.
+    """
+    used = ((do != 0).any(-1) | (delta != 0))[..., None]
+    allowed = used.expand(*used.shape[:-1], k.shape[-2]) if allowed is None else allowed & used
+    p = (_scores(q, k, allowed, scale) - _finite(lse)[..., None]).exp()
+    p = p.masked_fill(~allowed, 0.0)
+    ds = (p * (do @ v.mT - delta[..., None])).masked_fill(~allowed, 0.0) * scale
+    return weigh(ds, k, allowed), weigh(ds.mT, q, allowed.mT), weigh(p.mT, do, allowed.mT)
+
+
+def weigh(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:
+    """p (…, n, m) @ x (…, m, D), in which a pair that is not allowed counts for nothing: 0·NaN too.
+
+    An x that is not finite makes NaN of the rows that are allowed it.
+    """
+    if allowed is None:
+        return p @ x
+    odd = ~x.isfinite()
+    met = allowed.to(x.dtype) @ odd.to(x.dtype)
+    return (p @ x.masked_fill(odd, 0.0)).masked_fill(met > 0, torch.nan)
+
+
+def score_scale(op: str, scale: float | None, width: int) -> float:
+    """The caller's scale, else 1/√width, of a double: torch.jit.trace makes tensors of sizes."""
+    return float(width) ** -0.5 if scale is None else number(op, "scale", scale)
+
+
+def row_sums(do: Tensor, o: Tensor) -> Tensor:
+    """Σ do∘o over the last dimension, in which a do of 0 makes 0 of any o."""
+    return (do * o).masked_fill(do == 0, 0.0).sum(-1)
+
+
+def _scores(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    s = q @ k.mT * scale
+    return s if allowed is None else s.masked_fill(~allowed, -torch.inf)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._check import accumulate, autocast, check_qkv, token_major
+from ._check import accumulate, check_qkv, token_major
 from ._op import Op, choose
-from ._tile import empty_heads, empty_outputs, tile_backward, tile_forward
+from ._tile import empty_heads, empty_outputs, row_sums, score_scale, tile_backward, tile_forward
 
 CHUNK = 64  # queries whose scores the reference holds at once
 
@@ -44,7 +44,7 @@ def tiles(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Per chunk of queries: the queries, the band of keys that they can see, who sees whom."""
     n, width = q.shape[2], cols or 1  # on a line every token is its own row
-    for start in range(0, n, CHUNK):
+    for start in range(0, max(n, 1), CHUNK):  # without tokens one empty tile
         stop = min(start + CHUNK, n)
         first = max(0, (start // width - left) * width)
         last = stop if causal else min(n, ((stop - 1) // width + right + 1) * width)
@@ -57,13 +57,13 @@ def tiles(
 def forward_reference(q, k, v, left, right, rows, cols, causal, scale):
     """-> o (B, H, N, Dv), lse (B, H, N) in the accumulation type."""
     acc = accumulate(q)
-    o, lse = empty_outputs(q, v, acc)
     if q.is_meta:  # shapes need no walk
-        return o, lse
-    q, k, v = q.to(acc), k.to(acc), v.to(acc)
+        return empty_outputs(q, v, acc)
+    parts, (q, k, v), dtype = [], (x.to(acc) for x in (q, k, v)), q.dtype
     for i, j, seen in tiles(q, left, right, cols, causal):
-        o[:, :, i], lse[:, :, i] = tile_forward(q[:, :, i], k[:, :, j], v[:, :, j], seen, scale)
-    return o, lse
+        parts.append(tile_forward(q[:, :, i], k[:, :, j], v[:, :, j], seen, scale)[:2])
+    o, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return token_major(o.to(dtype)), lse.detach()
 
 
 def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, scale):
@@ -72,14 +72,15 @@ def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, sca
         return empty_heads(q), empty_heads(k), empty_heads(v)
     acc, dtype = accumulate(q), q.dtype
     do, q, k, v = do.to(acc), q.to(acc), k.to(acc), v.to(acc)
-    delta = (do * o.to(acc)).sum(-1)  # (B, H, N)
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = row_sums(do, o.to(acc))  # (B, H, N)
+    dq, dk, dv = [], do.new_zeros(k.shape), do.new_zeros(v.shape)
     for i, j, seen in tiles(q, left, right, cols, causal):
         tile = do[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], lse[:, :, i], delta[:, :, i]
-        dq[:, :, i], dk_tile, dv_tile = tile_backward(*tile, seen, scale)
+        dq_tile, dk_tile, dv_tile = tile_backward(*tile, seen, scale)
+        dq.append(dq_tile)
         dk[:, :, j] += dk_tile
         dv[:, :, j] += dv_tile
-    return tuple(token_major(x.to(dtype)) for x in (dq, dk, dv))
+    return tuple(token_major(x.to(dtype)) for x in (torch.cat(dq, 2), dk, dv))
 
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -88,34 +89,26 @@ def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, sca
 # causal: only j ≤ i. On a line the public function has set right = 0 instead, and causal is False.
 local_fwd = Op(
     "local_fwd",
-    "(Tensor q, Tensor k, Tensor v, int left, int right, int rows, int cols, bool causal, "
-    "float scale) -> (Tensor o, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, SymInt left, SymInt right, SymInt rows, SymInt cols, "
+    "bool causal, float scale) -> (Tensor o, Tensor lse)",
     forward_reference,
 )
 local_bwd = Op(
     "local_bwd",
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, int left, int right, "
-    "int rows, int cols, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt left, SymInt right, "
+    "SymInt rows, SymInt cols, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
     backward_reference,
 )
 
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Local(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, left, right, rows, cols, causal, scale, backend):
-        ctx.options = left, right, rows, cols, causal, scale
-        ctx.backend = backend
-        o, lse = local_fwd(backend, q, k, v, *ctx.options)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o
+def _gradients(backend, grads, q, k, v, o, lse, *options):
+    do, _ = grads
+    return () if do is None else local_bwd(backend, do, q, k, v, o, lse, *options)
 
-    @staticmethod
-    def backward(ctx, do):
-        grads = local_bwd(ctx.backend, do, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None, None, None
 
+local_fwd.differentiable(_gradients, by=local_bwd, constant=(1,))
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -150,25 +143,28 @@ def local_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices, window or grid do not fit; the message says how.
+        TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    check_qkv("local_attention", q, k, v)
-    q, k, v = autocast(q, k, v)
+    q, k, v = check_qkv("local_attention", q, k, v)
     n = q.shape[2]
     left, right = check_window("local_attention", window)
     rows, cols = check_grid("local_attention", grid, n) if grid is not None else (0, 0)
-    reach = (max(rows, cols) or n) - 1  # further than any two tokens lie apart
-    left, right = left if left < reach else reach, right if right < reach else reach
+    # No two tokens lie further apart. min and max stay symbolic under torch.compile: no new
+    # compilation for every new length.
+    reach = max(rows, cols, 1) - 1 if grid is not None else max(n, 1) - 1
+    left, right = min(left, reach), min(right, reach)
     if causal and not cols:
         right, causal = 0, False
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = score_scale("local_attention", scale, q.shape[-1])
     # The kernel is faster than dense SDPA even when the window holds every token, so "auto" never
     # leaves it. float32, one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
     #   B 128 H 4 N 64 D 64     5.8 and  9.3,  18.4 and 29.2 (window 8: 4.8 and 9.1, 14.6 and 28.7)
     #   B 512 H 4 N 16 D 32     2.7 and  3.3,   9.1 and 10.3
     #   B 1 H 2 N 1024 D 64     2.6 and  5.6,   8.9 and 19.9
     backend = choose(backend, local_fwd, q)
-    return _Local.apply(q, k, v, left, right, rows, cols, bool(causal), scale, backend)
+    options = left, right, rows, cols, bool(causal), scale
+    return local_fwd.apply(backend, q, k, v, *options)[0]
 
 
 def check_window(op: str, window: int | tuple[int, int]) -> tuple[int, int]:
@@ -187,8 +183,10 @@ def check_window(op: str, window: int | tuple[int, int]) -> tuple[int, int]:
 def check_grid(op: str, grid: tuple[int, int], n: int) -> tuple[int, int]:
     """-> (rows, cols), or a ValueError that names both numbers of tokens."""
     pair = isinstance(grid, (tuple, list)) and len(grid) == 2
-    if not pair or min(grid) < 1 or grid[0] * grid[1] != n:
-        near = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - n**0.5))
+    if not pair or min(grid) < 0 or grid[0] * grid[1] != n:
+        near = min(
+            (d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - n**0.5), default=1
+        )
         raise ValueError(
             f"{op} wants grid (rows, cols) with rows · cols = N = {n}, got grid={grid}; "
             f"the squarest grid of {n} tokens is {(near, n // near)}"

@@ -18,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import accumulate, autocast, check_key_mask, same, shapes, token_major
+from ._check import accumulate, check_key_mask, operands, same, shapes, token_major
 from ._op import Op, choose
-from .mla_forms import absorb, expand, hidden, probabilities
+from ._tile import row_sums, score_scale, tile_backward, tile_forward
+from .mla_forms import compose, real_tokens, visible
 
 FORMS = ("auto", "fused", "expand", "absorb")
 # "auto" takes a compiled fused kernel up to this N, else expand and SDPA. CPU, float32, one AVX-512
@@ -33,11 +34,17 @@ FUSED_TOKENS = {"cpu": 8192, "cuda": 256}
 # --- fused reference ------------------------------------------------------------------------------
 
 
-def _head(h, qn, qr, c, kr, w_uk, w_uv, hide, scale):
-    """Head h: K (B, N, Dn), V (B, N, Dv) and its scores S (B, N, N), −inf where hidden."""
-    k, v = c @ w_uk[h].mT, c @ w_uv[h].mT
-    s = (qn[:, h] @ k.mT + qr[:, h] @ kr.mT) * scale
-    return k, v, s if hide is None else s.masked_fill(hide, -torch.inf)
+def _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask):
+    """All in the accumulation type: q = [q_n q_r] (B, H, N, Dn+Dr), then the others; what a masked
+    token holds is 0."""
+    acc = accumulate(q_nope)
+    c, kr, uk, uv = (x.to(acc) for x in (*real_tokens(key_mask, c_kv, k_rope), w_uk, w_uv))
+    return torch.cat([q_nope, q_rope], -1).to(acc), c, kr, uk, uv
+
+
+def _keys(h, c, kr, uk, uv):
+    """K = [W_uk,h c, k_r] (B, N, Dn+Dr) and V (B, N, Dv) of head h."""
+    return torch.cat([c @ uk[h].mT, kr], -1), c @ uv[h].mT
 
 
 def forward_reference(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
@@ -46,18 +53,14 @@ def forward_reference(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale,
     lse_i = log Σ_j exp(S_ij). A query that sees no key has lse −inf and o 0. max_logits is the
     largest S_ij in use: j visible to i, and i a real token too where there is a key_mask.
     """
-    acc, n = accumulate(q_nope), q_nope.shape[2]
-    operands = [x.to(acc) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)]
-    hide = hidden(key_mask, n, causal, q_nope.device)
-    o, lse, peak = [], [], []
-    for h in range(q_nope.shape[1]):
-        _, v, s = _head(h, *operands, hide, scale)
-        lse.append(s.logsumexp(-1))  # (B, N)
-        used = s if key_mask is None else s.masked_fill(~key_mask[..., None], -torch.inf)
-        peak.append(used.amax((-2, -1)))  # (B,)
-        o.append(probabilities(s, lse[-1]) @ v)  # (B, N, Dv)
-    o = torch.stack(o, 2).to(q_nope.dtype).transpose(1, 2)  # token-major
-    return o, torch.stack(lse, 1), torch.stack(peak, 1)
+    q, *shared = _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
+    seen = visible(key_mask, q.shape[2], causal, q.device)
+    heads = [tile_forward(q[:, h], *_keys(h, *shared), seen, scale) for h in range(q.shape[1])]
+    o, lse, peak = (torch.stack(x, 1) for x in zip(*heads, strict=True))
+    if key_mask is not None:
+        peak = peak.masked_fill(~key_mask[:, None], -torch.inf)
+    peak = peak.amax(-1) if q.shape[2] else peak.new_full(q.shape[:2], -torch.inf)
+    return token_major(o.to(q_nope.dtype)), lse, peak
 
 
 def backward_reference(
@@ -69,23 +72,20 @@ def backward_reference(
     dk = dSᵀ q_n,  dv = Pᵀ do,  dc = Σ_h(dk W_uk,h + dv W_uv,h),  dk_r = Σ_h dSᵀ q_r,
     dW_uk,h = Σ_b dkᵀ c,  dW_uv,h = Σ_b dvᵀ c
     """
-    acc, n = accumulate(q_nope), q_nope.shape[2]
-    qn, qr, c, kr, uk, uv = (x.to(acc) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
-    do = do.to(acc)
-    delta = (do * o.to(acc)).sum(-1)  # (B, H, N)
+    q, *shared = _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
+    c, _, uk, uv = shared
+    do, dn = do.to(q.dtype), q_nope.shape[-1]
+    delta = row_sums(do, o.to(q.dtype))  # (B, H, N)
     delta = delta if dlse is None else delta - dlse
-    hide = hidden(key_mask, n, causal, q_nope.device)
-    dqn, dqr, duk, duv = [], [], [], []
-    dc, dkr = (x.new_zeros(x.shape) for x in (c, kr))
-    for h in range(q_nope.shape[1]):
-        k, v, s = _head(h, qn, qr, c, kr, uk, uv, hide, scale)
-        p = probabilities(s, lse[:, h])  # (B, N, N)
-        ds = p * (do[:, h] @ v.mT - delta[:, h, :, None]) * scale
-        dk, dv = ds.mT @ qn[:, h], p.mT @ do[:, h]
-        dqn.append(ds @ k)
-        dqr.append(ds @ kr)
-        dc += dk @ uk[h] + dv @ uv[h]
-        dkr += ds.mT @ qr[:, h]
+    seen = visible(key_mask, q.shape[2], causal, q.device)
+    dqn, dqr, duk, duv, dc, dkr = [], [], [], [], 0, 0
+    for h in range(q.shape[1]):
+        tile = do[:, h], q[:, h], *_keys(h, *shared), lse[:, h], delta[:, h]
+        dq, dk, dv = tile_backward(*tile, seen, scale)
+        dk, dkr_h = dk[..., :dn], dk[..., dn:]
+        dqn.append(dq[..., :dn])
+        dqr.append(dq[..., dn:])
+        dc, dkr = dc + dk @ uk[h] + dv @ uv[h], dkr + dkr_h
         duk.append((dk.mT @ c).sum(0))  # (Dn, R)
         duv.append((dv.mT @ c).sum(0))  # (Dv, R)
     dqn, dqr = (torch.stack(x, 2).to(q_nope.dtype).transpose(1, 2) for x in (dqn, dqr))
@@ -111,24 +111,14 @@ mla_bwd = Op(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal, backend):
-        operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-        o, lse, peak = mla_fwd(backend, *operands, key_mask, scale, causal)
-        ctx.save_for_backward(*operands, o, lse, key_mask)
-        ctx.options, ctx.backend = (scale, causal), backend
-        ctx.mark_non_differentiable(peak)
-        ctx.set_materialize_grads(False)
-        return o, lse, peak
+def _gradients(backend, grads, *saved):
+    *operands, key_mask, o, lse, _, scale, causal = saved
+    do, dlse, _ = grads
+    do = torch.zeros_like(o) if do is None else do
+    return mla_bwd(backend, do, dlse, *operands, o, lse, key_mask, scale, causal)
 
-    @staticmethod
-    def backward(ctx, do, dlse, dpeak):
-        *operands, o, lse, key_mask = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do
-        grads = mla_bwd(ctx.backend, do, dlse, *operands, o, lse, key_mask, *ctx.options)
-        return *grads, None, None, None, None
 
+mla_fwd.differentiable(_gradients, by=mla_bwd, constant=(2,))
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -173,22 +163,22 @@ def mla_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; the message prints them.
+        TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    operands = autocast(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv)
-    check("mla_attention", *operands)
+    x = operands(
+        "mla_attention",
+        q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope, w_uk=w_uk, w_uv=w_uv,
+    )  # fmt: skip
+    check("mla_attention", *x)
     check_key_mask("mla_attention", key_mask, q_nope)
     flash = q_nope.shape[-1] + q_rope.shape[-1] == w_uv.shape[1]
-    form, backend = _choose_form(form, backend, operands[0], flash)
-    if scale is None:
-        scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
+    form, backend = _choose_form(form, backend, x[0], flash)
+    scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
     if form == "fused":
-        o, lse, peak = _Fused.apply(*operands, key_mask, float(scale), causal, backend)
+        o, lse, peak = mla_fwd.apply(backend, *x, key_mask, scale, bool(causal))
     else:
-        compose = expand if form == "expand" else absorb
-        o, lse, peak = compose(
-            *operands, float(scale), causal, key_mask, return_lse, return_max_logits
-        )
+        o, lse, peak = compose(form, x, scale, causal, key_mask, return_lse, return_max_logits)
         o = token_major(o)
     extra = (*((lse,) if return_lse else ()), *((peak,) if return_max_logits else ()))
     return (o, *extra) if extra else o
@@ -242,8 +232,8 @@ def check(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False):
         ]
         if wrong:
             rule = f"{', '.join(wrong)} to fit the others"
-        elif 0 in (b, h, n, dn, r, dv, keys):
-            rule = "no empty dimension but Dr"
+        elif 0 in (h, dn, r, dv):
+            rule = "no empty dimension but B, N and Dr"
     if rule:
         raise ValueError(f"{op} wants {rule}; got {shapes(**tensors)}")
     same(op, **tensors)

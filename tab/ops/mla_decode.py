@@ -11,26 +11,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import accumulate, autocast, shapes
+from ._check import accumulate, operands, shapes
 from ._op import Op, choose
+from ._tile import row_sums, score_scale, tile_backward, tile_forward
 from .mla import check
-from .mla_forms import probabilities
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def _tile(q_nope, q_rope, cache, seqlens, w_uk):
+    """In the accumulation type: q = [q̃, q_r] (B, H, R+Dr), the cache with 0 in rows that are not in
+    use, whatever they hold, and who sees what, (B, H, Nmax)."""
+    acc = accumulate(q_nope)
+    q = torch.einsum("bhd,hdr->bhr", q_nope.to(acc), w_uk.to(acc))
+    seen = torch.arange(cache.shape[1], device=cache.device) < seqlens[:, None]  # (B, Nmax)
+    cached = cache.to(acc).masked_fill(~seen[..., None], 0.0)
+    return torch.cat([q, q_rope.to(acc)], -1), cached, seen[:, None].expand(-1, q.shape[1], -1)
 
 
 def decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
     """-> o (B, H, Dv), lse (B, H). One query per sequence over its first `seqlens` cache rows."""
-    acc, r = accumulate(q_nope), w_uk.shape[-1]
-    cached = cache.to(acc)  # (B, Nmax, R+Dr)
-    q = torch.einsum("bhd,hdr->bhr", q_nope.to(acc), w_uk.to(acc))
-    s = torch.cat([q, q_rope.to(acc)], -1) @ cached.mT * scale  # (B, H, Nmax)
-    seen = torch.arange(cache.shape[1], device=cache.device) < seqlens[:, None]  # (B, Nmax)
-    s = s.masked_fill(~seen[:, None], -torch.inf)
-    lse = s.logsumexp(-1)
-    # Rows past the end may hold anything, NaN too, and 0·NaN is NaN.
-    z = probabilities(s, lse) @ cached[..., :r].masked_fill(~seen[..., None], 0.0)  # (B, H, R)
-    o = torch.einsum("bhr,hvr->bhv", z, w_uv.to(acc))
+    q, cached, seen = _tile(q_nope, q_rope, cache, seqlens, w_uk)
+    z, lse, _ = tile_forward(q, cached, cached[..., : w_uk.shape[-1]], seen, scale)  # (B, H, R)
+    o = torch.einsum("bhr,hvr->bhv", z, w_uv.to(z.dtype))
     return o.to(q_nope.dtype).contiguous(), lse  # one layout from every backend
 
+
+def decode_backward_reference(
+    do, dlse, q_nope, q_rope, cache, seqlens, w_uk, w_uv, o, lse, scale
+):  # fmt: skip
+    """-> dq_n, dq_r, dcache, dW_uk, dW_uv: the gradients of `_tile.py`, led through both matrices.
+
+    dz_h = W_uv,hᵀ do_h,  Δ = Σ dz·z − dlse = Σ do·o − dlse
+    """
+    q, cached, seen = _tile(q_nope, q_rope, cache, seqlens, w_uk)
+    (acc, r), dtype = (q.dtype, w_uk.shape[-1]), q_nope.dtype
+    do, uk, uv = do.to(acc), w_uk.to(acc), w_uv.to(acc)
+    delta = row_sums(do, o.to(acc))
+    delta = delta if dlse is None else delta - dlse
+    c = cached[..., :r]
+    dz = torch.einsum("bhv,hvr->bhr", do, uv)
+    dq, dk, dc = tile_backward(dz, q, cached, c, lse, delta, seen, scale)
+    z, _, _ = tile_forward(q, cached, c, seen, scale)
+    dcache = torch.cat([dk[..., :r] + dc, dk[..., r:]], -1)
+    grads = (
+        torch.einsum("bhr,hdr->bhd", dq[..., :r], uk),
+        dq[..., r:].contiguous(),
+        dcache,
+        torch.einsum("bhd,bhr->hdr", q_nope.to(acc), dq[..., :r]),
+        torch.einsum("bhv,bhr->hvr", do, z),
+    )
+    return tuple(x.to(dtype) for x in grads)
+
+
+# --- ops ------------------------------------------------------------------------------------------
 
 mla_decode_op = Op(
     "mla_decode",
@@ -38,6 +72,26 @@ mla_decode_op = Op(
     "float scale) -> (Tensor o, Tensor lse)",
     decode_reference,
 )
+mla_decode_bwd = Op(
+    "mla_decode_bwd",
+    "(Tensor do, Tensor? dlse, Tensor q_nope, Tensor q_rope, Tensor cache, Tensor seqlens, "
+    "Tensor w_uk, Tensor w_uv, Tensor o, Tensor lse, float scale) "
+    "-> (Tensor dq_nope, Tensor dq_rope, Tensor dcache, Tensor dw_uk, Tensor dw_uv)",
+    decode_backward_reference,
+)
+
+
+def _gradients(backend, grads, *saved):
+    *operands, o, lse, scale = saved
+    do, dlse = grads
+    do = torch.zeros_like(o) if do is None else do
+    *first, duk, duv = mla_decode_bwd("auto", do, dlse, *operands, o, lse, scale)
+    return *first, None, duk, duv
+
+
+mla_decode_op.differentiable(_gradients, by=mla_decode_bwd)
+
+# --- public ---------------------------------------------------------------------------------------
 
 
 def mla_decode(
@@ -59,29 +113,26 @@ def mla_decode(
         seqlens: (B,) int32 or int64, rows of the cache in use; above Nmax it counts as Nmax.
             A sequence of length 0 gives o 0 and lse −inf.
         scale: 1/√(Dn + Dr) when None.
-        backend: "auto", "reference", "cpp", "triton" or "cuda". The kernels are for inference;
-            where a gradient is wanted, "auto" and "reference" run the formula under autograd.
+        backend: "auto", "reference", "cpp", "triton" or "cuda", of the forward pass: decoding is
+            inference, and its gradient is PyTorch's on every backend.
 
     Returns:
         o (B, H, Dv) in the input's dtype and lse (B, H) in float32 (float64 for float64 input).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
-        RuntimeError: the backend asked for cannot run here, or has no gradient and one is wanted.
+        TypeError: scale is a tensor.
+        RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    q_nope, q_rope, cache, w_uk, w_uv = autocast(q_nope, q_rope, cache, w_uk, w_uv)
+    q_nope, q_rope, cache, w_uk, w_uv = operands(
+        "mla_decode", q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv
+    )
     _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv)
     backend = choose(backend, mla_decode_op, q_nope)
-    wants_grad = any(x.requires_grad for x in (q_nope, q_rope, cache, w_uk, w_uv))
-    if torch.is_grad_enabled() and wants_grad:
-        if backend not in ("auto", "reference"):
-            raise RuntimeError(
-                f"backend={backend!r} of mla_decode has no gradient and an input requires one; "
-                'call it under torch.no_grad(), or use backend="reference"'
-            )
+    if cache.shape[1] == 0:  # no kernel meets an empty cache
         backend = "reference"
-    scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5 if scale is None else float(scale)
-    return mla_decode_op(backend, q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
+    scale = score_scale("mla_decode", scale, q_nope.shape[-1] + q_rope.shape[-1])
+    return mla_decode_op.apply(backend, q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
 
 
 def _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv) -> None:

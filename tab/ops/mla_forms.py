@@ -9,91 +9,114 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._check import accumulate, full_precision
+from ._op import Op
+from ._sdpa import sdpa, written
 
 CHUNK = 256  # queries whose scores `max_logits` holds at once
 
 
-def hidden(key_mask: Tensor | None, n: int, causal: bool, device: torch.device) -> Tensor | None:
-    """True where query i must not see key j: (B, N, N), (B, 1, N), (N, N), or None for nowhere."""
-    hide = None if key_mask is None else ~key_mask[:, None, :]
+def visible(key_mask: Tensor | None, n: int, causal: bool, device: torch.device) -> Tensor | None:
+    """True where query i sees key j: (B, N, N), (N, N), or None for everywhere."""
+    seen = None if key_mask is None else key_mask[:, None, :].expand(-1, n, -1)
     if causal:
-        later = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
-        hide = later if hide is None else hide | later
-    return hide
+        earlier = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+        seen = earlier if seen is None else seen & earlier
+    return seen
 
 
-def probabilities(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(S − lse); all zeros in a row that sees no key."""
-    return (s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-
-
-def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, scale, causal, key_mask, want_lse, want_peak):
-    """-> o (B, H, N, Dv), lse (B, H, N) or None, max_logits (B, H) or None"""
-    c = c_kv[:, None]  # (B, 1, N, R)
-    k_nope, v = c @ w_uk.mT, c @ w_uv.mT  # (B, H, N, Dn), (B, H, N, Dv)
-    shared = k_rope[:, None].expand(-1, q_nope.shape[1], -1, -1)
-    q, k = torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, shared], -1)
-    return _attention(q, k, v, scale, causal, key_mask, want_lse, want_peak)
-
-
-def absorb(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, scale, causal, key_mask, want_lse, want_peak):
-    """-> as `expand`"""
-    q = torch.cat([q_nope @ w_uk, q_rope], -1)  # (B, H, N, R+Dr)
-    k = torch.cat([c_kv, k_rope], -1)[:, None]  # (B, 1, N, R+Dr)
-    z, *rest = _attention(q, k, c_kv[:, None], scale, causal, key_mask, want_lse, want_peak)
-    return z @ w_uv.mT, *rest  # z (B, H, N, R)
-
-
-def _attention(q, k, v, scale, causal, key_mask, want_lse, want_peak):
-    """softmax(scale·q kᵀ) v; k and v may have one head for all.
-
-    SDPA gives no lse: where that is wanted, the scores (B, H, N, N) are written.
-    """
-    peak = max_logits(q, k, scale, causal=causal, key_mask=key_mask) if want_peak else None
-    if want_lse:
-        with full_precision(q):
-            return *_written_scores(q, k, v, scale, causal, key_mask), peak
-    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+def real_tokens(key_mask: Tensor | None, *latents: Tensor) -> tuple[Tensor, ...]:
+    """The latents (B, N, ·) with 0 for whatever a masked token holds: 0·NaN would be NaN."""
     if key_mask is None:
-        options = {"is_causal": causal}
-    else:
-        options = {"attn_mask": ~hidden(key_mask, q.shape[2], causal, q.device)[:, None]}
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, **options), None, peak
+        return latents
+    return tuple(x.masked_fill(~key_mask[..., None], 0.0) for x in latents)
 
 
-def _written_scores(q, k, v, scale, causal, key_mask):
-    acc = accumulate(q)
-    s = q.to(acc) @ k.to(acc).mT * scale  # (B, H, N, N)
-    hide = hidden(key_mask, q.shape[2], causal, q.device)
-    if hide is None:
-        return (s.softmax(-1) @ v.to(acc)).to(q.dtype), s.logsumexp(-1)
-    hide = hide if key_mask is None else hide[:, None]  # (N, N) or (B, 1, 1 or N, N)
-    # The softmax of a row that sees no key has no gradient: such a row is left whole, then zeroed.
-    blind = hide.all(-1, keepdim=True)
-    s = s.masked_fill(hide & ~blind, -torch.inf)
-    p, lse = s.softmax(-1).masked_fill(blind, 0.0), s.logsumexp(-1)
-    return (p @ v.to(acc)).to(q.dtype), lse.masked_fill(blind[..., 0], -torch.inf)
+def _finite_where_masked(key_mask: Tensor, q: Tensor) -> Tensor:
+    """q (B, H, N, ·) with 0 where a masked token holds what is not finite: its own output is of no
+    use, but the gradients of all keys would meet it."""
+    return q.masked_fill(~key_mask[:, None, :, None] & ~q.isfinite(), 0.0)
+
+
+def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+    """-> q (B, H, N, Dn+Dr), k (B, H, N, Dn+Dr), v (B, H, N, Dv)"""
+    c = c_kv[:, None]  # (B, 1, N, R)
+    shared = k_rope[:, None].expand(-1, q_nope.shape[1], -1, -1)
+    q, k = torch.cat([q_nope, q_rope], -1), torch.cat([c @ w_uk.mT, shared], -1)
+    return q, k, c @ w_uv.mT
+
+
+def absorb(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+    """-> q (B, H, N, R+Dr), k (B, 1, N, R+Dr), v (B, 1, N, R): the latents are keys and values."""
+    q = torch.cat([q_nope @ w_uk, q_rope], -1)
+    return q, torch.cat([c_kv, k_rope], -1)[:, None], c_kv[:, None]
+
+
+def compose(form: str, operands, scale, causal, key_mask, want_lse, want_peak):
+    """-> o (B, H, N, Dv), lse (B, H, N) or None, max_logits (B, H) or None.
+
+    SDPA gives no lse: where that is wanted, the scores (B, H, N, N) are written. lse and max_logits
+    are of scores that are float32 throughout, whatever the type of the input.
+    """
+    project = expand if form == "expand" else absorb
+    acc, dtype, options = accumulate(operands[0]), operands[0].dtype, {"causal": causal}
+    if key_mask is not None:
+        queries = (_finite_where_masked(key_mask, x) for x in operands[:2])
+        operands = *queries, *real_tokens(key_mask, *operands[2:4]), *operands[4:]
+        seen = visible(key_mask, operands[0].shape[2], causal, key_mask.device)
+        options = {"seen": seen[:, None]}  # (B, 1, N, N)
+    with full_precision(operands[0]):
+        exact = [x.to(acc) for x in operands]
+        q, k, v = project(*(exact if want_lse else operands))
+        peak = None
+        if want_peak:
+            scored = (q, k) if q.dtype == acc else project(*exact)[:2]
+            peak = max_logits(*scored, scale, causal=causal, key_mask=key_mask)
+        if want_lse:
+            o, lse = written(q, k, v, scale, **options)
+        else:
+            o, lse = sdpa(q, k, v, scale, **options), None
+        o = o if form == "expand" else o @ (exact if want_lse else operands)[5].mT
+    return o.to(dtype), lse, peak
+
+
+# --- the largest score ----------------------------------------------------------------------------
+
+
+def max_logits_reference(q, k, key_mask, scale, causal):
+    """-> (B, H) in the accumulation type, −∞ where no pair counts; no N×N scores."""
+    acc, n = accumulate(q), q.shape[2]
+    peak = q.new_full(q.shape[:2], -torch.inf, dtype=acc)
+    if q.is_meta:  # shapes need no walk
+        return peak
+    k, j = k.to(acc).mT, torch.arange(n, device=q.device)
+    for start in range(0, n, CHUNK):
+        i = j[start : start + CHUNK]
+        s = q[:, :, i].to(acc) @ k * scale  # (B, H, CHUNK, N)
+        if causal:
+            s = s.masked_fill(j > i[:, None], -torch.inf)
+        if key_mask is not None:
+            both = key_mask[:, i, None] & key_mask[:, None]  # (B, CHUNK, N)
+            s = s.masked_fill(~both[:, None], -torch.inf)
+        peak = peak.maximum(s.amax((-2, -1)))
+    return peak
+
+
+# An op, so that torch.compile does not unroll the walk: one compilation serves every length.
+max_logits_op = Op(
+    "max_logits",
+    "(Tensor q, Tensor k, Tensor? key_mask, float scale, bool causal) -> Tensor",
+    max_logits_reference,
+)
 
 
 @torch.no_grad()
 def max_logits(
     q: Tensor, k: Tensor, scale: float, *, causal: bool = False, key_mask: Tensor | None = None
 ) -> Tensor:
-    """The largest scale·q_i·k_j with j visible to i and both real tokens, (B, H); no N×N scores.
+    """The largest scale·q_i·k_j with j visible to i and both real tokens, (B, H), no gradient.
 
     q (B, H, N, D), k (B, H or 1, N, D), key_mask (B, N).
     """
-    acc, n, parts = accumulate(q), q.shape[2], []
-    hide = hidden(key_mask, n, causal, q.device)
-    if key_mask is not None:
-        hide = (hide | ~key_mask[..., None])[:, None]  # (B, 1, N, N)
-    with full_precision(q):
-        for start in range(0, n, CHUNK):
-            rows = slice(start, start + CHUNK)
-            s = q[:, :, rows].to(acc) @ k.to(acc).mT * scale  # (B, H, CHUNK, N)
-            s = s if hide is None else s.masked_fill(hide[..., rows, :], -torch.inf)
-            parts.append(s.amax((-2, -1)))
-    return torch.stack(parts).amax(0)
+    return max_logits_op("auto", q.detach(), k.detach(), key_mask, scale, causal)

@@ -79,7 +79,7 @@ class BlockPattern:
                 f"or (H, {nb}, {nb}), got {tuple(mask.shape)} {mask.dtype}"
             )
         with torch.device("cpu"), torch.inference_mode(False):
-            coordinates = mask.cpu().reshape(-1, nb, nb).nonzero().T  # (3, nnz)
+            coordinates = (mask if mask.dim() == 3 else mask[None]).cpu().nonzero().T  # (3, nnz)
             heads = mask.shape[0] if mask.dim() == 3 else None
             return _compress(n, block_size, heads, heads or 1, *coordinates)
 
@@ -91,7 +91,7 @@ class BlockPattern:
     @property
     def density(self) -> float:
         """Seen pairs of blocks over all pairs of blocks, 0 to 1."""
-        return self.col.numel() / (self.row_ptr.shape[0] * self.blocks**2)
+        return self.col.numel() / max(1, self.row_ptr.shape[0] * self.blocks**2)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ class BlockPattern:
         lengths = self.row_ptr.cpu().diff().flatten()  # (Hp·nb,)
         mask = torch.zeros(len(lengths), self.blocks, dtype=torch.bool)
         mask[torch.arange(len(mask)).repeat_interleave(lengths), self.col.cpu().long()] = True
-        return mask.unflatten(0, (-1, self.blocks))
+        return mask.view(self.row_ptr.shape[0], self.blocks, self.blocks)
 
     def to_dense(self) -> Tensor:
         """(Hp, n, n) bool, on the CPU: for tests and pictures."""
@@ -121,6 +121,11 @@ class BlockPattern:
             )
         return self._copies[key]
 
+    def __reduce__(self):
+        """Pickled, deepcopied and saved without the copies on other devices. torch.load reads it
+        with weights_only=True, once `tab` is imported."""
+        return BlockPattern, (self.n, self.block_size, self.heads, *self.tensors)
+
     def __repr__(self) -> str:
         return (
             f"BlockPattern(n={self.n}, block_size={self.block_size}, heads={self.heads}, "
@@ -128,9 +133,12 @@ class BlockPattern:
         )
 
 
+torch.serialization.add_safe_globals([BlockPattern])
+
+
 def _check_size(n: int, block_size: int) -> int:
-    if n < 1 or block_size < 1:
-        raise ValueError(f"BlockPattern wants n ≥ 1, block_size ≥ 1; got {n} and {block_size}")
+    if n < 0 or block_size < 1:
+        raise ValueError(f"BlockPattern wants n ≥ 0, block_size ≥ 1; got {n} and {block_size}")
     return -(-n // block_size)
 
 

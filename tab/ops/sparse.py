@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._check import accumulate, autocast, check_qkv, token_major
+from ._check import accumulate, check_qkv, token_major
 from ._op import Op, choose
-from ._tile import empty_heads, empty_outputs, tile_backward, tile_forward
+from ._tile import empty_heads, empty_outputs, row_sums, score_scale, tile_backward, tile_forward
 from .pattern import BlockPattern
 
 # --- reference ------------------------------------------------------------------------------------
@@ -27,14 +27,14 @@ from .pattern import BlockPattern
 
 def to_blocks(x: Tensor, b: int) -> Tensor:
     """x (B, H, N, …) -> (B, H·nb, b, …), padded with zeros."""
-    n = x.shape[2]
+    n, h = x.shape[2], x.shape[1]
     padded = F.pad(x, (0, 0) * (x.dim() - 3) + (0, -n % b))
-    return padded.unflatten(2, (-1, b)).flatten(1, 2)
+    return padded.reshape(x.shape[0], h * -(-n // b), b, *x.shape[3:])
 
 
 def from_blocks(x: Tensor, h: int, n: int) -> Tensor:
     """The inverse of `to_blocks`."""
-    return x.unflatten(1, (h, -1)).flatten(2, 3)[:, :, :n]
+    return x.reshape(x.shape[0], h, -(-n // x.shape[2]) * x.shape[2], *x.shape[3:])[:, :, :n]
 
 
 def groups(
@@ -69,28 +69,30 @@ def forward_reference(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, s
     acc, (_, h, n, _) = accumulate(q), q.shape
     if q.is_meta:  # the pattern has no values to walk over
         return empty_outputs(q, v, acc)
+    if n == 0:
+        o, lse, _ = tile_forward(q, k, v, None, scale)
+        return token_major(o), lse.to(acc).detach()
     qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (q, k, v))
     o = qb.new_zeros(*qb.shape[:3], v.shape[-1])
-    lse = torch.full_like(qb[..., 0], -torch.inf)
+    lse = qb.new_full(qb.shape[:3], -torch.inf)
     for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
-        o[:, rows], lse[:, rows] = tile_forward(
-            qb[:, rows], gather(kb, seen), gather(vb, seen), allowed, scale
-        )
+        tile = tile_forward(qb[:, rows], gather(kb, seen), gather(vb, seen), allowed, scale)
+        o, lse = o.index_copy(1, rows, tile[0]), lse.index_copy(1, rows, tile[1])
     o, lse = from_blocks(o, h, n).to(v.dtype), from_blocks(lse, h, n)
-    return token_major(o), lse.contiguous()
+    return token_major(o), lse.contiguous().detach()
 
 
 def backward_reference(
     do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal, scale
 ):  # fmt: skip
     """-> dq, dk, dv. P is recomputed group by group from lse; Δ = Σ do∘o."""
-    if q.is_meta:
+    if q.is_meta or q.shape[2] == 0:
         return empty_heads(q), empty_heads(k), empty_heads(v)
     acc, (_, h, n, _) = accumulate(q), q.shape
-    delta = (do.to(acc) * o.to(acc)).sum(-1)  # (B, H, N)
+    delta = row_sums(do.to(acc), o.to(acc))  # (B, H, N)
     dob, qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (do, q, k, v))
     lb, db = to_blocks(lse, block_size), to_blocks(delta, block_size)
-    dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
+    dq, dk, dv = (dob.new_zeros(x.shape) for x in (qb, kb, vb))
     for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
         keys = gather(kb, seen), gather(vb, seen)
         dq[:, rows], dk_seen, dv_seen = tile_backward(
@@ -122,21 +124,13 @@ sparse_bwd = Op(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Sparse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale, backend):
-        pattern = row_ptr, col, col_ptr, row
-        o, lse = sparse_fwd(backend, q, k, v, *pattern, block_size, causal, scale)
-        ctx.save_for_backward(q, k, v, o, lse, *pattern)
-        ctx.options = block_size, causal, scale
-        ctx.backend = backend
-        return o
+def _gradients(backend, grads, q, k, v, row_ptr, col, col_ptr, row, o, lse, *options):
+    do, _ = grads
+    pattern = row_ptr, col, col_ptr, row
+    return () if do is None else sparse_bwd(backend, do, q, k, v, o, lse, *pattern, *options)
 
-    @staticmethod
-    def backward(ctx, do):
-        grads = sparse_bwd(ctx.backend, do, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None, None, None, None
 
+sparse_fwd.differentiable(_gradients, by=sparse_bwd, constant=(1,))
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -165,9 +159,10 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or the pattern do not fit; the message prints them.
+        TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    check_qkv("sparse_attention", q, k, v)
+    q, k, v = check_qkv("sparse_attention", q, k, v)
     if not isinstance(pattern, BlockPattern):
         raise ValueError(
             f"sparse_attention wants a BlockPattern, got {type(pattern).__name__}; make one with "
@@ -178,14 +173,12 @@ def sparse_attention(
             f"sparse_attention got a pattern for N = {pattern.n}, H = {pattern.heads or 'any'} and "
             f"tensors of N = {q.shape[2]}, H = {q.shape[1]}; make the pattern for these"
         )
-    q, k, v = autocast(q, k, v)
     pattern = pattern.to(q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = score_scale("sparse_attention", scale, q.shape[-1])
     # The kernel is faster than dense SDPA even at density 1, so "auto" never leaves it. float32,
     # one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
     #   B 128 H 4 N 64 D 64, blocks of 8   5.7 and 9.0,  18.1 and 31.4
     #   B 1 H 2 N 1024 D 64, blocks of 64  2.6 and 5.6,   8.8 and 20.0
     backend = choose(backend, sparse_fwd, q)
-    return _Sparse.apply(
-        q, k, v, *pattern.tensors, pattern.block_size, bool(causal), scale, backend
-    )
+    options = pattern.block_size, bool(causal), scale
+    return sparse_fwd.apply(backend, q, k, v, *pattern.tensors, *options)[0]
