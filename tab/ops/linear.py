@@ -16,11 +16,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._check import accumulate, autocast, check_key_mask, check_qkv, same, shapes, token_major
+from ._check import (
+    accumulate,
+    answered,
+    check_key_mask,
+    check_qkv,
+    number,
+    real,
+    same,
+    shapes,
+    token_major,
+)
 from ._op import Op, choose
+from ._tile import empty_heads
 
 FEATURE_MAPS = {"elu1": 0, "relu": 1, "identity": 2}  # code passed to the kernels
 CHUNK = 64  # tokens whose causal scores the reference holds at once
+BLOCK = 1024  # tokens that the reference adds up in one running sum
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -64,12 +76,27 @@ def exclusive_cumsum(x: Tensor) -> Tensor:
     return F.pad(x.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
 
 
+def lower(scores: Tensor, v: Tensor) -> Tensor:
+    """Σ_{j≤i} scores_ij v_j. A NaN or ∞ in v, which 0 · would not hide from earlier rows, counts as
+    NaN from its own row on."""
+    return scores.tril() @ v.nan_to_num(0.0, 0.0, 0.0) + (v - v).cumsum(-2)
+
+
+def token_sum(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀy over the tokens, (B, H, N, D) and (B, H, N, E) -> (B, H, D, E), in blocks: one float32
+    running sum over 2²⁰ equal terms was 0.5 % off."""
+    if x.shape[2] <= BLOCK:
+        return x.mT @ y
+    x, y = (F.pad(t, (0, 0, 0, -t.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK)) for t in (x, y))
+    return (x.mT @ y).sum(2)
+
+
 def _operands(q, k, v, key_mask, feature_map):
     """φ(q), φ(k) with masked tokens at 0, and v with its ones, all in the accumulation type."""
     acc = accumulate(q)
+    k, v = real(key_mask, k, v)
     fq, fk = feature(q.to(acc), feature_map), feature(k.to(acc), feature_map)  # (B, H, N, D)
-    if key_mask is not None:
-        fk = fk * key_mask[:, None, :, None]
+    (fk,) = real(key_mask, fk)
     return fq, fk, with_ones(v.to(acc))  # (B, H, N, Dv+1)
 
 
@@ -77,14 +104,15 @@ def _sums(fq, fk, v1, state, causal, total=None):
     """φ(q)ᵀ[S z] (B, H, N, Dv+1), the state each chunk (or everyone) sees, and the final state,
     which is not summed again when `total` gives it."""
     if not causal:
-        total = fk.mT @ v1 + state if total is None else total  # (B, H, D, Dv+1)
+        total = token_sum(fk, v1) + state if total is None else total  # (B, H, D, Dv+1)
         return fq @ total, total, total
     cq, ck, cv = chunks(fq), chunks(fk), chunks(v1)
     sums = ck.mT @ cv  # (B, H, c, D, Dv+1)
+    total = sums.sum(2) + state if total is None else total
     state = state[:, :, None] if isinstance(state, Tensor) else state
     before = exclusive_cumsum(sums) + state
-    out = cq @ before + (cq @ ck.mT).tril() @ cv
-    return merge(out, fq.shape[2]), before, before[:, :, -1] + sums[:, :, -1]
+    out = cq @ before + lower(cq @ ck.mT, cv)
+    return merge(out, fq.shape[2]), before, total
 
 
 def _inverse(den: Tensor) -> Tensor:
@@ -95,6 +123,9 @@ def _inverse(den: Tensor) -> Tensor:
 
 def forward_reference(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     """-> o (B, H, N, Dv), S (B, H, D, Dv), z (B, H, D), the two last in the accumulation type."""
+    if q.is_meta:  # shapes need no chunks, and so no guards on N
+        z = q.new_empty(*q.shape[:2], q.shape[3], dtype=accumulate(q))
+        return empty_heads(v), z.new_empty(*z.shape, v.shape[3]), z
     fq, fk, v1 = _operands(q, k, v, key_mask, feature_map)
     out, _, total = _sums(fq, fk, v1, join(s0, z0), causal)
     o = out[..., :-1] * _inverse(out[..., -1:] + eps)
@@ -108,7 +139,10 @@ def backward_reference(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_m
     dφ(q_i) = T_i g'_i,  dT_j = dT_N + Σ_{i≥j} φ(q_i) g'_iᵀ,
     dφ(k_j) = dT_j v'_j,  dv'_j = dT_jᵀ φ(k_j)
     """
+    if q.is_meta:
+        return *map(empty_heads, (q, k, v)), torch.empty_like(s), torch.empty_like(z)
     acc, n = accumulate(q), q.shape[2]
+    (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     fq, fk, v1 = _operands(q, k, v, key_mask, feature_map)
     out, before, _ = _sums(fq, fk, v1, join(s0, z0), causal, join(s, z))
     g = do.to(acc) * _inverse(out[..., -1:] + eps)
@@ -125,10 +159,9 @@ def backward_reference(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_m
         dv1 = merge(ck @ after + scores.mT @ cg, n)
         first = after[:, :, 0] + sums[:, :, 0]
     else:
-        first = fq.mT @ g1 + last  # (B, H, D, Dv+1)
+        first = token_sum(fq, g1) + last  # (B, H, D, Dv+1)
         dfq, dfk, dv1 = g1 @ before.mT, v1 @ first.mT, fk @ first
-    if key_mask is not None:
-        dfk = dfk * key_mask[:, None, :, None]
+    (dfk,) = real(key_mask, dfk)
     dq = dfq * feature_slope(q.to(acc), feature_map)
     dk = dfk * feature_slope(k.to(acc), feature_map)
     grads = (x.to(like.dtype) for x, like in ((dq, q), (dk, k), (dv1[..., :-1], v)))
@@ -204,9 +237,9 @@ def linear_attention(
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    check_qkv("linear_attention", q, k, v)
+    q, k, v = check_qkv("linear_attention", q, k, v)
     check_key_mask("linear_attention", key_mask, k)
-    q, k, v = autocast(q, k, v)
+    eps = number("linear_attention", "eps", eps)
     s0, z0 = _check_state(q, v, initial_state)
     if feature_map == "softmax":
         if causal or initial_state is not None:
@@ -222,7 +255,7 @@ def linear_attention(
             '(a learned map is applied by the layer "linear")'
         )
     backend = choose(backend, linear_fwd, q, k, v)
-    options = FEATURE_MAPS[feature_map], bool(causal), float(eps)
+    options = FEATURE_MAPS[feature_map], bool(causal), eps
     o, s, z = linear_fwd.apply(backend, q, k, v, key_mask, s0, z0, *options)
     return (o, (s, z)) if return_state else o
 

@@ -23,9 +23,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._check import accumulate, autocast, check_key_mask, check_qkv, same, shapes, token_major
+from ._check import (
+    accumulate,
+    answered,
+    check_key_mask,
+    check_qkv,
+    number,
+    real,
+    same,
+    shapes,
+    token_major,
+)
 from ._op import Op, choose
-from .linear import join, with_ones
+from ._tile import empty_heads
+from .linear import join, token_sum, with_ones
 
 KERNELS = {"softmax": 0, "relu": 1}  # code passed to the kernels
 WIDE = 64  # block length from which the causal reference multiplies keys and values first
@@ -142,22 +153,28 @@ def _initial(s0, z0, c0, a, dv, kernel):
     if s0 is not None:
         return join(s0, z0), c0[:, :, None]
     empty = 0.0 if kernel == 1 else -torch.inf
-    return a.new_zeros(*a.shape[:2], a.shape[3], dv + 1), torch.full_like(a[:, :, :1], empty)
+    b, h, _, m = a.shape
+    return a.new_zeros(b, h, m, dv + 1), a.new_full((b, h, 1, m), empty)
 
 
 def forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     """-> o (B, H, N, Dv), S (B, H, M, Dv), z, c (B, H, M), lse (B, H, N)"""
+    if q.is_meta:  # shapes need no levels, and so no guards on N
+        lse = torch.empty(q.shape[:3], dtype=accumulate(q), device=q.device)
+        z = lse.new_empty(*q.shape[:2], projection.shape[0])
+        return empty_heads(v), z.new_empty(*z.shape, v.shape[3]), z, torch.empty_like(z), lse
+    k, v = real(key_mask, k, v)
     b, a = exponents(q, k, projection, key_mask, kernel)  # (B, H, N, M)
     v1 = with_ones(v.to(b.dtype))  # (B, H, N, Dv+1)
     t0, shift0 = _initial(s0, z0, c0, a, v.shape[-1], kernel)
     if kernel == 1:
-        c, r = shift0, torch.zeros_like(b[..., :1])
+        last, r = shift0, torch.zeros_like(b[..., :1])
     else:
-        c = a.cummax(2).values if causal else a.amax(2, keepdim=True)
-        c = torch.maximum(c, shift0).detach()  # (B, H, N or 1, M), what query i may know
+        seen = torch.cat([shift0, a], 2).detach()
+        last = seen.amax(2, keepdim=True)  # (B, H, 1, M)
+        c = seen.cummax(2).values[:, :, 1:] if causal else last  # what query i may know
         r = finite((b + c).amax(-1, keepdim=True)).detach()  # (B, H, N, 1)
-    last = c[:, :, -1:]
-    total = key_features(a, last, kernel)[0].mT @ v1 + rescale(shift0, last, kernel) * t0
+    total = token_sum(key_features(a, last, kernel)[0], v1) + rescale(shift0, last, kernel) * t0
     if causal:
         out = query_features(b, shift0, r, kernel)[0] @ t0 + _causal_sums(b, a, v1, r, kernel)
     else:
@@ -181,9 +198,13 @@ def backward_reference(
     dφ(q_i) = T g'_i,  dT = dT_N + Σ_i φ(q_i) g'_iᵀ,  dφ(k_j) = dT v'_j,  dv'_j = dTᵀ φ(k_j);
     db = dφ(q)∘φ', da = dφ(k)∘φ';  dq̂ = db W,  dk̂ = da W - (Σ_m da_m) k̂.
     """
+    if q.is_meta:
+        first = (torch.empty_like(x) if s0 is not None else x.new_empty(0) for x in (s, z))
+        return *map(empty_heads, (q, k, v)), *first
+    (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     b, a = exponents(q, k, projection, key_mask, kernel)
     acc, scale = b.dtype, q.shape[-1] ** -0.25
-    v1, lse = with_ones(v.to(acc)), lse[..., None]
+    v1, (lse,) = with_ones(v.to(acc)), answered(key_mask, do, lse[..., None], fill=torch.inf)
     do = do.to(acc)
     g1 = torch.cat([do, -(do * o.to(acc)).sum(-1, keepdim=True)], -1)  # (B, H, N, Dv+1)
     t0, shift0 = _initial(s0, z0, c0, a, v.shape[-1], kernel)
@@ -193,7 +214,7 @@ def backward_reference(
     # Causal queries read the state before the first token, the others the final one.
     t, shift = (t0, shift0) if causal else (join(s, z), last)
     fq, sq = query_features(b, shift, lse, kernel)
-    db, read = (g1 @ t.mT) * sq, fq.mT @ g1
+    db, read = (g1 @ t.mT) * sq, token_sum(fq, g1)
     if not causal:
         dt = dt + read
     fk, sk = key_features(a, last, kernel)
@@ -295,20 +316,20 @@ def performer_attention(
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    check_qkv("performer_attention", q, k, v)
+    q, k, v = check_qkv("performer_attention", q, k, v)
     check_key_mask("performer_attention", key_mask, k)
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
+    eps = number("performer_attention", "eps", eps)
     if eps < 0:
         raise ValueError(f"performer_attention wants eps ≥ 0, got {eps}")
     _check_projection(q, projection)
     state = _check_state(q, v, projection, initial_state)
-    q, k, v = autocast(q, k, v)
     # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer_state.cuh), which
     # runs where it is asked for.
     simple = not causal and initial_state is None and not return_state
     backend = choose(backend, performer_fwd, q, k, v, projection, cuda=simple)
-    options = KERNELS[kernel], bool(causal), float(eps)
+    options = KERNELS[kernel], bool(causal), eps
     o, *state, _ = performer_fwd.apply(backend, q, k, v, projection, key_mask, *state, *options)
     return (o, tuple(state)) if return_state else o
 
