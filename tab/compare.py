@@ -18,12 +18,12 @@ from . import __version__, checkpoint
 from .config import RunConfig
 from .data import Dataset, share
 from .doctor import available, cpu_name
-from .environment import environment
+from .environment import command, environment
 from .executor import Executor, InProcess, Shared, Task, run_tasks
 from .files import begun, toml, write_json, write_text, write_toml
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
-from .results import Grid, Run, read_run, read_runs, write_csvs
+from .results import Grid, Run, noted, read_run, read_runs, write_csvs
 from .seeds import train_seeds
 from .splits import splits
 from .train import train
@@ -71,10 +71,15 @@ class Plan:
     def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
         """Starts the directory `out`; one that holds a comparison is an error. new: if another has
         taken that name, it gets a number. -> the directory"""
-        splits(self.configs()[0], dataset, torch.device("cpu"))  # are there images enough?
+        # Are there images enough?
+        train, validation, test = splits(self.configs()[0], dataset, torch.device("cpu"))
+        facts = facts_of(self.grid.device, dataset)
+        facts["dataset"] |= {"train": train.samples, "test": test.samples}
+        facts["dataset"] |= {"validation": validation.samples if validation else 0}
+        facts["overrides"] = self.recipe.overrides
         toml(self.table())  # an error now if it cannot be kept
         with begun(out, "config.toml", "a comparison", new=new) as out:
-            write_json(out / "environment.json", facts_of(self.grid.device, dataset))
+            write_json(out / "environment.json", facts)
             write_toml(out / "config.toml", self.table())
         return out
 
@@ -106,7 +111,7 @@ def compare(
     watcher = watcher or Watcher()
     watcher.start(len(plan.configs()), plan.recipe.tables["train"]["epochs"])
     shared = share(dataset, plan.grid.data)
-    with checkpoint.locked(out):
+    with checkpoint.locked(out), noted(out):
         old, new = [], []
         for cells in plan.grid.groups():
             ended = all(read_run(out, *cell).status in ("done", "diverged") for cell in cells)
@@ -166,7 +171,10 @@ def facts_of(device: str, dataset: Dataset) -> dict:
         "cpu": cpu_name(),
         **environment(device),
         "backends": available(),
-        "dataset": {key: getattr(dataset, key) for key in ("name", "note", "fingerprint")},
+        "command": command(),
+        "dataset": {key: getattr(dataset, key) for key in ("name", "note", "fingerprint")}
+        | {"train": len(dataset.train), "test": len(dataset.test)}
+        | {"classes": len(dataset.classes)},
     }
 
 

@@ -1,10 +1,14 @@
-"""What a run ran on, and the memory it took."""
+"""What a run ran on, how it was begun, how busy the machine was, and the memory it took."""
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
+import shlex
 import sys
+from datetime import datetime
+from pathlib import Path
 
 import torch
 
@@ -20,7 +24,26 @@ def environment(device: str | torch.device = "cpu") -> dict:
         "processor": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "threads": torch.get_num_threads(),
+        "load": load(),
     }
+
+
+def load() -> float | None:
+    """The system's load average over the last minute, where it keeps one."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def command() -> str:
+    """As it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def now() -> str:
+    """Date, time and zone."""
+    return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def peak_memory(device: torch.device) -> int:

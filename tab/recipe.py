@@ -34,6 +34,7 @@ class Recipe:
 
     name: str
     tables: dict
+    overrides: dict = dataclasses.field(default_factory=dict, compare=False)  # already in tables
 
     @property
     def title(self) -> str:
@@ -112,7 +113,7 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
             check_match(f"model.{model}.match", table["match"])
     except ValueError as error:
         raise ValueError(f"recipe {name_or_file}: {error}") from None
-    return Recipe(path.stem, tables)
+    return Recipe(path.stem, tables, dict(overrides or {}))
 
 
 def parse_override(text: str) -> tuple[str, object]:

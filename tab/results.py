@@ -11,9 +11,10 @@ The first columns of the CSV files are those of the published study, in its orde
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -23,7 +24,8 @@ import numpy as np
 
 from .checkpoint import Corrupt
 from .data import Dataset
-from .files import check, read_json, read_lines, read_toml, reading, write_text
+from .environment import command, load, now
+from .files import check, read_json, read_lines, read_toml, reading, write_json, write_text
 from .verdicts import COLUMNS, verdicts
 
 NAMES = ["model_name", "architecture", "attention_type"]
@@ -39,10 +41,13 @@ SUMMARY = [
     *("seed", "status", "images_per_second", "parameters", "attention_parameters", "flops"),
     *("peak_memory_bytes", "final_validation_accuracy", "error", "seeds_at_once"),
     *COLUMNS,  # of the mechanism over its seeds: the same in the line of each
+    *("time_spread", "time_disturbed"),  # of the same: slowest over fastest; is that too much?
+    "load_average",  # of the machine over the last minute of the run
 ]
+DISTURBED = 1.5  # a spread from which on other work, not the mechanism, decided the times
 MEASURED = {  # columns that differ between two equal runs: times, and what follows from them
     *("cumulative_training_time", "total_training_time", "seconds", "images_per_second"),
-    "peak_memory_bytes",
+    *("peak_memory_bytes", "time_spread", "time_disturbed", "load_average"),
 }
 ANSWERS = "test.npz"  # in a run's directory: predicted and label of each test image
 ENDED = ("done", "diverged", "failed")
@@ -66,9 +71,29 @@ class Data(TypedDict):
     fingerprint: str
 
 
+class Used(Data):
+    """How many of its images a comparison trains, validates and tests on."""
+
+    train: NotRequired[int]
+    validation: NotRequired[int]
+    test: NotRequired[int]
+    classes: NotRequired[int]
+
+
 class Machine(TypedDict):
     device: str
     threads: int
+    load: NotRequired[float | None]
+
+
+class Time(TypedDict):
+    """When somebody worked on a comparison, and the load averages before and after."""
+
+    command: str
+    started: str
+    load: float | None
+    ended: NotRequired[str]  # not there after a kill
+    load_at_end: NotRequired[float | None]
 
 
 class RunFile(TypedDict):
@@ -91,7 +116,9 @@ class Facts(Machine):
     python: str
     cpu: str
     commit: str | None
-    dataset: Data
+    dataset: Used
+    overrides: NotRequired[dict]  # of the recipe, by --set, --epochs, …
+    times: NotRequired[list[Time]]
 
 
 @dataclass(frozen=True)
@@ -143,6 +170,7 @@ class Run:
     error: str = ""
     device: str = ""  # the name of what it ran on
     threads: int = 0  # where known
+    load: float | None = None  # load average at its end, where known
     epochs: int = 0  # that it is to have, where known
 
     @property
@@ -206,6 +234,7 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
         error=error if status == "failed" else "",
         device=found["environment"]["device"],
         threads=found["environment"]["threads"],
+        load=found["environment"].get("load"),
         epochs=found["config"]["train"]["epochs"],
     )
 
@@ -284,7 +313,7 @@ def names(run: Run) -> dict[str, str]:
 
 def write_csvs(out: Path, runs: list[Run]) -> None:
     """Both files from all runs; a run that has not ended has no line in the summary."""
-    ended = [run for run in runs if run.status in ENDED]
+    ended, spreads = [run for run in runs if run.status in ENDED], time_spreads(runs)
     found = {model: verdicts(runs, model) for model in {run.model for run in runs}}
     lines = (names(run) | row | {"seed": run.seed} for run in runs for row in run.rows)
     write_csv(out / "experiment_results.csv", NAMES + RESULTS, lines)
@@ -294,9 +323,40 @@ def write_csvs(out: Path, runs: list[Run]) -> None:
         | {"seed": run.seed, "status": run.status, "error": run.error.strip().split("\n")[-1]}
         | {"final_validation_accuracy": last(run.rows, "validation_accuracy")}
         | (found[run.model][run.attention].columns() if run.scored else {})
+        | _disturbance(spreads.get((run.model, run.attention)))
+        | {"load_average": run.load}
         for run in ended
     )
     write_csv(out / "experiment_summary.csv", NAMES + SUMMARY, lines)
+
+
+def time_spreads(runs: list[Run]) -> dict[tuple[str, str], float]:
+    """(model, attention) -> its slowest seed's time over its fastest's, where there are two."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if run.scored and (seconds := run.summary.get("total_training_time")):
+            times.setdefault((run.model, run.attention), []).append(seconds)
+    return {key: max(mine) / min(mine) for key, mine in times.items() if len(mine) > 1}
+
+
+def _disturbance(spread: float | None) -> dict:
+    return {} if spread is None else {"time_spread": spread, "time_disturbed": spread > DISTURBED}
+
+
+@contextlib.contextmanager
+def noted(out: Path) -> Iterator[None]:
+    """Writes into environment.json when the work within began and ended, by which command, and how
+    busy the machine was."""
+    path = out / "environment.json"
+    time = {"command": command(), "started": now(), "load": load()}
+    before = read_json(path, Facts, COPY)
+    times = [*before.get("times", []), time]
+    write_json(path, {**before, "times": times})
+    try:
+        yield
+    finally:
+        time |= {"ended": now(), "load_at_end": load()}
+        write_json(path, {**before, "times": times})
 
 
 def last(rows: list[dict], key: str):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from ..results import Grid, Run
+from ..results import DISTURBED, Grid, Run
 from ..statistics import LEVEL, MARGIN, SEEDS, least_images
 from .tables import Entry, markdown_table, ranking, statistics_table, title
 
@@ -24,12 +25,13 @@ def report(
         f"{machine(facts, runs)}, torch {facts['torch']}, "
         f"Python {facts['python']}, TAB {facts['tab']}"
         + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
-        f"**Data:** {facts['dataset']['note']}",
+        *origin(facts, runs),
         *(summary(model, entries) for model, entries in ranked.items()),
         *unfinished(runs),
     ]
     for model, entries in ranked.items():
-        parts += [f"## {model.upper()}", markdown_table(entries), sizes(entries)]
+        parts += [f"## {model.upper()}", markdown_table(entries)]
+        parts += [disturbance(entries), sizes(entries)]
     parts += [explanation(grid.seeds, grid.batch_seeds)]
     if grid.seeds > 1:
         parts += ["## Statistics"]
@@ -45,6 +47,46 @@ def report(
         f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def origin(facts: dict, runs: list[Run]) -> list[str]:
+    """The data, the command and its overrides, when it ran, and how busy the machine was; of what
+    older comparisons did not keep there is no word."""
+    data = facts["dataset"]
+    text = f"**Data:** {data['note']}"
+    if "classes" in data:
+        text += f" ({data['name']}, fingerprint {data['fingerprint'][:12]}): trained on "
+        text += f"{data['train']:,} images, validated on {data.get('validation', 0):,}, "
+        text += f"tested on {data['test']:,}, {data['classes']} classes."
+    parts = [text]
+    if "command" in facts:
+        changes = facts.get("overrides") or {}
+        listed = ", ".join(f"{key} = {json.dumps(x)}" for key, x in changes.items())
+        parts.append(f"**Command:** {facts['command']}. Overrides: {listed or 'none'}.")
+    lines = [
+        f"{time['started']} to {time.get('ended', 'a kill')} (load average "
+        f"{_load(time['load'])} before, {_load(time.get('load_at_end'))} after)"
+        for time in facts.get("times", [])
+    ]
+    if loads := [run.load for run in runs if run.load is not None]:
+        lines.append(f"load average at the end of a run: {min(loads):g} to {max(loads):g}")
+    return [*parts, *([f"**Ran:** {'; '.join(lines)}."] if lines else [])]
+
+
+def _load(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}"
+
+
+def disturbance(entries: list[Entry]) -> str:
+    """What a star in the table means, if there is one."""
+    slow = [e for e in entries if (e.seconds and e.seconds.disturbed)]
+    if not slow and not any(e.ratio and e.ratio.disturbed for e in entries):
+        return ""
+    text = (
+        f"\\* Disturbed: the slowest seed took more than {DISTURBED:g} times as long as the "
+        "fastest, so other work on the machine decided the time, and it says little of the mechanism"
+    )
+    return text + (f" ({', '.join(title(e.attention) for e in slow)})." if slow else ".")
 
 
 def machine(facts: dict, runs: list[Run]) -> str:
@@ -78,10 +120,12 @@ def summary(model: str, entries: list[Entry]) -> str:
         text += f"; {beaten} of {len(ranked) - 1} mechanisms scored above it. "
         text += f"The last is {last_of(ranked)}."
     slow = [entry for entry in ranked if entry.ratio]
+    disturbed = any(e.seconds and e.seconds.disturbed for e in ranked)
     if slow:
         low, high = min(slow, key=ratio), max(slow, key=ratio)
         text += f" Training took {ratio(low):.2f}× the control's time ({title(low.attention)})"
-        text += f" to {ratio(high):.2f}× ({title(high.attention)})." if high is not low else "."
+        text += f" to {ratio(high):.2f}× ({title(high.attention)})" if high is not low else ""
+        text += ", though times were disturbed." if disturbed else "."
     return f"{text} {verdict(ranked)}"
 
 

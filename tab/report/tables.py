@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from rich.table import Table
 
-from ..results import Run
+from ..results import DISTURBED, Run
 from ..statistics import t_interval
 from ..verdicts import Verdict, verdicts
 
@@ -80,6 +80,11 @@ class Median:
     def show(self, form: str, unit: str = "") -> str:
         ends = "" if self.low is None else f" ({self.low:{form}}–{self.high:{form}})"
         return f"{self.value:{form}}{unit}{ends}"
+
+    @property
+    def disturbed(self) -> bool:
+        """Other work decided it, more than the mechanism."""
+        return self.low is not None and self.high > DISTURBED * self.low
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -174,7 +179,12 @@ def count(n: float | None) -> str:
 
 
 def seconds(median: Median) -> str:
-    return median.show(".0f" if median.value >= 10 else ".2f", unit=" s")
+    return marked(median, ".0f" if median.value >= 10 else ".2f", unit=" s")
+
+
+def marked(median: Median, form: str, unit: str) -> str:
+    """With a star where it was disturbed."""
+    return median.show(form, unit) + " *" * median.disturbed
 
 
 def versus(entry: Entry) -> str:
@@ -200,7 +210,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "vs control": versus,
     "p (Holm)": lambda e: p_value(e.verdict and e.verdict.p_holm),
     "Verdict": lambda e: (e.verdict and e.verdict.verdict) or "–",
-    "Time ratio": lambda e: e.ratio.show(".2f", unit="×") if e.ratio else "–",
+    "Time ratio": lambda e: marked(e.ratio, ".2f", "×") if e.ratio else "–",
     "Images/s": lambda e: count(e.rate.value) if e.rate else "–",
     "Parameters": lambda e: count(e.parameters),
     "FLOPs/image": lambda e: count(e.flops),
