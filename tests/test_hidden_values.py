@@ -23,7 +23,7 @@ def run(f, tensors, rows):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
-@pytest.mark.parametrize(("name", "backend"), where(*NAMES, backends=("reference",)))
+@pytest.mark.parametrize(("name", "backend"), where(*NAMES))
 def test_outside_the_window(name, backend, which, value):
     f, tensors = softmax_op(name, backend, N), qkv(N)
     seen = sees(name, N)
@@ -33,8 +33,11 @@ def test_outside_the_window(name, backend, which, value):
     tensors[which][:, :, BAD, 2] = value
     dirty, dirty_grads = run(f, tensors, rows)
     torch.testing.assert_close(dirty[rows], o[rows])
-    for a, b in zip(dirty_grads, grads, strict=True):
-        torch.testing.assert_close(a, b)
+    # A loss that leaves out whoever sees the value. Not even those pass it on in the reference; in
+    # C++ their own gradients, and those of the keys they see, are 0·NaN.
+    met = torch.zeros(N, dtype=torch.bool) if backend == "reference" else seen[~outside].any(0)
+    for a, b, spared in zip(dirty_grads, grads, (outside & ~met, ~met, ~met), strict=True):
+        torch.testing.assert_close(a[:, :, spared], b[:, :, spared])
     if math.isnan(value) or which == 2:  # a key at infinity can have the weight 0
         assert not dirty[:, :, ~outside].isfinite().all(-1).any()
 
@@ -42,9 +45,7 @@ def test_outside_the_window(name, backend, which, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q_nope", "q_rope", "c_kv", "k_rope"])
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize(
-    ("form", "backend"), where("fused", backends=("reference",)) + [(f, "") for f in FORMS[1:]]
-)
+@pytest.mark.parametrize(("form", "backend"), where("fused") + [(f, "") for f in FORMS[1:]])
 def test_masked_latents(form, backend, lse, which, value):
     """Output, lse, max_logits and the gradients of all tensors, weights too."""
     mask = torch.ones(2, N, dtype=torch.bool)
@@ -68,7 +69,7 @@ def test_masked_latents(form, backend, lse, which, value):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("form", "backend"), where("fused", backends=("reference",)))
+@pytest.mark.parametrize(("form", "backend"), where("fused"))
 def test_later_latents(form, backend):
     """Causal: whoever comes before a token that holds NaN. (The other forms run SDPA, which
     multiplies hidden values by 0.)"""
@@ -81,9 +82,7 @@ def test_later_latents(form, backend):
     assert dirty[:, :, BAD:].isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("form", "backend"), where("fused", backends=("reference",)) + [(f, "") for f in FORMS[1:]]
-)
+@pytest.mark.parametrize(("form", "backend"), where("fused") + [(f, "") for f in FORMS[1:]])
 def test_seen_nan_is_in_max_logits(form, backend):
     tensors = latents(N)
     tensors[0][1, 1, 5, 2] = math.nan
