@@ -59,26 +59,27 @@ def compose(form: str, operands, scale, causal, key_mask, want_lse, want_peak):
     SDPA gives no lse: where that is wanted, the scores (B, H, N, N) are written. lse and max_logits
     are of scores that are float32 throughout, whatever the type of the input.
     """
-    project = expand if form == "expand" else absorb
-    acc, dtype, options = accumulate(operands[0]), operands[0].dtype, {"causal": causal}
+    project, options = (expand if form == "expand" else absorb), {"causal": causal}
     if key_mask is not None:
         queries = (_finite_where_masked(key_mask, x) for x in operands[:2])
         operands = *queries, *real_tokens(key_mask, *operands[2:4]), *operands[4:]
         seen = visible(key_mask, operands[0].shape[2], causal, key_mask.device)
         options = {"seen": seen[:, None]}  # (B, 1, N, N)
-    with full_precision(operands[0]):
-        exact = [x.to(acc) for x in operands]
-        q, k, v = project(*(exact if want_lse else operands))
-        peak = None
-        if want_peak:
-            scored = (q, k) if q.dtype == acc else project(*exact)[:2]
-            peak = max_logits(*scored, scale, causal=causal, key_mask=key_mask)
-        if want_lse:
-            o, lse = written(q, k, v, scale, **options)
-        else:
-            o, lse = sdpa(q, k, v, scale, **options), None
-        o = o if form == "expand" else o @ (exact if want_lse else operands)[5].mT
-    return o.to(dtype), lse, peak
+    lse = peak = None
+    if want_lse or want_peak:
+        acc, dtype = accumulate(operands[0]), operands[0].dtype
+        with full_precision(operands[0]):
+            exact = [x.to(acc) for x in operands]
+            q, k, v = project(*exact)
+            if want_peak:
+                peak = max_logits(q, k, scale, causal=causal, key_mask=key_mask)
+            if want_lse:
+                o, lse = written(q, k, v, scale, **options)
+                o = o if form == "expand" else o @ exact[5].mT
+                return o.to(dtype), lse, peak
+    q, k, v = project(*operands)
+    o = sdpa(q, k, v, scale, **options)
+    return o if form == "expand" else o @ operands[5].mT, lse, peak
 
 
 # --- the largest score ----------------------------------------------------------------------------
