@@ -31,12 +31,12 @@ def check(
     wide().print(identity_table(result, f"Identity check of {found.name}"))
 
 
-def say(recipe, models: list[str], attentions: list[str]):
+def say(recipe, models: list[str], attentions: list[str], classes: int = 10):
     """Prints what the check finds, in sentences, and returns it."""
     from .identity import identity
     from .report.identity import sentences
 
-    found = identity(recipe, models, attentions)
+    found = identity(recipe, models, attentions, classes=classes)
     for sentence in sentences(found):
         console.print(sentence, markup=False, highlight=False)
     return found

@@ -116,7 +116,7 @@ def compare(
         dataset = load_data(plan.grid.data)
         out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         plan.save(out, dataset)
-        say(plan.recipe, plan.grid.models, plan.grid.attentions)
+        say(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
     console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
     again = f"tab compare --resume {shlex.quote(str(out))}{' --tensorboard' * tensorboard}"
     with or_resume(again):
@@ -150,6 +150,7 @@ def train(
 ) -> None:
     """Train one model with one attention."""
     from .progress import accuracies
+    from .results import read_run_file
     from .train import train as run_one
 
     if tensorboard:
@@ -159,8 +160,13 @@ def train(
     if resume and not out:
         raise ValueError("--resume needs --out DIR, the directory of the run to continue")
     overrides = with_compile(overrides, compiled)
-    config = read_recipe(recipe or "fair", epochs, overrides).run(model, attention, seed)
+    found = read_recipe(recipe or "fair", epochs, overrides)
+    for_ten = found.run(model, attention, seed)  # all is checked before anything is fetched
     dataset = load_data(data or "cifar10")
+    config = found.run(model, attention, seed, classes=len(dataset.classes))
+    # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
+    if resume and (read_run_file(out) or {}).get("config") == for_ten.to_dict():
+        config = for_ten
     out = out or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.id}"
     console.print(f"{out}: {config.id} on {dataset.note}", highlight=False)
 

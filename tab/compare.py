@@ -66,21 +66,29 @@ class Plan:
                 raise ValueError(f"{key} = {', '.join(names)!r}: give each name once")
         for attention in self.grid.attentions:
             get_attention(attention)  # an unknown name is an error before anything runs
-        return [self.recipe.run(*cell) for cell in self.grid.cells()]
+        return [self.config(*cell) for cell in self.grid.cells()]
+
+    def config(self, model: str, attention: str, seed: int) -> RunConfig:
+        return self.recipe.run(model, attention, seed, classes=self.grid.classes)
+
+    def for_classes(self, classes: int) -> Plan:
+        """With sizes matched for so many classes."""
+        return dataclasses.replace(self, grid=dataclasses.replace(self.grid, classes=classes))
 
     def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
         """Starts the directory `out`; one that holds a comparison is an error. new: if another has
         taken that name, it gets a number. -> the directory"""
+        plan = self.for_classes(len(dataset.classes))
         # Are there images enough?
-        train, validation, test = splits(self.configs()[0], dataset, torch.device("cpu"))
+        train, validation, test = splits(plan.configs()[0], dataset, torch.device("cpu"))
         facts = facts_of(self.grid.device, dataset)
         facts["dataset"] |= {"train": train.samples, "test": test.samples}
         facts["dataset"] |= {"validation": validation.samples if validation else 0}
         facts["overrides"] = self.recipe.overrides
-        toml(self.table())  # an error now if it cannot be kept
+        toml(plan.table())  # an error now if it cannot be kept
         with begun(out, "config.toml", "a comparison", new=new) as out:
             write_json(out / "environment.json", facts)
-            write_toml(out / "config.toml", self.table())
+            write_toml(out / "config.toml", plan.table())
         return out
 
     def table(self) -> dict:
@@ -108,14 +116,14 @@ def compare(
     comparison tries such a run again. A disk that fails is no matter of one run: that OSError ends
     the comparison, which can be resumed.
     """
-    watcher = watcher or Watcher()
+    watcher, plan = watcher or Watcher(), plan.for_classes(Grid.load(out).classes)
     watcher.start(len(plan.configs()), plan.recipe.tables["train"]["epochs"])
     shared = share(dataset, plan.grid.data)
     with checkpoint.locked(out), noted(out):
         old, new = [], []
         for cells in plan.grid.groups():
             ended = all(read_run(out, *cell).status in ("done", "diverged") for cell in cells)
-            (old if ended else new).append([plan.recipe.run(*cell) for cell in cells])
+            (old if ended else new).append([plan.config(*cell) for cell in cells])
         # What has ended is only checked, for which this process will do.
         for groups, where in ((old, InProcess()), (new, executor)):
             tasks = [

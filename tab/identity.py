@@ -60,7 +60,12 @@ class Identity:
 
 
 def identity(
-    recipe: Recipe, models: Sequence[str], attentions: Sequence[str], *, seed: int = 0
+    recipe: Recipe,
+    models: Sequence[str],
+    attentions: Sequence[str],
+    *,
+    seed: int = 0,
+    classes: int = 10,
 ) -> Identity:
     """The check, for each model by itself. A layer that raises is left out, and named in `failed`:
     its run will tell, and the others go on."""
@@ -69,7 +74,7 @@ def identity(
         configs = []
         for attention in attentions:
             try:
-                config = recipe.run(model, attention, seed)
+                config = recipe.run(model, attention, seed, classes=classes)
                 layers.append(_measured(config))
                 configs.append(config)
             except Exception as error:

@@ -38,9 +38,11 @@ def check_match(where: str, match: str) -> None:
     check_keys(where, [match], ["", *names, *(f"flops:{name}" for name in names)])
 
 
-def matched(config: RunConfig, reference: RunConfig) -> RunConfig:
-    """`config` at the width at which it is as large as `reference`, by config's own rule."""
-    cost = flops_of if config.model_options.match.startswith("flops:") else parameters_of
+def matched(config: RunConfig, reference: RunConfig, classes: int = 10) -> RunConfig:
+    """`config` at the width at which it is as large as `reference`, by config's own rule; both with
+    logits for so many classes, which weigh more in a wider model."""
+    rule = flops_of if config.model_options.match.startswith("flops:") else parameters_of
+    cost = functools.partial(rule, classes=classes)
     return match_width(config, cost(reference), cost)
 
 
@@ -101,14 +103,14 @@ def _around(target: int, size: Callable[[int], int]) -> tuple[int, int]:
     return low, high
 
 
-def parameters_of(config: RunConfig) -> int:
+def parameters_of(config: RunConfig, classes: int = 10) -> int:
     """The number of parameters of this run's model; the same for every seed."""
-    return _measured(_same_for_every_seed(config), parameter_count)
+    return _measured(_same_for_every_seed(config), parameter_count, classes)
 
 
-def flops_of(config: RunConfig) -> int:
+def flops_of(config: RunConfig, classes: int = 10) -> int:
     """FLOPs of its forward pass on one image; the same for every seed."""
-    return _measured(_same_for_every_seed(config), forward_flops)
+    return _measured(_same_for_every_seed(config), forward_flops, classes)
 
 
 def _same_for_every_seed(config: RunConfig) -> str:
@@ -117,7 +119,7 @@ def _same_for_every_seed(config: RunConfig) -> str:
 
 
 @functools.cache
-def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int = 10) -> int:
+def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int) -> int:
     run = RunConfig.from_dict(json.loads(config))
     try:
         with torch.device("meta"):  # measured without being drawn

@@ -40,7 +40,8 @@ class Recipe:
     def title(self) -> str:
         return self.tables.get("title", "")
 
-    def run(self, model: str, attention: str, seed: int) -> RunConfig:
+    def run(self, model: str, attention: str, seed: int, *, classes: int = 10) -> RunConfig:
+        """One run, resolved; classes: of the data set, for which sizes are matched."""
         kind = model_class(model)
         published = self.tables["model"][model]["forms"] == "published"
         known = attention_options(attention, published=published)
@@ -69,7 +70,7 @@ class Recipe:
         reference = reference_of(config.model_options.match)
         if reference in ("", attention):
             return config
-        return matched(config, self.run(model, reference, seed))
+        return matched(config, self.run(model, reference, seed, classes=classes), classes)
 
     def attentions(self) -> list[str]:
         """All that this recipe is about: those of the published table if it trains their forms."""

@@ -132,6 +132,7 @@ class Grid:
     data: str
     device: str
     batch_seeds: int = 1  # seeds of a variant trained at once, as one stacked model
+    classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
 
     def cells(self) -> list[tuple[str, str, int]]:
         """(model, attention, seed) in the order of work: a whole table after each seed."""

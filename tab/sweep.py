@@ -23,6 +23,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def sweep(
     the sweep, which can be resumed.
     """
     made_with(out, dataset)
+    plan = replace(plan, classes=Plan.load(out).classes)
     with checkpoint.locked(out), records(plan, out, mine=True) as found:
         for record in found.values():
             record.recover()

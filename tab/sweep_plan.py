@@ -40,6 +40,7 @@ class SweepFile(TypedDict):
     sampler: NotRequired[str]
     brackets: NotRequired[int]
     storage: NotRequired[str]
+    classes: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ class Plan:
     sampler: str = "random"
     brackets: int = 1
     storage: str = ""  # "": the journal file
+    classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
 
     def pairs(self) -> list[Pair]:
         return [(model, attention) for attention in self.attentions for model in self.models]
 
     def config(self, pair: Pair, chosen: dict) -> RunConfig:
         """The run of one configuration."""
-        config = with_chosen(self.recipe, *pair, chosen).run(*pair, self.seed)
+        recipe = with_chosen(self.recipe, *pair, chosen)
+        config = recipe.run(*pair, self.seed, classes=self.classes)
         budget = self.budget
         return replace(
             config,
@@ -90,13 +93,14 @@ class Plan:
     def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
         """Starts the directory `out`; one that holds a sweep is an error."""
         self.check()
-        splits(self.config(self.pairs()[0], {}), dataset, torch.device("cpu"))  # images enough?
+        plan = replace(self, classes=len(dataset.classes))
+        splits(plan.config(plan.pairs()[0], {}), dataset, torch.device("cpu"))  # images enough?
         toml({"data": self.data})  # an error now if it cannot be kept
         with begun(out, "sweep.toml", "a sweep", new=new) as out:
             write_json(out / "environment.json", facts_of(self.device, dataset))
             write_toml(out / "recipe.toml", self.recipe.tables)
             write_toml(out / "space.toml", tables_of(self.space))
-            write_toml(out / "sweep.toml", self._table(out))
+            write_toml(out / "sweep.toml", plan._table(out))
         return out
 
     def _table(self, out: Path) -> dict:
@@ -104,7 +108,7 @@ class Plan:
         if self.storage:  # where others may have a sweep of that name
             name += f"-{uuid.uuid4().hex[:6]}"
         table = {"name": name, "recipe": self.recipe.name, "space": self.space.name}
-        keys = ("models", "attentions", "data", "device", "seed", "sampler", "brackets")
+        keys = ("models", "attentions", "data", "device", "seed", "sampler", "brackets", "classes")
         table |= {key: getattr(self, key) for key in keys}
         # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.
         table["storage"] = without_password(self.storage) if self.storage else ""

@@ -97,7 +97,8 @@ def write_report(
 
 def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[str]:
     recipe = load_recipe((out / "config.toml").resolve())
-    sections = [identity_section(identity(recipe, grid.models, grid.attentions), runs)]
+    found = identity(recipe, grid.models, grid.attentions, classes=grid.classes)
+    sections = [identity_section(found, runs)]
     if grid.recipe == "published":
         sections.insert(0, published_section(runs, dataset.note))
     return sections
