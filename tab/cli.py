@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .bench.cli import app as bench
@@ -275,7 +276,7 @@ def doctor(
     why: dict[str, list[str]] = {}
     for op, row in found.items():
         table.add_row(
-            op, *("[green]yes[/]" if not reason else "[dim]no[/]" for reason in row.values())
+            op, *(Text("no", "dim") if reason else Text("yes", "green") for reason in row.values())
         )
         for backend, reason in row.items():
             if reason:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from typer.core import TyperGroup
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)  # paths and names may hold [brackets]
+errors = Console(stderr=True, markup=False)
 
 
 class Commands(TyperGroup):
@@ -59,14 +60,14 @@ def bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
         task = progress.add_task(name, total=None)
 
         def show(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what)
+            progress.update(task, completed=done, total=total, description=escape(what))
 
         yield show
 
 
 def wide() -> Console:
     """A log has no width of its own: tables there are not folded at 80 columns."""
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=140, markup=False)
 
 
 def pairs(title: str, rows: list[tuple[str, object]]) -> None:

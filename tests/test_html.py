@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
-from test_report import FACTS, run
+from small_report import FACTS, run
 
 from tab.bench.measure import Row
 from tab.bench.results import save

@@ -3,13 +3,13 @@
 import io
 import itertools
 import math
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from small_report import FACTS, run
 from torch import nn
 
 from tab.batches import Batches
@@ -19,40 +19,8 @@ from tab.progress import Bars
 from tab.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
 from tab.report.tables import Mean, Median, count, markdown_table, ranking
-from tab.results import Grid, Run
+from tab.results import Grid
 from tab.robustness import NOISE, noise_curve
-
-FACTS = {
-    "dataset": {"name": "shapes", "note": "drawn, not CIFAR-10", "fingerprint": "0"},
-    **{
-        "device": "cpu",
-        "cpu": "Z80",
-        "threads": 2,
-        "torch": "2.14",
-        "python": "3.11",
-        "tab": "0.1",
-    },
-    "commit": None,
-}
-
-
-def run(attention="none", accuracy=0.5, seconds=10.0, seed=0, model="cnn", status="done") -> Run:
-    rows = [
-        {
-            **{"epoch": e, "train_loss": 2.0 / e, "train_accuracy": 0.9 * accuracy * e / 3},
-            **{"test_accuracy": accuracy * e / 3, "validation_accuracy": None},
-            "cumulative_training_time": seconds * e / 3,
-        }
-        for e in (1, 2, 3)
-    ]
-    summary = {
-        **{"final_test_accuracy": accuracy, "final_train_accuracy": 0.9 * accuracy},
-        **{"total_training_time": seconds, "images_per_second": 1234.0, "parameters": 5_000_000},
-        **{"flops": 7_000, "peak_memory_bytes": 2**30},
-    }
-    path = Path(f"runs/{model}-{attention}-s{seed}")
-    return Run(model, attention, seed, path, status, rows, summary, "Oops: boom", "cpu", threads=1)
-
 
 # --- numbers --------------------------------------------------------------------------------------
 

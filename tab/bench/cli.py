@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ..terminal import console, errors
 
 app = typer.Typer(help="Microbenchmark the ops against what you could run instead.")
 
@@ -57,7 +58,6 @@ def run(
     from .roofline import measure_roofline
     from .turns import Load, in_turns
 
-    console = Console()
     kind = getattr(torch, _chosen(dtype, DTYPES, "dtype")[0])
     wanted = tuple(_chosen(directions, DIRECTIONS, "direction"))
     flags = {"no": (False,), "yes": (True,), "both": (False, True)}[
@@ -105,7 +105,7 @@ def _warn(load) -> None:
     from .turns import busy
 
     if words := busy(load.record(), torch.get_num_threads()):
-        Console(stderr=True).print(f"[yellow]{words}: times are longer than the code's own")
+        errors.print(f"{words}: times are longer than the code's own", style="yellow")
 
 
 @app.command("steps")
@@ -140,7 +140,7 @@ def steps_command(
             record = save(out, rows, None, device, _command(), load.record())
             write_page(out.with_suffix(".html"), record, rows)
     for group in found.values():
-        Console().print(steps_table(group))
+        console.print(steps_table(group))
     _warn(load)
 
 
@@ -156,7 +156,7 @@ def memory_command(
     from .page import write_page
     from .results import memory_table, save
 
-    console, rows = Console(), []
+    rows = []
     if longest < LENGTHS[1]:
         raise ValueError(f"longest {longest}: growth needs two N; at least {LENGTHS[1]}")
     for op in _chosen(ops, list(PYTORCH), "op"):
@@ -194,7 +194,6 @@ def compare_runs(
             f"{old} and {new} are not of one machine ({'; '.join(machine)}): measure both on one, "
             "or compare them nevertheless with --force"
         )
-    console = Console()
     for line in (*machine, *other):
         console.print(line, style="yellow" if line in machine else "dim", markup=False)
     for path, record in ((old, before), (new, after)):

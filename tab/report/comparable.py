@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..robustness import differing
+from .text import code
 
 Found = dict[str, dict]  # robustness.json of one run
 WORDS = {
@@ -32,7 +33,7 @@ def comparable(
                 del kept[run][name]
                 left.setdefault((name.split("/")[0], " and ".join(why)), []).append(run)
     lines = [
-        f"- {section}, measured {why}: {', '.join(f'`{run}`' for run in dict.fromkeys(runs))}"
+        f"- {section}, measured {why}: {', '.join(map(code, dict.fromkeys(runs)))}"
         for (section, why), runs in left.items()
     ]
     return kept, lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from html import escape
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _page(text, ranked, looks, groups, pictures: str, kernels: str) -> str:
     # Charts whose heading is a section's stand there, the others before all sections.
     there = {group.heading: _group(group, drawn) for group in groups}
     parts = [
-        f"<h1>{escape(name)}</h1>",
+        f"<h1>{MarkdownIt('commonmark', {'html': False}).renderInline(name)}</h1>",
         f'<div class="answer">{"".join(f"<p>{escape(s)}</p>" for s in answers(ranked))}</div>',
         _markdown(head),
     ]
@@ -60,7 +61,8 @@ def _page(text, ranked, looks, groups, pictures: str, kernels: str) -> str:
         parts.append(f"<section>{_markdown(f'## {heading}')}{figures}{words}</section>")
     scripts = ("tables.js", *(["charts.js"] if drawn else []))
     data = {"looks": looks, "charts": drawn} if drawn else None
-    return document(name, "\n".join([*parts, pictures, kernels]), scripts, data)
+    words = re.sub(r"\\(.)", r"\1", name)
+    return document(words, "\n".join([*parts, pictures, kernels]), scripts, data)
 
 
 def _group(group: Group, drawn: list[dict]) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 from ..identity import Alike, Identity, Layer
 from ..results import Run
 from .tables import markdown_lines, title
+from .text import plain
 
 COLUMNS = {
     "Model": lambda layer, _: layer.model.upper(),
@@ -76,7 +77,7 @@ def identity_section(found: Identity, runs: list[Run]) -> str:
         "Measured before any training, in float64 and eval mode: shared weights copied, others "
         "drawn at random. Affine: A((x + y)/2) = (A(x) + A(y))/2."
     )
-    listed = "\n".join(f"- {point}" for point in points if point)
+    listed = "\n".join(f"- {plain(point)}" for point in points if point)
     return "\n\n".join(["## Identity check", how, listed, markdown_lines([*COLUMNS], lines)])
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ..results import DISTURBED, Grid, Run
 from ..statistics import LEVEL, MARGIN, SEEDS, least_images
-from .tables import Entry, markdown_table, ranking, statistics_table, title
+from .tables import Entry, markdown_table, name, ranking, statistics_table
+from .text import code, plain
 
 MATCHED = 0.02  # sizes this near to the control's count as the same
 
@@ -20,8 +21,8 @@ def report(
     epochs = max((max(run.epochs, len(run.rows)) for run in runs), default=0)
     seeds = f"{grid.seeds} seed{'s' * (grid.seeds > 1)}"
     parts = [
-        f"# Attention compared on {facts['dataset']['name']}",
-        f"Recipe `{grid.recipe}`, {epochs} epochs, {seeds}. "
+        f"# Attention compared on {plain(facts['dataset']['name'])}",
+        f"Recipe {code(grid.recipe)}, {epochs} epochs, {seeds}. "
         f"{machine(facts, runs)}, torch {facts['torch']}, "
         f"Python {facts['python']}, TAB {facts['tab']}"
         + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
@@ -44,7 +45,8 @@ def report(
     parts += sections
     parts += ["## Pictures" if shown else ""]
     parts += [
-        f"![{caption}](pictures/{name}.png)\n\n*{caption}*" for name, caption in shown.items()
+        f"![{plain(caption)}](pictures/{file}.png)\n\n*{plain(caption)}*"
+        for file, caption in shown.items()
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -53,16 +55,16 @@ def origin(facts: dict, runs: list[Run]) -> list[str]:
     """The data, the command and its overrides, when it ran, and how busy the machine was; of what
     older comparisons did not keep there is no word."""
     data = facts["dataset"]
-    text = f"**Data:** {data['note']}"
+    text = f"**Data:** {plain(data['note'])}"
     if "classes" in data:
-        text += f" ({data['name']}, fingerprint {data['fingerprint'][:12]}): trained on "
+        text += f" ({plain(data['name'])}, fingerprint {data['fingerprint'][:12]}): trained on "
         text += f"{data['train']:,} images, validated on {data.get('validation', 0):,}, "
         text += f"tested on {data['test']:,}, {data['classes']} classes."
     parts = [text]
     if "command" in facts:
         changes = facts.get("overrides") or {}
-        listed = ", ".join(f"{key} = {json.dumps(x)}" for key, x in changes.items())
-        parts.append(f"**Command:** {facts['command']}. Overrides: {listed or 'none'}.")
+        listed = ", ".join(code(f"{key} = {json.dumps(x)}") for key, x in changes.items())
+        parts.append(f"**Command:** {code(facts['command'])}. Overrides: {listed or 'none'}.")
     lines = [
         f"{time['started']} to {time.get('ended', 'a kill')} (load average "
         f"{_load(time['load'])} before, {_load(time.get('load_at_end'))} after)"
@@ -84,9 +86,9 @@ def disturbance(entries: list[Entry]) -> str:
         return ""
     text = (
         f"\\* Disturbed: the slowest seed took more than {DISTURBED:g} times as long as the "
-        "fastest, so other work on the machine decided the time, and it says little of the mechanism"
+        "fastest, so other work decided the time, and it says little of the mechanism"
     )
-    return text + (f" ({', '.join(title(e.attention) for e in slow)})." if slow else ".")
+    return text + (f" ({', '.join(name(e.attention) for e in slow)})." if slow else ".")
 
 
 def machine(facts: dict, runs: list[Run]) -> str:
@@ -100,11 +102,11 @@ def machine(facts: dict, runs: list[Run]) -> str:
 def summary(model: str, entries: list[Entry]) -> str:
     """One paragraph: the best, the control, and what the difference is worth."""
     ranked = [entry for entry in entries if entry.test]
-    name = model.upper()
+    upper = model.upper()
     if not ranked:
-        return f"**{name}:** no run has finished with a test accuracy."
+        return f"**{upper}:** no run has finished with a test accuracy."
     best, control = ranked[0], next((e for e in ranked if e.attention == "none"), None)
-    text = f"**{name}:** {title(best.attention)} scored best, {best.test.show('.1f', 100, ' %')}"
+    text = f"**{upper}:** {name(best.attention)} scored best, {best.test.show('.1f', 100, ' %')}"
     if len(ranked) == 1:
         text += "; nothing else finished."
     elif control is None:
@@ -112,7 +114,7 @@ def summary(model: str, entries: list[Entry]) -> str:
         text += f". The last is {last_of(ranked)}."
     elif control is best:
         second = ranked[1]
-        text += f": no attention beat the control. The nearest is {title(second.attention)}"
+        text += f": no attention beat the control. The nearest is {name(second.attention)}"
         text += f", {points(second)}; the last is {last_of(ranked)}."
     else:
         text += f", {points(best)} against the control's {control.test.show('.1f', 100, ' %')}"
@@ -123,8 +125,8 @@ def summary(model: str, entries: list[Entry]) -> str:
     disturbed = any(e.seconds and e.seconds.disturbed for e in ranked)
     if slow:
         low, high = min(slow, key=ratio), max(slow, key=ratio)
-        text += f" Training took {ratio(low):.2f}× the control's time ({title(low.attention)})"
-        text += f" to {ratio(high):.2f}× ({title(high.attention)})" if high is not low else ""
+        text += f" Training took {ratio(low):.2f}× the control's time ({name(low.attention)})"
+        text += f" to {ratio(high):.2f}× ({name(high.attention)})" if high is not low else ""
         text += ", though times were disturbed." if disturbed else "."
     return f"{text} {verdict(ranked)}"
 
@@ -141,7 +143,7 @@ def verdict(ranked: list[Entry]) -> str:
         return ""
     said: dict[str, list[str]] = {}
     for v in judged.values():
-        said.setdefault(v.verdict, []).append(title(v.attention))
+        said.setdefault(v.verdict, []).append(name(v.attention))
     parts = "; ".join(f"{words}: {', '.join(names)}" for words, names in said.items())
     return f"Against the control over paired seeds (Holm's correction over {len(judged)}): {parts}."
 
@@ -153,7 +155,7 @@ def points(entry: Entry) -> str:
 
 
 def last_of(ranked: list[Entry]) -> str:
-    return f"{title(ranked[-1].attention)} with {ranked[-1].test.show('.1f', 100, ' %')}"
+    return f"{name(ranked[-1].attention)} with {ranked[-1].test.show('.1f', 100, ' %')}"
 
 
 def ratio(entry: Entry) -> float:
@@ -165,12 +167,14 @@ def unfinished(runs: list[Run]) -> list[str]:
     lines = []
     for run in runs:
         if run.status == "failed":
-            lines.append(f"- `{run.id}` failed: {run.error.strip().splitlines()[-1]}")
+            lines.append(f"- {code(run.id)} failed: {plain(run.error.strip().splitlines()[-1])}")
         elif run.status == "diverged":
-            lines.append(f"- `{run.id}` diverged in epoch {len(run.rows)}: its loss was not finite")
+            lines.append(
+                f"- {code(run.id)} diverged in epoch {len(run.rows)}: its loss was not finite"
+            )
         elif run.status == "running":
-            lines.append(f"- `{run.id}`: {run.state}")
-    if missing := [f"`{run.id}`" for run in runs if run.status == "missing"]:
+            lines.append(f"- {code(run.id)}: {run.state}")
+    if missing := [code(run.id) for run in runs if run.status == "missing"]:
         lines.append(f"- not begun: {', '.join(missing)}")
     if any(run.status in ("missing", "running") for run in runs):
         lines.append("- `tab compare --resume` goes on with what is not finished")
@@ -203,17 +207,17 @@ def sizes(entries: list[Entry]) -> str:
     if control is None:
         return ""
     said = []
-    for name, key in (("parameters", "parameters"), ("FLOPs", "flops")):
+    for what, key in (("parameters", "parameters"), ("FLOPs", "flops")):
         here = [e for e in entries if getattr(e, key) and getattr(control, key)]
         ratios = {e.attention: getattr(e, key) / getattr(control, key) for e in here}
         off = {a: x for a, x in ratios.items() if abs(x - 1) > MATCHED}
         if len(ratios) < 2:
             continue
         if not off:
-            said.append(f"{name} within {MATCHED:.0%} of the control's for every mechanism")
+            said.append(f"{what} within {MATCHED:.0%} of the control's for every mechanism")
         else:
-            listed = ", ".join(f"{title(a)} {x:.2f}×" for a, x in off.items())
-            said.append(f"{name} differ from the control's by more than {MATCHED:.0%}: {listed}")
+            listed = ", ".join(f"{name(a)} {x:.2f}×" for a, x in off.items())
+            said.append(f"{what} differ from the control's by more than {MATCHED:.0%}: {listed}")
     return f"Size: {'; '.join(said)}." if said else ""
 
 

@@ -13,6 +13,7 @@ from .charts import Group
 from .pictures import averaged, drawn, measured
 from .style import figure, look
 from .tables import Mean, markdown_lines, title
+from .text import plain
 
 HEADING = "Beside the published figures"
 MARKS = (1, 2, 5, 10, 20, 50, 100)  # epochs of the table
@@ -52,7 +53,7 @@ def published_section(runs: list[Run], note: str) -> str:
         parts += [_by_epoch(pairs)]
     if not parts:
         return ""
-    return "\n\n".join([f"## {HEADING}", *parts, f"Data: {note}."])
+    return "\n\n".join([f"## {HEADING}", *parts, f"Data: {plain(note)}."])
 
 
 def _words(near: int, compared: int, count: int, epochs: set[int]) -> str:

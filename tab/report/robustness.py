@@ -12,6 +12,7 @@ from ..corruptions import OFFICIAL, OWN, SEVERITIES
 from ..results import Run
 from .pictures import curves
 from .tables import Mean, markdown_lines, title
+from .text import code
 
 SETS = {"cifar10c": ("CIFAR-10-C", OFFICIAL), "own": ("corruptions (not CIFAR-10-C)", tuple(OWN))}
 Found = dict[str, dict]  # robustness.json of one run
@@ -124,7 +125,7 @@ def _suspicious(done: dict[str, tuple[Run, Found]]) -> list[str]:
     runs: dict[str, list[str]] = {}
     for name, words in seen.items():
         if words:
-            runs.setdefault("; ".join(words), []).append(f"`{name}`")
+            runs.setdefault("; ".join(words), []).append(code(name))
     lines = [f"- {words}: {', '.join(names)}" for words, names in runs.items()]
     if not lines:
         return [

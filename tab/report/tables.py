@@ -12,6 +12,7 @@ from rich.table import Table
 from ..results import DISTURBED, Run
 from ..statistics import t_interval
 from ..verdicts import Verdict, verdicts
+from .text import plain
 
 TITLES = {
     "none": "Control",
@@ -32,6 +33,11 @@ TITLES = {
 def title(attention: str) -> str:
     """The name to read; a mechanism from elsewhere keeps its own."""
     return TITLES.get(attention, attention)
+
+
+def name(attention: str) -> str:
+    """`title` in Markdown."""
+    return plain(title(attention))
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,8 @@ def markdown_table(entries: list[Entry]) -> str:
 
 def markdown_lines(header: list[str], lines: list[list[str]]) -> str:
     rule = ["---" if name in WORDS else "---:" for name in header]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+    cells = [[plain(cell) for cell in line] for line in (header, *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
 
 
 STATISTICS: dict[str, Callable[[Verdict], str]] = {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from .charts import Group
 from .tables import markdown_lines, title
+from .text import plain
 
 COLUMNS = ("model", "attention", "configuration", "rung", "epochs", "status", "validation_accuracy")
 BESIDE = (*COLUMNS, "bracket", "seconds")  # every other column is what was drawn
@@ -79,7 +80,7 @@ def trials_section(found: dict[Pair, list[Trial]], what: str) -> str:
         line += [str(lost or "–"), f"{100 * won.score:.1f}" if won else "–"]
         lines.append([*line, won.chosen() or "nothing was drawn" if won else "–"])
     header = ["Model", "Attention", *(f"Epoch {n}" for n in epochs), "Lost", "Winner's", "Winner"]
-    words = f"{what}. " if what else ""
+    words = f"{plain(what)}. " if what else ""
     words += (
         "Successive halving: validation accuracy in per cent of the best configuration at each "
         "rung, and how many were scored there; the best of the last rung won. Lost: diverged or "
