@@ -38,7 +38,9 @@ def load() -> float | None:
 
 def command() -> str:
     """As it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = "tab" if program.name == "__main__.py" and program.parent.name == "tab" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def now() -> str:

@@ -64,15 +64,18 @@ def bootstrap_interval(
     varies with seed and image at once three times. It belongs to the seeds' share; from the
     images' it is taken by f² = max(0, 1 − MSE/MSI), the mean squares of a two-way analysis of
     variance (Searle, Casella and McCulloch 1992). Few resampled seeds vary too little:
-    c = √(S/(S−1))·t/z gives their share the width of Student's t (Hesterberg 2015).
+    c = √(S/(S−1))·t/z gives their share the width of Student's t (Hesterberg 2015). √2/(N + 2) is
+    added as in `images_variance`: no interval is a point.
     """
-    seeds, by_seed = len(table), table.mean(1)
+    (seeds, images), by_seed = table.shape, table.mean(1)
     m = by_seed.mean()
     mse, msi = _mean_squares(table)
     f = math.sqrt(max(0.0, 1 - mse / msi)) if msi else 0.0
     c = math.sqrt(seeds / (seeds - 1)) * t_quantile(seeds) / ndtri(0.5 + LEVEL / 2)
-    drawn = np.random.default_rng(seed).integers(seeds, size=means.shape)
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(seeds, size=means.shape)
     theta = m + f * (means.mean(1) - m) + c * (by_seed[drawn].mean(1) - m)  # (RESAMPLES,)
+    theta += math.sqrt(2) / (images + 2) * generator.standard_normal(len(theta))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(theta, [tail, 1 - tail])
     return float(low), float(high)

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from tab.statistics import MARGIN, equivalence_p, images_variance, least_images, paired_p
+from tab.statistics import (
+    MARGIN,
+    bootstrap_interval,
+    equivalence_p,
+    images_variance,
+    least_images,
+    paired_p,
+)
 
 
 def test_images_variance_by_hand():
@@ -24,6 +31,13 @@ def test_too_few_seeds_or_images_never_show_equivalence(seeds, images):
     table = np.zeros((seeds, images))
     p = equivalence_p(table.mean(1), images_variance(table))
     assert math.isnan(p) if seeds < 3 else p > 0.05
+
+
+def test_no_interval_is_a_point():
+    """Equal answers to 50 images leave room for a few points, to 10,000 for hardly any."""
+    for images, width in ((50, 0.10), (10_000, 0.0006)):
+        low, high = bootstrap_interval(np.zeros((3, images)), np.zeros((2000, 3)))
+        assert high - low == pytest.approx(width, rel=0.2) and low < 0 < high
 
 
 @pytest.mark.parametrize("seeds", [3, 5])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..environment import command
 from ..terminal import console, errors
 
 app = typer.Typer(help="Microbenchmark the ops against what you could run instead.")
@@ -80,7 +79,7 @@ def run(
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:  # each time, so that what was measured is kept
-            record = save(out, rows, roofline, device, _command(), load.record())
+            record = save(out, rows, roofline, device, command(), load.record())
     for table in tables(rows):
         console.print(table)
     _warn(load)
@@ -137,7 +136,7 @@ def steps_command(
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:
-            record = save(out, rows, None, device, _command(), load.record())
+            record = save(out, rows, None, device, command(), load.record())
             write_page(out.with_suffix(".html"), record, rows)
     for group in found.values():
         console.print(steps_table(group))
@@ -164,13 +163,9 @@ def memory_command(
         rows += new
         console.print(memory_table(new))
         if out:
-            write_page(out.with_suffix(".html"), save(out, rows, None, "cpu", _command()), rows)
+            write_page(out.with_suffix(".html"), save(out, rows, None, "cpu", command()), rows)
     if out:
         picture(rows, out.with_suffix(".png"))
-
-
-def _command() -> str:
-    return shlex.join(["tab", *sys.argv[1:]])
 
 
 @app.command("compare")
@@ -195,10 +190,10 @@ def compare_runs(
             "or compare them nevertheless with --force"
         )
     for line in (*machine, *other):
-        console.print(line, style="yellow" if line in machine else "dim", markup=False)
+        console.print(line, style="yellow" if line in machine else "dim")
     for path, record in ((old, before), (new, after)):
         if words := busy(record.get("load"), record["environment"]["threads"]):
-            console.print(f"{path}: {words}", style="yellow", markup=False)
+            console.print(f"{path}: {words}", style="yellow")
     changes = compare(old_rows, new_rows, alpha=alpha, effect=effect)
     console.print(_changes(changes))
     mine = [change for change in changes if change.ours]
