@@ -1,7 +1,7 @@
 """The grid: models × attentions × seeds, each an independent run, in a directory that can resume.
 
 A kill at any moment loses at most the epoch in progress: config.toml is written before the first
-run, each run keeps its own state (tab/run.py), and the CSV files are rewritten from all runs.
+run, each run keeps its own state (tab/run.py), and the CSV files are made from all runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from .executor import Executor, InProcess, Shared, Task, run_tasks
 from .files import begun, toml, write_json, write_text, write_toml
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
-from .results import Grid, Run, noted, read_run, read_runs, write_csvs
+from .results import ENDED, Grid, Run, made_with, noted, read_run, write_csvs
 from .seeds import train_seeds
 from .splits import splits
 from .train import train
 
+Cell = tuple[str, str, int]  # model, attention, seed
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
@@ -114,15 +116,17 @@ def compare(
 
     An exception ends its own run, recorded as error.txt in the run's directory; a resumed
     comparison tries such a run again. A disk that fails is no matter of one run: that OSError ends
-    the comparison, which can be resumed.
+    the comparison, which can be resumed. A ValueError: the data is not what `out` was begun with,
+    or what has ended there is damaged, or of another comparison.
     """
+    made_with(out, dataset)
     watcher, plan = watcher or Watcher(), plan.for_classes(Grid.load(out).classes)
     watcher.start(len(plan.configs()), plan.recipe.tables["train"]["epochs"])
     shared = share(dataset, plan.grid.data)
     with checkpoint.locked(out), noted(out):
-        old, new = [], []
+        books, old, new = _Books(out, plan.grid), [], []
         for cells in plan.grid.groups():
-            ended = all(read_run(out, *cell).status in ("done", "diverged") for cell in cells)
+            ended = all(books.runs[cell].status in ("done", "diverged") for cell in cells)
             (old if ended else new).append([plan.config(*cell) for cell in cells])
         # What has ended is only checked, for which this process will do.
         for groups, where in ((old, InProcess()), (new, executor)):
@@ -136,15 +140,56 @@ def compare(
             for done in run_tasks(tasks, where, partial(_tell, watcher, groups)):
                 if isinstance(done.error, OSError) and done.error.errno in DISK:
                     raise done.error
+                if done.error and groups is old:
+                    raise done.error
                 cells = [(c.model, c.attention, c.seed) for c in groups[done.index]]
-                for run in (read_run(out, *cell) for cell in cells):
-                    if done.error and run.status not in ("done", "diverged"):
-                        run.path.mkdir(parents=True, exist_ok=True)  # if no process began it
-                        write_text(run.path / "error.txt", done.traceback)
-                write_csvs(out, read_runs(out, plan.grid))
-                for cell in cells:
-                    watcher.end(read_run(out, *cell))
-    return read_runs(out, plan.grid)
+                if done.error:
+                    for run in map(books.read, cells):
+                        if run.status not in ("done", "diverged"):
+                            run.path.mkdir(parents=True, exist_ok=True)  # if no process began it
+                            write_text(run.path / "error.txt", done.traceback)
+                for run in books.ended(cells) if groups is new else map(books.runs.get, cells):
+                    watcher.end(run)
+        books.write()
+    return list(books.runs.values())
+
+
+class _Books:
+    """All runs of a comparison, and the CSV files that are made of them.
+
+    A run is read again when it has ended. The files are made of all runs, and that takes the longer
+    the more there are: they are written in a small SHARE of the time, and at the end. After a kill
+    a resumed comparison, or `tab report`, makes them from the runs.
+    """
+
+    SHARE = 0.005
+
+    def __init__(self, out: Path, grid: Grid):
+        self.out, self.begin = out, time.monotonic()
+        self.each = self.spent = 0.0  # seconds: for a run the last time, in all
+        self.runs = {cell: read_run(out, *cell) for cell in grid.cells()}
+
+    def read(self, cell: Cell) -> Run:
+        return read_run(self.out, *cell)
+
+    def ended(self, cells: list[Cell]) -> list[Run]:
+        """The runs of `cells`, as they are now."""
+        ended = [self.read(cell) for cell in cells]
+        self.runs.update(zip(cells, ended, strict=True))
+        elapsed = time.monotonic() - self.begin
+        if self.spent + self.each * self.count() <= self.SHARE * elapsed:
+            self.write()
+        return ended
+
+    def write(self) -> None:
+        start = time.monotonic()
+        write_csvs(self.out, list(self.runs.values()))
+        cost = time.monotonic() - start
+        self.each = cost / max(1, self.count())
+        self.spent += cost
+
+    def count(self) -> int:
+        return sum(run.status in ENDED for run in self.runs.values())
 
 
 def _run(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,3 +205,17 @@ def test_seeds_are_the_outer_loop():
     cells = Grid("quick", ["mlp", "cnn"], ["none", "self"], 2, "shapes", "cpu").cells()
     assert cells[:3] == [("mlp", "none", 0), ("cnn", "none", 0), ("mlp", "self", 0)]
     assert cells[4] == ("mlp", "none", 1) and len(cells) == 8
+
+
+def test_an_ended_run_of_another_comparison_is_not_taken_for_this_ones(unbroken, dataset, tmp_path):
+    """It ended with numbers, which once stood in the table without a word."""
+    other, out = Plan(load_recipe("quick", TINY | {"train.lr": 0.5}), plan().grid), tmp_path / "a"
+    other.save(out, dataset)
+    shutil.copytree(unbroken / "runs", out / "runs")
+    with pytest.raises(ValueError, match=r"mlp-none-s0 is another one: train.lr was .* is 0.5"):
+        compare(other, dataset, out)
+
+
+def test_a_comparison_goes_on_with_its_own_data_only(unbroken):
+    with pytest.raises(ValueError, match=r"made with shapes:100/20 \(\w+\), not with shapes:50/20"):
+        compare(plan(), load_dataset("shapes:50/20"), unbroken)
