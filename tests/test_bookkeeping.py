@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class World:
 
         monkeypatch.setattr(tab.compare, "train", self.train)
         monkeypatch.setattr(tab.compare, "write_csvs", write_csvs)
-        monkeypatch.setattr(tab.compare.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Path, "read_bytes", read_bytes)
 
     def train(self, config, dataset, out, **_):
