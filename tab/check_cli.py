@@ -38,5 +38,5 @@ def say(recipe, models: list[str], attentions: list[str], classes: int = 10):
 
     found = identity(recipe, models, attentions, classes=classes)
     for sentence in sentences(found):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(sentence)
     return found

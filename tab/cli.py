@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,8 @@ from rich.text import Text
 
 from . import __version__
 from .bench.cli import app as bench
-from .check_cli import check, say
+from .check_cli import check
+from .check_cli import say as say_identity
 from .options import (
     BatchSeeds,
     Compile,
@@ -34,12 +34,13 @@ from .options import (
     executor_for,
     load_data,
     names_of,
+    now,
     place_of,
     read_recipe,
     with_compile,
 )
 from .sweep_cli import app as sweep
-from .terminal import Commands, bar, command_line, console, errors, or_resume, pairs, wide
+from .terminal import Commands, bar, command_line, console, errors, or_resume, pairs, say, wide
 
 app = typer.Typer(
     cls=Commands,
@@ -60,7 +61,7 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
 ) -> None:
     if version:
-        console.print(f"tab {__version__}", highlight=False)
+        say(f"tab {__version__}")
         raise typer.Exit()
 
 
@@ -106,8 +107,10 @@ def compare(
         plan, out = _resumed(resume, given, recipe, epochs, overrides, ray), resume
         plan.configs()
         executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
-        dataset = load_data(plan.grid.data)
-        console.print(f"Resuming {out}")
+        dataset = load_data(plan.grid.data, kept=True)
+        if data:
+            plan.moved(out, dataset)
+        say(f"Resuming {out}")
     else:
         name = recipe or "fair"
         found = read_recipe(name, epochs, overrides)
@@ -115,22 +118,21 @@ def compare(
         plan.configs()  # every name and option is checked before anything is fetched or written
         executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
         dataset = load_data(plan.grid.data)
-        out = out or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        plan.save(out, dataset)
-        say(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
-    console.print(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}", highlight=False)
+        out = plan.save(out or now("results"), dataset, new=out is None)
+        say_identity(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
+    say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
     again = f"tab compare --resume {shlex.quote(str(out))}{' --tensorboard' * tensorboard}"
     with or_resume(again):
         with _watcher() as watcher:
             if tensorboard:
                 watcher = Board(out / "tensorboard", watcher)
-                console.print(_see(out), highlight=False, soft_wrap=True)
+                say(_see(out))
             runs = run_grid(plan, dataset, out, watcher=watcher, executor=executor)
         path = _report(out, dataset)
     _tables(runs, plan.grid.models, dataset.note)
-    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+    say(f"Report: {path}")
     if failed := [run.id for run in runs if run.status == "failed"]:
-        errors.print(f"failed: {', '.join(failed)} (error.txt in {out / 'runs'}/…)", style="red")
+        say(f"failed: {', '.join(failed)} (error.txt in {out / 'runs'}/…)", style="red", to=errors)
         raise typer.Exit(1)
 
 
@@ -150,6 +152,7 @@ def train(
     tensorboard: TensorBoard = False,
 ) -> None:
     """Train one model with one attention."""
+    from .files import fresh
     from .progress import accuracies
     from .results import read_run_file
     from .train import train as run_one
@@ -160,6 +163,8 @@ def train(
         summary_writer()
     if resume and not out:
         raise ValueError("--resume needs --out DIR, the directory of the run to continue")
+    if resume and not (out / "run.json").exists():
+        raise ValueError(f"{out} holds no run to continue: drop --resume, or give its directory")
     overrides = with_compile(overrides, compiled)
     found = read_recipe(recipe or "fair", epochs, overrides)
     for_ten = found.run(model, attention, seed)  # all is checked before anything is fetched
@@ -168,19 +173,19 @@ def train(
     # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
     if resume and (read_run_file(out) or {}).get("config") == for_ten.to_dict():
         config = for_ten
-    out = out or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.id}"
-    console.print(f"{out}: {config.id} on {dataset.note}", highlight=False)
+    out = out or fresh(now("runs", suffix=f"_{config.id}"))
+    say(f"{out}: {config.id} on {dataset.note}")
 
     board = None
     if tensorboard:
         board = Board(out / "tensorboard")
-        console.print(_see(out), highlight=False, soft_wrap=True)
+        say(_see(out))
 
     def show(row: dict) -> None:
         if board:
             board.epoch(config, row)
         text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
-        console.print(f"{text}{accuracies(row)}  {row['seconds']:.1f} s", highlight=False)
+        say(f"{text}{accuracies(row)}  {row['seconds']:.1f} s")
 
     options = {"seed": seed, "recipe": recipe, "data": data, "epochs": epochs, "out": out}
     again = command_line("train", model, attention, overrides=overrides, device=device, **options)
@@ -220,12 +225,12 @@ def report(
     from .results import Grid, read_runs, write_csvs
 
     grid = Grid.load(run)
-    dataset = load_data(data or grid.data)
+    dataset = load_data(data or grid.data, kept=not data)
     runs = read_runs(run, grid)
     write_csvs(run, runs)
     path = _report(run, dataset, bench=bench, sweep=sweep)
     _tables(runs, grid.models, dataset.note)
-    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+    say(f"Report: {path}")
 
 
 @app.command()
@@ -248,7 +253,7 @@ def robustness(
     runs, spec = trained_runs(run)
     if data is None and spec.startswith("folder:"):
         raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")
-    dataset = load_data(data or spec)
+    dataset = load_data(data or spec, kept=not data)
     options = Options(images, cifar10c, cifar101)
     for path in runs:
         with bar("robustness") as show, or_resume(_again("robustness", run)):
@@ -259,7 +264,7 @@ def robustness(
         ]
         pairs(path.name, rows)
     if (run / "config.toml").is_file():
-        console.print(f"For the table: tab report {shlex.quote(str(run))}", highlight=False)
+        say(f"For the table: tab report {shlex.quote(str(run))}")
 
 
 @app.command()
@@ -284,7 +289,7 @@ def doctor(
     wide().print(table)
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f" ({', '.join(ops)})"
-        console.print(f"no {reason}{which}", style="dim", markup=False, highlight=False)
+        say(f"no {reason}{which}", style="dim")
     if kernels:
         from .kernel_report import print_kernel_report
 
@@ -331,18 +336,19 @@ def _grid(given: dict, name: str, ray: str | None, recipe):
 
 
 def _resumed(resume: Path, given: dict, recipe, epochs, overrides, ray):
-    """The stored plan; an option that says otherwise is an error that names both values."""
+    """The stored plan; an option that says otherwise is an error that names both values. The data
+    may lie elsewhere now: whether it is the same is seen when it has been read."""
     import dataclasses
 
     from .compare import Plan
 
     plan = Plan.load(resume)
     stored = {**vars(plan.grid), **_listed(plan.grid)}
-    was, now = vars(plan.grid), vars(_grid({**stored, **given}, "x", ray, plan.recipe))
+    was, new = vars(plan.grid), vars(_grid({**stored, **given}, "x", ray, plan.recipe))
     differ = [
-        f"--{key.replace('_', '-')}: was {was[key]!r}, now {now[key]!r}"
+        f"--{key.replace('_', '-')}: was {was[key]!r}, now {new[key]!r}"
         for key in given
-        if was[key] != now[key]
+        if was[key] != new[key] and key != "data"
     ]
     if recipe or epochs or overrides:
         source = recipe or str((resume / "config.toml").resolve())
@@ -356,7 +362,8 @@ def _resumed(resume: Path, given: dict, recipe, epochs, overrides, ray):
             f"{resume} was started otherwise ({'; '.join(differ)}): drop the option, or start a "
             "new comparison"
         )
-    return plan
+    grid = dataclasses.replace(plan.grid, data=new["data"])
+    return dataclasses.replace(plan, grid=grid)
 
 
 def _listed(grid) -> dict[str, str]:

@@ -97,6 +97,12 @@ class Plan:
         """config.toml: the recipe, and the grid below it."""
         return {**self.recipe.tables, "grid": dataclasses.asdict(self.grid)}
 
+    def moved(self, out: Path, dataset: Dataset) -> None:
+        """Keeps where the data of the comparison in `out` is now; a ValueError if it is other."""
+        made_with(out, dataset)
+        with checkpoint.locked(out):
+            write_toml(out / "config.toml", self.table())
+
     @classmethod
     def load(cls, out: Path) -> Plan:
         grid = Grid.load(out)

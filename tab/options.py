@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -87,10 +88,18 @@ def with_compile(overrides: list[str] | None, compiled: bool) -> list[str] | Non
     return [*(overrides or []), "train.compile=true"] if compiled else overrides
 
 
+def now(folder: str, prefix: str = "", suffix: str = "") -> Path:
+    """A directory called by the time."""
+    return Path(folder) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+
+
 def place_of(data: str) -> str:
     """A folder or archive by its full path, so that work can resume from anywhere."""
-    named = data.split(":")[0] in ("cifar10", "shapes")
-    return data if named or not Path(data).exists() else str(Path(data).resolve())
+    return data if _named(data) or not Path(data).exists() else str(Path(data).resolve())
+
+
+def _named(data: str) -> bool:
+    return data.split(":")[0] in ("cifar10", "shapes")
 
 
 def names_of(text: str, everything: list[str]) -> list[str]:
@@ -121,8 +130,11 @@ def executor_for(device: str, jobs: int, threads, ray, cpus, gpus):
     return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)
 
 
-def load_data(spec: str):
+def load_data(spec: str, *, kept: bool = False):
+    """kept: `spec` is what a result was made with."""
     from .data import load_dataset
 
+    if kept and not _named(spec) and not Path(spec).exists():
+        raise ValueError(f"the data is no longer at {spec}: say where it is now, with --data")
     with bar("data") as show:
         return load_dataset(spec, progress=show)

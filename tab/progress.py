@@ -44,15 +44,15 @@ class Lines(Watcher):
 
     def begin(self, config: RunConfig) -> None:
         self.count += 1
-        self.console.print(f"[{self.count}/{self.runs}] {config.id}", markup=False)
+        self.console.print(f"[{self.count}/{self.runs}] {config.id}")
 
     def epoch(self, config: RunConfig, row: dict) -> None:
         text = f"  {config.id}  epoch {row['epoch']}/{self.epochs}  loss {row['train_loss']:.4f}  "
         text += f"{accuracies(row)}  {row['seconds']:.1f} s"
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text)
 
     def end(self, run: Run) -> None:
-        self.console.print(ended(run), style="red" if run.status != "done" else None, markup=False)
+        self.console.print(ended(run), style="red" if run.status != "done" else None)
 
 
 class Bars(Watcher):
@@ -98,7 +98,7 @@ class Bars(Watcher):
             self.progress.remove_task(self.bars.pop(run.id))
         self._show(run.id, self.epochs)
         style = "red" if run.status != "done" else None
-        self.progress.console.print(ended(run), style=style, markup=False, highlight=False)
+        self.progress.console.print(ended(run), style=style)
 
     def _show(self, run: str, epochs: int) -> None:
         self.done[run] = max(epochs, self.done.get(run, 0))

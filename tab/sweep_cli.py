@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -26,10 +25,11 @@ from .options import (
     executor_for,
     load_data,
     names_of,
+    now,
     place_of,
     read_recipe,
 )
-from .terminal import bar, console, errors, or_resume, wide
+from .terminal import bar, errors, or_resume, say, wide
 
 app = typer.Typer(help="Find each mechanism's hyperparameters by successive halving.")
 
@@ -85,7 +85,7 @@ def run(
     from .sweep import sweep as run_sweep
     from .sweep_plan import Plan
 
-    free = ("resume", "storage", "jobs", "threads", "ray", "cpus", "gpus")
+    free = ("resume", "data", "storage", "jobs", "threads", "ray", "cpus", "gpus")
     if resume:
         if fixed := [
             key for key, value in given.items() if key not in free and value not in (None, [])
@@ -95,26 +95,29 @@ def run(
                 f"{resume} goes on as it was started: drop {names}, or start a new one"
             )
         plan = _with_storage(Plan.load(resume), storage)
+        plan = dataclasses.replace(plan, data=place_of(data)) if data else plan
         out = resume
     else:
         plan = _plan(given)
         plan.check()
     where = executor_for(plan.device, jobs, threads, ray, cpus, gpus)
-    dataset = load_data(plan.data)
+    dataset = load_data(plan.data, kept=bool(resume))
+    if resume and data:
+        plan.moved(out, dataset)
     if not resume:
-        out = out or Path("results") / f"sweep_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        plan.save(out, dataset)
-    console.print(f"{out}: {_what(plan)} on {dataset.note}", highlight=False, soft_wrap=True)
+        out = plan.save(out or now("results", prefix="sweep_"), dataset, new=out is None)
+    say(f"{out}: {_what(plan)} on {dataset.note}")
     with or_resume(f"tab sweep --resume {shlex.quote(str(out))}"), _watcher(plan) as watcher:
         best = run_sweep(plan, dataset, out, watcher=watcher, executor=where)
     _show(plan, out)
     if lost := [f"{model}-{attention}" for model, attention in plan.pairs()
                 if (model, attention) not in best]:  # fmt: skip
-        errors.print(f"nothing could be scored for: {', '.join(lost)} ({out}/runs/…)", style="red")
+        text = f"nothing could be scored for: {', '.join(lost)} ({out}/runs/…)"
+        say(text, style="red", to=errors)
         raise typer.Exit(1)
     recipe_path = shlex.quote(str(out / "winners.toml"))
     command = f"tab compare --recipe {recipe_path} --data {shlex.quote(plan.data)}"
-    console.print(f"Compare the winners: {command}", highlight=False, soft_wrap=True)
+    say(f"Compare the winners: {command}")
 
 
 @app.command()
@@ -201,7 +204,7 @@ def _show(plan, out: Path) -> None:
             wide().print(table)
         write_trials(out / "trials.csv", found)
         halving_picture(out / "halving.png", found, plan.budget)
-    console.print(f"Picture: {out / 'halving.png'}", highlight=False, soft_wrap=True)
+    say(f"Picture: {out / 'halving.png'}")
 
 
 @contextlib.contextmanager
@@ -232,7 +235,7 @@ def _watcher(plan):
             self.print(f"{text}  {ended.error}".rstrip(), "red" if ended.score is None else None)
 
         def print(self, text, style=None):
-            wide().print(text, style=style, markup=False, highlight=False)
+            wide().print(text, style=style)
 
     with bar("sweep") as bars:
         yield Lines()

@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
+from .checkpoint import locked
 from .compare import facts_of
 from .config import RunConfig
 from .data import Dataset
@@ -16,6 +17,7 @@ from .files import begun, read_toml, reading, shown, toml, write_json, write_tom
 from .halving import Budget, brackets
 from .layers import get_attention
 from .recipe import Recipe, load_recipe
+from .results import made_with
 from .space import Space, load_space, tables_of, with_chosen
 from .splits import splits
 from .storage import without_password
@@ -113,6 +115,12 @@ class Plan:
         # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.
         table["storage"] = without_password(self.storage) if self.storage else ""
         return table | {"budget": asdict(self.budget)}
+
+    def moved(self, out: Path, dataset: Dataset) -> None:
+        """Keeps where the data of the sweep in `out` is now; a ValueError if it is other data."""
+        made_with(out, dataset)
+        with locked(out):
+            write_toml(out / "sweep.toml", {**_read(out), "data": self.data})
 
     @classmethod
     def load(cls, out: Path) -> Plan:

@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from typer.core import TyperGroup
 
-console = Console(markup=False)  # paths and names may hold [brackets]
-errors = Console(stderr=True, markup=False)
+
+def plain(**options) -> Console:
+    """A console that prints text as it is: in the names of classes, paths and mechanisms neither
+    [red] nor :smile: means anything. Colours are given as `style`, or as rich.text.Text."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+console = plain()
+errors = plain(stderr=True)
+
+
+def say(text: str, *, style: str | None = None, to: Console = console) -> None:
+    """One line, however long: a path in it can be copied."""
+    to.print(text, style=style, soft_wrap=True)
 
 
 class Commands(TyperGroup):
     """Bad input and failures that explain themselves print as one red line; --debug shows where."""
 
     def invoke(self, ctx):
+        for stream in (sys.stdout, sys.stderr):  # a name may be no text, or not in their encoding
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             # typer's own signals (Exit, Abort) are RuntimeErrors.
             if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
                 raise
-            text = str(error) or type(error).__name__
-            say = {"style": "bold red", "markup": False, "highlight": False, "soft_wrap": True}
-            errors.print(f"error: {text}", **say)
+            lines = (line.strip() for line in str(error).splitlines())
+            text = " ".join(filter(None, lines)) or type(error).__name__
+            say(f"error: {text}", style="bold red", to=errors)
             raise typer.Exit(2) from error
 
 
@@ -41,8 +62,7 @@ def or_resume(command: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{error}; when that is mended, go on with: {command}") from error
     except KeyboardInterrupt:
-        say = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
-        errors.print(f"\nstopped; go on with: {command}", **say)
+        say(f"\nstopped; go on with: {command}", style="yellow", to=errors)
         raise typer.Exit(130) from None
 
 
@@ -56,18 +76,25 @@ def command_line(*words: str, overrides: list[str] | None, **options) -> str:
 @contextmanager
 def bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
     """Yields show(done, total, what): a bar that goes away at the end, on a terminal only."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = (
+        TextColumn("{task.description}", style="progress.description", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    still = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=still) as progress:
         task = progress.add_task(name, total=None)
 
         def show(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=escape(what))
+            progress.update(task, completed=done, total=total, description=what)
 
         yield show
 
 
 def wide() -> Console:
     """A log has no width of its own: tables there are not folded at 80 columns."""
-    return console if console.is_terminal else Console(width=140, markup=False)
+    return console if console.is_terminal else plain(width=140)
 
 
 def pairs(title: str, rows: list[tuple[str, object]]) -> None:

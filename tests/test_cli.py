@@ -76,7 +76,7 @@ def test_resume_of_a_finished_comparison_trains_nothing(compared):
         (["--seeds", "3"], "--seeds: was 1, now 3"),
         (["--epochs", "7"], "the recipe that results is another one"),
         (["--recipe", "fair"], "--recipe: was 'quick', now 'fair'"),
-        (["--data", "shapes"], "--data: was 'shapes:100/20', now 'shapes'"),
+        (["--data", "shapes:50/20"], "was made with shapes:100/20 ("),
         (["--out", "elsewhere"], "drop --out"),
     ],
 )
