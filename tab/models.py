@@ -40,6 +40,10 @@ class ImageModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.block(self.embed(x), self.attention))
 
+    def statistics(self) -> list[Tensor]:
+        """What a step counts beside the buffers."""
+        return self.attention.statistics()
+
     def filters(self) -> Tensor:
         """The first layer's weights as pictures, (F, 3, rows, cols)."""
         return self.backbone.filters()
@@ -118,7 +122,8 @@ class Residual(nn.Module):
     """y = x + γ ⊙ A(norm(x)), γ (C,) = 0 at first: the block starts as the identity.
 
     Pre-norm: Xiong et al. 2020. A zero scale on the branch: Bachlechner et al. 2021 (ReZero), here
-    one per channel; it fits every layer, with an output projection or without.
+    one per channel; it fits every layer, with an output projection or without. deepseek_mla and
+    kimi_k2 have a residual within, x + a, and read x for it, not norm(x).
     """
 
     def __init__(self, c: int):
@@ -130,7 +135,13 @@ class Residual(nn.Module):
         return self.norm(x)
 
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        return x + self.scale * attention(self.norm(x))
+        return x + self.scale * self.branch(x, attention)
+
+    def branch(self, x: Tensor, attention: Attention) -> Tensor:
+        """A(norm(x))"""
+        if attention.reads_stream:
+            return attention(self.norm(x), stream=x)
+        return attention(self.norm(x))
 
 
 POOLS = {

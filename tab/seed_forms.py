@@ -17,7 +17,7 @@ from .layers.kimi_k2 import KimiK2
 from .layers.linformer import LinformerAttention
 from .layers.moe import MoE
 from .models import Residual
-from .ops._check import autocast, full_precision
+from .ops._check import accumulate, autocast, full_precision
 from .ops.mla import mla_attention
 from .ops.moe import moe_experts
 
@@ -110,7 +110,7 @@ class SeedResidual(Residual):
     """scale (S, C)"""
 
     def forward(self, x: Tensor, attention: nn.Module) -> Tensor:
-        scale, y = beside(self.scale, attention(self.norm(x)))
+        scale, y = beside(self.scale, self.branch(x, attention))
         return x + (scale * y).flatten(0, 1)
 
 
@@ -159,12 +159,12 @@ class SeedPublishedPerformer(_OwnAttend, published.PublishedPerformer):
 class SeedLinformer(LinformerAttention):
     """E and F (S, 1 or H, N_max, K)"""
 
-    def compressed(self, x: Tensor, key_mask: None = None) -> tuple[Tensor, ...]:
+    def compressed(self, x: Tensor) -> tuple[Tensor, ...]:
         weights = [w for w in (self.qkv.weight, self.E, self.F) if w is not None]
         x = x.unflatten(0, (len(self.E), -1))
 
         def one(x: Tensor, qkv: Tensor, E: Tensor, F_: Tensor | None = None) -> tuple[Tensor, ...]:
-            return self.with_weights(x, x, qkv, E, F_)
+            return self.with_weights(x, qkv, E, F_)
 
         return tuple(t.flatten(0, 1) for t in torch.vmap(one)(x, *weights))
 
@@ -181,15 +181,14 @@ class SeedMoE(MoE):
     def forward(self, x: Tensor, key_mask: None = None) -> Tensor:
         with full_precision(x):
             # Not the router's own forward: its scores are float32 whatever autocast says.
-            flat = x.float().reshape(len(self.seeds), -1, x.shape[-1])
-            logits = _Products.apply(flat, self.router.weight.float(), None)
+            acc = accumulate(x)
+            flat = x.to(acc).reshape(len(self.seeds), -1, x.shape[-1])
+            logits = _Products.apply(flat, self.router.weight.to(acc), None)
             logits = logits.view(*x.shape[:-1], -1)  # (S·B, N, E)
         routed = []
         for s, (moe, own) in enumerate(zip(self.seeds, logits.chunk(len(self.seeds)), strict=True)):
             weights, index, counts = moe._gate(own)
-            if self.training:
-                moe.load += counts
-            moe.balance = moe._balance_loss(own, index, None) if self.training else None
+            moe.note(own, index, None)
             routed.append((weights, index + s * len(counts), counts))
         weights, index, counts = (torch.cat(parts) for parts in zip(*routed, strict=True))
         experts = self.w13.flatten(0, 1), self.w2.flatten(0, 1)  # (S·E, 2F, C), (S·E, C, F)

@@ -126,6 +126,7 @@ class PerSeed(nn.Module):
     def __init__(self, seeds: Sequence[nn.Module]):
         super().__init__()
         self.seeds = nn.ModuleList(seeds)
+        self.reads_stream = getattr(seeds[0], "reads_stream", False)
         self.states: list[list[Tensor]] = []
 
     def start(self, numbers: Sequence[int], device: torch.device) -> None:
@@ -135,17 +136,21 @@ class PerSeed(nn.Module):
             torch.manual_seed(number)
             self.states.append(self._state())
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.chunk(len(self.seeds))
+    def forward(self, x: Tensor, stream: Tensor | None = None) -> Tensor:
+        count = len(self.seeds)
+        streams = [] if stream is None else stream.chunk(count)
+        rest = [{"stream": part} for part in streams] or [{}] * count
+        parts = list(zip(x.chunk(count), rest, strict=True))
         if not self.training:
-            return torch.cat([m(part) for m, part in zip(self.seeds, parts, strict=True)])
-        return torch.cat([self._drawn(s, part) for s, part in enumerate(parts)])
+            each = zip(self.seeds, parts, strict=True)
+            return torch.cat([m(part, **more) for m, (part, more) in each])
+        return torch.cat([self._drawn(s, *part) for s, part in enumerate(parts)])
 
-    def _drawn(self, s: int, x: Tensor) -> Tensor:
+    def _drawn(self, s: int, x: Tensor, rest: dict[str, Tensor]) -> Tensor:
         torch.set_rng_state(self.states[s][0])
         for state in self.states[s][1:]:
             torch.cuda.set_rng_state(state, self.device)
-        y = self.seeds[s](x)
+        y = self.seeds[s](x, **rest)
         self.states[s] = self._state()
         return y
 
@@ -181,6 +186,9 @@ class SeedModel(ImageModel):
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
         return itertools.chain(*(model.buffers(recurse) for model in self.seeds))
+
+    def statistics(self) -> list[Tensor]:
+        return [each for model in self.seeds for each in model.statistics()]
 
 
 OWN = {

@@ -132,7 +132,7 @@ class Graphed:
     def _capture(self, x: Tensor, y: Tensor) -> None:
         model = self.steps.model
         self.training, self.x, self.y = model.training, x.clone(), y.clone()
-        moved = [*model.buffers(), self.steps.loss, self.steps.correct]
+        moved = [*model.buffers(), *model.statistics(), self.steps.loss, self.steps.correct]
         before = [tensor.clone() for tensor in moved]
         device = self.steps.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

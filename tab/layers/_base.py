@@ -2,22 +2,75 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import functools
+from types import FunctionType
+from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._check import accumulate, shapes
 from .rope import Rope
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Attention(nn.Module):
-    """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options).
+    """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options) and write
+    `compute`; one that writes `forward` instead has to keep the rule for masks itself.
+
+    The rule: a masked token takes part in nothing; what x holds there, NaN included, reaches no
+    other output and no gradient, and the output there is 0. So nothing of a batch entry whose
+    tokens are all masked is left, and an empty batch (B = 0 or N = 0) gives an empty output.
 
     fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
     than with `dim`; recipes that match sizes choose it (tab/match.py).
+    reads_stream: `forward` takes the residual stream too, beside x, which is its norm.
+    takes_mask: False where a key mask is an error.
     """
 
     fine_size: str = ""
+    reads_stream: bool = False
+    takes_mask: bool = True
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, N, C), key_mask (B, N) bool, True where a token is real -> (B, N, C)."""
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        # torch.compile allows eight compilations to a code object: each layer gets one of its own.
+        if "forward" not in vars(cls):
+            f = cls.forward
+            code, rest = f.__code__.replace(), (f.__name__, f.__defaults__, f.__closure__)
+            cls.forward = functools.update_wrapper(FunctionType(code, f.__globals__, *rest), f)
+            cls.forward.__kwdefaults__ = f.__kwdefaults__
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, stream: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, C), key_mask (B, N) bool on x's device, True where a token is real ->
+        (B, N, C). stream (B, N, C): only where the layer `reads_stream`, x itself if None.
+
+        Raises ValueError: x is not (B, N, C), or the mask is anything else; it names what was
+        given.
+        """
+        self._check(x, key_mask)
+        inputs = (x,) if stream is None else (x, stream)
+        (b, n), empty = x.shape[:2], 0 in x.shape[:2]
+        if empty:  # masked tokens stand in, cut off below: every parameter gets its gradient, 0
+            pad = (0, 0, 0, 0 if n else getattr(self, "seq_len", 1), 0, 0 if b else 1)
+            inputs = tuple(F.pad(t, pad) for t in inputs)
+            if self.takes_mask:
+                key_mask = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=x.device)
+        if key_mask is None:
+            y = self.compute(inputs[0], None, *inputs[1:])
+        else:
+            hidden = ~key_mask[..., None]  # (B, N, 1)
+            x, *rest = (t.masked_fill(hidden, 0.0) for t in inputs)
+            y = self.compute(x, key_mask, *rest).masked_fill(hidden, 0.0)
+        return y[:b, :n] if empty else y
+
+    def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """x (B, N, C), 0 where key_mask (B, N) hides a token -> (B, N, C), of any value there."""
         raise NotImplementedError
 
     def attention_matrix(self, x: Tensor) -> Tensor:
@@ -28,12 +81,36 @@ class Attention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no attention matrix")
 
-    def after_step(self) -> None:
-        """Called after each optimizer step (router balance, QK-Clip). Most layers need nothing."""
+    def after_step(self, group: ProcessGroup | None = None) -> None:
+        """Called after each optimizer step (router balance, QK-Clip). Most layers need nothing.
+
+        Where torch.distributed is initialised every rank of `group` has to call it, by default
+        all: what the ranks saw is put together, so that their layers stay the same.
+        """
 
     def auxiliary_loss(self) -> Tensor | None:
         """A term to add to the loss of the latest forward, or None."""
         return None
+
+    def statistics(self) -> list[Tensor]:
+        """What was counted since the last step; not among the buffers (tab/layers/_state.py)."""
+        return []
+
+    def _check(self, x: Tensor, key_mask: Tensor | None) -> None:
+        name = type(self).__name__
+        if x.dim() != 3:
+            raise ValueError(f"{name} wants x (B, N, C), got {shapes(x=x)}")
+        if key_mask is None:
+            return
+        if not self.takes_mask:
+            raise ValueError(f"{name} takes no key_mask: the study had no padding")
+        wanted = f"{name} wants key_mask {tuple(x.shape[:2])} bool, True where a token is real, "
+        if not isinstance(key_mask, Tensor):
+            raise ValueError(f"{wanted}got {type(key_mask).__name__}")
+        if key_mask.dtype != torch.bool or key_mask.shape != x.shape[:2]:
+            raise ValueError(f"{wanted}got {shapes(key_mask=key_mask)} for {shapes(x=x)}")
+        if key_mask.device != x.device:
+            raise ValueError(f"{wanted}on x's device, got {shapes(key_mask=key_mask, x=x)}")
 
 
 class HeadsAttention(Attention):
@@ -75,13 +152,13 @@ class HeadsAttention(Attention):
         )
         return (q, k, v) if self.rope is None else (self.rope(q), self.rope(k), v)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         y = self.attend(*self.project(x), key_mask)  # (B, H, N, D)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def attention_matrix(self, x: Tensor) -> Tensor:
         q, k, _ = self.project(x)
-        return self.weights(q.float(), k.float())
+        return self.weights(q.to(accumulate(q)), k.to(accumulate(k)))
 
 
 def check_heads(layer: str, dim: int, num_heads: int) -> None:

@@ -17,7 +17,7 @@ class NoAttention(Attention):
     def __init__(self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None):
         super().__init__()
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         return x
 
     def attention_matrix(self, x: Tensor) -> Tensor:

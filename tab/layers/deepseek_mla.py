@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from ..ops._check import accumulate
 from ..ops.mla import mla_attention
 from ._base import Attention, check_heads
 from ._registry import register_attention
 from .moe import MoE
 from .rope import Rope
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+EPS = 1e-6  # of every RMSNorm, as in DeepSeek's own code
 
 
 class LatentAttention(nn.Module):
@@ -58,10 +66,10 @@ class LatentAttention(nn.Module):
         )
         self.rope = Rope(rope_dim, seq_len, grid=grid, theta=theta)
         self.q_down = nn.Linear(dim, q_rank, bias=False) if q_rank else nn.Identity()
-        self.q_norm = nn.RMSNorm(q_rank) if q_rank else nn.Identity()
+        self.q_norm = nn.RMSNorm(q_rank, eps=EPS) if q_rank else nn.Identity()
         self.q_up = nn.Linear(q_rank or dim, num_heads * (nope_dim + rope_dim), bias=False)
         self.kv_down = nn.Linear(dim, kv_rank + rope_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(kv_rank)
+        self.kv_norm = nn.RMSNorm(kv_rank, eps=EPS)
         self.w_uk = nn.Parameter(torch.empty(num_heads, nope_dim, kv_rank))
         self.w_uv = nn.Parameter(torch.empty(num_heads, v_dim, kv_rank))
         for w in (self.w_uk, self.w_uv):  # as nn.Linear draws its weight
@@ -91,39 +99,46 @@ class LatentAttention(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """softmax(S), (B, H, N, N)"""
-        q_nope, q_rope, c, k_rope = (t.float() for t in self.project(x))
-        s = q_nope @ (c[:, None] @ self.w_uk.float().mT).mT + q_rope @ k_rope[:, None].mT
+        parts = self.project(x)
+        acc = accumulate(*parts)
+        q_nope, q_rope, c, k_rope = (t.to(acc) for t in parts)
+        s = q_nope @ (c[:, None] @ self.w_uk.to(acc).mT).mT + q_rope @ k_rope[:, None].mT
         return (s * (self.nope_dim + self.rope_dim) ** -0.5).softmax(-1)
 
 
 class LatentMoE(Attention):
-    """a = attention(x), y = a + MoE(RMSNorm(x + a)).
+    """a = attention(x), y = a + MoE(RMSNorm(s + a)), s the residual stream.
 
-    The model's block adds the residual around the layer, so x + y is the transformer block of the
-    paper: attention, residual, norm, experts, residual. Subclasses set `attention` and `moe`.
+    Both residuals of the transformer block of the paper, h = s + attention(norm(s)) and
+    h + MoE(RMSNorm(h)), are then s + y, with x = norm(s): a block that norms the tokens before the
+    layer gives it s too (`stream`), and adds s around it. By itself the layer takes x for s.
+    Subclasses set `attention` and `moe`.
     """
 
-    fine_size = "expert_dim"
+    fine_size, reads_stream = "expert_dim", True
     attention: nn.Module
     moe: MoE
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.RMSNorm(dim)
+        self.norm = nn.RMSNorm(dim, eps=EPS)
 
     def attend(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """x (B, N, C) -> (B, N, C)"""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, key_mask: Tensor | None, stream: Tensor | None = None) -> Tensor:
         a = self.attend(x, key_mask)
-        return a + self.moe(self.norm(x + a), key_mask)
+        return a + self.moe(self.norm((x if stream is None else stream) + a), key_mask)
 
-    def after_step(self) -> None:
-        self.moe.after_step()
+    def after_step(self, group: ProcessGroup | None = None) -> None:
+        self.moe.after_step(group)
 
     def auxiliary_loss(self) -> Tensor | None:
-        return self.moe.balance
+        return self.moe.auxiliary_loss()
+
+    def statistics(self) -> list[Tensor]:
+        return [self.moe.load]
 
 
 @register_attention("deepseek_mla")

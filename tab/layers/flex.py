@@ -53,10 +53,20 @@ class FlexAttention(HeadsAttention):
         rope: bool = False,
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
-        self.own_mask = mask_mod is not None
-        self.mask_mod = mask_mod or pattern_mask(pattern, window_size, grid)
+        self.own_mask, self.named = mask_mod is not None, (pattern, window_size, grid)
+        self.mask_mod = mask_mod or pattern_mask(*self.named)
         self.score_mod = score_mod
         self.masks: dict[tuple[str, int, str], Tensor | BlockMask] = {}
+
+    def __getstate__(self) -> dict:
+        # The functions of a named pattern and the masks are made again where the copy is; rules of
+        # one's own are pickled if Python can find them by name, as functions of a module.
+        return self.__dict__ | {"masks": {}} | ({} if self.own_mask else {"mask_mod": None})
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if not self.own_mask:
+            self.mask_mod = pattern_mask(*self.named)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         if q.is_cuda:
@@ -111,7 +121,12 @@ class FlexAttention(HeadsAttention):
         padding = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
         if self.mask_mod is None:
             return padding
-        mask = self._cached("dense", q, self._dense_mask)
+        if (
+            torch.compiler.is_compiling()
+        ):  # in the graph, for every N; a cache would be one for each
+            mask = self._dense_mask(q)
+        else:
+            mask = self._cached("dense", q, self._dense_mask)
         return mask if padding is None else mask & padding
 
     def block_mask(self, q: Tensor) -> BlockMask | None:

@@ -6,30 +6,42 @@ Kimi Team 2025, "Kimi K2", section 2.1 (QK-Clip) and 2.3 (architecture). K2 itse
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..ops.mla_forms import max_logits
 from ._registry import register_attention
+from ._state import Stateful, over_ranks, scale_rows
 from .basic import MultiHeadAttention
 from .deepseek_mla import LatentAttention, LatentMoE
 from .moe import MoE
 from .rope import Rope
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 THETA = 5e4  # K2's rotary base
+EPSILON = torch.finfo(torch.float32).eps
 
 
 @register_attention("kimi_k2")
-class KimiK2(LatentMoE):
+class KimiK2(Stateful, LatentMoE):
     """Multi-head ("mha") or latent ("mla") attention with rotary positions, and K2's experts.
 
     QK-Clip, after each optimizer step, per head: with S the largest score seen since the last step
     and γ = min(1, tau/S), the weights of q_n and k_n are scaled by √γ and those of q_r by γ; k_r
-    belongs to all heads and stays. In "mha" all of q and k is a head's own: √γ each.
+    belongs to all heads and stays. In "mha" all of q and k is a head's own: √γ each. A score that
+    is not finite, or so large that γ would be below float32's machine epsilon (1.2e-7), tells of a
+    broken batch and not of weights that grew: the largest score of that batch entry and head is
+    not counted.
 
     kv_rank, q_rank, nope_dim, rope_dim, v_dim: of `LatentAttention`, used by "mla" only.
     num_experts, top_k, route_scale, expert_dim, balance_alpha, bias_speed: of `MoE`.
     """
+
+    counters = ("peak",)
 
     def __init__(
         self,
@@ -86,43 +98,49 @@ class KimiK2(LatentMoE):
             bias_speed=bias_speed,
         )
         # The largest score of each head since the last step.
-        self.register_buffer("peak", torch.full((num_heads,), -torch.inf), persistent=False)
+        self.peak = torch.full((num_heads,), -torch.inf, device="cpu")
 
     def attend(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        observes = self.observes(x)
         if self.latent:
-            y, peak = self.attention(x, key_mask, max_logits=self.training)
+            y, peak = self.attention(x, key_mask, max_logits=observes)
         else:
             q, k, v = self.attention.project(x)  # (B, H, N, D)
             y = self.attention.attend(q, k, v, key_mask)
             y = self.attention.out(y.transpose(1, 2).flatten(2))
             scale = q.shape[-1] ** -0.5
-            peak = max_logits(q, k, scale, key_mask=key_mask) if self.training else None
+            peak = max_logits(q, k, scale, key_mask=key_mask) if observes else None
         if peak is not None:
             self.note(peak)
         return y
 
     def note(self, peak: Tensor) -> None:
         """peak (B, H): the largest score of each head in this batch."""
-        self.peak.copy_(self.peak.maximum(peak.amax(0)))
+        known = self.counter("peak", peak.device)
+        peak = peak.where(peak <= self.tau / EPSILON, -torch.inf)  # NaN is not ≤ either
+        known.copy_(known.maximum(peak.amax(0)))
 
     def attention_matrix(self, x: Tensor) -> Tensor:
         return self.attention.weights(x) if self.latent else self.attention.attention_matrix(x)
 
-    def after_step(self) -> None:
-        super().after_step()
-        self.clip()
+    def after_step(self, group: ProcessGroup | None = None) -> None:
+        super().after_step(group)
+        self.clip(group)
+
+    def statistics(self) -> list[Tensor]:
+        return [*super().statistics(), self.peak]
 
     @torch.no_grad()
-    def clip(self) -> None:
+    def clip(self, group: ProcessGroup | None = None) -> None:
         """QK-Clip (Kimi K2 2025, algorithm 1, lines 13-20); heads below tau are multiplied by 1."""
-        gamma = self.tau / self.peak.clamp(min=self.tau)  # (H,)
-        self.peak.fill_(-torch.inf)
-        root, heads = gamma.sqrt()[:, None, None], len(gamma)
+        at, peak = self.attention, self.counter("peak", self.moe.bias.device)
+        gamma = self.tau / over_ranks(peak, "MAX", group).clamp(min=self.tau)  # (H,)
+        peak.fill_(-torch.inf)
+        root, heads = gamma.sqrt(), len(gamma)
         if self.latent:
-            q = self.attention.q_up.weight.unflatten(0, (heads, -1))  # (H, Dn+Dr, r)
-            q[:, : self.attention.nope_dim].mul_(root)
-            q[:, self.attention.nope_dim :].mul_(gamma[:, None, None])
-            self.attention.w_uk.mul_(root)
+            rows = [root[:, None].expand(-1, at.nope_dim), gamma[:, None].expand(-1, at.rope_dim)]
+            scale_rows(at.q_up.weight, torch.cat(rows, 1).flatten())  # (H·(Dn+Dr), r)
+            scale_rows(at.w_uk, root)  # (H, Dn, R)
         else:
-            qkv = self.attention.qkv.weight.unflatten(0, (3, heads, -1))  # (3, H, D, C)
-            qkv[:2].mul_(root)
+            rows = torch.stack([root, root, torch.ones_like(root)])  # (3, H), of q, k, v
+            scale_rows(at.qkv.weight, rows.flatten().repeat_interleave(at.dim // heads))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._check import token_major
+from ..ops._check import accumulate, token_major
 from ._base import HeadsAttention
 from ._registry import register_attention
 from .basic import softmax_weights
@@ -53,14 +53,12 @@ class LinformerAttention(HeadsAttention):
             if p is not None:  # EᵀK then has the variance of K
                 nn.init.normal_(p, std=seq_len**-0.5)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.compressed(x, key_mask)
+    def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        q, k, v = self.compressed(x)  # a masked token is 0, and so is its share in EᵀK and FᵀV
         y = token_major(F.scaled_dot_product_attention(q, k, v))  # (B, H, N, D)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def compressed(
-        self, x: Tensor, key_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def compressed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, C) -> q (B, H, N, D), EᵀK and FᵀV (B, H, K, D)"""
         n = x.shape[1]
         if n > self.max_seq_len:
@@ -68,19 +66,18 @@ class LinformerAttention(HeadsAttention):
                 f"linformer: N = {n} tokens, but E and F have rows for max_seq_len="
                 f"{self.max_seq_len}; build the layer with max_seq_len={n} or more"
             )
-        real = x if key_mask is None else x * key_mask[..., None]
-        return self.with_weights(x, real, self.qkv.weight, self.E, self.F)
+        return self.with_weights(x, self.qkv.weight, self.E, self.F)
 
     def with_weights(
-        self, x: Tensor, real: Tensor, qkv: Tensor, E: Tensor, F_: Tensor | None
+        self, x: Tensor, qkv: Tensor, E: Tensor, F_: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`compressed` as a function of the weights; real: x with 0 for what is no token."""
+        """`compressed` as a function of the weights."""
         wq, wk, wv = qkv.chunk(3)  # (C, C)
         q = F.linear(x, wq).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         E = E[:, : x.shape[1]]  # (1 or H, N, K)
         if F_ is None:
-            return q, *self._compress(real, E, wk, wv)
-        return q, *self._compress(real, E, wk), *self._compress(real, F_[:, : x.shape[1]], wv)
+            return q, *self._compress(x, E, wk, wv)
+        return q, *self._compress(x, E, wk), *self._compress(x, F_[:, : x.shape[1]], wv)
 
     def _compress(self, x: Tensor, E: Tensor, *weights: Tensor) -> list[Tensor]:
         """Eᵀ(xW), (B, H, K, D), for each W (C, C); as (Eᵀx)W where that costs less."""
@@ -103,5 +100,6 @@ class LinformerAttention(HeadsAttention):
         """
         q, short_k, _ = self.compressed(x)
         f = (self.E if self.F is None else self.F)[:, : x.shape[1]]  # (1 or H, N, K)
-        a = softmax_weights(q.float(), short_k.float()) @ f.float().mT  # (B, H, N, N)
+        acc = accumulate(q)
+        a = softmax_weights(q.to(acc), short_k.to(acc)) @ f.to(acc).mT  # (B, H, N, N)
         return F.normalize(a.abs(), p=1, dim=-1)

@@ -3,7 +3,7 @@
     y = shared(x) + Σ_i w_i E_i(x),  (w, i) from the router's sigmoid scores; all experts are SwiGLU
 
 DeepSeek-V3 2024, eq. 12-20. Balance comes from the bias b (E,), which only steers the selection:
-after each optimizer step b += γ·sign(mean(count) − count).
+after each optimizer step b += γ·sign(mean(count) − count), with the counts of all ranks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._check import full_precision
+from ..ops._check import accumulate, full_precision
 from ..ops.moe import expert_counts, moe_experts, noaux_tc_gate
+from ._state import Stateful, over_ranks, recomputing
 
 
 class SwiGLU(nn.Module):
@@ -29,13 +30,16 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
-class MoE(nn.Module):
+class MoE(Stateful):
     """One shared expert and top_k of num_experts routed ones, x (B, N, C) -> (B, N, C).
 
     expert_dim: the width F of each expert, dim // 2 when None: with one shared and two routed
     experts a token meets 1.5·C hidden units.
     bias_speed: γ, how far b moves per step. balance_alpha: α of the sequence-wise balance loss.
+    A token whose scores are not finite counts for no expert.
     """
+
+    exact, counters = ("bias",), ("load",)
 
     def __init__(
         self,
@@ -72,18 +76,14 @@ class MoE(nn.Module):
             nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)
         self.register_buffer("bias", torch.zeros(num_experts))  # b
         # Tokens per expert since the last step.
-        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.load = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
         self.balance: Tensor | None = None
+        self.balance_weight: Tensor | None = None
         self._gate(torch.zeros(1, num_experts))  # the router's options are checked now
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self.bias = self.bias.float()  # steps of 1e-3 would be lost in a half type
-        return self
 
     def __getstate__(self) -> dict:
         # A loss that still holds its graph can be neither copied nor pickled.
-        return {**self.__dict__, "balance": None}
+        return {**self.__dict__, "balance": None, "balance_weight": None}
 
     def _gate(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return noaux_tc_gate(logits, self.bias, **self.route)
@@ -91,35 +91,87 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """key_mask (B, N): tokens that are not real are computed like all, but not counted."""
         with full_precision(x):
-            logits = F.linear(x.float(), self.router.weight.float())  # (B, N, E)
+            acc = accumulate(x)
+            logits = F.linear(x.to(acc), self.router.weight.to(acc))  # (B, N, E)
         weights, index, counts = self._gate(logits)
-        if self.training:
-            experts = counts.shape[0]
-            real = counts if key_mask is None else expert_counts(index, experts, key_mask)
-            self.load += real
-        self.balance = self._balance_loss(logits, index, key_mask) if self.training else None
-        return self.shared(x) + moe_experts(x, self.w13, self.w2, weights, index, counts)
+        y = self.shared(x) + moe_experts(x, self.w13, self.w2, weights, index, counts)
+        self.note(logits, index, key_mask)
+        if self.balance is not None and recomputing():
+            y = _Attach.apply(y, self.balance, self.balance_weight)
+            self.balance = self.balance.detach()
+        return y
 
-    def _balance_loss(
-        self, logits: Tensor, index: Tensor, key_mask: Tensor | None
-    ) -> Tensor | None:
+    # --- balance ----------------------------------------------------------------------------------
+
+    def note(self, logits: Tensor, index: Tensor, key_mask: Tensor | None) -> None:
+        """Counts the experts chosen, and has the balance loss of this batch ready."""
+        if self.observes(logits):
+            with torch.no_grad():
+                real = logits.isfinite().all(-1)  # (B, N)
+                real = real if key_mask is None else real & key_mask
+                load = self.counter("load", logits.device)
+                load += expert_counts(index, load.shape[0], real)
+        wanted = self.training and self.balance_alpha != 0 and not torch.compiler.is_exporting()
+        self.balance = self._balance_loss(logits, key_mask) if wanted else None
+        if not recomputing():
+            self.balance_weight = None
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The balance loss of the latest forward in training, with its gradient."""
+        loss = self.balance
+        if loss is None or loss.requires_grad or not torch.is_grad_enabled():
+            return loss
+        # A reentrant checkpoint ran the forward without a graph, and will run it again within
+        # backward: by then the loss has told with which weight it stands in the sum.
+        return _Weigh.apply(loss.detach().requires_grad_(), self)
+
+    def _balance_loss(self, logits: Tensor, key_mask: Tensor | None) -> Tensor:
         """α Σ_e f_e P_e per sequence, averaged (eq. 17-20): f_e the share of expert e among the
-        selections times E, P_e its mean normalised score; 1·α when perfectly even."""
-        if self.balance_alpha == 0:
-            return None
-        real = torch.ones_like(index[..., 0], dtype=torch.bool) if key_mask is None else key_mask
+        best top_k of the scores, without b, times E; P_e its mean normalised score; 1·α when
+        perfectly even."""
+        scores, top_k = logits.sigmoid(), self.route["top_k"]
+        real = torch.ones_like(scores[..., 0], dtype=torch.bool) if key_mask is None else key_mask
         length = real.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-        scores = logits.sigmoid()
         share = F.normalize(scores, p=1, dim=-1) * real[..., None]  # (B, N, E)
         p = share.sum(1) / length  # (B, E)
-        hits = torch.zeros_like(logits).scatter(-1, index, 1.0) * real[..., None]
-        f = hits.sum(1) * (logits.shape[-1] / index.shape[-1]) / length  # (B, E)
+        best = scores.topk(top_k, -1).indices
+        hits = torch.zeros_like(scores).scatter(-1, best, 1.0) * real[..., None]
+        f = hits.sum(1) * (scores.shape[-1] / top_k) / length  # (B, E)
         return self.balance_alpha * (f * p).sum(-1).mean()
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """b += γ·sign(mean(count) − count), over all tokens since the last call."""
-        load = self.load.float()
-        self.bias += self.bias_speed * (load.mean() - load).sign()
-        self.load.zero_()
+    def after_step(self, group=None) -> None:
+        """b += γ·sign(mean(count) − count), over all tokens of all ranks since the last call."""
+        load = self.counter("load", self.bias.device)
+        seen = over_ranks(load, "SUM", group).double()
+        self.bias += self.bias_speed * (seen.mean() - seen).sign().to(self.bias.dtype)
+        load.zero_()
         self.balance = None
+
+
+class _Weigh(torch.autograd.Function):
+    """The loss as it is; its backward leaves at the module the gradient that it is given. It runs
+    before that of the checkpoint, whose node is older: autograd takes the youngest node first."""
+
+    @staticmethod
+    def forward(ctx, loss, moe):
+        ctx.moe = moe
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.moe.balance_weight = g
+        return None, None
+
+
+class _Attach(torch.autograd.Function):
+    """y as it is; the loss gets `weight` for its gradient, nothing if it entered no sum."""
+
+    @staticmethod
+    def forward(ctx, y, loss, weight):
+        ctx.weight = weight
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, ctx.weight, None

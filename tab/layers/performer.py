@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,17 +12,23 @@ from ..ops.performer import KERNELS, performer_attention
 from ..ops.projection import orthogonal_projection
 from ._base import HeadsAttention
 from ._registry import register_attention
+from ._state import Stateful, from_first_rank
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @register_attention("performer")
-class PerformerAttention(HeadsAttention):
+class PerformerAttention(Stateful, HeadsAttention):
     """FAVOR+ attention (Choromanski et al. 2021); all heads share one projection W (M, D).
 
     num_features: M. kernel: "softmax" or "relu".
     redraw_interval: a new W every so many optimizer steps (never in eval); 0 keeps the first.
     W is a function of (seed, number of redraws); both, and the steps, are buffers, so a resumed
-    run draws what an unbroken one would have drawn.
+    run draws what an unbroken one would have drawn, and all ranks have the first one's.
     """
+
+    exact = ("projection",)
 
     def __init__(
         self,
@@ -48,20 +56,22 @@ class PerformerAttention(HeadsAttention):
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("projection", torch.empty(num_features, dim // num_heads))  # (M, D)
-        self._draw(0)
+        if not self.projection.is_meta:  # else load_state_dict brings it
+            self._draw(0)
 
     def _draw(self, count: int) -> None:
         # 2¹⁶ redraws per seed before two seeds could meet.
         generator = torch.Generator().manual_seed((int(self.seed) << 16) + count)
         self.projection.copy_(orthogonal_projection(*self.projection.shape, generator=generator))
 
-    def after_step(self) -> None:
+    def after_step(self, group: ProcessGroup | None = None) -> None:
         if not (self.redraw_interval and self.training):
             return
         self.steps += 1
         steps = int(self.steps)
         if steps % self.redraw_interval == 0:
             self._draw(steps // self.redraw_interval)
+            from_first_rank(self.projection, group)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         w = self.projection.to(accumulate(q))

@@ -9,9 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops._check import accumulate
+
 
 class Rope(nn.Module):
-    """Rotates x (…, N, D) by its position, N ≤ seq_len. D is even, on a grid a multiple of 4."""
+    """Rotates x (…, N, D) by its position, N ≤ seq_len. D is even, on a grid a multiple of 4.
+
+    The tables are float32, or float64 after `double()`; never rounded to a half type, and made
+    again wherever the module goes, from the meta device too.
+    """
 
     def __init__(
         self, dim: int, seq_len: int, *, grid: tuple[int, int] | None = None, theta: float = 1e4
@@ -22,23 +28,42 @@ class Rope(nn.Module):
                 f"rotary positions turn pairs{' per axis of the grid' if grid else ''}: the head "
                 f"dimension must be a multiple of {4 if grid else 2}, got {dim}"
             )
-        axes = 2 if grid else 1
-        pairs = dim // 2 // axes
-        frequency = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)  # (P,)
-        token = torch.arange(seq_len, dtype=torch.float64)
-        positions = [token // grid[1], token % grid[1]] if grid else [token]
-        angle = torch.cat([p[:, None] * frequency for p in positions], -1)  # (N, D/2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.pairs, self.seq_len, self.grid, self.theta = dim // 2, seq_len, grid, theta
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self._fill(torch.float32, self.cos.device)
+
+    def table(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles, (N, D/2), rounded once from float64."""
+        pairs = self.pairs // (2 if self.grid else 1)
+        exponent = torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs
+        token = torch.arange(self.seq_len, dtype=torch.float64, device="cpu")
+        positions = [token // self.grid[1], token % self.grid[1]] if self.grid else [token]
+        angle = torch.cat([p[:, None] * self.theta**-exponent for p in positions], -1)
+        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+    def _fill(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.cos, self.sin = self.table(dtype, device)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        double = self.cos.dtype == torch.float64
+        self._fill(torch.float64 if double else torch.float32, self.cos.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[-2]
-        if n > len(self.cos):
+        n, acc = x.shape[-2], accumulate(x)
+        if n > self.seq_len:
             raise ValueError(
-                f"rotary positions were made for {len(self.cos)} tokens, got {n} in x "
+                f"rotary positions were made for {self.seq_len} tokens, got {n} in x "
                 f"{tuple(x.shape)}; build the layer with seq_len={n}"
             )
-        even, odd = x[..., 0::2].float(), x[..., 1::2].float()  # (…, N, D/2)
-        cos, sin = self.cos[:n], self.sin[:n]
+        if self.cos.is_meta and not x.is_meta:  # load_state_dict(assign=True): no one moved them
+            self._fill(acc, x.device)
+        tables = self.cos, self.sin
+        if acc == torch.float64 != self.cos.dtype:
+            tables = self.table(acc, x.device)
+        cos, sin = (t[:n].to(acc) for t in tables)
+        even, odd = x[..., 0::2].to(acc), x[..., 1::2].to(acc)  # (…, N, D/2)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
         return turned.flatten(-2).to(x.dtype)

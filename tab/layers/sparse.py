@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ..ops._check import accumulate, autocast
+from ..ops._op import choose
 from ..ops.pattern import BlockPattern
-from ..ops.sparse import sparse_attention
+from ..ops.sparse import sparse_attention, sparse_bwd, sparse_fwd
 from ._base import HeadsAttention
 from ._registry import register_attention
 from .local import hide_keys
 
-PATTERNS = 8  # sequence lengths whose pattern a layer keeps
+PATTERNS = 256  # that a process keeps: one for each length, seed and set of options
 
 
 @register_attention("sparse")
@@ -20,9 +24,10 @@ class SparseAttention(HeadsAttention):
 
     block_size: tokens in a block. window: blocks around a block, odd. num_global: blocks at each
     end that see all and are seen by all. num_random: further blocks for each block and head, drawn
-    once from `seed`. With few blocks nothing is left out: 64 tokens in blocks of 32, the published
-    configuration, are two global blocks, and the layer is multi-head attention; so it is when a
-    block is longer than the sequence.
+    once from `seed`, which is part of the state_dict: a layer that loads it sees the same blocks.
+    With few blocks nothing is left out: 64 tokens in blocks of 32, the published configuration, are
+    two global blocks, and the layer is multi-head attention; so it is when a block is longer than
+    the sequence.
     """
 
     def __init__(
@@ -40,29 +45,91 @@ class SparseAttention(HeadsAttention):
         rope: bool = False,
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
-        self.options = {
-            "heads": num_heads, "window": window, "num_global": num_global,
-            "num_random": num_random, "seed": seed,
-        }  # fmt: skip
-        self.block_size = block_size
-        self.patterns: dict[int, BlockPattern] = {}
+        self.rule = [block_size, num_heads, window, num_global, num_random, seed]
+        self.register_buffer("seed", torch.tensor(seed))
         self.pattern(seq_len)  # bad options are found here, not in the first step
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        # A state_dict written before the seed was in it leaves the layer its own.
+        state_dict.setdefault(f"{prefix}seed", torch.tensor(self.rule[-1], device="cpu"))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.seed.is_meta:
+            self.rule[-1] = int(self.seed)
 
     def pattern(self, n: int) -> BlockPattern:
         """The pattern for n tokens, made once."""
-        if n not in self.patterns:
-            if len(self.patterns) == PATTERNS:
-                del self.patterns[next(iter(self.patterns))]
-            size = min(self.block_size, n)
-            self.patterns[n] = BlockPattern.bigbird(n, block_size=size, **self.options)
-        return self.patterns[n]
+        return _pattern(n, *self.rule)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         scale = q.shape[-1] ** -0.5
         q, k, v = hide_keys(q, k, v, key_mask)
+        if torch.compiler.is_compiling():
+            return bigbird(*autocast(q, k, v), self.rule, scale)[0]
         return sparse_attention(q, k, v, self.pattern(q.shape[2]), scale=scale)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         seen = self.pattern(q.shape[2]).to_dense().to(q.device)  # (Hp, N, N)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+@functools.lru_cache(maxsize=PATTERNS)
+def _pattern(n, block_size, heads, window, num_global, num_random, seed) -> BlockPattern:
+    options = {"heads": heads, "window": window, "num_global": num_global}
+    size = min(block_size, n)
+    return BlockPattern.bigbird(n, block_size=size, num_random=num_random, seed=seed, **options)
+
+
+# --- for torch.compile ----------------------------------------------------------------------------
+
+# The pattern depends on N in Python, so that tracing it would compile the layer anew for every N.
+# Here it is looked up when the compiled code runs.
+
+
+@torch.library.custom_op("tab::bigbird", mutates_args=())
+def bigbird(
+    q: Tensor, k: Tensor, v: Tensor, rule: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """`sparse_fwd` under the pattern of these options for the N of q -> o, lse"""
+    pattern = _pattern(q.shape[2], *rule).to(q.device)
+    backend = choose("auto", sparse_fwd, q)
+    return sparse_fwd(backend, q, k, v, *pattern.tensors, pattern.block_size, False, scale)
+
+
+@torch.library.custom_op("tab::bigbird_backward", mutates_args=())
+def bigbird_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rule: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pattern = _pattern(q.shape[2], *rule).to(q.device)
+    backend = choose("auto", sparse_fwd, q)
+    options = pattern.block_size, False, scale
+    return sparse_bwd(backend, do, q, k, v, o, lse, *pattern.tensors, *options)
+
+
+@bigbird.register_fake
+def _(q, k, v, rule, scale):
+    return _like(v), q.new_empty(q.shape[:3], dtype=accumulate(q))
+
+
+@bigbird_backward.register_fake
+def _(do, q, k, v, o, lse, rule, scale):
+    return _like(q), _like(k), _like(v)
+
+
+def _like(x: Tensor) -> Tensor:
+    """As the kernels lay it out, (B, N, H, D) in memory."""
+    b, h, n, d = x.shape
+    return x.new_empty(b, n, h, d).transpose(1, 2)
+
+
+def _save(ctx, inputs, output) -> None:
+    *qkv, ctx.rule, ctx.scale = inputs
+    ctx.save_for_backward(*qkv, *output)
+
+
+def _gradients(ctx, do, _):
+    return *bigbird_backward(do, *ctx.saved_tensors, ctx.rule, ctx.scale), None, None
+
+
+bigbird.register_autograd(_gradients, setup_context=_save)
