@@ -8,6 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 from small_report import FACTS, run
 
+from tab.layers import Attention, register_attention
 from tab.report import markdown, pictures, style
 from tab.report.charts import Group, charts, looks
 from tab.report.html import html
@@ -125,3 +126,11 @@ def test_every_picture_is_inside_the_context_that_draws_names_as_they_are():
     folder = Path(style.__file__).parent
     makers = [p.name for p in folder.glob("*.py") if "plt." in p.read_text()]
     assert makers == ["style.py"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "../x", "a\\b", "a,b", "", " a", "a\nb", "-a", ".a", "all"]
+)
+def test_a_name_that_can_name_no_directory_is_refused(name):
+    with pytest.raises(ValueError, match="directories and lists are named by it"):
+        register_attention(name)(type("Named", (Attention,), {}))

@@ -27,8 +27,20 @@ def register_attention(
     """Class decorator: makes a layer available under `name` (CLI, recipes, reports).
 
     published: as what the published study ran under that name (tab/layers/published.py).
+    ValueError: a name that cannot be part of a directory's, or an item of a list with commas.
     """
     layers = _published if published else _layers
+    if (
+        not name.isprintable()
+        or name != name.strip(" .-")
+        or set(name) & set(r"/\,")
+        or name in ("", "all")
+    ):
+        raise ValueError(
+            f"register_attention({name!r}): directories and lists are named by it, so it may not "
+            "be empty or `all`, hold / \\ , or control characters, nor begin or end with a space, "
+            "a dot or a dash"
+        )
 
     def register(layer: type[Attention]) -> type[Attention]:
         if not (inspect.isclass(layer) and issubclass(layer, Attention)):
