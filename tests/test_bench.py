@@ -110,9 +110,26 @@ def test_saved_runs_come_back_and_others_are_refused(tmp_path):
     save(path, [row([1.0, 2.0])], ROOF, "cpu", "tab bench")
     record, rows = load(path)
     assert rows == [row([1.0, 2.0])] and record["environment"]["torch"] == torch.__version__
-    path.write_text(json.dumps({"rows": [{"nonsense": 1}]}))
-    with pytest.raises(ValueError, match="not a result"):
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"rows": [{"nonsense": 1}]}, "nonsense"),
+        ({"rows": [{"case": "a", "contestant": "b", "seconds": {"both": ["1"]}}]}, "seconds"),
+        ({"rows": 3}, "rows"),
+        ({"environment": []}, "environment"),
+        (b"\xff{", "not JSON"),
+        (b"[]", "it = "),
+    ],
+)
+def test_other_files_are_refused_in_one_line(damage, words, tmp_path):
+    path = tmp_path / "a.json"
+    record = save(path, [row([1.0])], ROOF, "cpu", "tab bench")
+    path.write_bytes(damage if isinstance(damage, bytes) else json.dumps(record | damage).encode())
+    with pytest.raises(ValueError, match=r"a\.json is damaged or foreign.*tab bench --out") as seen:
         load(path)
+    assert words in str(seen.value) and "\n" not in str(seen.value)
 
 
 def test_command_line(tmp_path):

@@ -71,6 +71,7 @@ def run(
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
     )
     load, found = Load(), {}
+    _warn(load)
     one = partial(measure, roofline=roofline, directions=wanted, budget=budget / processes,
                   min_rounds=_rounds(processes), cold=cold,
                   only=partial(_entered, prefixes))  # fmt: skip
@@ -128,6 +129,7 @@ def steps_command(
     from .turns import Load, in_turns
 
     load, found = Load(), {}
+    _warn(load)
     names = _chosen(attentions, attention_names(), "attention")
     one = partial(steps, load_recipe(recipe), attentions=names, batch=batch, device=device,
                   budget=budget / processes, min_rounds=_rounds(processes))  # fmt: skip

@@ -46,6 +46,8 @@ def write_page(path: Path, record: dict, rows: list[Row]) -> None:
 def told(record: dict, rows: list[Row]) -> str:
     """HTML: the command, the machine, and how the table of these rows reads."""
     facts = [*record["environment"].items(), *(record["roofline"] or {}).items()]
+    if load := record.get("load"):
+        facts.append(("load average", f"{load['start']:g} before, up to {load['most']:g}"))
     main = _main(_directions(rows))
     reading = (
         "<br>Median and, in brackets, 10th and 90th percentile. Rates and “tab is ×” (how many "

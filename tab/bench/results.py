@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from rich.table import Table
 
 from .. import __version__
+from ..files import check, read_json, reading, write_json
 from .measure import DIRECTIONS, Row, percentiles, row_speedup
 from .memory import growth, tokens
 from .roofline import Roofline
@@ -36,6 +37,15 @@ def environment(device: str) -> dict[str, object]:
     return facts
 
 
+class Record(TypedDict):
+    """What is read of a result by name."""
+
+    command: str
+    environment: dict
+    roofline: dict | None
+    rows: list[dict]
+
+
 def save(
     path: Path,
     rows: Iterable[Row],
@@ -54,19 +64,16 @@ def save(
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1))
-    os.replace(part, path)
+    write_json(path, record)
     return record
 
 
 def load(path: Path) -> tuple[dict, list[Row]]:
-    """The record and its rows; a ValueError when the file is not one of ours."""
-    try:
-        record = json.loads(path.read_text())
-        return record, [Row(**row) for row in record["rows"]]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a result of `tab bench`: {error}") from error
+    """The record and its rows; a ValueError or OSError names a file that is not one of ours."""
+    way_out = "give a result of `tab bench --out`, or measure again"
+    record = read_json(path, Record, way_out)
+    with reading(path, way_out):
+        return record, [Row(**check("a row", row, Row)) for row in record["rows"]]
 
 
 def tables(rows: list[Row]) -> list[Table]:
