@@ -10,7 +10,7 @@ import triton
 from proof import assert_accurate, poisoned
 
 from tab.kernels import moe as kernels
-from tab.ops.moe import _Grouped, grouped_outer_reference, grouped_reference
+from tab.ops.moe import grouped_outer_reference, grouped_reference, moe_grouped
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
@@ -40,7 +40,9 @@ def inputs(sizes, i, o, generator, dtype=torch.float32):
 def test_sizes(sizes, i, o, generator):
     counts = torch.tensor(sizes)
     x = inputs(sizes, i, o, generator)
-    assert_accurate(lambda x, w: _Grouped.apply(x, w, counts), naive(sizes), x, names="y dx dw")
+    assert_accurate(
+        lambda x, w: moe_grouped.apply("auto", x, w, counts), naive(sizes), x, names="y dx dw"
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -48,7 +50,9 @@ def test_dtypes(dtype, generator):
     sizes = [3, 0, 33]
     x = inputs(sizes, 24, 20, generator, dtype)
     counts = torch.tensor(sizes)
-    assert_accurate(lambda x, w: _Grouped.apply(x, w, counts), naive(sizes), x, names="y dx dw")
+    assert_accurate(
+        lambda x, w: moe_grouped.apply("auto", x, w, counts), naive(sizes), x, names="y dx dw"
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES[:2])

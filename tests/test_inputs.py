@@ -126,7 +126,7 @@ def hidden(what, where, keep, x):
     ]
 
 
-@pytest.mark.parametrize("backend", ("reference",))
+@each_backend
 @CAUSAL
 @pytest.mark.parametrize(
     ("attention", "options"),
@@ -155,7 +155,7 @@ def test_what_a_masked_token_holds_reaches_nobody(attention, options, causal, ba
             assert_close(results(hidden(what, where, keep, x)), clean)
 
 
-@pytest.mark.parametrize("backend", ("reference",))
+@each_backend
 @OPERATORS
 def test_a_nan_in_a_real_token_is_seen_by_all_who_attend_to_it(attention, backend, generator):
     for at, first in ((0, 5), (1, 5), (2, 5)):
@@ -170,7 +170,7 @@ def test_a_nan_in_a_real_token_is_seen_by_all_who_attend_to_it(attention, backen
 # --- many tokens, many lengths --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ("reference",))
+@each_backend
 @OPERATORS
 @CAUSAL
 def test_a_million_equal_keys(attention, backend, causal, generator):

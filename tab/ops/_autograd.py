@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 transforming = torch._C._are_functorch_transforms_active
+tracing = torch._C._get_tracing_state  # None, but inside torch.jit.trace
 
 
 def plain(reference: Callable, args: tuple):
@@ -37,11 +38,11 @@ def plain(reference: Callable, args: tuple):
 def function(op: Op, gradients: Callable, constant: tuple[int, ...]) -> type[Function]:
     """The autograd.Function of `op`; `Op.differentiable` says what the arguments are."""
     n, count = op.tensors, len(op.overload._schema.arguments)
-    below = op.below
+    below, one = op.below, len(op.overload._schema.returns) == 1
 
     def forward(ctx, backend, *args):
         outs = below(backend, *args)
-        ctx.save_for_backward(*args[:n], *outs)
+        ctx.save_for_backward(*args[:n], *((outs,) if one else outs))
         ctx.backend, ctx.options = backend, args[n:]
         if constant:
             ctx.mark_non_differentiable(*[outs[i] for i in constant])
@@ -68,6 +69,7 @@ def _again(op: Op, args: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple
     with torch.enable_grad():
         args = tuple(x.view_as(x) if need else x for x, need in zip(args, needed, strict=True))
         outs = plain(op.reference, args)
+        outs = (outs,) if isinstance(outs, Tensor) else outs
     pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [x for x, need in zip(args, needed, strict=True) if need]
     got = iter(
@@ -84,6 +86,8 @@ def register(op: Op, apply: Callable) -> None:
 
     def kernel(backend):
         def run(*args):
+            if transforming():
+                return plain(op.reference, args)
             return apply(backend, *args) if torch.is_grad_enabled() else op.below(backend, *args)
 
         return run

@@ -60,10 +60,12 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def number(op: str, name: str, value: float) -> float:
-    """`value` as a float, or a TypeError: a tensor would lose its gradient here in silence."""
+    """`value` as a float, or a TypeError: a tensor would lose its gradient here in silence. (Inside
+    torch.jit.trace what is made of a shape is a tensor.)"""
     if isinstance(value, (int, float)):
         return float(value)
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    tensor = isinstance(value, Tensor) and (value.requires_grad or not torch.jit.is_tracing())
+    if tensor or not hasattr(value, "__float__"):
         raise TypeError(
             f"{op}(): argument {name!r} must be float, not {type(value).__name__}; {NUMBERS[name]}"
         )
@@ -108,13 +110,15 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     """q, k (B, H, N, D) and v (B, H, N, Dv), cast under autocast: one floating dtype, one device.
     B and N may be 0."""
     q, k, v = operands(op, q=q, k=k, v=v)
-    rule = None
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+    rule, shape, wide = None, q.shape, v.shape
+    if len(shape) != 4 or k.dim() != 4 or len(wide) != 4:
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
-    elif q.shape != k.shape or q.shape[:3] != v.shape[:3]:
-        rule = "q and k of one shape, v with the same B, H, N"
-    elif not (q.shape[1] and q.shape[3] and v.shape[3]):
-        rule = "at least one head and D, Dv ≥ 1"
+    else:
+        (b, h, n, d), (*rows, dv) = shape, wide
+        if k.shape != shape or [b, h, n] != rows:
+            rule = "q and k of one shape, v with the same B, H, N"
+        elif not (h and d and dv):
+            rule = "at least one head and D, Dv ≥ 1"
     if rule:
         raise ValueError(f"{op} wants {rule}; got {shapes(q=q, k=k, v=v)}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):

@@ -22,7 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._autograd import below_autograd, function, once_only, plain, register, transforming
+from ._autograd import (
+    below_autograd,
+    function,
+    once_only,
+    plain,
+    register,
+    tracing,
+    transforming,
+)
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 # Op -> the N up to which "auto" takes CUDA C++ over Triton on a GPU. A measurement decides that
@@ -102,11 +110,11 @@ class Op:
 
     def apply(self, backend: str, *args):
         """What a public function calls: the op with its gradients. Nothing to compute (B or N is 0)
-        and torch.func transforms are the reference's, so that no kernel meets them. Dynamo writes
-        the op into its graph, where the Autograd key gives the gradients."""
+        and torch.func transforms are the reference's, so that no kernel meets them. Dynamo and
+        torch.jit.trace write the op into their graphs; its Autograd key gives the gradients."""
         if transforming() or args[0].numel() == 0:
             return plain(self.reference, args)
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or tracing():
             return self(backend, *args)
         return self.run(backend, *args)
 

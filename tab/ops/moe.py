@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._autograd import transforming
 from ._check import accumulate, autocast, same, shapes
 from ._op import Op
 
@@ -81,6 +82,8 @@ def grouped_reference(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     """x (M, I) sorted by group, w (E, O, I), counts (E,) -> y (M, O), y_m = W_e(m) x_m."""
     if x.device.type == "meta":
         return x.new_empty(x.shape[0], w.shape[1])
+    if torch.is_grad_enabled() or transforming():  # what PyTorch differentiates, and maps
+        return grouped_in_blocks(x, w, counts)
     if x.device.type == "cpu":
         y = x.new_empty(x.shape[0], w.shape[1])
         for e, rows in _slices(x, counts):
@@ -175,21 +178,12 @@ moe_grouped_outer = Op(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, counts):
-        ctx.save_for_backward(x, w, counts)
-        return moe_grouped("auto", x, w, counts)
+def _gradients(backend, grads, x, w, counts, y):
+    g = grads[0].contiguous()
+    return moe_grouped(backend, g, w.mT, counts), moe_grouped_outer(backend, g, x, counts)
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w, counts = ctx.saved_tensors
-        g = g.contiguous()
-        return (
-            moe_grouped("auto", g, w.mT, counts),
-            moe_grouped_outer("auto", g, x, counts),
-            None,
-        )
+
+moe_grouped.differentiable(_gradients, by=moe_grouped_outer)
 
 
 class _Permute(torch.autograd.Function):
@@ -232,8 +226,9 @@ def moe_experts(
     order = index.flatten().argsort(stable=True)  # (T·k,): routed rows by expert
     inverse = order.scatter(0, order, torch.arange(order.shape[0], device=x.device))
     rows = x.reshape(-1, 1, c).expand(-1, top_k, -1).reshape(-1, c)  # (T·k, C)
-    gate, up = _Grouped.apply(_Permute.apply(rows, order, inverse), w13, counts).chunk(2, -1)
-    y = _Grouped.apply(F.silu(gate) * up, w2, counts)  # (T·k, C)
+    rows = _Permute.apply(rows, order, inverse)
+    gate, up = moe_grouped.apply("auto", rows, w13, counts).chunk(2, -1)
+    y = moe_grouped.apply("auto", F.silu(gate) * up, w2, counts)  # (T·k, C)
     y = _Permute.apply(y, inverse, order).unflatten(0, (-1, top_k))  # (T, k, C)
     acc = accumulate(x)
     weighted = y.to(acc) * weights.reshape(-1, top_k, 1).to(acc)
