@@ -152,7 +152,7 @@ class Grid:
             raise ValueError(f"{out} holds no comparison: there is no config.toml in it")
         table = read_toml(path, dict, COPY).get("grid")
         if not table:
-            raise ValueError(f"{path} has no [grid]: it is a recipe, not a comparison")
+            raise ValueError(f"{path} has no [grid]: it is a recipe, no comparison; {COPY}")
         with reading(path, COPY):
             return cls(**check("grid", table, cls))
 

@@ -136,7 +136,7 @@ official_sum = functools.cache(checkpoint.digest)  # of two gigabytes, in one pr
 def read(run: Path) -> dict:
     """robustness.json as it is, {} if there is none."""
     path = run / FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
     way_out = "remove it, and measure again"
     found = read_json(path, dict, way_out)

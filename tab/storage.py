@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .files import reading
+
 try:
     import optuna
 except ImportError as error:
@@ -34,14 +36,8 @@ def journal(path: Path, *, mine: bool) -> optuna.storages.BaseStorage:
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
         if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
-    try:
-        return optuna.storages.JournalStorage(backend)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): put a copy back, or remove it and resume: the results "
-            "will be the same, but what went no further is trained again"
-        ) from None
+    with reading(path, "put a copy back, or remove it and resume, which comes to the same results"):
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
 
 
 @contextlib.contextmanager

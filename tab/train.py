@@ -83,6 +83,8 @@ def load_trained(
     else:
         weights, about = load_weights(path, way_out)
     with reading(path, way_out):
+        if path != out and about["config"] != read_run_file(out)["config"]:
+            raise ValueError("it is of another run")
         config = RunConfig.from_dict(about["config"])
         model = build_model(config, len(about["classes"]))
         model.load_state_dict(weights)

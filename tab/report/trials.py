@@ -5,10 +5,10 @@ From the CSV alone, so that it needs neither Optuna nor the storage that the swe
 from __future__ import annotations
 
 import csv
-import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
+from ..files import read_toml, reading
 from .charts import Group
 from .tables import markdown_lines, title
 from .text import plain
@@ -16,6 +16,7 @@ from .text import plain
 COLUMNS = ("model", "attention", "configuration", "rung", "epochs", "status", "validation_accuracy")
 BESIDE = (*COLUMNS, "bracket", "seconds")  # every other column is what was drawn
 HEADING = "Hyperparameters"
+WAY_OUT = "let `tab sweep --resume` write it again"
 Pair = tuple[str, str]  # model, attention
 
 
@@ -32,14 +33,18 @@ class Trial(NamedTuple):
         return ", ".join(f"{k} {v}" for k, v in self.params.items())
 
 
+class Titled(TypedDict):
+    title: str
+
+
 def read_trials(folder: Path) -> dict[Pair, list[Trial]]:
     path = folder / "trials.csv"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{folder} holds no trials.csv: give the directory of a sweep that ended, or let "
             "`tab sweep show` write that of one that runs"
         )
-    with path.open(newline="", encoding="utf-8") as file:
+    with reading(path, WAY_OUT), path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         lines, names = list(reader), reader.fieldnames or []
     if not lines or not set(COLUMNS) <= set(names):
@@ -48,8 +53,9 @@ def read_trials(folder: Path) -> dict[Pair, list[Trial]]:
     for line in lines:
         params = {k: _short(v) for k, v in line.items() if k not in BESIDE and v}
         score = line["validation_accuracy"]
-        numbers = (int(line[k]) for k in ("configuration", "rung", "epochs"))
-        trial = Trial(*numbers, float(score) if score else None, params)
+        with reading(path, WAY_OUT):
+            numbers = (int(line[k]) for k in ("configuration", "rung", "epochs"))
+            trial = Trial(*numbers, float(score) if score else None, params)
         found.setdefault((line["model"], line["attention"]), []).append(trial)
     models = list(dict.fromkeys(model for model, _ in found))
     return dict(sorted(found.items(), key=lambda item: models.index(item[0][0])))
@@ -58,7 +64,7 @@ def read_trials(folder: Path) -> dict[Pair, list[Trial]]:
 def told(folder: Path) -> str:
     """What the sweep's own winners.toml says of it; "" before there is one."""
     path = folder / "winners.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))["title"] if path.is_file() else ""
+    return read_toml(path, Titled, WAY_OUT)["title"] if path.exists() else ""
 
 
 def winner(trials: list[Trial]) -> Trial | None:
