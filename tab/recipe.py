@@ -134,7 +134,7 @@ def parse_override(text: str) -> tuple[str, object]:
 def _find(name: str, folder: Path) -> Path:
     if name.endswith(".toml"):
         path = folder / name
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"there is no recipe file {path}")
         return path
     check_keys("recipes (or a file ending in .toml)", [name], recipe_names())

@@ -78,7 +78,7 @@ def load_space(name_or_file: str | Path) -> Space:
     name = str(name_or_file)
     if name.endswith(".toml"):
         path = Path(name)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"there is no file {path} with a search space")
     else:
         check_keys("spaces (or a file ending in .toml)", [name], space_names())

@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 import tab.options
 from tab.cli import app
+from tab.layers import _registry, get_attention, register_attention
 from tab.results import Grid, read_runs
 from tab.terminal import plain
 
 CLASSES = ("[red]x", "a[ b]", ":smile:", "$x$", "<b>&", "\x7f🎉")
+MECHANISM = "[red]$x$ :ant: é"
 PLACE = "[b]res 🎉 $x$ :ant:\x7f"
 TINY = [
     *("--recipe", "quick", "--epochs", "1", "--device", "cpu"),
@@ -52,7 +54,9 @@ def compared(tmp_path_factory):
     data, out = pictures(base / "data [b] 🎉"), base / "out"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TAB_DATA", str(base.parent / "cache"))
-        names = ("--models", "mlp", "--attentions", "none,linear")
+        patched.setattr(_registry, "_layers", dict(_registry._layers))
+        register_attention(MECHANISM)(type("Mine", (get_attention("linear"),), {}))
+        names = ("--models", "mlp", "--attentions", f"none,{MECHANISM}")
         said = tab_("compare", "--data", data, *names, *TINY, "--out", out)
         assert said.exit_code == 0, said.output
         yield base, said.output
@@ -72,6 +76,7 @@ def test_names_are_printed_as_they_are(compared):
     base, said = compared
     assert f"Report: {base / 'out' / 'report.md'}" in said
     assert f"{base / 'out'}: 2 runs on " in said
+    assert f"[2/2] mlp-{MECHANISM}-s0\n" in said and f"│ {MECHANISM} " in said
     listed = tab_("data", base / "data [b] 🎉")
     assert listed.exit_code == 0 and all(f" {name} " in listed.output for name in CLASSES[:-1])
     missing = tab_("report", base / "[/nothing]")
@@ -102,7 +107,7 @@ def test_results_and_data_that_were_moved_go_on(base):
         said = tab_(*words, out)
         assert said.exit_code == 2 and said.stderr.count("\n") == 1
         assert "the data is no longer at" in said.stderr and "--data" in said.stderr
-    shutil.rmtree(out / "runs" / "mlp-linear-s0")  # something is left to do
+    shutil.rmtree(out / "runs" / f"mlp-{MECHANISM}-s0")  # something is left to do
     (out / "experiment_summary.csv").unlink()
     said = tab_("compare", "--resume", out, "--data", data)
     assert said.exit_code == 0, said.output
