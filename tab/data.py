@@ -53,8 +53,13 @@ def load_dataset(
     if spec == "shapes" or spec.startswith("shapes:"):
         return _shapes(spec)
     path = Path(spec).expanduser()
-    if path.is_dir() or is_archive(path):
-        return _from_files(path, root, progress)
+    try:
+        if path.is_dir() or is_archive(path):
+            return _from_files(path, root, progress)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{shown(error.filename)} may not be read: allow it (chmod), or give a copy that may"
+        ) from error
     raise ValueError(_unknown(spec, path))
 
 

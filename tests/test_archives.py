@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from small_pictures import build, pack, pack_zip
+from typer.testing import CliRunner
 
+from tab.cli import app
 from tab.data import load_dataset
 
 
@@ -182,6 +184,15 @@ def test_folders_above_do_not_matter_on_disk(folder, root, tmp_path):
     build(tmp_path / "some/leading/second")
     with pytest.raises(ValueError, match=r"2 data sets \(leading/pics, leading/second\): give"):
         load_dataset(tmp_path / "some", root=root)
+
+
+def test_names_are_printed_as_they_are(folder, monkeypatch, tmp_path):
+    names_from_everywhere(folder)
+    folder.rename(tmp_path / "my [old] :smile: pics")
+    monkeypatch.setenv("TAB_DATA", str(tmp_path / "data"))
+    ran = CliRunner().invoke(app, ["data", str(tmp_path / "my [old] :smile: pics")])
+    assert ran.exit_code == 0
+    assert "folder:my [old] :smile: pics" in ran.output and "größe, [red] 犬 ☃" in ran.output
 
 
 # -- what only an archive can hold -----------------------------------------------------------------

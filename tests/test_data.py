@@ -168,6 +168,17 @@ def test_faults_are_named_in_folders_and_archives(folder, root, tmp_path, fault)
     assert not (root / "cache").exists()
 
 
+def test_what_may_not_be_read_is_named(folder, root, monkeypatch):
+    """As for another user's files; whoever runs the tests may be allowed to read all."""
+
+    def refused(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tab._tree.os.scandir", refused)
+    with pytest.raises(PermissionError, match=r"/pics may not be read: allow it \(chmod\)"):
+        load_dataset(folder, root=root)
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
 def test_truncated_and_altered_archives_are_named(folder, root, tmp_path, mode):
     archive = pack(folder, tmp_path / "a.tar", mode)
