@@ -220,11 +220,15 @@ def linear_attention(
     """Linear attention, `o_i = φ(q_i)ᵀS / (φ(q_i)ᵀz + eps)` (Katharopoulos 2020, eq. 5, 9).
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        q, k: (B, H, N, D); v: (B, H, N, Dv). One of float16, bfloat16, float32 and float64 (under
+            autocast they are cast first; float64 stays), one device. Sums run in float32. B and N
+            may be 0: outputs are empty, and the state stays the initial one.
         feature_map: "elu1" (elu + 1), "relu", "identity" (q and k are features already) or
             "softmax" (of each q over D, of k over the tokens; Shen et al. 2021; not causal).
         causal: token i sees tokens j ≤ i.
         key_mask: (B, N) bool, True where a token is real; the others vanish from S and from z.
+            What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
+            token is seen in every output that attends to it.
         initial_state: (S (B, H, D, Dv), z (B, H, D)) float32, from earlier tokens.
         return_state: also return the state after the last token.
         eps: added to the denominator. A row whose denominator is 0 gives 0.
@@ -235,6 +239,7 @@ def linear_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
+        TypeError: eps is a tensor, whose gradient would be lost.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     q, k, v = check_qkv("linear_attention", q, k, v)

@@ -294,12 +294,16 @@ def performer_attention(
     """Softmax attention, scale D^(-1/2), estimated in M random features (Choromanski 2021, eq. 7).
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        q, k: (B, H, N, D); v: (B, H, N, Dv). One of float16, bfloat16, float32 and float64 (under
+            autocast they are cast first; float64 stays), one device. Sums run in float32. B and N
+            may be 0: outputs are empty, and the state stays the initial one.
         projection: (M, D) float32 (float64 with float64 inputs), from `orthogonal_projection`;
             a constant, it gets no gradient.
         kernel: "softmax" (positive features, e^(w·x̂ - ‖x̂‖²/2)) or "relu" (relu(w·x̂)).
         causal: token i sees tokens j ≤ i.
         key_mask: (B, N) bool, True where a token is real; the others vanish from S, z and c.
+            What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
+            token is seen in every output that attends to it.
         initial_state: (S (B, H, M, Dv), z (B, H, M), c (B, H, M)) float32, from earlier tokens
             under the same projection. S and z are relative to the shift c (true sum = S·e^c).
         return_state: also return the state after the last token; S and z are differentiable with
@@ -314,6 +318,7 @@ def performer_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
+        TypeError: eps is a tensor, whose gradient would be lost.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     q, k, v = check_qkv("performer_attention", q, k, v)
