@@ -193,7 +193,7 @@ def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
     if (ds is None) != (dz is None):  # the ops take both or none
         ds = torch.zeros_like(s) if ds is None else ds
         dz = torch.zeros_like(z) if dz is None else dz
-    dq, dk, dv, ds0, dz0 = linear_bwd(
+    dq, dk, dv, ds0, dz0 = linear_bwd.below(
         backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *options
     )
     return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, ds0, dz0)

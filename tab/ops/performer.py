@@ -266,7 +266,7 @@ def _gradients(backend, grads, q, k, v, projection, key_mask, s0, z0, c0, *saved
     if (ds is None) != (dz is None):  # the ops take both or none
         ds = torch.zeros_like(s) if ds is None else ds
         dz = torch.zeros_like(z) if dz is None else dz
-    dq, dk, dv, ds0, dz0 = performer_bwd(
+    dq, dk, dv, ds0, dz0 = performer_bwd.below(
         backend, do, ds, dz, q, k, v, projection, *outs, key_mask, s0, z0, c0, kernel, causal
     )
     return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, None, ds0, dz0)
