@@ -1,4 +1,4 @@
-"""H2O as a GPU does it: choices first, then one attention to the chosen, against the stream."""
+"""H2O for a whole sequence, choices first and then attention to them, against the cache's steps."""
 
 import pytest
 import torch
@@ -6,21 +6,26 @@ from h2o_textbook import draw, naive
 from proof import outputs_and_gradients
 from torch.testing import assert_close
 
-from tab import h2o_attention
-from tab.ops.h2o_choice import attend_chosen, h2o_choose
+from tab import H2OCache, h2o_attention
+from tab.ops.h2o_attend import h2o_attend
+from tab.ops.h2o_choice import h2o_choose, h2o_choose_exact
 
 
-def in_two_steps(q, k, v, *, heavy, recent, causal, block, key_mask=None):
-    scale = q.shape[-1] ** -0.5
-    options = heavy, recent, causal, block, scale
-    chosen = h2o_choose("auto", q.detach(), k.detach(), key_mask, *options)
-    return attend_chosen(q, k, v, chosen, key_mask, *options[2:])
+def stream(q, k, v, *, heavy, recent, causal, block, key_mask=None):
+    """Block by block through the cache, with the gradients that autograd finds."""
+    cache, outputs = H2OCache(heavy=heavy, recent=recent), []
+    for start in range(0, q.shape[2], block):
+        now = slice(start, start + block)
+        mask = None if key_mask is None else key_mask[:, now]
+        x = (t[:, :, now] for t in (q, k, v))
+        outputs.append(cache.step(*x, causal=causal, key_mask=mask))
+    return torch.cat(outputs, 2)
 
 
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n, heavy, recent, block", [(20, 5, 3, 5), (21, 2, 1, 4), (33, 0, 1, 1)])
-def test_two_steps_are_the_stream(generator, n, heavy, recent, block, causal):
-    """A mask while N is small, then copies of the chosen keys; padding, and nothing but it."""
+def test_the_choices_are_the_stream(generator, n, heavy, recent, block, causal):
+    """With padding, and a batch entry of nothing but it."""
     inputs = draw(generator, b=3, n=n, dtype=torch.float64)
     mask = torch.rand(3, n, generator=generator) > 0.2
     mask[0] = False
@@ -28,24 +33,26 @@ def test_two_steps_are_the_stream(generator, n, heavy, recent, block, causal):
     for key_mask in (None, mask):
         given, wanted = (
             outputs_and_gradients(lambda *x: f(*x, key_mask=key_mask, **options), inputs)  # noqa: B023
-            for f in (in_two_steps, h2o_attention)
+            for f in (h2o_attention, stream)
         )
         assert_close(given, wanted)
 
 
-@pytest.mark.parametrize("n", (16, 40))
-def test_two_steps_compile(generator, n):
-    options = {"heavy": 2, "recent": 2, "causal": True, "block": 4}
-    inputs = draw(generator, n=n)
-    f = lambda *x: in_two_steps(*x, **options)  # noqa: E731
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert_close(outputs_and_gradients(compiled, inputs), outputs_and_gradients(f, inputs))
-
-
-def test_choose_opcheck(generator):
-    q, k, _ = draw(generator, n=9)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(h2o_choose.overload, (q, k, None, 2, 1, True, 2, 0.5), test_utils=tests)
+@pytest.mark.parametrize("own", (False, True))
+def test_opcheck(generator, own):
+    q, k, v = (x.requires_grad_() for x in draw(generator, n=9))
+    mask = torch.arange(9).expand(2, 9) < 7
+    options = (2, 1, True)
+    if own:
+        arguments = (q.detach(), k.detach(), mask, *options, 2, 0.5)
+        chosen = h2o_choose("auto", *arguments)
+        torch.library.opcheck(h2o_choose.overload, arguments)
+    else:
+        arguments = (q.detach(), k.detach(), mask, *options, 0.5)
+        chosen = h2o_choose_exact("auto", *arguments)
+        torch.library.opcheck(h2o_choose_exact.overload, arguments)
+    block = 2 if own else 1
+    torch.library.opcheck(h2o_attend.overload, (q, k, v, chosen, mask, own, True, block, 0.5))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,8 @@
 
 from . import batches
 from ._op import BACKENDS, OPS, load_kernels, use_backend
-from .h2o import H2OCache, h2o_attention
+from .h2o import h2o_attention
+from .h2o_cache import H2OCache
 from .linear import linear_attention
 from .linformer import linformer_attention
 from .local import local_attention

@@ -4,20 +4,21 @@ Zhang et al. 2023, "H2O: Heavy-Hitter Oracle", algorithm 1. The cache S holds bu
 recent slots (k_j, v_j, A_j). A token is appended with A = 0 and attends S with itself, p = softmax;
 A += p; over budget, the slot of least A among those older than the last `recent` leaves for good.
 
-Each batch entry and head keeps its own tokens. Which ones is a constant for the gradient. A
-composition of PyTorch's own operators; `H2OCache.step` is the algorithm, all else is built on it.
-On a GPU one kernel makes all choices first, and the attention to them is one batched operation.
+Each batch entry and head keeps its own tokens. Which ones is a constant for the gradient.
+`H2OCache.step` is the algorithm. For a whole sequence the choices are made first, by an op without
+a gradient (h2o_choice.py), and a second op attends to them, block of queries by block
+(h2o_attend.py).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from ._check import autocast, check_key_mask, check_qkv, token_major
-from .h2o_cache import H2OCache
-from .h2o_choice import attend_chosen, h2o_choose, masked_attention
+from ._check import check_key_mask, check_qkv, real
+from ._tile import score_scale
+from .h2o_attend import h2o_attend
+from .h2o_cache import check_budget
+from .h2o_choice import h2o_choose, h2o_choose_exact
 
 MODES = ("streaming", "exact")
 
@@ -55,59 +56,32 @@ def h2o_attention(
         block: tokens per step of "streaming".
         scale: of the scores, D^(-1/2) by default.
         key_mask: (B, N) bool, True where a token is real; the others are never attended, credit
-            nothing, and do not count as recent.
+            nothing, and do not count as recent. What they hold reaches nobody, not even their own
+            outputs: those are of q = 0.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype. A query that sees no real token gets 0.
 
     Raises:
         ValueError: an option out of range, or shapes, dtypes or devices that do not fit.
+        TypeError: a tensor as scale, which would lose its gradient.
     """
-    check_qkv("h2o_attention", q, k, v)
+    q, k, v = check_qkv("h2o_attention", q, k, v)
     check_key_mask("h2o_attention", key_mask, k)
+    check_budget(heavy, recent)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
     if block < 1:
         raise ValueError(f"block={block}: a block has at least 1 token")
-    cache = H2OCache(heavy=heavy, recent=recent, scale=scale)
-    q, k, v = autocast(q, k, v)
-    if mode == "streaming" and q.is_cuda:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        options = heavy, recent, causal, min(block, q.shape[2]), scale
-        chosen = h2o_choose("auto", q.detach(), k.detach(), key_mask, *options)
-        return token_major(attend_chosen(q, k, v, chosen, key_mask, *options[2:]))
-    if mode == "streaming":
-        outputs = []
-        for start in range(0, q.shape[2], block):
-            now = slice(start, start + block)
-            mask = None if key_mask is None else key_mask[:, now]
-            outputs.append(
-                cache.step(q[:, :, now], k[:, :, now], v[:, :, now], causal=causal, key_mask=mask)
-            )
-        return token_major(torch.cat(outputs, 2))
-    cache._append(k, v, key_mask)
-    p = cache._probabilities(q.detach(), causal).detach()  # (B, H, N, N)
-    if causal:
-        visible = _kept_per_query(p, cache, key_mask)  # (B, H, N, N)
+    scale = score_scale("h2o_attention", scale, q.shape[-1])
+    q, k, v = real(key_mask, q, k, v)
+    operands, stream = (
+        (q.detach(), k.detach(), key_mask, heavy, recent, causal),
+        mode == "streaming",
+    )
+    if stream:
+        chosen = h2o_choose.apply("auto", *operands, block, scale)
     else:
-        cache._credit(p, key_mask)
-        cache._evict()
-        visible = cache.position[:, :, None] >= 0  # (B, H, 1, budget)
-    if key_mask is None and not causal:
-        return token_major(scaled_dot_product_attention(q, cache.k, cache.v, scale=scale))
-    return token_major(masked_attention(q, cache.k, cache.v, visible, scale))
-
-
-def _kept_per_query(p: Tensor, cache: H2OCache, key_mask: Tensor | None) -> Tensor:
-    """p (B, H, N, N) causal -> the (B, H, N, N) bool mask of what each query's prefix keeps."""
-    n, budget = p.shape[-1], cache.heavy + cache.recent
-    if key_mask is not None:
-        p = p * key_mask[:, None, :, None]
-    token = torch.arange(n, device=p.device)
-    hidden = (token > token[:, None]) | (cache.position[:, :, None] < 0)  # (B, H, N, N)
-    # Real tokens up to query i, for i itself real or not.
-    seen = (cache.position >= 0).cumsum(-1)[..., None]  # (B, H, N, 1)
-    priority = p.cumsum(2).masked_fill(cache.position[:, :, None] >= seen - cache.recent, torch.inf)
-    priority = priority.masked_fill(hidden, -torch.inf)
-    kept = priority.topk(min(budget, n), -1).indices
-    return torch.zeros_like(hidden).scatter(-1, kept, True) & ~hidden
+        chosen = h2o_choose_exact.apply("auto", *operands, scale)
+        block = 1 if causal else max(1, q.shape[2])
+    return h2o_attend.apply("auto", q, k, v, chosen, key_mask, stream, causal, block, scale)[0]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ._check import accumulate, autocast, check_key_mask, check_qkv, shapes, token_major
+from ._check import accumulate, check_key_mask, check_qkv, number, real, shapes, token_major
+from ._tile import weigh
+
+
+def check_budget(heavy: int, recent: int) -> None:
+    if heavy < 0 or recent < 0 or heavy + recent < 1:
+        raise ValueError(
+            f"H2O wants heavy ≥ 0, recent ≥ 0 and at least one slot in all, got heavy={heavy}, "
+            f"recent={recent}; the smallest cache is heavy=0, recent=1"
+        )
 
 
 class H2OCache:
@@ -13,16 +24,17 @@ class H2OCache:
 
     k (B, H, S, D); v (B, H, S, Dv); score A (B, H, S) float32, the attention each got so far;
     position (B, H, S) int64, counted in real tokens, -1 for a masked one (it is never attended and
-    leaves first). All None before the first token.
+    leaves first). All None before the first token. The memory is the cache's own. Its dtype is that
+    of the first tokens; narrower ones, as under autocast, are widened to it.
+
+    A copy (copy.deepcopy, as a beam search makes) goes on by itself; if gradients are recorded,
+    they flow through it to where the original's do. A graph cannot be pickled: see `detach`.
     """
 
     def __init__(self, *, heavy: int, recent: int, scale: float | None = None):
-        if heavy < 0 or recent < 0 or heavy + recent < 1:
-            raise ValueError(
-                f"H2O wants heavy ≥ 0, recent ≥ 0 and at least one slot in all, got heavy={heavy}, "
-                f"recent={recent}; the smallest cache is heavy=0, recent=1"
-            )
-        self.heavy, self.recent, self.scale = heavy, recent, scale
+        check_budget(heavy, recent)
+        self.heavy, self.recent = heavy, recent
+        self.scale = None if scale is None else number("H2OCache", "scale", scale)
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.score: Tensor | None = None
@@ -42,26 +54,20 @@ class H2OCache:
 
         q, k (B, H, T, D) and v (B, H, T, Dv) of the T next tokens -> o (B, H, T, Dv). With T > 1
         the block attends the cache and itself (causally, or all of itself with causal=False) and
-        evicts once, at its end. key_mask (B, T) bool, True where a token is real.
+        evicts once, at its end. key_mask (B, T) bool, True where a token is real; the output of
+        one that is not is that of q = 0.
         """
-        check_qkv("H2OCache.step", q, k, v)
+        q, k, v = check_qkv("H2OCache.step", q, k, v)
         check_key_mask("H2OCache.step", key_mask, k)
-        if self.k is not None and (*self.k.shape[:2], self.k.shape[3], self.v.shape[3]) != (
-            *k.shape[:2],
-            k.shape[3],
-            v.shape[3],
-        ):
-            raise ValueError(
-                "H2OCache.step wants the batch, heads and widths it holds, got "
-                f"{shapes(cache_k=self.k, cache_v=self.v, k=k, v=v)}"
-            )
-        q, k, v = autocast(q, k, v)
+        self._check_next(k, v)
+        q, k, v = real(key_mask, q, k, v)  # what masked tokens hold reaches nobody
         self._append(k, v, key_mask)
+        visible = self._visible(q.shape[2], causal)
         p = self._probabilities(q, causal)  # (B, H, T, S)
-        o = p.to(v.dtype) @ self.v
+        o = weigh(p, self.v.to(p.dtype), visible.expand_as(p))
         self._credit(p, key_mask)
         self._evict()
-        return token_major(o)
+        return token_major(o.to(v.dtype))
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """A whole prompt: full causal attention, A_j = Σ_i P_ij, then one eviction; O(N²) memory.
@@ -74,6 +80,46 @@ class H2OCache:
             )
         return self.step(q, k, v, key_mask=key_mask)
 
+    def detach(self) -> H2OCache:
+        """A copy without the graph: pickling, sending to a process and truncated backpropagation
+        want one."""
+        return self._copy(lambda x: x.detach().clone())
+
+    def __deepcopy__(self, memo: dict) -> H2OCache:
+        memo[id(self)] = other = self._copy(Tensor.clone)
+        return other
+
+    def _copy(self, each: Callable[[Tensor], Tensor]) -> H2OCache:
+        other = object.__new__(type(self))
+        for name, x in self.__dict__.items():
+            setattr(other, name, each(x) if isinstance(x, Tensor) else x)
+        return other
+
+    def __getstate__(self) -> dict:
+        if any(isinstance(x, Tensor) and x.requires_grad for x in self.__dict__.values()):
+            raise ValueError(
+                "this H2OCache records gradients, and a graph cannot be pickled: pickle "
+                "cache.detach(), or step under torch.no_grad(); copy.deepcopy keeps the graph"
+            )
+        return self.__dict__
+
+    # --- the parts of a step ----------------------------------------------------------------------
+
+    def _check_next(self, k: Tensor, v: Tensor) -> None:
+        """Whether the cache goes on with these: its sizes, its device, no wider a dtype."""
+        if self.k is None:
+            return
+        held, given = ((*x.shape[:2], x.shape[3], y.shape[3], x.device) for x, y in
+                       ((self.k, self.v), (k, v)))  # fmt: skip
+        rule = None
+        if held != given:
+            rule = "the batch, heads, widths and device it holds"
+        elif torch.promote_types(k.dtype, self.k.dtype) != self.k.dtype:
+            rule = "the dtype it was begun with, or one that widens to it"
+        if rule:
+            got = shapes(cache_k=self.k, cache_v=self.v, k=k, v=v)
+            raise ValueError(f"H2OCache.step wants {rule}; got {got}")
+
     def _append(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
         b, h, t, _ = k.shape
         if key_mask is None:
@@ -85,30 +131,36 @@ class H2OCache:
             self.seen = self.seen + key_mask[:, None].sum(-1, keepdim=True)
         position = position.expand(b, h, t)
         score = torch.zeros(b, h, t, dtype=accumulate(k), device=k.device)
-        if self.k is None:
-            self.k, self.v, self.score, self.position = k, v, score, position
+        if self.k is None:  # copies: the caller may fill his buffer anew
+            self.k, self.v, self.score, self.position = k.clone(), v.clone(), score, position
             return
-        self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+        self.k = torch.cat([self.k, k.to(self.k.dtype)], 2)
+        self.v = torch.cat([self.v, v.to(self.v.dtype)], 2)
         self.score = torch.cat([self.score, score], 2)
         self.position = torch.cat([self.position, position], 2)
 
     def _probabilities(self, q: Tensor, causal: bool) -> Tensor:
         """softmax over the slots, in float32; a query that sees nothing gets zeros."""
-        t, slots = q.shape[2], self.k.shape[2]
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        scores = (q @ self.k.mT).to(self.score.dtype) * scale  # (B, H, T, S)
-        visible = self.position[:, :, None] >= 0  # (B, H, 1, S)
-        if causal:
-            slot = torch.arange(slots, device=q.device)
-            visible = visible & (slot <= slot[slots - t :, None])  # own block: not the later ones
+        acc = self.score.dtype
+        scores = q.to(acc) @ self.k.to(acc).mT * scale  # (B, H, T, S)
+        visible = self._visible(q.shape[2], causal)
         # Not -inf: the softmax of a row of nothing but -inf is NaN, and so is its gradient.
         p = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-        return p * visible
+        return p.masked_fill(~visible, 0.0)
+
+    def _visible(self, t: int, causal: bool) -> Tensor:
+        """What the t latest tokens see of the slots, (B, H, 1 or t, S)."""
+        visible = self.position[:, :, None] >= 0
+        if causal:
+            slot = torch.arange(self.k.shape[2], device=self.k.device)
+            visible = visible & (slot <= slot[len(slot) - t :, None])  # own block: not later ones
+        return visible
 
     def _credit(self, p: Tensor, key_mask: Tensor | None) -> None:
         p = p.detach()
         if key_mask is not None:  # what padding attends to counts for nothing
-            p = p * key_mask[:, None, :, None]
+            p = p.masked_fill(~key_mask[:, None, :, None], 0.0)
         self.score = self.score + p.sum(2)
 
     def _evict(self) -> None:

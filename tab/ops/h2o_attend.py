@@ -1,0 +1,145 @@
+"""Attention to the tokens that H2O chose, for all queries at once (formula: tab/ops/h2o.py).
+
+Queries come in blocks. Those of block t attend the tokens chosen for it and, where `own` says so,
+their own block; inside such a tile it is softmax attention (tab/ops/_tile.py). Both ways, several
+blocks are worked on together, as many as keep the copies of chosen keys about as large as k itself:
+(budget + block)/block rounds or so, whatever N is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._check import accumulate, token_major
+from ._op import Op
+from ._tile import empty_heads, empty_outputs, row_sums, tile_backward, tile_forward
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """(B, H, N, …) -> (B, H, T, block, …), padded with zeros."""
+    tail = -x.shape[2] % block
+    return F.pad(x, (0, 0) * (x.dim() - 3) + (0, tail)).unflatten(2, (-1, block))
+
+
+def _tokens(x: Tensor, n: int) -> Tensor:
+    """The inverse of `_blocks`."""
+    return x.flatten(2, 3)[:, :, :n]
+
+
+def _rounds(chosen: Tensor, n: int, own: bool, block: int) -> Iterator[slice]:
+    """Which blocks are worked on together."""
+    blocks, width = chosen.shape[2], chosen.shape[3] + block * own
+    step = max(1, 2 * n // width)
+    return (slice(t, min(t + step, blocks)) for t in range(0, blocks, step))
+
+
+def _gather(x: Tensor, now: slice, chosen: Tensor, own: bool, block: int) -> Tensor:
+    """x (B, H, N, D) -> (B, H, c, S (+ block), D): the chosen tokens, then those of the blocks."""
+    at = chosen[:, :, now].clamp(min=0)[..., None].expand(-1, -1, -1, -1, x.shape[-1])
+    picked = x[:, :, None].expand(-1, -1, at.shape[2], -1, -1).gather(3, at)
+    return torch.cat([picked, _blocks(x, block)[:, :, now]], 3) if own else picked
+
+
+def _allowed(
+    now: slice, chosen: Tensor, key_mask: Tensor | None, n: int, own: bool, causal: bool, block: int
+) -> Tensor:
+    """Who attends whom, (B, H, c, block, S (+ block))"""
+    far = (chosen[:, :, now] >= 0)[..., None, :].expand(-1, -1, -1, block, -1)
+    if not own:  # a causal choice holds nothing later
+        return far
+    blocks = chosen.shape[2]
+    token = torch.arange(blocks * block, device=chosen.device).view(1, 1, blocks, block)
+    real = token < n
+    if key_mask is not None:
+        real = real & _blocks(key_mask[:, None], block)  # (B, 1, T, block)
+    near = real[..., None, :].expand(-1, -1, -1, block, -1)
+    if causal:
+        near = near & (token[..., None, :] <= token[..., None])
+    return torch.cat([far, near[:, :, now].expand(*far.shape[:4], -1)], -1)
+
+
+def attend_reference(q, k, v, chosen, key_mask, own, causal, block, scale):
+    """q, k (B, H, N, D), v (B, H, N, Dv), chosen (B, H, T, S) int64 with T = ⌈N/block⌉, -1 for none
+    -> o (B, H, N, Dv), lse (B, H, N) in the accumulation type, −∞ for a query that sees nothing."""
+    acc, n = accumulate(q), q.shape[2]
+    if q.is_meta:
+        return empty_outputs(q, v, acc)
+    if n == 0:
+        o, lse, _ = tile_forward(q, k, v, None, scale)
+        return token_major(o), lse.to(acc).detach()
+    parts, (qa, ka, va) = [], (x.to(acc) for x in (q, k, v))
+    queries = _blocks(qa, block)
+    for now in _rounds(chosen, n, own, block):
+        allowed = _allowed(now, chosen, key_mask, n, own, causal, block)
+        keys, values = (_gather(x, now, chosen, own, block) for x in (ka, va))
+        parts.append(tile_forward(queries[:, :, now], keys, values, allowed, scale))
+    o, lse = (_tokens(torch.cat(x, 2), n) for x in list(zip(*parts, strict=True))[:2])
+    return token_major(o.to(v.dtype)), lse.contiguous().detach()
+
+
+def attend_bwd_reference(do, q, k, v, o, lse, chosen, key_mask, own, causal, block, scale):
+    """-> dq, dk, dv"""
+    if q.is_meta or q.shape[2] == 0:
+        return empty_heads(q), empty_heads(k), empty_heads(v)
+    acc, n = accumulate(q), q.shape[2]
+    doa, qa, ka, va = (x.to(acc) for x in (do, q, k, v))
+    rows = [_blocks(x, block) for x in (doa, qa, lse, row_sums(doa, o.to(acc)))]
+    dq, sums = [], [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (ka, va)]
+    for now in _rounds(chosen, n, own, block):
+        allowed = _allowed(now, chosen, key_mask, n, own, causal, block)
+        keys, values = (_gather(x, now, chosen, own, block) for x in (ka, va))
+        dob, qb, lb, delta = (x[:, :, now] for x in rows)
+        got = tile_backward(dob, qb, keys, values, lb, delta, allowed, scale)
+        dq.append(got[0])
+        for total, part in zip(sums, got[1:], strict=True):
+            _add(total, part, now, chosen, own, block)
+    grads = _tokens(torch.cat(dq, 2), n), *sums
+    return tuple(token_major(x.to(q.dtype)) for x in grads)
+
+
+def _add(total: Tensor, part: Tensor, now: slice, chosen: Tensor, own: bool, block: int) -> None:
+    """The reverse of `_gather`: total (B, H, N, D) += part (B, H, c, S (+ block), D). The chosen go
+    block by block: within one no token comes twice (but for token 0 in the place of none, which
+    gets 0), so that no two addends meet, and the sums have one order on a GPU too."""
+    slots = chosen.shape[3]
+    for c, t in enumerate(range(now.start, now.stop)):
+        at = chosen[:, :, t].clamp(min=0)[..., None].expand(-1, -1, -1, part.shape[-1])
+        total.scatter_add_(2, at, part[:, :, c, :slots])
+    if own:
+        near = total[:, :, now.start * block : now.stop * block]
+        near += part[:, :, :, slots:].flatten(2, 3)[:, :, : near.shape[2]]
+
+
+def _flops(q, k, v, chosen, key_mask, own, causal, block, scale, **_) -> int:
+    """Scores and sums, 2·(D + Dv) a pair; block t can have t·block tokens before it, at most S."""
+    (b, h, n, d), slots = q, chosen[3]
+    if not own:
+        return 2 * b * h * n * slots * (d + v[-1])
+    blocks = [min(block, n - start) for start in range(0, n, block)]
+    pairs = sum(size * (size + min(slots, t * block)) for t, size in enumerate(blocks))
+    return 2 * b * h * pairs * (d + v[-1])
+
+
+_OPERANDS = "Tensor q, Tensor k, Tensor v, "
+_CHOICE = "Tensor chosen, Tensor? key_mask, bool own, bool causal, SymInt block, float scale"
+h2o_attend = Op(
+    "h2o_attend", f"({_OPERANDS}{_CHOICE}) -> (Tensor o, Tensor lse)", attend_reference, _flops
+)
+h2o_attend_bwd = Op(
+    "h2o_attend_bwd",
+    f"(Tensor do, {_OPERANDS}Tensor o, Tensor lse, {_CHOICE}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    attend_bwd_reference,
+)
+
+
+def _gradients(backend, grads, q, k, v, chosen, key_mask, o, lse, *options):
+    if grads[0] is None:
+        return ()
+    return h2o_attend_bwd(backend, grads[0], q, k, v, o, lse, chosen, key_mask, *options)
+
+
+h2o_attend.differentiable(_gradients, by=h2o_attend_bwd, constant=(1,))
