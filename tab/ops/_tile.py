@@ -56,11 +56,17 @@ def weigh(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:
 
     An x that is not finite makes NaN of the rows that are allowed it.
     """
-    if allowed is None:
+    if allowed is None or (may_look(x) and x.detach().sum().isfinite()):
         return p @ x
     odd = ~x.isfinite()
     met = allowed.to(x.dtype) @ odd.to(x.dtype)
     return (p @ x.masked_fill(odd, 0.0)).masked_fill(met > 0, torch.nan)
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether values can be looked at: on the CPU, at no cost, unless it is being traced."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
 
 
 def score_scale(op: str, scale: float | None, width: int) -> float:

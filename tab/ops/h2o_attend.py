@@ -1,9 +1,10 @@
 """Attention to the tokens that H2O chose, for all queries at once (formula: tab/ops/h2o.py).
 
 Queries come in blocks. Those of block t attend the tokens chosen for it and, where `own` says so,
-their own block; inside such a tile it is softmax attention (tab/ops/_tile.py). Both ways, several
-blocks are worked on together, as many as keep the copies of chosen keys about as large as k itself:
-(budget + block)/block rounds or so, whatever N is.
+their own block; inside such a tile it is softmax attention (tab/ops/_tile.py). Several blocks are
+worked on together, as many as keep the copies of chosen keys about as large as k itself: (budget +
+block)/block rounds or so, whatever N is. Where N is hardly more than the budget and a block, one
+tile of all tokens, under a mask, takes no more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from torch.nn import functional as F
 
 from ._check import accumulate, token_major
 from ._op import Op
-from ._tile import empty_heads, empty_outputs, row_sums, tile_backward, tile_forward
+from ._tile import (
+    empty_heads,
+    empty_outputs,
+    may_look,
+    row_sums,
+    tile_backward,
+    tile_forward,
+)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -28,6 +36,26 @@ def _blocks(x: Tensor, block: int) -> Tensor:
 def _tokens(x: Tensor, n: int) -> Tensor:
     """The inverse of `_blocks`."""
     return x.flatten(2, 3)[:, :, :n]
+
+
+def _few(chosen: Tensor, n: int, own: bool, block: int) -> bool:
+    """Whether one tile of all tokens costs no more than copies of the chosen."""
+    return n <= 2 * (chosen.shape[3] + block * own)
+
+
+def _mask(
+    chosen: Tensor, key_mask: Tensor | None, n: int, own: bool, causal: bool, block: int
+) -> Tensor:
+    """Who attends whom, (B, H, N, N)"""
+    seen = torch.zeros(*chosen.shape[:3], n + 1, dtype=torch.bool, device=chosen.device)
+    seen = seen.scatter(-1, chosen.masked_fill(chosen < 0, n), True)[..., :n]
+    far = _tokens(seen[:, :, :, None].expand(-1, -1, -1, block, -1), n)
+    if not own:  # a causal choice holds nothing later
+        return far
+    token = torch.arange(n, device=chosen.device)
+    near = token[:, None] // block == token // block  # (N, N)
+    near = near & (token <= token[:, None]) if causal else near
+    return far | (near if key_mask is None else near & key_mask[:, None, None, :])
 
 
 def _rounds(chosen: Tensor, n: int, own: bool, block: int) -> Iterator[slice]:
@@ -47,9 +75,9 @@ def _gather(x: Tensor, now: slice, chosen: Tensor, own: bool, block: int) -> Ten
 def _allowed(
     now: slice, chosen: Tensor, key_mask: Tensor | None, n: int, own: bool, causal: bool, block: int
 ) -> Tensor:
-    """Who attends whom, (B, H, c, block, S (+ block))"""
+    """Who attends whom of what was gathered, (B, H, c, block, S (+ block))"""
     far = (chosen[:, :, now] >= 0)[..., None, :].expand(-1, -1, -1, block, -1)
-    if not own:  # a causal choice holds nothing later
+    if not own:
         return far
     blocks = chosen.shape[2]
     token = torch.arange(blocks * block, device=chosen.device).view(1, 1, blocks, block)
@@ -62,6 +90,40 @@ def _allowed(
     return torch.cat([far, near[:, :, now].expand(*far.shape[:4], -1)], -1)
 
 
+def _tile(q, k, v, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `tile_forward`: -> o, lse"""
+    if (found := _weights(q, k, allowed, scale, v)) is None:
+        return tile_forward(q, k, v, allowed, scale)[:2]
+    p, s = found
+    top = p.detach().amax(-1)
+    lse = (s.detach().amax(-1) - top.log()).masked_fill(top == 0, -torch.inf)
+    return p @ v, lse
+
+
+def _tile_backward(do, q, k, v, lse, delta, allowed: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """As `tile_backward`: -> dq, dk, dv"""
+    if (found := _weights(q, k, allowed, scale, v, do)) is None:
+        return tile_backward(do, q, k, v, lse, delta, allowed, scale)
+    p, _ = found
+    ds = p * (do @ v.mT - delta[..., None]) * scale
+    return ds @ k, ds.mT @ q, p.mT @ do
+
+
+def _weights(
+    q: Tensor, k: Tensor, allowed: Tensor, scale: float, *others: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The weights P and the scores, on the CPU and where all is finite; None elsewhere. There a sum
+    hides what is not allowed: filling by a mask, and exp(−∞), take a CPU five times a product."""
+    if not (q.numel() and may_look(q)):
+        return None
+    s = q @ k.mT * scale
+    if not (s.detach().abs().amax() < 1e30 and all(x.detach().sum().isfinite() for x in others)):
+        return None
+    one = allowed.to(s.dtype)
+    s = s + (one - 1) * 1e35
+    return s.softmax(-1) * one, s
+
+
 def attend_reference(q, k, v, chosen, key_mask, own, causal, block, scale):
     """q, k (B, H, N, D), v (B, H, N, Dv), chosen (B, H, T, S) int64 with T = ⌈N/block⌉, -1 for none
     -> o (B, H, N, Dv), lse (B, H, N) in the accumulation type, −∞ for a query that sees nothing."""
@@ -72,12 +134,16 @@ def attend_reference(q, k, v, chosen, key_mask, own, causal, block, scale):
         o, lse, _ = tile_forward(q, k, v, None, scale)
         return token_major(o), lse.to(acc).detach()
     parts, (qa, ka, va) = [], (x.to(acc) for x in (q, k, v))
+    if _few(chosen, n, own, block):
+        mask = _mask(chosen, key_mask, n, own, causal, block)
+        o, lse = _tile(qa, ka, va, mask, scale)
+        return token_major(o.to(v.dtype)), lse.detach()
     queries = _blocks(qa, block)
     for now in _rounds(chosen, n, own, block):
         allowed = _allowed(now, chosen, key_mask, n, own, causal, block)
         keys, values = (_gather(x, now, chosen, own, block) for x in (ka, va))
-        parts.append(tile_forward(queries[:, :, now], keys, values, allowed, scale))
-    o, lse = (_tokens(torch.cat(x, 2), n) for x in list(zip(*parts, strict=True))[:2])
+        parts.append(_tile(queries[:, :, now], keys, values, allowed, scale))
+    o, lse = (_tokens(torch.cat(x, 2), n) for x in zip(*parts, strict=True))
     return token_major(o.to(v.dtype)), lse.contiguous().detach()
 
 
@@ -87,13 +153,18 @@ def attend_bwd_reference(do, q, k, v, o, lse, chosen, key_mask, own, causal, blo
         return empty_heads(q), empty_heads(k), empty_heads(v)
     acc, n = accumulate(q), q.shape[2]
     doa, qa, ka, va = (x.to(acc) for x in (do, q, k, v))
-    rows = [_blocks(x, block) for x in (doa, qa, lse, row_sums(doa, o.to(acc)))]
+    delta = row_sums(doa, o.to(acc))  # (B, H, N)
+    if _few(chosen, n, own, block):
+        mask = _mask(chosen, key_mask, n, own, causal, block)
+        grads = _tile_backward(doa, qa, ka, va, lse, delta, mask, scale)
+        return tuple(token_major(x.to(q.dtype)) for x in grads)
+    rows = [_blocks(x, block) for x in (doa, qa, lse, delta)]
     dq, sums = [], [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (ka, va)]
     for now in _rounds(chosen, n, own, block):
         allowed = _allowed(now, chosen, key_mask, n, own, causal, block)
         keys, values = (_gather(x, now, chosen, own, block) for x in (ka, va))
         dob, qb, lb, delta = (x[:, :, now] for x in rows)
-        got = tile_backward(dob, qb, keys, values, lb, delta, allowed, scale)
+        got = _tile_backward(dob, qb, keys, values, lb, delta, allowed, scale)
         dq.append(got[0])
         for total, part in zip(sums, got[1:], strict=True):
             _add(total, part, now, chosen, own, block)

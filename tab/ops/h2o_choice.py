@@ -35,7 +35,7 @@ def choose_reference(q, k, key_mask, heavy, recent, causal, block, scale):
 
 
 def choose_exact_reference(q, k, key_mask, heavy, recent, causal, scale):
-    """q, k (B, H, N, D) -> chosen (B, H, T, min(heavy + recent, N)) by the scores of full attention.
+    """q, k (B, H, N, D) -> chosen (B, H, T, min(heavy + recent, N)) by all scores.
     T = N when causal, each query's choice from its prefix; else 1, for all queries."""
     b, h, n, _ = q.shape
     blocks, width = (n if causal else torch.sym_min(n, 1)), torch.sym_min(heavy + recent, n)
