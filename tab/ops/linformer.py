@@ -9,9 +9,10 @@ PyTorch's own operators: two small matrix products and scaled_dot_product_attent
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from ._check import autocast, check_key_mask, check_qkv, same, shapes, token_major
+from ._check import check_key_mask, check_qkv, operands, real, same, shapes, token_major
+from ._sdpa import sdpa
+from ._tile import score_scale
 
 
 def linformer_attention(
@@ -30,7 +31,8 @@ def linformer_attention(
         q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device.
         E: (N_max, K), or (H, N_max, K) for one per head; projects k, its first N rows are used.
         F: the same for v; E by default.
-        key_mask: (B, N) bool, True where a token is real; the others are zero in Eᵀk and Fᵀv.
+        key_mask: (B, N) bool, True where a token is real; the others are zero in Eᵀk and Fᵀv,
+            whatever they hold.
         scale: of the scores, D^(-1/2) by default.
 
     Returns:
@@ -39,7 +41,8 @@ def linformer_attention(
     Raises:
         ValueError: N > N_max, or shapes, dtypes or devices do not fit; the message prints them.
     """
-    check_qkv("linformer_attention", q, k, v)
+    q, k, v = check_qkv("linformer_attention", q, k, v)
+    E, F = operands("linformer_attention", E=E, F=F)
     check_key_mask("linformer_attention", key_mask, k)
     same("linformer_attention", q=q, E=E, F=F)
     F = E if F is None else F
@@ -57,10 +60,8 @@ def linformer_attention(
             f"linformer_attention: N = {n} tokens, but E and F have rows for N_max = {longest}; "
             "shorten the sequence or build E and F with more rows"
         )
-    q, k, v, E, F = autocast(q, k, v, E, F)
-    if key_mask is not None:
-        real = key_mask[:, None, :, None]  # (B, 1, N, 1)
-        k, v = k * real, v * real
+    scale = score_scale("linformer_attention", scale, q.shape[-1])
+    k, v = real(key_mask, k, v)
     short_k = E[..., :n, :].mT @ k  # (B, H, K, D)
     short_v = F[..., :n, :].mT @ v  # (B, H, K, Dv)
-    return token_major(scaled_dot_product_attention(q, short_k, short_v, scale=scale))
+    return token_major(sdpa(q, short_k, short_v, scale))
