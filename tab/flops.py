@@ -6,12 +6,15 @@ two a multiply-add, whatever a kernel or a reference does beside it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import IMAGE
+from .ops import OPS
 from .ops.local import in_window
 
 
@@ -58,13 +61,18 @@ FORMULAS = {  # op -> FLOPs from the shapes of its arguments
 }
 
 
+def _formula(name: str) -> Callable[..., int]:
+    """The op's own, else the one above; an op that has none is not counted as 0."""
+
+    def unknown(*_, **__) -> int:
+        raise ValueError(f"tab::{name} has no FLOP formula: give its Op one, `flops=`")
+
+    return OPS[name].flops or FORMULAS.get(name) or unknown
+
+
 def forward_flops(model: nn.Module) -> int:
     """FLOPs of the model on one image, by running it once where it is: on the CPU, or on meta."""
-    mapping = {
-        getattr(torch.ops.tab, name): formula
-        for name, formula in FORMULAS.items()
-        if hasattr(torch.ops.tab, name)
-    }
+    mapping = {getattr(torch.ops.tab, name): _formula(name) for name in OPS}
     x = torch.zeros(1, 3, IMAGE, IMAGE, device=next(model.parameters()).device)
     training = model.training
     model.eval()

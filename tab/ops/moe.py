@@ -170,7 +170,14 @@ def _blocks(rows: int, counts: Tensor) -> tuple[Tensor, Tensor, int]:
     return place, owner.clamp(max=experts - 1), size
 
 
-moe_grouped = Op("moe_grouped", "(Tensor x, Tensor w, Tensor counts) -> Tensor", grouped_reference)
+def _flops(x, w, *_, **__) -> int:
+    """Each of the M routed rows by its expert's (O, I)."""
+    return 2 * x[0] * w[1] * w[2]
+
+
+moe_grouped = Op(
+    "moe_grouped", "(Tensor x, Tensor w, Tensor counts) -> Tensor", grouped_reference, _flops
+)
 moe_grouped_outer = Op(
     "moe_grouped_outer", "(Tensor g, Tensor x, Tensor counts) -> Tensor", grouped_outer_reference
 )

@@ -1,0 +1,58 @@
+"""What a forward pass is said to cost: by formula, whatever kernel runs, and never 0 in silence."""
+
+import pytest
+import torch
+
+from tab import flops
+from tab.flops import forward_flops
+from tab.models import build_model
+from tab.ops import OPS
+from tab.recipe import load_recipe
+
+
+def of(attention):
+    return forward_flops(build_model(load_recipe("quick").run("cnn", attention, 0), 10))
+
+
+def test_experts_count(monkeypatch):
+    """Each of a token's experts: three products of C by F."""
+    model = build_model(load_recipe("quick").run("cnn", "deepseek_mla", 0), 10)
+    calls = []
+    counted = OPS["moe_grouped"].flops
+
+    def formula(x, w, *rest, **options):
+        calls.append((x, w))
+        return counted(x, w, *rest, **options)
+
+    whole = forward_flops(model)
+    monkeypatch.setattr(OPS["moe_grouped"], "flops", formula)
+    assert forward_flops(model) == whole and len(calls) == 2
+    (rows, c), (experts, f2, _) = calls[0]
+    assert calls[1] == ((rows, f2 // 2), (experts, c, f2 // 2))
+    monkeypatch.setattr(OPS["moe_grouped"], "flops", lambda *_, **__: 0)
+    assert whole - forward_flops(model) == rows * 2 * 3 * c * (f2 // 2) > 0
+
+
+@pytest.mark.parametrize("n, block, slots", [(64, 16, 32), (70, 16, 32), (9, 16, 4)])
+def test_h2o_counts_the_pairs_of_its_blocks(n, block, slots):
+    q, v = (2, 3, n, 8), (2, 3, n, 5)
+    blocks = -(-n // block)
+    pairs = 0
+    for i in range(n):
+        t = i // block
+        pairs += min(slots, t * block) + min(block, n - t * block)
+    chosen = (2, 3, blocks, slots)
+    given = OPS["h2o_attend"].flops(q, q, v, chosen, None, True, False, block, 0.3)
+    assert given == 2 * 2 * 3 * pairs * (8 + 5)
+
+
+def test_an_op_without_a_formula_raises(monkeypatch):
+    monkeypatch.delitem(flops.FORMULAS, "linear_fwd")
+    with pytest.raises(ValueError, match="tab::linear_fwd has no FLOP formula"):
+        of("linear")
+
+
+def test_every_forward_op_of_the_layers_is_counted():
+    for attention in ("linear", "performer", "local", "sparse", "kv_compression", "kimi_k2"):
+        with torch.no_grad():
+            assert of(attention) > of("none")
