@@ -30,11 +30,13 @@ FUNCTIONS = {
     "as wide as some": local(window=(50, 3)),
     "wider than all": local(window=500),
     "wide and causal": local(window=(500, 50), causal=True),
+    "a quarter of the tokens": lambda q: local_attention(q, q * 2, q + 1, window=q.shape[2] // 4),
     "grid": grid(window=2),
     "wide grid": grid(window=9, causal=True),
     "sparse": lambda q, pattern: sparse_attention(q, q * 2, q + 1, pattern),
     "max_logits": lambda q: max_logits(q, q * 2, 0.5, causal=True),
     **{f"mla {form}": mla(form=form, causal=True) for form in FORMS},
+    "mla masked": lambda q: mla(key_mask=q[:, 0, :, 0] > -1, causal=True)(q).nan_to_num(),
     **{
         f"mla {form}, all outputs": mla(form=form, return_lse=True, return_max_logits=True)
         for form in FORMS
@@ -47,7 +49,7 @@ FUNCTIONS = {
 def test_two_compilations(name, train):
     f = FUNCTIONS[name]
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(f, backend=counter, fullgraph=True)
     for n in LENGTHS:
         more = (BlockPattern.bigbird(n, heads=1, block_size=4),) if name == "sparse" else ()

@@ -147,12 +147,14 @@ def mla_attention(
         q_nope: (B, H, N, Dn); q_rope: (B, H, N, Dr), Dr ≥ 0; c_kv: (B, N, R); k_rope: (B, N, Dr);
             w_uk: (H, Dn, R); w_uv: (H, Dv, R). One floating dtype, one device. Sums in float32.
         causal: token i sees tokens j ≤ i.
-        key_mask: (B, N) bool, True where a token is real. A query that sees no key gives 0.
+        key_mask: (B, N) bool, True where a token is real; what the others hold, NaN too, reaches
+            no real token, forward or backward. A query that sees no key gives 0.
         scale: 1/√(Dn + Dr) when None.
         form: "fused" (K_h and V_h never written; the only form with kernels of its own), "expand"
-            (K_h and V_h written, then SDPA), "absorb" (attention among the latents), or "auto":
-            fused where a compiled kernel is there and N ≤ 8192 (on a GPU 256) or, on a CPU, where
-            Dn + Dr is not Dv, or where a backend is asked for by name; else expand.
+            (K_h and V_h written, then SDPA), "absorb" (attention among the latents, by SDPA), or
+            "auto": fused where a compiled kernel is there and N ≤ 8192 (on a GPU 256) or, on a CPU,
+            where Dn + Dr is not Dv, or where a backend is asked for by name; else expand. Causal,
+            SDPA lets a NaN of a later token through to earlier ones; fused does not.
         return_lse: also return log Σ_j exp(S_ij), (B, H, N), float32 (float64 for float64 input).
         return_max_logits: also return each head's largest score, (B, H), the same dtype, without
             gradient; masked tokens do not count, neither as keys nor as queries.
