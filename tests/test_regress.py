@@ -53,9 +53,9 @@ def test_same_is_said_only_of_what_was_excluded():
     quiet = {"noise": 0.001, "rounds": 200}
     assert verdict(row(**quiet), row(seed=1, **quiet)) == "same"
     assert verdict(row(**quiet), row(seed=1, slow=1.02, **quiet)) == "same"  # sure, but too small
-    assert verdict(row(noise=0.1), row(noise=0.1, seed=1)) == OPEN
-    change = compare([row(noise=0.1)], [row(noise=0.1, seed=1)])[0]
-    assert change.low < 0.95 and change.high > 1.05
+    change = compare([row(noise=0.02)], [row(noise=0.02, seed=1)])[0]
+    assert change.verdict == OPEN and (change.low < 0.95 or change.high > 1.05)
+    assert verdict(row(noise=0.2), row(noise=0.2, seed=1)).startswith("undecidable: too noisy")
 
 
 def test_load_on_the_machine_is_no_change():

@@ -4,8 +4,9 @@ The unit is a process (turns.py): x = ln(median over its rounds of seconds / the
 in the same round). A kernel has changed if Welch's t-test over the x of both runs gives p < alpha
 after Holm's correction over all comparisons, and exp(mean difference) is at least `effect` away
 from 1, and further than the yardstick itself has moved: by that much the machine was another.
-"same" is said only where the 1 − alpha interval lies within `effect`; else the interval tells what
-was not excluded. One process has no spread, so it decides nothing, however many its rounds.
+"same" is said only where the 1 − alpha interval lies within `effect`, and nothing is decided where
+it is wider than ±COARSE. One process has no spread, so it decides nothing either, however many its
+rounds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..statistics import holm
 from .measure import Row
 
 SLOWER, FASTER, SAME, OPEN = "slower", "faster", "same", "not told apart"
+COARSE = 0.2  # a comparison that may have missed so much has not been made
 TICK = 1e-3  # relative: no two processes agree to less, whatever three of them show
 # Facts of the environment without which times are not of one machine.
 MACHINE = ("cpu", "gpu", "isa", "threads")
@@ -150,6 +152,8 @@ def _verdict(c: Change, drift: float, p: float, alpha: float, effect: float) -> 
         if moved <= abs(drift):
             return f"undecidable: the machine itself took {math.exp(drift):.2f}× the time"
         return SLOWER if c.ratio > 1 else FASTER
+    if math.log(c.high / c.low) > 2 * math.log1p(COARSE):
+        return "undecidable: too noisy; take more --processes, or a quieter machine"
     within = -limit < math.log(c.low) and math.log(c.high) < limit
     return SAME if within else OPEN
 
