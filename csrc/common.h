@@ -13,7 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "recycle.h"
+#include "empty.h"
 
 namespace tab {
 

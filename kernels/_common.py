@@ -111,6 +111,26 @@ def precision(x: Tensor) -> str:
     return "tf32" if few else PRECISION[x.dtype]
 
 
+def outside(x: Tensor, most: int | None = None, **sizes: int) -> str | None:
+    """Why a kernel that takes sizes up to `most` does not take x's dtype or `sizes`, or None.
+
+    A launcher then runs the reference, for "auto"; `Op.limits` refuses what asks for it by name.
+    """
+    if x.dtype not in PRECISION:
+        return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
+    wide = {name: size for name, size in sizes.items() if size > most}
+    return next((f"it takes {name} up to {most}, got {wide[name]}" for name in wide), None)
+
+
+def hide(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """k and v (B, H, N, ·), or latents (B, N, ·), with 0 where a token is masked: its weight of 0
+    would not hide a NaN."""
+    if key_mask is None:
+        return tensors
+    masks = {3: ~key_mask[:, :, None], 4: ~key_mask[:, None, :, None]}
+    return tuple(x.masked_fill(masks[x.dim()], 0.0) for x in tensors)
+
+
 def rows(x: Tensor) -> Tensor:
     """x with unit stride in its last dimension: itself, else one copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

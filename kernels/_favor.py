@@ -73,7 +73,7 @@ def key_exponents(
 def key_features(a, top, KERNEL: tl.constexpr):
     """φ(k)"""
     if KERNEL == 1:
-        return tl.where(a > 0, a, 0.0)
+        return tl.where(a < 0, 0.0, a)  # NaN stays
     else:
         return exponential(a - finite(top)[None, :])
 
@@ -82,7 +82,7 @@ def key_features(a, top, KERNEL: tl.constexpr):
 def query_features(b, top, norm, KERNEL: tl.constexpr):
     """φ(q)·e^-norm; a feature at top = -inf is not read"""
     if KERNEL == 1:
-        return tl.where(b > 0, b, 0.0) * exponential(-norm)[:, None]
+        return tl.where(b < 0, 0.0, b) * exponential(-norm)[:, None]
     else:
         return exponential(b + top[None, :] - norm[:, None])
 

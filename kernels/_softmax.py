@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, PRECISION, block, dot, precision, rounded, tile
+from ._common import INTERPRETED, block, dot, outside, precision, rounded, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -167,8 +167,8 @@ def grad_kv_tile(
 # --- launching ------------------------------------------------------------------------------------
 
 
-def takes(q) -> bool:
-    return q.dtype in PRECISION
+def limit(q, *_) -> str | None:
+    return outside(q)
 
 
 def meta(q, v, backward=False) -> dict:

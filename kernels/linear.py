@@ -10,21 +10,22 @@ fill the GPU. Otherwise, and when causal, N is cut into segments:
     outputs  φ(q)ᵀT, and when causal the scores inside the token's own segment
 
 Every order of summation is fixed, nothing is atomic: the same input gives the same bits.
-float64, and D or Dv above 256, run the reference.
+float64, and D or Dv above 256, run the reference, unless Triton was asked for by name.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from tab.ops.linear import forward_reference  # tab.ops loads this module after defining its ops
+from tab.ops.linear import forward_reference, linear_fwd  # defined before this is loaded
 
 from ._common import (
-    PRECISION,
     block,
     dot,
     head,
+    hide,
     launch,
+    outside,
     precision,
     processors,
     put,
@@ -211,8 +212,8 @@ def fused(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def takes(q, v) -> bool:
-    return q.dtype in PRECISION and max(q.shape[-1], v.shape[-1]) <= MAX_SIZE
+def limit(q, k, v) -> str | None:
+    return outside(q, MAX_SIZE, D=q.shape[-1], Dv=v.shape[-1])
 
 
 def fits_fused(q, v, causal, most=FUSED_SIZE) -> bool:
@@ -272,8 +273,9 @@ def scanned(a, c, mask, inv, r, s0, z0, size, count, causal, reverse, m):
 
 def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_fwd"""
-    if not takes(q, v):
+    if limit(q, k, v):
         return forward_reference(q, k, v, key_mask, s0, z0, feature_map, causal, eps)
+    k, v = hide(key_mask, k, v)
     q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
     s0, z0 = (None, None) if s0 is None else (s0.contiguous(), z0.contiguous())
     b, h, n, d = q.shape
@@ -298,3 +300,4 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
 
 
 torch.library.impl("tab::linear_fwd", "CUDA", forward)
+linear_fwd.limits["triton"] = limit

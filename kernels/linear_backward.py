@@ -14,16 +14,16 @@ import triton.language as tl
 
 from tab.ops.linear import backward_reference
 
-from ._common import dot, head, launch, put, rows, tile, token_major_empty
+from ._common import dot, head, hide, launch, put, rows, tile, token_major_empty
 from .linear import (
     features,
     fits_fused,
     inverse,
+    limit,
     mask_bytes,
     meta,
     scanned,
     segments,
-    takes,
 )
 
 FUSED_SIZE = 64  # S and dS are both in registers
@@ -248,10 +248,11 @@ def fused_backward(
 
 def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_bwd"""
-    if not takes(q, v):
+    if limit(q, k, v):
         return backward_reference(
             do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps
         )
+    k, v = hide(key_mask, k, v)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     s0, z0 = (None, None) if s0 is None else (s0.contiguous(), z0.contiguous())
     ds, dz = (None, None) if ds is None else (ds.contiguous(), dz.contiguous())

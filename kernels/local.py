@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tab.ops.local import backward_reference, forward_reference
+from tab.ops.local import backward_reference, forward_reference, local_fwd
 
 from ._common import head, launch, put, rows, tile, token_major_empty
 from ._softmax import (
@@ -18,11 +18,11 @@ from ._softmax import (
     forward_tile,
     grad_kv_tile,
     grad_q_tile,
+    limit,
     meta,
     pieces,
     row_sums,
     strided,
-    takes,
     tokens,
 )
 
@@ -232,7 +232,7 @@ def window(q, v, left, right, height, cols, causal, scale, backward=False):
 
 def forward(q, k, v, left, right, height, cols, causal, scale):
     """tab::local_fwd"""
-    if not takes(q):
+    if limit(q):
         return forward_reference(q, k, v, left, right, height, cols, causal, scale)
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -246,7 +246,7 @@ def forward(q, k, v, left, right, height, cols, causal, scale):
 
 def backward(do, q, k, v, o, lse, left, right, height, cols, causal, scale):
     """tab::local_bwd"""
-    if not takes(q):
+    if limit(q):
         options = left, right, height, cols, causal, scale
         return backward_reference(do, q, k, v, o, lse, *options)
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
@@ -266,4 +266,5 @@ def backward(do, q, k, v, o, lse, left, right, height, cols, causal, scale):
 
 
 torch.library.impl("tab::local_fwd", "CUDA", forward)
+local_fwd.limits["triton"] = limit
 torch.library.impl("tab::local_bwd", "CUDA", backward)

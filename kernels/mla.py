@@ -15,14 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from tab.ops.mla import forward_reference  # tab.ops loads this module after defining its ops
+from tab.ops.mla import forward_reference, mla_fwd  # defined before this module is loaded
 
 from ._common import (
-    PRECISION,
     block,
     dot,
     head,
+    hide,
     launch,
+    outside,
     precision,
     put,
     rows,
@@ -105,19 +106,24 @@ def latent_forward(
     put(head(o, bh, H, o_b, o_h), o_n, i, N, 0, z, DV, BV)
     log = tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse + bh.to(tl.int64) * N + i, log * LN2, mask=i < N)
+    # The maximum passes over a NaN score, the sum does not; ∞ makes it NaN too.
+    top = tl.where((total != total) & (top != float("inf")), total, top)
     if mask is not None:  # a token that is not real does not count as a query either
         top = tl.where(tl.load(mask + i, mask=i < N, other=0) != 0, top, float("-inf"))
     largest = tl.max(top, 0) * LN2
+    nan = tl.sum(tl.where(top != top, 1, 0), 0) > 0
+    largest = tl.where(nan, float("nan"), largest)
     tl.store(peak + bh.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), largest)
 
 
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def takes(q_nope, q_rope, w_uv) -> bool:
-    if q_nope.dtype not in PRECISION or q_rope.shape[-1] > MAX_ROTARY:
-        return False
-    return max(q_nope.shape[-1], w_uv.shape[1]) <= MAX_SIZE[precision(q_nope)]
+def limit(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> str | None:
+    sizes = {"Dn": q_nope.shape[-1], "Dv": w_uv.shape[1]}
+    return outside(q_nope, MAX_ROTARY, Dr=q_rope.shape[-1]) or outside(
+        q_nope, MAX_SIZE[precision(q_nope)], **sizes
+    )
 
 
 def meta(q_nope, q_rope, w_uv, causal, backward: bool = False) -> dict:
@@ -136,6 +142,7 @@ def meta(q_nope, q_rope, w_uv, causal, backward: bool = False) -> dict:
 
 def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask) -> tuple:
     """The operands, with the strides that the kernels take; one copy where rows are not whole."""
+    c_kv, k_rope = hide(key_mask, c_kv, k_rope)
     qn, qr, c, kr, uk, uv = (rows(x) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     four = (y for x in (qn, qr) for y in (x, *x.stride()[:3]))
@@ -146,7 +153,7 @@ def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask) -> tuple:
 def forward(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
     """tab::mla_fwd"""
     operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-    if not takes(q_nope, q_rope, w_uv):
+    if limit(*operands):
         return forward_reference(*operands, key_mask, scale, causal)
     (b, h, n, _), m = q_nope.shape, meta(q_nope, q_rope, w_uv, causal)
     tiles = triton.cdiv(n, m["BN"])
@@ -161,3 +168,4 @@ def forward(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
 
 
 torch.library.impl("tab::mla_fwd", "CUDA", forward)
+mla_fwd.limits["triton"] = limit

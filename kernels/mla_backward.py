@@ -18,7 +18,7 @@ import triton.language as tl
 from tab.ops.mla import backward_reference
 
 from ._common import dot, head, launch, put, rows, tile, token_major_empty
-from .mla import LOG2E, arguments, expanded, meta, scores, takes
+from .mla import LOG2E, arguments, expanded, limit, meta, scores
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ def latent_grad_q(
 def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal):
     """tab::mla_bwd"""
     operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-    if not takes(q_nope, q_rope, w_uv):
+    if limit(*operands):
         return backward_reference(do, dlse, *operands, o, lse, key_mask, scale, causal)
     do, o, lse = rows(do), rows(o), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tab.ops.mla_decode import decode_reference
+from tab.ops.mla_decode import decode_reference, mla_decode_op
 
-from ._common import PRECISION, block, dot, launch, precision, processors, put, rounded, rows, tile
+from ._common import block, dot, launch, outside, precision, processors, put, rounded, rows, tile
 from .mla import LN2, LOG2E, MAX_ROTARY
 
 WHOLE = 512  # largest rank whose z one program holds
@@ -115,9 +115,13 @@ def latent_merge(
 # --- launcher -------------------------------------------------------------------------------------
 
 
+def limit(q_nope, q_rope) -> str | None:
+    return outside(q_nope, MAX_ROTARY, Dr=q_rope.shape[-1])
+
+
 def decode(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
     """tab::mla_decode"""
-    if q_nope.dtype not in PRECISION or q_rope.shape[-1] > MAX_ROTARY:
+    if limit(q_nope, q_rope):
         return decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
     (b, h, _), n, r = q_nope.shape, cache.shape[1], w_uk.shape[-1]
     q = torch.bmm(q_nope.transpose(0, 1), w_uk)  # (H, B, R)
@@ -158,3 +162,4 @@ def meta(h: int, r: int, dr: int, how: str) -> dict:
 
 
 torch.library.impl("tab::mla_decode", "CUDA", decode)
+mla_decode_op.limits["triton"] = limit

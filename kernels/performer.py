@@ -11,21 +11,22 @@ Bidirectional: one launch does both sums when N is small or heads fill the GPU, 
 
 The features, N·M numbers, never leave the chip. Every order of summation is fixed, nothing is
 atomic: the same input gives the same bits. Any M; float64, and D or Dv above 256, run the
-reference.
+reference, unless Triton was asked for by name.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from tab.ops.performer import forward_reference
+from tab.ops.performer import forward_reference, performer_fwd
 
 from ._common import (
     OLD,
-    PRECISION,
     block,
     head,
+    hide,
     launch,
+    outside,
     precision,
     processors,
     rows,
@@ -161,8 +162,8 @@ def performer_fused(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def takes(q, v) -> bool:
-    return q.dtype in PRECISION and max(q.shape[-1], v.shape[-1]) <= MAX_SIZE
+def limit(q, k, v, projection) -> str | None:
+    return outside(q, MAX_SIZE, D=q.shape[-1], Dv=v.shape[-1])
 
 
 def fits_fused(q, causal) -> bool:
@@ -237,8 +238,9 @@ def once(s, z, c):
 
 def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     """tab::performer_fwd"""
-    if not takes(q, v):
+    if limit(q, k, v, projection):
         return forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps)
+    k, v = hide(key_mask, k, v)
     q, k, v, w, mask = rows(q), rows(k), rows(v), projection.contiguous(), mask_bytes(key_mask)
     if s0 is not None:
         s0, z0, c0 = s0.contiguous(), z0.contiguous(), c0.contiguous()
@@ -264,3 +266,4 @@ def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
 
 
 torch.library.impl("tab::performer_fwd", "CUDA", forward)
+performer_fwd.limits["triton"] = limit

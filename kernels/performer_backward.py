@@ -17,19 +17,19 @@ import triton.language as tl
 
 from tab.ops.performer import backward_reference
 
-from ._common import block, head, launch, put, rows, token_major_empty
+from ._common import block, head, hide, launch, put, rows, token_major_empty
 from ._favor import NOTHING, factor, vector
 from ._favor_gradients import keys, pulled, queries
 from .performer import (
     SCAN,
     fits_fused,
+    limit,
     mask_bytes,
     meta,
     once,
     scanned,
     seen,
     segments,
-    takes,
 )
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -206,10 +206,11 @@ def backward(
     do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
 ):
     """tab::performer_bwd"""
-    if not takes(q, v):
+    if limit(q, k, v, projection):
         return backward_reference(
             do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
         )
+    k, v = hide(key_mask, k, v)
     do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
     w, mask = projection.contiguous(), mask_bytes(key_mask)
     s, z, c, lse = s.contiguous(), z.contiguous(), c.contiguous(), lse.contiguous()

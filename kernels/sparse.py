@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tab.ops.sparse import forward_reference
+from tab.ops.sparse import forward_reference, sparse_fwd
 
 from ._common import head, launch, put, rows, tile, token_major_empty
-from ._softmax import LOG2E, finish, finite, forward_tile, meta, pieces, strided, takes, tokens
+from ._softmax import LOG2E, finish, finite, forward_tile, limit, meta, pieces, strided, tokens
 
 CUT = 32  # listed blocks; not measured yet
 
@@ -225,7 +225,7 @@ def partial(x, groups: int, sizes: dict, *size: int):
 
 def forward(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
     """tab::sparse_fwd"""
-    if not takes(q):
+    if limit(q):
         return forward_reference(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale)
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -247,3 +247,4 @@ def forward(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
 
 
 torch.library.impl("tab::sparse_fwd", "CUDA", forward)
+sparse_fwd.limits["triton"] = limit

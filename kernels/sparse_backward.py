@@ -12,7 +12,7 @@ import triton.language as tl
 from tab.ops.sparse import backward_reference
 
 from ._common import head, launch, put, rows, tile, token_major_empty
-from ._softmax import grad_kv_tile, grad_q_tile, pieces, row_sums, strided, takes
+from ._softmax import grad_kv_tile, grad_q_tile, limit, pieces, row_sums, strided
 from .sparse import batch_head, below, partial, parts, plan, slot_of, work
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def add_parts(
 
 def backward(do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal, scale):
     """tab::sparse_bwd"""
-    if not takes(q):
+    if limit(q):
         pattern = row_ptr, col, col_ptr, row
         return backward_reference(do, q, k, v, o, lse, *pattern, block_size, causal, scale)
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()

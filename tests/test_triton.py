@@ -38,7 +38,7 @@ SPILLS = {
 FEW = 128
 
 
-@pytest.mark.parametrize("op", kernel_report.LAUNCHERS)
+@pytest.mark.parametrize("op", [*kernel_report.LAUNCHERS, "nan"])
 def test_interpreted(op):
     """In a process of its own: whether Triton interprets is settled when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"interpreted_{op}.py"]
@@ -311,8 +311,9 @@ def test_gpu_compile(op, backend, generator):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["linear", "performer"])
 def test_gpu_limits(op, generator):
-    """Float64 and wide heads go to the reference."""
+    """Float64 and wide heads go to the reference, or raise where Triton is asked for by name."""
     for dtype, d in ((torch.float64, 16), (torch.float32, 300)):
         x = inputs(op, generator, 20, d, d, dtype)
-        f = attention(op, "triton", d)
-        assert_accurate(f, naive(op, d), x, floor=1e-5, names=NAMES)
+        assert_accurate(attention(op, "auto", d), naive(op, d), x, floor=1e-5, names=NAMES)
+        with pytest.raises(RuntimeError, match='use backend="auto"'):
+            attention(op, "triton", d)(*x)

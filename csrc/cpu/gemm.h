@@ -38,16 +38,22 @@ TAB_INLINE void gemm_tile(int64_t k, const A* a, int64_t lda, const A* b, int64_
       for (int j = 0; j < columns; ++j) sum[i][j] += row[j] * x;
     }
   }
+  if (!accumulate)
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < columns; ++j) {
-      const int64_t at = i * ldc + j * W<A>;
-      if (accumulate)
-        add_to<A>(c + at, sum[i][j], beside(low, at));
-      else
-        store(c + at, sum[i][j]);
-    }
+      for (int j = 0; j < columns; ++j) store(c + i * ldc + j * W<A>, sum[i][j]);
+  else if (low == nullptr)
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < columns; ++j) add_to<A>(c + i * ldc + j * W<A>, sum[i][j], nullptr);
+  else
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < columns; ++j)
+        add_to<A>(c + i * ldc + j * W<A>, sum[i][j], low + i * ldc + j * W<A>);
 }
 
 template <bool transposed, int columns, class A>

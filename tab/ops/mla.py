@@ -175,7 +175,7 @@ def mla_attention(
     check("mla_attention", *x)
     check_key_mask("mla_attention", key_mask, q_nope)
     flash = q_nope.shape[-1] + q_rope.shape[-1] == w_uv.shape[1]
-    form, backend = _choose_form(form, backend, x[0], flash)
+    form, backend = _choose_form(form, backend, x, flash)
     scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
     if form == "fused":
         o, lse, peak = mla_fwd.apply(backend, *x, key_mask, scale, bool(causal))
@@ -193,7 +193,7 @@ def _compiled(device: str) -> bool:
     )
 
 
-def _choose_form(form: str, backend: str, q: Tensor, flash: bool) -> tuple[str, str]:
+def _choose_form(form: str, backend: str, x: list[Tensor], flash: bool) -> tuple[str, str]:
     """flash: whether SDPA on a CPU can do `expand` without writing all scores."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
@@ -204,10 +204,10 @@ def _choose_form(form: str, backend: str, q: Tensor, flash: bool) -> tuple[str, 
                 f'backend={backend!r}; use form="fused", or leave the backend out'
             )
         return form, "auto"
-    backend = choose(backend, mla_fwd, q)
+    backend = choose(backend, mla_fwd, *x)
     if form == "auto" and backend == "auto":
-        device = q.device.type
-        better = q.shape[2] <= FUSED_TOKENS.get(device, 0) or (device == "cpu" and not flash)
+        device = x[0].device.type
+        better = x[0].shape[2] <= FUSED_TOKENS.get(device, 0) or (device == "cpu" and not flash)
         form = "fused" if better and _compiled(device) else "expand"
     return ("fused" if form == "auto" else form), backend
 

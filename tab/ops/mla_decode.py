@@ -128,7 +128,7 @@ def mla_decode(
         "mla_decode", q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv
     )
     _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv)
-    backend = choose(backend, mla_decode_op, q_nope)
+    backend = choose(backend, mla_decode_op, q_nope, q_rope)
     if cache.shape[1] == 0:  # no kernel meets an empty cache
         backend = "reference"
     scale = score_scale("mla_decode", scale, q_nope.shape[-1] + q_rope.shape[-1])
