@@ -95,7 +95,7 @@ def test_gate_options(options, says):
     [
         (torch.zeros(8), torch.zeros(8)),
         (torch.zeros(4, 8), torch.zeros(7)),
-        (torch.zeros(0, 8), torch.zeros(8)),
+        (torch.zeros(4, 0), torch.zeros(0)),
         (torch.zeros(4, 8, dtype=torch.int64), torch.zeros(8)),
         (torch.zeros(4, 8), torch.zeros(8, device="meta")),
     ],
@@ -307,7 +307,7 @@ def test_gpu_grouped_products(width, dtype, generator):
         ({5: torch.zeros(5, dtype=torch.int64)}, r"counts \(5,\)"),
         ({2: torch.zeros(4, 8, 4).double()}, r"one dtype.*w2 \(4, 8, 4\) float64"),
         ({4: torch.zeros(9, 2, dtype=torch.int64, device="meta")}, r"one device.*meta"),
-        ({5: torch.tensor([9, 9, 0, 1])}, r"counts \[9, 9, 0, 1\] do not sum to the 18"),
+        ({5: torch.tensor([9, 9, 0, 1])}, "counts says \\[9, 9, 0, 1\\]"),
     ],
 )
 def test_experts_bad_tensors(change, says, generator):

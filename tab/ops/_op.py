@@ -50,11 +50,17 @@ def _without_autocast(reference: Callable) -> Callable:
     return run
 
 
+def no_flops(*_, **__) -> int:
+    """Of an op whose work is not counted: it sorts, gathers, or has no matrix product."""
+    return 0
+
+
 class Op:
     """One operator under every backend. In its schema the tensors come first, then the options.
 
     flops: FLOPs of one call, from the shapes of its arguments, as torch.utils.flop_counter calls a
-        formula; None for what does no arithmetic.
+        formula: matrix products by what the formula needs, two a multiply-add, whatever a kernel
+        does beside it. None: counting it is an error, as of backward ops.
     """
 
     def __init__(self, name: str, schema: str, reference: Callable, flops: Callable | None = None):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._op import Op
+from ._op import Op, no_flops
 from .h2o_cache import H2OCache
 
 
@@ -74,11 +74,6 @@ def _kept_per_query(p: Tensor, cache: H2OCache, key_mask: Tensor | None, width: 
     return kept.masked_fill(hidden.gather(-1, kept), -1)
 
 
-def _no_flops(*_, **__) -> int:
-    """Its scores are those that h2o_attend counts."""
-    return 0
-
-
 def _exact_flops(q, k, *_, **__) -> int:
     """All N² scores, which this mode needs before those of the chosen."""
     b, h, n, d = q
@@ -86,8 +81,9 @@ def _exact_flops(q, k, *_, **__) -> int:
 
 
 _OPTIONS = "(Tensor q, Tensor k, Tensor? key_mask, int heavy, int recent, bool causal, "
+# Its scores are those that h2o_attend counts.
 h2o_choose = Op(
-    "h2o_choose", f"{_OPTIONS}int block, float scale) -> Tensor", choose_reference, _no_flops
+    "h2o_choose", f"{_OPTIONS}int block, float scale) -> Tensor", choose_reference, no_flops
 )
 h2o_choose_exact = Op(
     "h2o_choose_exact", f"{_OPTIONS}float scale) -> Tensor", choose_exact_reference, _exact_flops

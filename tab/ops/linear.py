@@ -170,11 +170,19 @@ def backward_reference(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_m
 
 # --- ops ------------------------------------------------------------------------------------------
 
+
+def _flops(q, k, v, *_, **__) -> int:
+    """S = φ(k)ᵀv and φ(q)ᵀS: 4·D·Dv a token and head."""
+    b, h, n, d = q
+    return 4 * b * h * n * d * v[-1]
+
+
 linear_fwd = Op(
     "linear_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "int feature_map, bool causal, float eps) -> (Tensor o, Tensor s, Tensor z)",
     forward_reference,
+    _flops,
 )
 linear_bwd = Op(
     "linear_bwd",

@@ -85,13 +85,23 @@ def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, sca
 
 # --- ops ------------------------------------------------------------------------------------------
 
+
 # rows = cols = 0: a line. 0 ≤ left, right < N (grid: < max(rows, cols)): no kernel overflows.
 # causal: only j ≤ i. On a line the public function has set right = 0 instead, and causal is False.
+def _flops(q, k, v, left, right, rows, cols, causal, *_, **__) -> int:
+    """Scores and sums over the pairs that the window holds: 2·(D + Dv) a pair."""
+    b, h, n, d = q
+    i = torch.arange(n)
+    pairs = in_window(i[:, None], i, left, right, cols, causal).sum().item()
+    return 2 * b * h * pairs * (d + v[-1])
+
+
 local_fwd = Op(
     "local_fwd",
     "(Tensor q, Tensor k, Tensor v, SymInt left, SymInt right, SymInt rows, SymInt cols, "
     "bool causal, float scale) -> (Tensor o, Tensor lse)",
     forward_reference,
+    _flops,
 )
 local_bwd = Op(
     "local_bwd",

@@ -95,11 +95,20 @@ def backward_reference(
 
 # --- ops ------------------------------------------------------------------------------------------
 
+
+def _flops(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *_, **__) -> int:
+    """K and V from the latent, then scores over Dn + Dr and sums over Dv."""
+    b, h, n, dn = q_nope
+    r, dv = c_kv[-1], w_uv[1]
+    return 2 * b * h * n * (r * (dn + dv) + n * (dn + q_rope[-1] + dv))
+
+
 mla_fwd = Op(
     "mla_fwd",
     "(Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor w_uk, Tensor w_uv, "
     "Tensor? key_mask, float scale, bool causal) -> (Tensor o, Tensor lse, Tensor max_logits)",
     forward_reference,
+    _flops,
 )
 mla_bwd = Op(
     "mla_bwd",

@@ -66,11 +66,19 @@ def decode_backward_reference(
 
 # --- ops ------------------------------------------------------------------------------------------
 
+
+def _flops(q_nope, q_rope, cache, seqlens, w_uk, w_uv, *_, **__) -> int:
+    """q̃ and o from the latent, scores over R + Dr, sums over R; each row of the cache counts."""
+    (b, h, dn), (_, n, width), (_, dv, r) = q_nope, cache, w_uv
+    return 2 * b * h * (r * (dn + dv) + n * (width + r))
+
+
 mla_decode_op = Op(
     "mla_decode",
     "(Tensor q_nope, Tensor q_rope, Tensor cache, Tensor seqlens, Tensor w_uk, Tensor w_uv, "
     "float scale) -> (Tensor o, Tensor lse)",
     decode_reference,
+    _flops,
 )
 mla_decode_bwd = Op(
     "mla_decode_bwd",

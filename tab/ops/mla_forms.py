@@ -104,11 +104,18 @@ def max_logits_reference(q, k, key_mask, scale, causal):
     return peak
 
 
+def _flops(q, k, *_, **__) -> int:
+    """All scores."""
+    b, h, n, d = q
+    return 2 * b * h * n * n * d
+
+
 # An op, so that torch.compile does not unroll the walk: one compilation serves every length.
 max_logits_op = Op(
     "max_logits",
     "(Tensor q, Tensor k, Tensor? key_mask, float scale, bool causal) -> Tensor",
     max_logits_reference,
+    _flops,
 )
 
 

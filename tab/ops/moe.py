@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ._autograd import transforming
 from ._check import accumulate, autocast, same, shapes
-from ._op import Op
+from ._op import Op, no_flops
 
 # --- router ---------------------------------------------------------------------------------------
 
@@ -37,14 +37,15 @@ def noaux_tc_gate(
 
     Args:
         logits: (…, E), floating; the router's scores before the sigmoid.
-        bias: (E,), floating; added for the selection only, gets no gradient.
+        bias: (E,), floating; added for the selection only, gets no gradient. −inf shuts an expert.
         top_k: experts per token.
         n_group, topk_group: the experts form n_group equal groups; only the topk_group groups with
             the largest sum of their two best biased scores can be selected.
-        route_scale: the weights of a token sum to it.
+        route_scale: the weights of a token sum to it, unless all their scores underflow.
 
     Returns:
-        weights (…, k) float32 (float64 for float64 input), differentiable in logits;
+        weights (…, k) float32 (float64 for float64 input), differentiable in logits; NaN where an
+        expert had to be chosen whose biased score is NaN or −inf, as of a token that is NaN;
         index (…, k) int64; counts (E,) int64, tokens per expert.
 
     Raises:
@@ -61,9 +62,10 @@ def noaux_tc_gate(
             dropped = dropped.scatter(-1, best.topk(topk_group, -1).indices, False)
             # −inf and not 0: with a negative bias a dropped expert at 0 would win.
             choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
-        index = choice.topk(top_k, -1).indices  # (…, k)
+        best, index = choice.topk(top_k, -1)  # (…, k)
     picked = scores.gather(-1, index)
     weights = picked / (picked.sum(-1, keepdim=True) + 1e-20) * route_scale
+    weights = weights.masked_fill(~(best > -torch.inf), torch.nan)
     return weights, index, expert_counts(index, experts)
 
 
@@ -175,6 +177,37 @@ def _flops(x, w, *_, **__) -> int:
     return 2 * x[0] * w[1] * w[2]
 
 
+def order_reference(index: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """index (…, k), counts (E,) -> order (T·k,), the routed rows by expert, and its inverse.
+
+    On the CPU, where it costs no wait, index and counts are checked against each other.
+    """
+    flat = index.flatten()
+    if flat.device.type == "cpu" and not transforming():
+        _check_counts(flat, counts)
+    order = flat.argsort(stable=True)
+    place = torch.arange(order.shape[0], device=index.device)
+    return order, torch.empty_like(order).scatter(0, order, place)
+
+
+def _check_counts(flat: Tensor, counts: Tensor) -> None:
+    experts = counts.shape[0]
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < experts:
+        raise ValueError(
+            f"moe_experts: index holds {int(flat.min())} … {int(flat.max())}, but there are "
+            f"{experts} experts: give 0 … {experts - 1}"
+        )
+    found = torch.bincount(flat, minlength=experts)
+    if not torch.equal(found, counts):
+        raise ValueError(
+            f"moe_experts: index names the experts {found.tolist()} times, counts says "
+            f"{counts.tolist()}: give both as they come from noaux_tc_gate"
+        )
+
+
+moe_order = Op(
+    "moe_order", "(Tensor index, Tensor counts) -> (Tensor, Tensor)", order_reference, no_flops
+)
 moe_grouped = Op(
     "moe_grouped", "(Tensor x, Tensor w, Tensor counts) -> Tensor", grouped_reference, _flops
 )
@@ -203,8 +236,15 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        _, inverse = ctx.saved_tensors
-        return g[inverse], None, None
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(g, inverse, order), None, None
+
+
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """torch.func and exported graphs differentiate PyTorch's own operator."""
+    if transforming() or torch.compiler.is_exporting():
+        return x[order]
+    return _Permute.apply(x, order, inverse)
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -219,7 +259,7 @@ def moe_experts(
         x: (…, C); w13: (E, 2F, C), the rows of W1 and then those of W3; w2: (E, C, F). One floating
             dtype, one device.
         weights, index: (…, k); counts: (E,), how often each expert occurs in index: as they come
-            from `noaux_tc_gate`. On the CPU wrong counts raise; a GPU is not asked.
+            from `noaux_tc_gate`. On the CPU wrong indices and counts raise; a GPU is not asked.
 
     Returns:
         y (…, C) in x's dtype; differentiable in x, w13, w2 and weights.
@@ -230,13 +270,15 @@ def moe_experts(
     x, w13, w2 = autocast(x, w13, w2)
     _check_experts(x, w13, w2, weights, index, counts)
     top_k, c = index.shape[-1], x.shape[-1]
-    order = index.flatten().argsort(stable=True)  # (T·k,): routed rows by expert
-    inverse = order.scatter(0, order, torch.arange(order.shape[0], device=x.device))
+    if transforming():  # index and counts may be mapped over
+        order, inverse = order_reference(index, counts)
+    else:
+        order, inverse = moe_order("auto", index, counts)  # (T·k,)
     rows = x.reshape(-1, 1, c).expand(-1, top_k, -1).reshape(-1, c)  # (T·k, C)
-    rows = _Permute.apply(rows, order, inverse)
+    rows = _permute(rows, order, inverse)
     gate, up = moe_grouped.apply("auto", rows, w13, counts).chunk(2, -1)
     y = moe_grouped.apply("auto", F.silu(gate) * up, w2, counts)  # (T·k, C)
-    y = _Permute.apply(y, inverse, order).unflatten(0, (-1, top_k))  # (T, k, C)
+    y = _permute(y, inverse, order).unflatten(0, (-1, top_k))  # (T, k, C)
     acc = accumulate(x)
     weighted = y.to(acc) * weights.reshape(-1, top_k, 1).to(acc)
     return weighted.sum(1).to(x.dtype).reshape(x.shape)
@@ -246,10 +288,10 @@ def _check_gate(logits, bias, top_k, n_group, topk_group) -> int:
     """-> E"""
     experts = logits.shape[-1] if logits.dim() > 1 else -1
     floating = logits.is_floating_point() and bias.is_floating_point()
-    fits = bias.shape == (experts,) and bias.device == logits.device and 0 not in logits.shape
+    fits = bias.shape == (experts,) and bias.device == logits.device and experts > 0
     if not (floating and fits):
         raise ValueError(
-            "noaux_tc_gate wants floating logits (…, E), not empty, and bias (E,) on one device; "
+            "noaux_tc_gate wants floating logits (…, E), E ≥ 1, and bias (E,) on one device; "
             f"got {shapes(logits=logits, bias=bias)}"
         )
     if n_group < 1 or experts % n_group:
@@ -272,8 +314,8 @@ def _check_gate(logits, bias, top_k, n_group, topk_group) -> int:
 def _check_experts(x, w13, w2, weights, index, counts) -> None:
     rule = None
     e, c, f = w2.shape if w2.dim() == 3 else (0, 0, 0)
-    if x.dim() < 2 or w13.shape != (e, 2 * f, c) or x.shape[-1] != c or 0 in (*x.shape, e, c, f):
-        rule = "x (…, C), w13 (E, 2F, C), w2 (E, C, F), none empty"
+    if x.dim() < 2 or w13.shape != (e, 2 * f, c) or x.shape[-1] != c or 0 in (e, c, f):
+        rule = "x (…, C), w13 (E, 2F, C), w2 (E, C, F), E, C, F ≥ 1"
     elif index.shape[:-1] != x.shape[:-1] or weights.shape != index.shape or counts.shape != (e,):
         rule = "weights, index (…, k) with x's leading sizes and counts (E,)"
     elif {index.dtype, counts.dtype} != {torch.int64} or not weights.is_floating_point():

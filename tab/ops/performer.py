@@ -239,12 +239,20 @@ def backward_reference(
 
 # --- ops ------------------------------------------------------------------------------------------
 
+
+def _flops(q, k, v, projection, *_, **__) -> int:
+    """W q and W k, then linear attention on M features: 4·M·(D + Dv) a token and head."""
+    b, h, n, d = q
+    return 4 * b * h * n * projection[0] * (d + v[-1])
+
+
 performer_fwd = Op(
     "performer_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "Tensor? c0, int kernel, bool causal, float eps) "
     "-> (Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse)",
     forward_reference,
+    _flops,
 )
 performer_bwd = Op(
     "performer_bwd",

@@ -105,13 +105,22 @@ def backward_reference(
 
 # --- ops ------------------------------------------------------------------------------------------
 
+
 # row_ptr, col, col_ptr, row: the pattern and its transpose, int32, see BlockPattern; row_ptr and
 # col_ptr are (Hp, nb+1) with Hp = 1 (shared by the heads) or H.
+def _flops(q, k, v, row_ptr, col, col_ptr, row, block_size, *_, **__) -> int:
+    """Scores and sums over the pairs in the blocks of the pattern, each counted whole."""
+    b, h, _, d = q
+    blocks = col[0] * h // row_ptr[0]  # a pattern is per head, or shared by all
+    return 2 * b * blocks * block_size**2 * (d + v[-1])
+
+
 sparse_fwd = Op(
     "sparse_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, Tensor col_ptr, Tensor row, "
     "int block_size, bool causal, float scale) -> (Tensor o, Tensor lse)",
     forward_reference,
+    _flops,
 )
 sparse_bwd = Op(
     "sparse_bwd",
