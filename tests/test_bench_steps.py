@@ -15,8 +15,11 @@ from tab.bench.memory import entrants, growth, memory
 from tab.bench.results import memory_table, steps_table
 from tab.bench.roofline import Roofline
 from tab.bench.steps import difference, steps, twin
+from tab.data import load_dataset
 from tab.models import build_model
 from tab.recipe import load_recipe
+from tab.run import Run
+from tab.step import Steps
 
 ROOF = Roofline(flops=1e11, bandwidth=1e10)
 ONCE = {"batch": 4, "budget": 0.0, "min_rounds": 1, "max_rounds": 1}
@@ -74,6 +77,29 @@ def test_a_step_trains():
     assert rows == [True] * 2  # one to warm up
 
 
+def test_a_step_is_the_one_of_training(monkeypatch, tmp_path):
+    """The same method on a model placed alike, whoever steps."""
+    found = []
+    real = Steps._step
+
+    def step(self, x, y):
+        conv = next(p for p in self.model.parameters() if p.dim() == 4)
+        placed = conv.is_contiguous(memory_format=torch.channels_last)
+        found.append((placed, self.optimizer.defaults["fused"], x.shape, x.stride()))
+        real(self, x, y)
+
+    monkeypatch.setattr(Steps, "_step", step)
+    steps(load_recipe("quick"), "cnn", ["linear"], **ONCE)
+    timed, found = found, []
+    changes = {"train.batch_size": 4, "train.epochs": 1, "data.images": 20, "data.validation": 10}
+    config = load_recipe("quick", changes)
+    dataset = load_dataset("shapes:100/20")
+    run = Run(config.run("cnn", "linear", 0), dataset, torch.device("cpu"), tmp_path)
+    run.epoch()
+    assert len(timed) == 6 and len(found) == 5  # three contestants, each warmed up once
+    assert set(timed) == set(found)
+
+
 def test_a_wrong_twin_is_not_timed(monkeypatch):
     right = eager.linear
     monkeypatch.setattr(eager, "linear", lambda *x, **options: 1.01 * right(*x, **options))
@@ -84,6 +110,8 @@ def test_a_wrong_twin_is_not_timed(monkeypatch):
 
 # --- memory ---------------------------------------------------------------------------------------
 
+NAMES = ("tab", "chunked", "sdpa+mask")
+
 
 def memory_row(n, size):
     return Row(f"local/n{n}/full/float32", "tab", peak_bytes=size)
@@ -93,6 +121,14 @@ def test_growth_is_the_exponent():
     assert growth([memory_row(n, 7 * n**2) for n in (1024, 2048, 4096)]) == pytest.approx(2)
     assert growth([memory_row(n, 7 * n) for n in (1024, 8192)]) == pytest.approx(1)
     assert growth([memory_row(1024, 7)]) is None
+
+
+def test_no_contestant_pays_for_the_mask_of_another():
+    """The usual sliding window holds no N×N mask, so it grows as N; SDPA's is N² bytes, once."""
+    rows = memory("local", (2048, 4096), available=1e12)
+    sizes = {name: [row.peak_bytes for row in rows if row.contestant == name] for name in NAMES}
+    assert sizes["chunked"][1] < 2.5 * sizes["chunked"][0]
+    assert 3 < sizes["sdpa+mask"][1] / sizes["sdpa+mask"][0] < 5
 
 
 def test_memory_is_measured_and_what_would_not_fit_is_left_out():

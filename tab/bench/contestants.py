@@ -65,37 +65,40 @@ def _performer(p: Problem) -> Iterator[Contestant]:
 
 
 def _banded(p: Problem) -> Iterator[Contestant]:
-    """local and sparse: a dense mask under SDPA, or FlexAttention with the same pattern."""
-    n = p.case.shape[2]
+    """local and sparse: a dense mask under SDPA, or FlexAttention with the same pattern. Only who
+    needs the mask makes it."""
+    n, device, causal = p.case.shape[2], p.case.device, p.case.causal
     if p.case.op == "local":
-        w, c, device = p.case.window, p.case.causal, p.case.device
-        i, j = torch.arange(n, device=device)[:, None], torch.arange(n, device=device)
-        mask = (i - j <= w) & (j - i <= (0 if c else w))
-        chunked = partial(eager.chunked_window, window=w, causal=c)
+        w, right = p.case.window, 0 if causal else p.case.window
+        chunked = partial(eager.chunked_window, window=w, causal=causal)
         yield from _eager_and_compiled(chunked, name="chunked")
 
-        def rule(b, h, qi, kj):
-            return (qi - kj <= w) & (kj - qi <= (0 if c else w))
+        def mask() -> Tensor:  # N² bytes, and no more while it is made
+            return torch.ones(n, n, dtype=torch.bool, device=device).tril_(right).triu_(-w)
+
+        def rule() -> Callable:
+            return lambda b, h, qi, kj: (qi - kj <= w) & (kj - qi <= right)
     else:
-        mask = p.fixed["pattern"].to_dense().to(p.case.device)
-        if p.case.causal:
-            mask = mask.tril()
-        dense = mask.expand(p.case.shape[1], n, n)
 
-        def rule(b, h, qi, kj):
-            return dense[h, qi, kj]
+        def mask() -> Tensor:
+            dense = p.fixed["pattern"].to_dense().to(device)
+            return dense.tril_() if causal else dense
 
-    yield Contestant("sdpa+mask", lambda _: partial(eager.masked, mask=mask))
+        def rule() -> Callable:
+            dense = mask().expand(p.case.shape[1], n, n)
+            return lambda b, h, qi, kj: dense[h, qi, kj]
+
+    yield Contestant("sdpa+mask", lambda _: partial(eager.masked, mask=mask()))
     for block in (64, 128):
         yield _flex(p, rule, block)
 
 
-def _flex(p: Problem, rule: Callable, block: int) -> Contestant:
+def _flex(p: Problem, rule: Callable[[], Callable], block: int) -> Contestant:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def build(p: Problem):
         _, h, n, _ = p.case.shape
-        mask = create_block_mask(rule, None, h, n, n, device=p.case.device, BLOCK_SIZE=block)
+        mask = create_block_mask(rule(), None, h, n, n, device=p.case.device, BLOCK_SIZE=block)
         compiled = torch.compile(flex_attention, dynamic=False)
         return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 

@@ -21,22 +21,23 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..layers.deepseek_mla import DeepSeekMLA
 from ..layers.linear import LinearAttention
 from ..layers.local import LocalAttention
 from ..layers.performer import PerformerAttention
 from ..layers.sparse import SparseAttention
-from ..memory import keep_freed_memory
 from ..models import ImageModel, build_model
 from ..ops.local import in_window
 from ..recipe import Recipe
+from ..run import place
+from ..step import Steps
 from . import eager
 from .measure import Row, take_turns, worst_of
 
 CLASSES = 10
 TOLERANCE = 1e-3  # of the largest value, float32
+SCHEDULE = 10**6  # steps of the learning rate's schedule: more than are ever timed
 
 
 def steps(
@@ -51,8 +52,6 @@ def steps(
     max_rounds: int = 50,
 ) -> list[Row]:
     """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()  # as training does
     generator = torch.Generator().manual_seed(0)
     batch = batch or recipe.run(model, "none", 0).train.batch_size
     x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
@@ -62,7 +61,7 @@ def steps(
     rows, calls = [], {}
     for name in ["none", *(a for a in attentions if a != "none")]:
         config = recipe.run(model, name, 0)
-        ours = build_model(config, CLASSES).to(device)
+        ours = place(build_model(config, CLASSES), torch.device(device))
         contestants = {name if name == "none" else f"tab {name}": ours}
         other = twin(ours)
         errors: tuple[float | None, float | None] = (None, None)
@@ -77,32 +76,13 @@ def steps(
                 if not (worst := worst_of(errors)) <= TOLERANCE:
                     row.skipped = f"wrong: differs from the layer by {worst:.1e}"
                     continue
-            step = training_step(net, config.train, x, y)
-            calls[label] = (lambda: None, lambda _, step=step: step())
+            learn = Steps(net, config.train, SCHEDULE, torch.device(device)).learn
+            calls[label] = (lambda: None, lambda _, learn=learn: learn([(x, y)]))
     times, pace = take_turns(calls, device, budget, min_rounds, max_rounds, None, 0)
     for row in rows:
         if row.contestant in times:
             row.timed("step", times[row.contestant], pace)
     return rows
-
-
-def training_step(model: ImageModel, options, x: Tensor, y: Tensor) -> Callable[[], None]:
-    model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, weight_decay=options.weight_decay
-    )
-    amp = options.amp and x.is_cuda
-
-    def step() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            loss = F.cross_entropy(model(x), y, label_smoothing=options.label_smoothing)
-            extra = model.attention.auxiliary_loss()
-        optimizer.zero_grad(set_to_none=True)
-        (loss if extra is None else loss + extra).backward()
-        optimizer.step()
-        model.attention.after_step()
-
-    return step
 
 
 # --- twins ----------------------------------------------------------------------------------------
