@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..ops._op import Unavailable
 from .cases import Case, Problem, ours, problem, work
 from .contestants import Contestant, contestants
 from .roofline import Roofline, synchronize
@@ -118,6 +119,9 @@ def _admit(c: Contestant, p: Problem, row: Row, runners: dict, directions: tuple
         runner = c.build(p)
         for direction in directions:  # the first calls at full size: compilation, or out of memory
             _timed(*call(runner, p, direction), p.case.device, None)
+    except Unavailable as error:
+        row.skipped = f"not taken: {error.reason}"
+        return
     except Exception as error:  # a peer may fail in any way; the table says how
         row.skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         return

@@ -149,6 +149,16 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
+class Unavailable(RuntimeError):
+    """An explicit backend does not run this; `reason` alone is for tables."""
+
+    def __init__(self, backend: str, op: str, reason: str):
+        super().__init__(
+            f'backend={backend!r} of {op} is not available: {reason}; use backend="auto"'
+        )
+        self.reason = reason
+
+
 def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) -> str:
     """The backend that will run `op` on `x` (…, N, D) and `others`: the caller's, else the default,
     else what CUDA_TOKENS says, else "auto", which is the dispatcher.
@@ -175,9 +185,7 @@ def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) 
     if reason is None and backend in op.limits:
         reason = op.limits[backend](x, *others)
     if reason:
-        raise RuntimeError(
-            f'backend={backend!r} of {op.name} is not available: {reason}; use backend="auto"'
-        )
+        raise Unavailable(backend, op.name, reason)
     return backend
 
 
