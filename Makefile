@@ -21,8 +21,9 @@ $(READY): $(SOURCES)
 compare: setup
 	$(BIN)/tab compare --recipe quick --data shapes
 
+# Two files at a time, each on one thread: most of the time is many small tests.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,12 +9,16 @@ import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # `tab --help` does not wait for it
 
 
 def environment(device: str | torch.device = "cpu") -> dict:
     """What the numbers were measured with."""
+    import torch
+
     device = torch.device(device)
     cuda = device.type == "cuda" and torch.cuda.is_available()  # or on another machine only
     return {
@@ -51,6 +55,8 @@ def now() -> str:
 def peak_memory(device: torch.device) -> int:
     """Bytes: of tensors on a GPU; of the whole process, from its start, on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
