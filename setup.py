@@ -91,7 +91,10 @@ setup(
     packages=[*find_packages(include=["tab", "tab.*"]), "tab.kernels"],
     package_dir={"tab.kernels": "kernels"},
     package_data={
-        "tab": ["recipes/*.toml", "spaces/*.toml", "published.csv", "web/*.css", "web/*.js"]
+        "tab": [
+            "recipe/published.csv",
+            *("recipe/recipes/*.toml", "sweep/spaces/*.toml", "web/*.css", "web/*.js"),
+        ]
     },
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},

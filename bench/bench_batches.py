@@ -1,7 +1,7 @@
 """Images per second of batch assembly: shuffled, moved by up to 4 pixels, mirrored, normalised.
 
-Ours (`tab.batches`) against torchvision transforms in a DataLoader, as most training scripts have
-it. A round is one epoch of IMAGES; the DataLoader's workers are started before and stay.
+Ours (tab/data/batches.py) against torchvision transforms in a DataLoader, as most training scripts
+have it. A round is one epoch of IMAGES; the DataLoader's workers are started before and stay.
 `extra_info` holds images per second (10th, 50th and 90th percentile).
 
     pytest bench/bench_batches.py --benchmark-columns=median,iqr,min,max
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from tab.batches import Batches
-from tab.data import load_dataset, statistics
+from tab.data.batches import Batches
+from tab.data.load import load_dataset, statistics
 
 IMAGES, BATCH, ROUNDS = 10_000, 512, 9
 

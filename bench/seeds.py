@@ -13,12 +13,12 @@ import time
 
 import torch
 
-from tab.memory import keep_freed_memory
-from tab.models import build_model
-from tab.recipe import load_recipe
-from tab.seeds import SeedSteps
-from tab.stacked import stack
-from tab.step import Steps
+from tab.machine import keep_freed_memory
+from tab.models.image_model import build_model
+from tab.models.stacked import stack
+from tab.recipe.recipe import load_recipe
+from tab.train.steps import Steps
+from tab.train.together import SeedSteps
 
 SIZES = ["fair-mlp", "fair-cnn", "published-mlp", "published-cnn", "quick-mlp", "quick-cnn"]
 ATTENTIONS = ["none", "multi_head"]

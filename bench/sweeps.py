@@ -13,17 +13,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import tab.sweep
-from tab.data import load_dataset
-from tab.executor import Executor, Processes
-from tab.halving import BUDGETS
-from tab.recipe import load_recipe
-from tab.space import load_space
-from tab.sweep import Watcher, sweep
-from tab.sweep_plan import Plan
+import tab.sweep.driver
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.sweep.driver import Watcher, sweep
+from tab.sweep.halving import BUDGETS
+from tab.sweep.plan import Plan
+from tab.sweep.space import load_space
+from tab.tasks.processes import Processes
+from tab.tasks.tasks import Executor
 
 ATTENTIONS = ["none", "multi_head", "linear", "performer"]
-continued = tab.sweep.train_rung
+continued = tab.sweep.driver.train_rung
 
 
 def from_scratch(config, dataset, epochs, device, *, folder, emit):
@@ -55,18 +56,18 @@ def run(dataset, data: str, executor: Executor, train=continued) -> tuple[float,
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "sweep"
         plan.save(out, dataset)
-        tab.sweep.train_rung = train
+        tab.sweep.driver.train_rung = train
         start = time.perf_counter()
         best = sweep(plan, dataset, out, watcher=counter, executor=executor)
         seconds = time.perf_counter() - start
-    tab.sweep.train_rung = continued
+    tab.sweep.driver.train_rung = continued
     return seconds, counter.epochs, {p: (e.entry.configuration, e.score) for p, e in best.items()}
 
 
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    from tab._ray import Ray
+    from tab.tasks.ray_cluster import Ray
 
     data, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 3
     dataset = load_dataset(data)

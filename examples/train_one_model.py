@@ -10,9 +10,9 @@ import sys
 import torch
 
 import tab
-from tab.data import load_dataset
-from tab.recipe import load_recipe
-from tab.train import train
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.train.loop import train
 
 out = sys.argv[1]
 dataset = load_dataset("shapes:1000/200")  # drawn pictures: 1000 to train on, 200 to test

@@ -15,16 +15,7 @@ import triton.language as tl
 from tab.ops.linear import backward_reference
 
 from ._common import dot, head, hide, launch, put, rows, tile, token_major_empty
-from .linear import (
-    features,
-    fits_fused,
-    inverse,
-    limit,
-    mask_bytes,
-    meta,
-    scanned,
-    segments,
-)
+from .linear import features, fits_fused, inverse, limit, mask_bytes, meta, scanned, segments
 
 FUSED_SIZE = 64  # S and dS are both in registers
 

@@ -20,17 +20,7 @@ from tab.ops.performer import backward_reference
 from ._common import block, head, hide, launch, put, rows, token_major_empty
 from ._favor import NOTHING, factor, vector
 from ._favor_gradients import keys, pulled, queries
-from .performer import (
-    SCAN,
-    fits_fused,
-    limit,
-    mask_bytes,
-    meta,
-    once,
-    scanned,
-    seen,
-    segments,
-)
+from .performer import SCAN, fits_fused, limit, mask_bytes, meta, once, scanned, seen, segments
 
 # --- kernels --------------------------------------------------------------------------------------
 

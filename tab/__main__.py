@@ -1,5 +1,5 @@
 """`python -m tab` is `tab`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

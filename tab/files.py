@@ -25,7 +25,7 @@ import safetensors
 import tomli_w
 
 from .checkpoint import Corrupt, locked, write_bytes
-from .config import check_keys, check_type
+from .checks import check_keys, check_type
 
 FORMAT = 1  # a file without it is of a time before there was another
 FAULTS = (  # what reading damaged content raises, here or in a library

@@ -11,16 +11,13 @@ import torch
 import triton
 
 from tab import orthogonal_projection
-from tab.kernels import (  # noqa: F401
+from tab.kernels import (
     linear,
     linear_backward,
-    local,
     mla,
     mla_backward,
-    mla_decode,
     performer,
     performer_backward,
-    sparse,
 )
 from tab.ops import OPS
 from tab.ops._op import choose

@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 import torch._dynamo  # by the counter of FLOPs: here, not in every fork
 
-import tab.run
-from tab.data import load_dataset
-from tab.halving import Budget
-from tab.recipe import load_recipe
-from tab.space import load_space
-from tab.sweep import sweep
-from tab.sweep_plan import Plan
+import tab.train.training_run
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.sweep.driver import sweep
+from tab.sweep.halving import Budget
+from tab.sweep.plan import Plan
+from tab.sweep.space import load_space
 
 DATA = "shapes:100/20"
 SMALL = {"train.batch_size": 20, "model.mlp.tokens": 4}
@@ -63,14 +63,14 @@ def plan(folder: Path, **changes) -> Plan:
 def drive(out: Path, dataset) -> None:
     """The child: every epoch that is safely on disk leaves a line in epochs.log."""
     torch.set_num_threads(1)
-    save = tab.run.Run.save
+    save = tab.train.training_run.Run.save
 
     def logged(run) -> None:
         save(run)
         with open(out / "epochs.log", "a") as file:
             file.write(f"{run.out.name} {len(run.rows)}\n")
 
-    tab.run.Run.save = logged
+    tab.train.training_run.Run.save = logged
     sweep(Plan.load(out), dataset, out)
 
 

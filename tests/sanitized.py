@@ -23,7 +23,7 @@ from torch import Tensor
 
 import tab
 from tab import _host
-from tab.batches import assemble_host
+from tab.data.batches import assemble_host
 from tab.ops import OPS
 from tab.ops.batches import assemble
 

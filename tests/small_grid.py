@@ -4,9 +4,10 @@ import csv
 import json
 from pathlib import Path
 
-from tab.compare import Plan, compare
-from tab.recipe import load_recipe
-from tab.results import MEASURED, Grid
+from tab.compare.csv_files import MEASURED
+from tab.compare.driver import compare
+from tab.compare.plan import Grid, Plan
+from tab.recipe.recipe import load_recipe
 
 SMALL = {
     "train.epochs": 15,  # half a second: time to be killed in the middle

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tab.results import Run
+from tab.compare.runs import Run
 
 FACTS = {
     "dataset": {"name": "shapes", "note": "drawn, not CIFAR-10", "fingerprint": "0"},

@@ -12,9 +12,9 @@ pytest.importorskip("optuna")
 
 from kill_sweep import plan
 
-from tab.cli import app
-from tab.sweep import Watcher, records, sweep
-from tab.sweep_plan import Plan
+from tab.cli.main import app
+from tab.sweep.driver import Watcher, records, sweep
+from tab.sweep.plan import Plan
 
 SELF, MULTI = ("mlp", "self"), ("mlp", "multi_head")
 

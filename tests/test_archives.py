@@ -14,8 +14,8 @@ from PIL import Image
 from small_pictures import build, pack, pack_zip
 from typer.testing import CliRunner
 
-from tab.cli import app
-from tab.data import load_dataset
+from tab.cli.main import app
+from tab.data.load import load_dataset
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tab import batches
-from tab.batches import Batches, assemble_host
-from tab.data import Split
+from tab.data import batches
+from tab.data.batches import Batches, assemble_host
+from tab.data.load import Split
 from tab.ops.batches import assemble
 
 MASK = 2**64 - 1
@@ -166,7 +166,7 @@ def test_strided_images_are_taken():
 
 
 def test_normalised_with_its_own_statistics():
-    from tab.data import statistics
+    from tab.data.load import statistics
 
     data = split(200)
     mean, std = statistics(data.images)

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from tab.bench import contestants as entrants
 from tab.bench.cases import Case, cases, problem, work
-from tab.bench.cli import app
 from tab.bench.measure import Row, measure, percentiles, speedup
 from tab.bench.results import load, save
 from tab.bench.roofline import Roofline
+from tab.cli.bench import app
 
 ROOF = Roofline(flops=1e11, bandwidth=1e10)
 TINY = Case("linear", "tiny")

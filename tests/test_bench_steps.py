@@ -9,17 +9,17 @@ from typer.testing import CliRunner
 
 from tab.bench import eager, page
 from tab.bench.cases import Case, cases, problem, work
-from tab.bench.cli import app
 from tab.bench.measure import Row, measure
-from tab.bench.memory import entrants, growth, memory
+from tab.bench.peak_memory import entrants, growth, memory
 from tab.bench.results import memory_table, steps_table
 from tab.bench.roofline import Roofline
 from tab.bench.steps import difference, steps, twin
-from tab.data import load_dataset
-from tab.models import build_model
-from tab.recipe import load_recipe
-from tab.run import Run
-from tab.step import Steps
+from tab.cli.bench import app
+from tab.data.load import load_dataset
+from tab.models.image_model import build_model
+from tab.recipe.recipe import load_recipe
+from tab.train.steps import Steps
+from tab.train.training_run import Run
 
 ROOF = Roofline(flops=1e11, bandwidth=1e10)
 ONCE = {"batch": 4, "budget": 0.0, "min_rounds": 1, "max_rounds": 1}

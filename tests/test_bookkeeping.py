@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import tab.compare
-from tab.compare import Plan, compare
-from tab.data import load_dataset
-from tab.recipe import load_recipe
-from tab.results import Grid, read_runs
-from tab.train import train
+import tab.compare.driver
+from tab.compare.driver import compare
+from tab.compare.plan import Grid, Plan
+from tab.compare.runs import read_runs
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.train.loop import train
 
 DATA = "shapes:100/20"
 TINY = {
@@ -40,7 +41,7 @@ class World:
     def __init__(self, trained: Path, monkeypatch):
         self.trained, self.now, self.writes = trained, 0.0, []
         self.reads: Counter[str] = Counter()
-        write = tab.compare.write_csvs
+        write = tab.compare.driver.write_csvs
         read = Path.read_bytes
 
         def write_csvs(out, runs):
@@ -53,8 +54,8 @@ class World:
             self.reads[path.name] += 1
             return read(path)
 
-        monkeypatch.setattr(tab.compare, "train", self.train)
-        monkeypatch.setattr(tab.compare, "write_csvs", write_csvs)
+        monkeypatch.setattr(tab.compare.driver, "train", self.train)
+        monkeypatch.setattr(tab.compare.driver, "write_csvs", write_csvs)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Path, "read_bytes", read_bytes)
 
@@ -97,7 +98,7 @@ def test_what_a_kill_left_out_of_the_files_is_there_after_resume(
     class Killed(BaseException):
         pass
 
-    class Watcher(tab.compare.Watcher):
+    class Watcher(tab.compare.driver.Watcher):
         ends = 0
 
         def end(self, run):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from tab import _cifar
-from tab.data import load_dataset
+from tab.data import cifar as _cifar
+from tab.data.load import load_dataset
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from tab.cli import app
+from tab.cli.main import app
 
 SMALL = [
     *("--recipe", "quick", "--data", "shapes:100/20", "--epochs", "1", "--device", "cpu"),
@@ -190,7 +190,7 @@ def test_doctor_lists_every_operator_and_extension():
 def test_help_and_version_do_not_wait_for_torch():
     program = (
         "import sys; sys.argv = ['tab', {!r}]\n"
-        "from tab.cli import main\n"
+        "from tab.cli.main import main\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules, 'torch was imported'\n"
     )

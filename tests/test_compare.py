@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from tab import checkpoint
-from tab.compare import Plan, Watcher, compare
-from tab.data import load_dataset
-from tab.recipe import load_recipe
-from tab.results import MEASURED, NAMES, RESULTS, SUMMARY, Grid, read_runs
+from tab.compare.csv_files import MEASURED, NAMES, RESULTS, SUMMARY
+from tab.compare.driver import Watcher, compare
+from tab.compare.plan import Grid, Plan
+from tab.compare.runs import read_runs
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
 
 SEED_RESULTS = (
     "model_name,architecture,attention_type,epoch,train_loss,train_accuracy,test_loss,"
@@ -119,7 +121,7 @@ def test_killed_and_resumed_equals_unbroken(unbroken, dataset, tmp_path):
     plan().save(out, dataset)
     program = (
         "import time; from pathlib import Path\n"
-        "from tab.compare import *; from tab.data import load_dataset\n"
+        "from tab.compare.driver import *; from tab.data.load import load_dataset\n"
         f"out = Path({str(out)!r})\n"
         "class Slow(Watcher):\n"
         "    def epoch(self, config, row):\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tab import kernel_report
+from tab.doctor import kernel_report
 
 DIRECTIONS = "Forward", "Backward"
 

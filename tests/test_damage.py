@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from tab.bench.measure import Row
 from tab.bench.results import save
-from tab.cli import app
-from tab.compare import Plan, Watcher, compare
-from tab.data import load_dataset
-from tab.recipe import load_recipe
-from tab.results import Grid, read_runs
-from tab.train import train
+from tab.cli.main import app
+from tab.compare.driver import Watcher, compare
+from tab.compare.plan import Grid, Plan
+from tab.compare.runs import read_runs
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.train.loop import train
 
 DATA = "shapes:100/20"
 TINY = {

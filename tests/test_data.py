@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from small_pictures import CLASSES, build, pack, pack_zip
 
-from tab import _cifar
-from tab.data import load_dataset
+from tab.data import cifar as _cifar
+from tab.data.load import load_dataset
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_what_may_not_be_read_is_named(folder, root, monkeypatch):
     def refused(path, *args):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("tab._tree.os.scandir", refused)
+    monkeypatch.setattr("tab.data.tree.os.scandir", refused)
     with pytest.raises(PermissionError, match=r"/pics may not be read: allow it \(chmod\)"):
         load_dataset(folder, root=root)
 

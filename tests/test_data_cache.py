@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from small_pictures import build, pack, pack_zip
 
-from tab.data import load_dataset
+from tab.data.load import load_dataset
 
 
 @pytest.fixture

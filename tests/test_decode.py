@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from tab._decode import decode
+from tab.data.decode import decode
 
 
 def read(image, form="PNG", **options):

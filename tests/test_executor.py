@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from tasks import alive, count, count_and_die_at, facts, fail, until
 
-from tab.executor import ATTEMPTS, InProcess, Processes, Shared, Task, executor, run_tasks
-from tab.options import device_of, executor_for
+from tab.cli.options import device_of, executor_for
+from tab.tasks.choose import executor
+from tab.tasks.processes import Processes
+from tab.tasks.tasks import ATTEMPTS, InProcess, Shared, Task, run_tasks
 
 
 def counts(folder: Path, number: int, steps: int = 3) -> list[Task]:
@@ -117,7 +119,7 @@ def test_what_the_options_ask_for():
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "tab._ray", raising=False)
+    monkeypatch.delitem(sys.modules, "tab.tasks.ray_cluster", raising=False)
     with pytest.raises(ImportError, match=r'pip install "transformer-attention-bench\[ray\]"'):
         executor(ray="local")
 

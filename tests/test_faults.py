@@ -27,10 +27,11 @@ from small_grid import GRID, begin, finished, resume, same
 from tasks import alive, children, until
 from typer.testing import CliRunner
 
-from tab.cli import app
-from tab.compare import Plan, Watcher, compare
-from tab.data import load_dataset, share
-from tab.executor import Processes
+from tab.cli.main import app
+from tab.compare.driver import Watcher, compare
+from tab.compare.plan import Plan
+from tab.data.load import load_dataset, share
+from tab.tasks.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from tab import files
 from tab.checkpoint import Corrupt
-from tab.compare import Plan
-from tab.recipe import load_recipe
-from tab.results import Grid
-from tab.space import Space, load_space, tables_of
+from tab.compare.plan import Grid, Plan
+from tab.recipe.recipe import load_recipe
+from tab.sweep.space import Space, load_space, tables_of
 
 FEW = settings(max_examples=50, deadline=None)
 TEXT = st.text()  # hypothesis leaves lone surrogates out: these are refused, see below

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tab.flops import forward_flops
-from tab.models import build_model
+from tab.models.flops import forward_flops
+from tab.models.image_model import build_model
 from tab.ops import OPS
-from tab.recipe import load_recipe
+from tab.recipe.recipe import load_recipe
 
 
 def of(attention):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tab.halving import BUDGETS, Bracket, Budget, brackets, promote
+from tab.sweep.halving import BUDGETS, Bracket, Budget, brackets, promote
 
 SEED = BUDGETS["seed"]
 

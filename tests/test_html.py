@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from small_report import FACTS, run
 
+from tab.analysis.corruptions import OWN
 from tab.bench.measure import Row
 from tab.bench.results import save
-from tab.corruptions import OWN
+from tab.compare.plan import Grid
 from tab.report import markdown, style
-from tab.report.charts import NOTE as BELOW
-from tab.report.charts import Group, charts, looks
+from tab.report.chart_data import NOTE as BELOW
+from tab.report.chart_data import Group, charts, looks
 from tab.report.html import LIMIT, answers, html
 from tab.report.tables import ranking
 from tab.report.trials import Trial, trials_charts, trials_section
-from tab.results import Grid
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 NAMES = ["none", *style._ORDER]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from tab.data import load_dataset
-from tab.identity import Identity, Layer, identity
+from tab.analysis.same_function import Identity, Layer, identity
+from tab.compare.runs import Run
+from tab.data.load import load_dataset
 from tab.layers import Attention, HeadsAttention, _registry, register_attention
 from tab.layers.basic import MultiHeadAttention
-from tab.recipe import load_recipe
-from tab.report.identity import identity_section, identity_table, sentences
-from tab.results import Run
-from tab.train import train
+from tab.recipe.recipe import load_recipe
+from tab.report.same_function import identity_section, identity_table, sentences
+from tab.train.loop import train
 
 SMALL = {"model.mlp.hidden": 16, "model.cnn.hidden": 16, "model.cnn.channels": 4}
 PUBLISHED = {

@@ -10,8 +10,8 @@ import torch
 
 from tab.layers import attention_names, build_attention
 from tab.layers.rope import Rope
-from tab.models import build_model, model_names
-from tab.recipe import load_recipe
+from tab.models.image_model import build_model, model_names
+from tab.recipe.recipe import load_recipe
 
 N, C = 12, 16
 ROPE = ("multi_head", "linear", "performer", "sparse", "local", "kv_compression", "flex")

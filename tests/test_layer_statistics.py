@@ -8,7 +8,7 @@ import torch
 
 from tab.layers import build_attention
 from tab.layers.moe import MoE
-from tab.models import Residual
+from tab.models.image_model import Residual
 
 N, C = 12, 16
 KINDS = {

@@ -7,15 +7,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.cli import app
-from tab.compare import Plan, compare
-from tab.data import Dataset, Split
-from tab.flops import forward_flops
-from tab.match import flops_of, parameters_of
-from tab.models import build_model, parameter_count
-from tab.recipe import load_recipe
-from tab.results import Grid, read_runs
-from tab.train import train
+from tab.cli.main import app
+from tab.compare.driver import compare
+from tab.compare.plan import Grid, Plan
+from tab.compare.runs import read_runs
+from tab.data.load import Dataset, Split
+from tab.models.flops import forward_flops
+from tab.models.image_model import build_model, parameter_count
+from tab.recipe.recipe import load_recipe
+from tab.recipe.size_matching import flops_of, parameters_of
+from tab.train.loop import train
 
 CLASSES = 100
 SMALL = {
@@ -72,9 +73,9 @@ def test_sizes_are_of_the_classes(model, match):
 
 def test_a_sweep_matches_for_its_classes(hundred, tmp_path):
     pytest.importorskip("optuna")
-    from tab.halving import Budget
-    from tab.space import load_space
-    from tab.sweep_plan import Plan as SweepPlan
+    from tab.sweep.halving import Budget
+    from tab.sweep.plan import Plan as SweepPlan
+    from tab.sweep.space import load_space
 
     budget = Budget(2, (1,), 2, 100, 100)
     named = (["cnn"], ["none"], "hundred", "cpu", 0)
@@ -93,7 +94,7 @@ def test_what_an_older_version_matched_for_ten_goes_on(hundred, tmp_path, monkey
     assert Plan.load(tmp_path / "out").grid == dataclasses.replace(plan().grid, classes=10)
     old = load_recipe("fair", SMALL).run("cnn", "none", 0)
     train(old, hundred, tmp_path / "run", stop_after=1)
-    monkeypatch.setattr("tab.cli.load_data", lambda spec: hundred)
+    monkeypatch.setattr("tab.cli.main.load_data", lambda spec: hundred)
     sets = [f"--set={key}={value}" for key, value in SMALL.items()]
     words = ["train", "cnn", "none", *sets, "--device=cpu", "--out"]
     for folder, resume in (("run", ["--resume"]), ("new", [])):

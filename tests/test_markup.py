@@ -8,14 +8,14 @@ import pytest
 from markdown_it import MarkdownIt
 from small_report import FACTS, run
 
+from tab.cli.terminal import console, pairs
+from tab.compare.plan import Grid
 from tab.layers import Attention, register_attention
 from tab.report import markdown, pictures, style
-from tab.report.charts import Group, charts, looks
+from tab.report.chart_data import Group, charts, looks
 from tab.report.html import html
 from tab.report.tables import markdown_lines, ranking, terminal_table
 from tab.report.text import code, plain
-from tab.results import Grid
-from tab.terminal import console, pairs
 
 NASTY = [
     *("$x$", "a|b", "<b>", "</script><script>alert(1)</script>", "_x_", "`y`", "a[/b]", "[red]"),

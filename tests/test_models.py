@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tab.layers import attention_names
-from tab.match import parameters_of
-from tab.models import build_model, model_names, parameter_count
-from tab.recipe import load_recipe
+from tab.models.image_model import build_model, model_names, parameter_count
+from tab.recipe.recipe import load_recipe
+from tab.recipe.size_matching import parameters_of
 
 SMALL = {"model.mlp.hidden": 16, "model.cnn.hidden": 16, "model.cnn.channels": 4}
 SMALL |= {"model.mlp.match": "", "model.cnn.match": "", "model.resnet9.match": ""}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tab.cli import app
-from tab.results import MEASURED
+from tab.cli.main import app
+from tab.compare.csv_files import MEASURED
 
 ARCHIVE = Path(__file__).parent / "fixtures/results-0.1.tar.xz"
 

@@ -7,11 +7,13 @@ import json
 import pytest
 import small_grid
 
-from tab.data import load_dataset
-from tab.recipe import load_recipe
+from tab.compare.csv_files import time_spreads, write_csvs
+from tab.compare.runs import Run, read_runs
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
 from tab.report import markdown
 from tab.report.tables import Median, ranking
-from tab.results import Run, made_with, read_runs, time_spreads, write_csvs
+from tab.train.facts import made_with
 
 
 @pytest.fixture(scope="module")

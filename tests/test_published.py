@@ -11,23 +11,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tab import checkpoint
-from tab.compare import Plan, compare
-from tab.data import load_dataset
+from tab.compare.driver import compare
+from tab.compare.plan import Grid, Plan
+from tab.compare.runs import Run
+from tab.data.load import load_dataset
+from tab.data.splits import splits
 from tab.layers import attention_names, attention_options, build_attention, get_attention
-from tab.match import parameters_of
-from tab.models import build_model
-from tab.published import EPOCHS, curves, published_attentions
-from tab.recipe import load_recipe
-from tab.report.published import (
-    beside,
-    published_charts,
-    published_picture,
-    published_section,
-)
-from tab.results import Grid, Run
-from tab.splits import splits
-from tab.step import Steps
-from tab.train import train
+from tab.models.image_model import build_model
+from tab.recipe.published import EPOCHS, curves, published_attentions
+from tab.recipe.recipe import load_recipe
+from tab.recipe.size_matching import parameters_of
+from tab.report.published import beside, published_charts, published_picture, published_section
+from tab.train.loop import train
+from tab.train.steps import Steps
 
 N, C, H = 12, 32, 4
 D = C // H

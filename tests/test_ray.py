@@ -8,14 +8,16 @@ import pytest
 from small_grid import GRID, RUNS, SMALL, begin, resume, same
 from tasks import count, count_and_die_at, count_slowly, facts, fail, threads
 
-from tab.compare import Plan, Watcher, compare
-from tab.data import load_dataset
-from tab.executor import ATTEMPTS, Shared, Task, executor, run_tasks
+from tab.compare.driver import Watcher, compare
+from tab.compare.plan import Plan
+from tab.data.load import load_dataset
+from tab.tasks.choose import executor
+from tab.tasks.tasks import ATTEMPTS, Shared, Task, run_tasks
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install -e ".[ray]"')
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from tab._ray import Ray  # noqa: E402
+from tab.tasks.ray_cluster import Ray  # noqa: E402
 
 HEAD = {  # a dead node is noticed in a second
     "num_cpus": 1,
@@ -122,7 +124,7 @@ def test_a_sweep_has_the_same_winners_though_a_node_dies_within_a_rung(cluster, 
     pytest.importorskip("optuna")
     from kill_sweep import plan, result
 
-    from tab.sweep import Watcher, sweep
+    from tab.sweep.driver import Watcher, sweep
 
     toy, nodes = plan(tmp_path), list(cluster.worker_nodes)
     dataset, (here, there) = load_dataset(toy.data), (tmp_path / "here", tmp_path / "there")

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tab.config import RunConfig
-from tab.flops import forward_flops
 from tab.layers import attention_names
-from tab.models import build_model, model_names, parameter_count
-from tab.recipe import load_recipe, parse_override, recipe_names
+from tab.models.flops import forward_flops
+from tab.models.image_model import build_model, model_names, parameter_count
+from tab.recipe.recipe import load_recipe, parse_override, recipe_names
+from tab.run_config import RunConfig
 
 
 def write(folder, text, name="mine.toml"):

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from tab.bench.cli import app
 from tab.bench.measure import Row, row_speedup, worst_of
 from tab.bench.regress import OPEN, compare, welch
 from tab.bench.results import load
 from tab.bench.turns import busy, in_turns, merged
+from tab.cli.bench import app
 
 ENVIRONMENT = {"cpu": "Z80", "threads": 1, "isa": "AVX2", "torch": "2.14", "commit": "a"}
 

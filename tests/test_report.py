@@ -12,15 +12,15 @@ from rich.console import Console
 from small_report import FACTS, run
 from torch import nn
 
-from tab.batches import Batches
-from tab.data import Split, statistics
+from tab.analysis.robustness import NOISE, noise_curve
+from tab.cli.progress import Bars
+from tab.compare.plan import Grid
+from tab.data.batches import Batches
+from tab.data.load import Split, statistics
 from tab.layers import attention_names
-from tab.progress import Bars
-from tab.recipe import load_recipe
+from tab.recipe.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
 from tab.report.tables import Mean, Median, count, markdown_table, ranking
-from tab.results import Grid
-from tab.robustness import NOISE, noise_curve
 
 # --- numbers --------------------------------------------------------------------------------------
 

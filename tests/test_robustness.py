@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from tab import attacks, corruptions, robustness
-from tab._cifar import CLASSES
-from tab.attacks import EPSILON, attacked, fgsm, pgd
-from tab.batches import Batches
-from tab.corruptions import OFFICIAL, OWN, cifar10c, cifar101, corrupt
-from tab.data import Dataset, Split, load_dataset
+from tab.analysis import attacks, corruptions, robustness
+from tab.analysis.attacks import EPSILON, attacked, fgsm, pgd
+from tab.analysis.corruptions import OFFICIAL, OWN, cifar10c, cifar101, corrupt
+from tab.analysis.robustness import FILE, NOISE, Options, calibration_error, instead, measure, read
+from tab.compare.runs import trained_runs
+from tab.data.batches import Batches
+from tab.data.cifar import CLASSES
+from tab.data.load import Dataset, Split, load_dataset
 from tab.layers import attention_names
-from tab.models import build_model
-from tab.recipe import load_recipe
-from tab.results import trained_runs
-from tab.robustness import FILE, NOISE, Options, calibration_error, instead, measure, read
-from tab.train import train
-from tab.weights import FILE as weights_file
-from tab.weights import load_weights, save_weights
+from tab.models.image_model import build_model
+from tab.recipe.recipe import load_recipe
+from tab.train.loop import train
+from tab.train.weights import FILE as weights_file
+from tab.train.weights import load_weights, save_weights
 
 TINY = {
     **{"train.epochs": 1, "train.batch_size": 20, "data.images": 60, "data.validation": 20},

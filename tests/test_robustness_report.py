@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tab.corruptions import OWN
+from tab.analysis.corruptions import OWN
+from tab.analysis.robustness import FILE, read
+from tab.compare.runs import Run
 from tab.report.comparable import comparable
 from tab.report.robustness import corrupted, corruption_error, robustness_section, severity_picture
-from tab.results import Run
-from tab.robustness import FILE, read
 
 
 def figures(pgd, images=100, data="d", model="m", files="f"):

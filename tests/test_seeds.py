@@ -15,20 +15,20 @@ from test_train import SMALL, TIMES, split
 from torch import nn
 from typer.testing import CliRunner
 
-import tab.run
-import tab.seeds
-from tab.cli import app
-from tab.compare import Plan, Watcher, compare
-from tab.data import Dataset, load_dataset
-from tab.executor import Processes
+import tab.train.together
+import tab.train.training_run
+from tab.cli.main import app
+from tab.compare.driver import Watcher, compare
+from tab.compare.plan import Grid, Plan
+from tab.data.load import Dataset, load_dataset
 from tab.layers import Attention, _registry, attention_names, register_attention
-from tab.models import build_model
-from tab.recipe import load_recipe
-from tab.results import Grid
-from tab.seeds import FILE, train_seeds
-from tab.stacked import PerSeed, stack
-from tab.step import Graphed
-from tab.train import load_trained, train
+from tab.models.image_model import build_model
+from tab.models.stacked import PerSeed, stack
+from tab.recipe.recipe import load_recipe
+from tab.tasks.processes import Processes
+from tab.train.loop import load_trained, train
+from tab.train.steps import Graphed
+from tab.train.together import FILE, train_seeds
 
 NAMES = attention_names()  # before this file registers others
 
@@ -182,7 +182,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
     class Killed(BaseException):
         pass
 
-    writes, write = [], tab.seeds.Run.write
+    writes, write = [], tab.train.together.Run.write
 
     def stop(run):
         writes.append(run)
@@ -190,7 +190,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
             raise Killed
         write(run)
 
-    monkeypatch.setattr(tab.seeds.Run, "write", stop)
+    monkeypatch.setattr(tab.train.together.Run, "write", stop)
     with contextlib.suppress(Killed):
         together(configs, dataset, tmp_path / "killed")
     monkeypatch.undo()
@@ -204,7 +204,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
 @pytest.mark.parametrize("attention", ["multi_head", "kimi_k2"])
 def test_a_seed_that_diverges_spoils_no_other(attention, dataset, tmp_path, monkeypatch):
     configs = configs_of("cnn", attention, 3, train__epochs=3)
-    build = tab.run.build_model
+    build = tab.train.training_run.build_model
 
     def poisoned(config, classes):
         model = build(config, classes)
@@ -212,7 +212,7 @@ def test_a_seed_that_diverges_spoils_no_other(attention, dataset, tmp_path, monk
             model.backbone.convolutions[0].weight.data.mul_(math.nan)
         return model
 
-    monkeypatch.setattr(tab.run, "build_model", poisoned)
+    monkeypatch.setattr(tab.train.training_run, "build_model", poisoned)
     alone = [train(c, dataset, tmp_path / "alone" / c.id) for c in configs]
     part = together(configs, dataset, tmp_path / "group", stop_after=2)
     assert [outcome.status for outcome in part] == ["diverged", "running", "running"]
@@ -311,14 +311,14 @@ def test_a_graphed_step_is_the_eager_one(dataset, tmp_path, monkeypatch):
 
     configs = configs_of("cnn", "deepseek_mla")
     whole = together(configs, dataset, tmp_path / "eager")
-    begin = tab.seeds.SeedSteps.__init__
+    begin = tab.train.together.SeedSteps.__init__
 
     def graphed(self, *args):
         begin(self, *args)
         self.graphed = True
         self._run_gradients = Graphed(self._gradients, self, Recorder(), learns=True)
 
-    monkeypatch.setattr(tab.seeds.SeedSteps, "__init__", graphed)
+    monkeypatch.setattr(tab.train.together.SeedSteps, "__init__", graphed)
     found = together(configs, dataset, tmp_path / "graphed")
     assert [numbers(o) for o in found] == [numbers(o) for o in whole]
 

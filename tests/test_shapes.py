@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tab import shapes
-from tab.data import load_dataset
+from tab.data import shapes
+from tab.data.load import load_dataset
 
 
 def test_shapes_are_a_function_of_the_seed():

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tab.config import MODELS
 from tab.layers import attention_names, attention_options
-from tab.recipe import load_recipe
-from tab.space import Range, load_space, possible, size, space_names, with_chosen
+from tab.recipe.recipe import load_recipe
+from tab.run_config import MODELS
+from tab.sweep.space import Range, load_space, possible, size, space_names, with_chosen
 
 optuna = pytest.importorskip("optuna")
 
-from tab.study import Record  # noqa: E402
+from tab.sweep.record import Record  # noqa: E402
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tab.data import Dataset, Split, describe, hold_out, load_dataset, statistics
-from tab.recipe import load_recipe
-from tab.splits import splits
+from tab.data.load import Dataset, Split, describe, hold_out, load_dataset, statistics
+from tab.data.splits import splits
+from tab.recipe.recipe import load_recipe
 
 
 def test_statistics_are_exact():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tab.results import ANSWERS, Run
+from tab.compare.runs import Run
+from tab.compare.verdicts import EQUIVALENT, NO_PAIRS, ONE_SEED, UNDECIDED, Verdict, verdicts, words
 from tab.statistics import (
     MARGIN,
     bootstrap_interval,
@@ -20,7 +21,7 @@ from tab.statistics import (
     resampled_images,
     t_interval,
 )
-from tab.verdicts import EQUIVALENT, NO_PAIRS, ONE_SEED, UNDECIDED, Verdict, verdicts, words
+from tab.train.training_run import ANSWERS
 
 A = [0.712, 0.705, 0.721, 0.699, 0.716]
 B = [0.704, 0.701, 0.709, 0.697, 0.711]

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tab.batches import Batches
-from tab.config import RunConfig
-from tab.data import Split
+from tab.data.batches import Batches
+from tab.data.load import Split
 from tab.layers import attention_names
 from tab.layers.basic import NoAttention
-from tab.models import build_model
-from tab.recipe import load_recipe
-from tab.step import Graphed, Steps
+from tab.models.image_model import build_model
+from tab.recipe.recipe import load_recipe
+from tab.run_config import RunConfig
+from tab.train.steps import Graphed, Steps
 
 SMALL = {"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16}
 SMALL |= {"model.mlp.match": "", "model.cnn.match": "", "model.cnn.channels": 4, "train.lr": 0.01}

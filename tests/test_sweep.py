@@ -20,16 +20,16 @@ optuna = pytest.importorskip("optuna")
 from kill_sweep import DATA, result  # noqa: E402
 from small_sweep import MULTI, SELF, Count, begin, read, tab_sweep, whole  # noqa: E402
 
-import tab.sweep  # noqa: E402
-from tab.cli import app  # noqa: E402
-from tab.data import load_dataset  # noqa: E402
-from tab.executor import Processes  # noqa: E402
-from tab.halving import Budget  # noqa: E402
-from tab.recipe import load_recipe  # noqa: E402
-from tab.study import TrialState  # noqa: E402
-from tab.sweep import records, sweep  # noqa: E402
-from tab.sweep_plan import Plan  # noqa: E402
-from tab.train import train  # noqa: E402
+import tab.sweep.driver  # noqa: E402
+from tab.cli.main import app  # noqa: E402
+from tab.data.load import load_dataset  # noqa: E402
+from tab.recipe.recipe import load_recipe  # noqa: E402
+from tab.sweep.driver import records, sweep  # noqa: E402
+from tab.sweep.halving import Budget  # noqa: E402
+from tab.sweep.plan import Plan  # noqa: E402
+from tab.sweep.record import TrialState  # noqa: E402
+from tab.tasks.processes import Processes  # noqa: E402
+from tab.train.loop import train  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,10 +189,10 @@ def test_importance_of_what_matters(tmp_path, dataset):
         for i, chosen in enumerate(
             record.draw(14, lambda chosen: True, sampler="random", seed=0, step=(0, 0))
         ):
-            entry = tab.sweep.Entry(i, 0, 0, 0, 1, "", chosen)
+            entry = tab.sweep.driver.Entry(i, 0, 0, 0, 1, "", chosen)
             record.enqueue(entry)
             score = chosen["lr"] * 50 + chosen["hidden"] * 1e-6
-            record.tell(tab.sweep.Ended(entry, "done", score, {1: score}, 0.0), last=False)
+            record.tell(tab.sweep.driver.Ended(entry, "done", score, {1: score}, 0.0), last=False)
         shares = record.importance()
     assert max(shares, key=shares.get) == "lr" and sum(shares.values()) == pytest.approx(1)
 
@@ -243,8 +243,10 @@ def test_resume_takes_no_new_wishes(done):
 
 
 def test_without_optuna_the_extra_is_named():
-    program = "import sys; sys.modules['optuna'] = None; sys.argv[1:] = ['sweep']; import tab.cli\n"
-    command = [sys.executable, "-c", program + "tab.cli.main()"]
+    program = (
+        "import sys; sys.modules['optuna'] = None; sys.argv[1:] = ['sweep']; import tab.cli.main\n"
+    )
+    command = [sys.executable, "-c", program + "tab.cli.main.main()"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 2 and "transformer-attention-bench[sweep]" in ran.stderr
 

@@ -8,9 +8,9 @@ pytest.importorskip("optuna")
 
 from small_sweep import begin, tab_sweep
 
-from tab.data import load_dataset
-from tab.sweep import sweep
-from tab.sweep_plan import Plan
+from tab.data.load import load_dataset
+from tab.sweep.driver import sweep
+from tab.sweep.plan import Plan
 
 FILES = ("sweep.toml", "recipe.toml", "space.toml", "environment.json", "study.journal")
 RESUME, SHOW = ("--resume",), ("show",)

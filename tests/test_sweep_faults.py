@@ -33,14 +33,14 @@ pytest.importorskip("optuna")
 from kill_sweep import DATA, plan, result
 from small_sweep import SELF, Count, begin, kills, read, whole
 
-import tab.sweep
+import tab.sweep.driver
 from tab import checkpoint
-from tab.data import load_dataset
-from tab.halving import Budget
-from tab.space import load_space
-from tab.study import TrialState
-from tab.sweep import records, sweep
-from tab.sweep_plan import Plan
+from tab.data.load import load_dataset
+from tab.sweep.driver import records, sweep
+from tab.sweep.halving import Budget
+from tab.sweep.plan import Plan
+from tab.sweep.record import TrialState
+from tab.sweep.space import load_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ def test_what_a_killed_driver_left_is_cleared(dataset, tmp_path):
     out = begin(tmp_path, dataset, attentions=["self"])
     it = Plan.load(out)
     with records(it, out, mine=True) as found:
-        entry = tab.sweep.Entry(0, 0, 0, 0, 1, "", {"lr": 0.001, "hidden": 4})
+        entry = tab.sweep.driver.Entry(0, 0, 0, 0, 1, "", {"lr": 0.001, "hidden": 4})
         found[SELF].enqueue(entry)
         found[SELF].begin(entry)
     (out / "study.journal.lock").symlink_to("study.journal")
@@ -111,8 +111,8 @@ def test_an_exception_ends_its_configuration_and_is_not_tried_again(dataset, tmp
             raise RuntimeError("out of memory")
         return tab.sweep_train(config, dataset, epochs, device, folder=folder, emit=emit)
 
-    monkeypatch.setattr(tab, "sweep_train", tab.sweep.train_rung, raising=False)
-    monkeypatch.setattr(tab.sweep, "train_rung", failing)
+    monkeypatch.setattr(tab, "sweep_train", tab.sweep.driver.train_rung, raising=False)
+    monkeypatch.setattr(tab.sweep.driver, "train_rung", failing)
     out = begin(tmp_path, dataset, attentions=["self"])
     for _ in range(2):
         sweep(Plan.load(out), dataset, out)

@@ -13,9 +13,9 @@ optuna = pytest.importorskip("optuna")
 from kill_sweep import DATA, result  # noqa: E402
 from small_sweep import Count, begin, kills, tab_sweep, whole  # noqa: E402
 
-from tab.data import load_dataset  # noqa: E402
-from tab.sweep import records, sweep  # noqa: E402
-from tab.sweep_plan import Plan, name_of  # noqa: E402
+from tab.data.load import load_dataset  # noqa: E402
+from tab.sweep.driver import records, sweep  # noqa: E402
+from tab.sweep.plan import Plan, name_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from tab import checkpoint
-from tab.data import Dataset, Split
-from tab.flops import forward_flops
+from tab.data.load import Dataset, Split
 from tab.layers.basic import NoAttention
-from tab.models import build_model
+from tab.models.flops import forward_flops
+from tab.models.image_model import build_model
 from tab.ops._op import OPS
-from tab.recipe import load_recipe
-from tab.results import ANSWERS
-from tab.run import ROW
-from tab.train import load_trained, train
+from tab.recipe.recipe import load_recipe
+from tab.train.loop import load_trained, train
+from tab.train.training_run import ANSWERS, ROW
 
 SMALL = {
     **{"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16},

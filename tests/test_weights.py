@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 import tab
 from tab import checkpoint
 from tab.checkpoint import Corrupt
-from tab.data import load_dataset
-from tab.recipe import load_recipe
-from tab.results import ANSWERS
-from tab.train import load_trained, train
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.train.loop import load_trained, train
+from tab.train.training_run import ANSWERS
 
 OLD = Path(__file__).parent / "fixtures/results-0.1.tar.xz"
 TINY = {
@@ -159,6 +159,6 @@ def test_models_of_version_0_1_load(tmp_path):
 
 
 def test_operators_do_not_wait_for_what_trains():
-    program = "import sys, tab; tab.linear_attention; assert 'tab.train' not in sys.modules"
+    program = "import sys, tab; tab.linear_attention; assert 'tab.train.loop' not in sys.modules"
     program += "; assert 'load_model' in tab.__all__; tab.load_model"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)

@@ -20,7 +20,7 @@
 namespace tab::few {
 
 /// A problem computes what its block (one batch entry and head) has to, in `memory`. Its limits are
-/// template arguments, so that tab/kernel_report.py can read them in the name.
+/// template arguments, so that tab/doctor/kernel_report.py can read them in the name.
 template <typename Problem, int THREADS, int64_t MOST_SHARED_BYTES>
 __global__ void __launch_bounds__(THREADS, Problem::BLOCKS) run(const Problem problem) {
   extern __shared__ __align__(16) unsigned char memory[];

@@ -16,7 +16,7 @@ from rich.table import Table
 from .. import __version__
 from ..files import check, read_json, reading, write_json
 from .measure import DIRECTIONS, Row, percentiles, row_speedup
-from .memory import growth, tokens
+from .peak_memory import growth, tokens
 from .roofline import Roofline
 
 

@@ -1,6 +1,6 @@
 """`tab bench steps`: whole training steps of the study's models, images per second.
 
-A step is what tab/train.py does with one batch: forward, loss, backward, AdamW, `after_step`. The
+A step is what training does with one batch: forward, loss, backward, AdamW, `after_step`. The
 batch stays the same and is made of noise, so assembling it takes no part (bench/bench_batches.py
 times that). Contestants at one model, in turns:
 
@@ -27,11 +27,11 @@ from ..layers.linear import LinearAttention
 from ..layers.local import LocalAttention
 from ..layers.performer import PerformerAttention
 from ..layers.sparse import SparseAttention
-from ..models import ImageModel, build_model
+from ..models.image_model import ImageModel, build_model
 from ..ops.local import in_window
-from ..recipe import Recipe
-from ..run import place
-from ..step import Steps
+from ..recipe.recipe import Recipe
+from ..train.steps import Steps
+from ..train.training_run import place
 from . import eager
 from .measure import Row, take_turns, worst_of
 

@@ -26,7 +26,7 @@ class Attention(nn.Module):
     tokens are all masked is left, and an empty batch (B = 0 or N = 0) gives an empty output.
 
     fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
-    than with `dim`; recipes that match sizes choose it (tab/match.py).
+    than with `dim`; recipes that match sizes choose it (tab/recipe/size_matching.py).
     reads_stream: `forward` takes the residual stream too, beside x, which is its norm.
     takes_mask: False where a key mask is an error.
     """

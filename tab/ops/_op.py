@@ -22,15 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._autograd import (
-    below_autograd,
-    function,
-    once_only,
-    plain,
-    register,
-    tracing,
-    transforming,
-)
+from ._autograd import below_autograd, function, once_only, plain, register, tracing, transforming
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 # Op -> the N up to which "auto" takes CUDA C++ over Triton on a GPU. A measurement decides that

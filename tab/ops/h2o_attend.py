@@ -17,14 +17,7 @@ from torch.nn import functional as F
 
 from ._check import accumulate, token_major
 from ._op import Op
-from ._tile import (
-    empty_heads,
-    empty_outputs,
-    may_look,
-    row_sums,
-    tile_backward,
-    tile_forward,
-)
+from ._tile import empty_heads, empty_outputs, may_look, row_sums, tile_backward, tile_forward
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

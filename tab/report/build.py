@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint
-from ..data import Dataset
-from ..identity import identity
-from ..recipe import load_recipe
-from ..results import Grid, Run, made_with, read_runs
-from ..robustness import measure, weights_of
-from ..splits import splits
-from ..train import load_trained
+from ..analysis.robustness import measure, weights_of
+from ..analysis.same_function import identity
+from ..compare.plan import Grid
+from ..compare.runs import Run, read_runs
+from ..data.load import Dataset
+from ..data.splits import splits
+from ..recipe.recipe import load_recipe
+from ..train.facts import made_with
+from ..train.loop import load_trained
 from . import markdown, pictures
-from .charts import NOTE, Group, charts, looks
+from .chart_data import NOTE, Group, charts, looks
 from .comparable import comparable
 from .html import html
-from .identity import identity_section
 from .published import beside, published_charts, published_picture, published_section
 from .robustness import robustness_section, severity_picture
+from .same_function import identity_section
 from .tables import ranking
 from .trials import read_trials, told, trials_charts, trials_section
 from .weights import attention_picture, attention_weights, filters_picture

@@ -7,10 +7,10 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from ..halving import Budget
-from ..study import Ended, Record
-from ..sweep import winners
-from ..sweep_plan import Pair
+from ..sweep.driver import winners
+from ..sweep.halving import Budget
+from ..sweep.plan import Pair
+from ..sweep.record import Ended, Record
 from .style import figure, look
 from .tables import title as name_of
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ..bench import page as bench_page
 from ..bench import results as bench_results
 from ..web import document
-from .charts import Group
+from .chart_data import Group
 from .tables import Entry, title
 
 LIMIT = 5_000_000  # bytes of the page: what mail and a repository still take

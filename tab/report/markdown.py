@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..results import DISTURBED, Grid, Run
+from ..compare.csv_files import DISTURBED
+from ..compare.plan import Grid
+from ..compare.runs import Run
 from ..statistics import LEVEL, MARGIN, SEEDS, least_images
 from .tables import Entry, markdown_table, name, ranking, statistics_table
 from .text import code, plain

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ..results import Run
+from ..compare.runs import Run
 from .style import figure, label_ends, look
 from .tables import Entry, title
 

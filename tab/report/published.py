@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
-from ..published import EPOCHS, NEAR, curves
-from ..results import Run
-from .charts import Group
+from ..compare.runs import Run
+from ..recipe.published import EPOCHS, NEAR, curves
+from .chart_data import Group
 from .pictures import averaged, drawn, measured
 from .style import figure, look
 from .tables import Mean, markdown_lines, title

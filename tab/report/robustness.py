@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attacks import EPSILON, STEPS
-from ..corruptions import OFFICIAL, OWN, SEVERITIES
-from ..results import Run
+from ..analysis.attacks import EPSILON, STEPS
+from ..analysis.corruptions import OFFICIAL, OWN, SEVERITIES
+from ..compare.runs import Run
 from .pictures import curves
 from .tables import Mean, markdown_lines, title
 from .text import code

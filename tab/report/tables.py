@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from rich.table import Table
 
-from ..results import DISTURBED, Run
+from ..compare.csv_files import DISTURBED
+from ..compare.runs import Run
+from ..compare.verdicts import Verdict, verdicts
 from ..statistics import t_interval
-from ..verdicts import Verdict, verdicts
 from .text import plain
 
 TITLES = {

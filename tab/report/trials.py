@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from ..files import read_toml, reading
-from .charts import Group
+from .chart_data import Group
 from .tables import markdown_lines, title
 from .text import plain
 

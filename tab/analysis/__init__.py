@@ -1,0 +1,1 @@
+"""What is found out about trained and untrained models beside their accuracy."""

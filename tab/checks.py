@@ -1,0 +1,56 @@
+"""Checks of names, types and ranges, whose errors name what was given and the nearest way out."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Literal
+
+_UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
+
+
+def check_keys(
+    where: str, given: Iterable[str], known: Iterable[str], *, complete: bool = False
+) -> None:
+    """Unknown names raise a ValueError with the nearest known one; so do missing ones."""
+    given, known = list(given), list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown {key!r}{hint} It takes: {', '.join(known)}")
+    if complete and (missing := [key for key in known if key not in given]):
+        raise ValueError(f'{where}: {", ".join(missing)} missing; give it, or a base = "fair"')
+
+
+def check_type(where: str, value: object, hint: object) -> object:
+    """`value` if it is a `hint` (an int passes for a float), else a ValueError."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    for kind in choices:
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif kind is float and type(value) in (int, float):
+            return float(value)
+        elif type(value) is kind:
+            return value
+    wanted = " or ".join(
+        ", ".join(map(repr, typing.get_args(kind)))
+        if typing.get_origin(kind) is Literal
+        else kind.__name__
+        for kind in choices
+    )
+    raise ValueError(f"{where} = {value!r}: give {wanted}")
+
+
+def positive(section: object, where: str, *keys: str) -> None:
+    for key in keys:
+        if not getattr(section, key) > 0:
+            raise ValueError(f"{where}.{key} = {getattr(section, key)!r}: must be above 0")
+
+
+def between(section: object, where: str, key: str, low: float, high: float) -> None:
+    if not low <= getattr(section, key) <= high:
+        raise ValueError(f"{where}.{key} = {getattr(section, key)!r}: must be from {low} to {high}")

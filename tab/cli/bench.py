@@ -1,0 +1,221 @@
+"""`tab bench` and `tab bench compare`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..machine import command
+from .terminal import console, errors
+
+app = typer.Typer(help="Microbenchmark the ops against what you could run instead.")
+
+Processes = Annotated[
+    int, typer.Option(min=1, help="That take turns; at least 2 for tab bench compare.")
+]
+Out = Annotated[Path | None, typer.Option(help="JSON; PNG and HTML are put beside it.")]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _chosen(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
+    names = list(known) if given == "all" else given.split(",")
+    if unknown := [n for n in names if n not in known]:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
+    return names
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    ops: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    sizes: Annotated[str, typer.Option(help="Comma-separated names of sizes.")] = "vision",
+    causal: Annotated[str, typer.Option(help="no, yes or both.")] = "no",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    directions: Annotated[str, typer.Option(help="forward, backward, both.")] = "forward,both",
+    contestants: Annotated[str, typer.Option(help="Names (prefixes), or all.")] = "all",
+    budget: Annotated[float, typer.Option(help="Seconds per contestant and direction.")] = 3.0,
+    cold: Annotated[bool, typer.Option(help="Empty the caches before each call.")] = False,
+    processes: Processes = 5,
+    out: Out = None,
+) -> None:
+    """Check each contestant against float64, then time them in turns."""
+    if context.invoked_subcommand:
+        return
+    import torch
+
+    from ..bench.cases import SIZES, cases
+    from ..bench.contestants import PYTORCH
+    from ..bench.measure import DIRECTIONS, measure
+    from ..bench.page import write_page
+    from ..bench.results import picture, save, tables
+    from ..bench.roofline import measure_roofline
+    from ..bench.turns import Load, in_turns
+
+    kind = getattr(torch, _chosen(dtype, DTYPES, "dtype")[0])
+    wanted = tuple(_chosen(directions, DIRECTIONS, "direction"))
+    flags = {"no": (False,), "yes": (True,), "both": (False, True)}[
+        _chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
+    ]
+    prefixes = None if contestants == "all" else tuple(contestants.split(","))
+    every = _chosen(ops, list(PYTORCH), "op"), _chosen(sizes, list(SIZES), "size")
+    chosen = cases(*every, flags, kind, device)
+    roofline = measure_roofline(kind, device)
+    console.print(
+        f"ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
+        f"{roofline.bandwidth / 1e9:.1f} GB/s"
+    )
+    load, found = Load(), {}
+    _warn(load)
+    one = partial(measure, roofline=roofline, directions=wanted, budget=budget / processes,
+                  min_rounds=_rounds(processes), cold=cold,
+                  only=partial(_entered, prefixes))  # fmt: skip
+    for i, group in in_turns(chosen, one, processes):
+        found[i] = group
+        rows = [row for mine in found.values() for row in mine]
+        load.note()
+        if out:  # each time, so that what was measured is kept
+            record = save(out, rows, roofline, device, command(), load.record())
+    for table in tables(rows):
+        console.print(table)
+    _warn(load)
+    if out:
+        picture(rows, out.with_suffix(".png"))
+        write_page(out.with_suffix(".html"), record, rows)
+        console.print(f"wrote {out}, and .png and .html beside it")
+
+
+def _entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
+    return prefixes is None or name == "tab" or name.startswith(prefixes)
+
+
+def _rounds(processes: int) -> int:
+    """At least, of each process: its median."""
+    return 5 if processes == 1 else 3
+
+
+def _warn(load) -> None:
+    import torch
+
+    from ..bench.turns import busy
+
+    if words := busy(load.record(), torch.get_num_threads()):
+        errors.print(f"{words}: times are longer than the code's own", style="yellow")
+
+
+@app.command("steps")
+def steps_command(
+    recipe: Annotated[str, typer.Option(help="Sizes: a recipe or a file.")] = "fair",
+    models: Annotated[str, typer.Option(help="mlp, cnn, resnet9 or all.")] = "mlp,cnn",
+    attentions: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    batch: Annotated[int | None, typer.Option(min=1, help="Images; default: recipe's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    budget: Annotated[float, typer.Option(help="Seconds per contestant.")] = 3.0,
+    processes: Processes = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON; HTML is put beside it.")] = None,
+) -> None:
+    """Whole training steps of the models, against control and against plain PyTorch attention."""
+    from ..bench.page import write_page
+    from ..bench.results import save, steps_table
+    from ..bench.steps import steps
+    from ..bench.turns import Load, in_turns
+    from ..layers import attention_names
+    from ..models.image_model import model_names
+    from ..recipe.recipe import load_recipe
+
+    load, found = Load(), {}
+    _warn(load)
+    names = _chosen(attentions, attention_names(), "attention")
+    one = partial(steps, load_recipe(recipe), attentions=names, batch=batch, device=device,
+                  budget=budget / processes, min_rounds=_rounds(processes))  # fmt: skip
+    for i, group in in_turns(_chosen(models, model_names(), "model"), one, processes):
+        found[i] = group
+        rows = [row for mine in found.values() for row in mine]
+        load.note()
+        if out:
+            record = save(out, rows, None, device, command(), load.record())
+            write_page(out.with_suffix(".html"), record, rows)
+    for group in found.values():
+        console.print(steps_table(group))
+    _warn(load)
+
+
+@app.command("memory")
+def memory_command(
+    ops: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    longest: Annotated[int, typer.Option(help="The last N.")] = 16384,
+    out: Out = None,
+) -> None:
+    """Peak memory of each op, forward and backward, against N on the CPU, and how it grows."""
+    from ..bench.contestants import PYTORCH
+    from ..bench.page import write_page
+    from ..bench.peak_memory import LENGTHS, memory, picture
+    from ..bench.results import memory_table, save
+
+    rows = []
+    if longest < LENGTHS[1]:
+        raise ValueError(f"longest {longest}: growth needs two N; at least {LENGTHS[1]}")
+    for op in _chosen(ops, list(PYTORCH), "op"):
+        new = memory(op, tuple(n for n in LENGTHS if n <= longest))
+        rows += new
+        console.print(memory_table(new))
+        if out:
+            write_page(out.with_suffix(".html"), save(out, rows, None, "cpu", command()), rows)
+    if out:
+        picture(rows, out.with_suffix(".png"))
+
+
+@app.command("compare")
+def compare_runs(
+    old: Path,
+    new: Path,
+    alpha: Annotated[float, typer.Option(help="Significance after Holm.")] = 0.01,
+    effect: Annotated[float, typer.Option(help="Least relative change that counts.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Also of two machines.")] = False,
+) -> None:
+    """What changed between two results. Exit code 1: something of TAB's is slower, wrong or gone;
+    2: something of TAB's could not be judged."""
+    from ..bench.regress import compare, differences
+    from ..bench.results import load
+    from ..bench.turns import busy
+
+    (before, old_rows), (after, new_rows) = load(old), load(new)
+    machine, other = differences(before, after)
+    if machine and not force:
+        raise ValueError(
+            f"{old} and {new} are not of one machine ({'; '.join(machine)}): measure both on one, "
+            "or compare them nevertheless with --force"
+        )
+    for line in (*machine, *other):
+        console.print(line, style="yellow" if line in machine else "dim")
+    for path, record in ((old, before), (new, after)):
+        if words := busy(record.get("load"), record["environment"]["threads"]):
+            console.print(f"{path}: {words}", style="yellow")
+    changes = compare(old_rows, new_rows, alpha=alpha, effect=effect)
+    console.print(_changes(changes))
+    mine = [change for change in changes if change.ours]
+    if any(change.bad for change in mine):
+        raise typer.Exit(1)
+    if any(change.undecidable for change in mine):
+        raise typer.Exit(2)
+
+
+def _changes(changes) -> Table:
+    table = Table("case", "contestant", "direction", "old ms", "new ms", "change", "p", "")
+    table.caption = "change: of the time over the yardstick's, with the interval of --alpha"
+    for c in changes:
+        bad = c.bad or c.undecidable
+        colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
+        times = ("–" if x is None else f"{1e3 * x:.3f}" for x in (c.old, c.new))
+        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
+        if c.low is not None:
+            change += f" ({100 * (c.low - 1):+.1f} … {100 * (c.high - 1):+.1f})"
+        p = "–" if c.p is None else f"{c.p:.2g}"
+        table.add_row(c.case, c.contestant, c.direction, *times, change, p,
+                      Text(c.verdict, style=colour))  # fmt: skip
+    return table

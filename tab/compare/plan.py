@@ -1,0 +1,130 @@
+"""What a comparison is to run: a recipe and a grid of models × attentions × seeds.
+
+results/<time>/
+    config.toml  environment.json                  written first: enough to resume
+    runs/<model>-<attention>-s<seed>/              train()'s own files, or error.txt
+    experiment_results.csv  experiment_summary.csv a function of config.toml and runs/ alone
+    pictures/*.png  report.md  report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint
+from ..data.load import Dataset
+from ..data.splits import splits
+from ..files import (
+    begun,
+    check,
+    read_toml,
+    reading,
+    toml,
+    write_json,
+    write_toml,
+)
+from ..layers import get_attention
+from ..recipe.recipe import Recipe, load_recipe
+from ..run_config import RunConfig
+from ..train.facts import COPY, facts_of, made_with
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which runs a comparison holds. It stands in config.toml under [grid], below the recipe."""
+
+    recipe: str  # its name
+    models: list[str]
+    attentions: list[str]
+    seeds: int  # 0 … seeds - 1
+    data: str
+    device: str
+    batch_seeds: int = 1  # seeds of a variant trained at once, as one stacked model
+    classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
+
+    def cells(self) -> list[tuple[str, str, int]]:
+        """(model, attention, seed) in the order of work: a whole table after each seed."""
+        seeds = range(self.seeds)
+        return [(m, a, s) for s in seeds for a in self.attentions for m in self.models]
+
+    def groups(self) -> list[list[tuple[str, str, int]]]:
+        """The cells that are trained at once, in the order of work."""
+        n = self.batch_seeds
+        starts = [(m, a, s) for m, a, s in self.cells() if s % n == 0]
+        return [[(m, a, i) for i in range(s, min(s + n, self.seeds))] for m, a, s in starts]
+
+    @classmethod
+    def load(cls, out: Path) -> Grid:
+        path = out / "config.toml"
+        if not path.exists():
+            raise ValueError(f"{out} holds no comparison: there is no config.toml in it")
+        table = read_toml(path, dict, COPY).get("grid")
+        if not table:
+            raise ValueError(f"{path} has no [grid]: it is a recipe, no comparison; {COPY}")
+        with reading(path, COPY):
+            return cls(**check("grid", table, cls))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: a recipe and a grid; config.toml holds both."""
+
+    recipe: Recipe
+    grid: Grid
+
+    def configs(self) -> list[RunConfig]:
+        """All runs, resolved and checked, in the order of work."""
+        if self.grid.seeds < 1:
+            raise ValueError(f"seeds = {self.grid.seeds}: a comparison needs at least one")
+        if self.grid.batch_seeds < 1:
+            raise ValueError(f"batch_seeds = {self.grid.batch_seeds}: 1 is one run at a time")
+        for key in ("models", "attentions"):
+            names = getattr(self.grid, key)
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"{key} = {', '.join(names)!r}: give each name once")
+        for attention in self.grid.attentions:
+            get_attention(attention)  # an unknown name is an error before anything runs
+        return [self.config(*cell) for cell in self.grid.cells()]
+
+    def config(self, model: str, attention: str, seed: int) -> RunConfig:
+        return self.recipe.run(model, attention, seed, classes=self.grid.classes)
+
+    def for_classes(self, classes: int) -> Plan:
+        """With sizes matched for so many classes."""
+        return dataclasses.replace(self, grid=dataclasses.replace(self.grid, classes=classes))
+
+    def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
+        """Starts the directory `out`; one that holds a comparison is an error. new: if another has
+        taken that name, it gets a number. -> the directory"""
+        plan = self.for_classes(len(dataset.classes))
+        # Are there images enough?
+        train, validation, test = splits(plan.configs()[0], dataset, torch.device("cpu"))
+        facts = facts_of(self.grid.device, dataset)
+        facts["dataset"] |= {"train": train.samples, "test": test.samples}
+        facts["dataset"] |= {"validation": validation.samples if validation else 0}
+        facts["overrides"] = self.recipe.overrides
+        toml(plan.table())  # an error now if it cannot be kept
+        with begun(out, "config.toml", "a comparison", new=new) as out:
+            write_json(out / "environment.json", facts)
+            write_toml(out / "config.toml", plan.table())
+        return out
+
+    def table(self) -> dict:
+        """config.toml: the recipe, and the grid below it."""
+        return {**self.recipe.tables, "grid": dataclasses.asdict(self.grid)}
+
+    def moved(self, out: Path, dataset: Dataset) -> None:
+        """Keeps where the data of the comparison in `out` is now; a ValueError if it is other."""
+        made_with(out, dataset)
+        with checkpoint.locked(out):
+            write_toml(out / "config.toml", self.table())
+
+    @classmethod
+    def load(cls, out: Path) -> Plan:
+        grid = Grid.load(out)
+        recipe = load_recipe((out / "config.toml").resolve())
+        return cls(dataclasses.replace(recipe, name=grid.recipe), grid)

@@ -1,0 +1,228 @@
+"""Pictures train/<class>/* and test/<class>/* of a folder or archive, as uint8 arrays.
+
+Without a folder `test`, the pictures in `val` are the test set, and the note says so. Hidden files
+and folders are no part of a set; other files that are no pictures are passed over, and counted and
+named in the note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from .decode import ENDINGS, NAMES, decode, looks_like_picture
+from .tree import FILE, FOLDER, LOST, Archive, Fetch, Folder, shown, stamp, visible
+
+TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
+BLOCK = 250  # pictures decoded by a thread between two reports of progress
+LAYOUT = "wanted are pictures train/<class>/* and test/<class>/*"
+Pair = tuple[np.ndarray, np.ndarray]  # images uint8 (N, side, side, 3), labels int64 (N,)
+Progress = Callable[[int, int, str], None]  # (done, total, what)
+
+
+def is_set(entries: dict[str, str]) -> bool:
+    """Whether the folder that holds these is a data set."""
+    return entries.get(TRAIN) == FOLDER and any(entries.get(name) == FOLDER for name in TESTS)
+
+
+@dataclass
+class Layout:
+    """Where the pictures of a set lie."""
+
+    test: str  # the folder that is the test set
+    other: list[str]  # those that might be as well, and are not read
+    files: dict[str, list[str]] = field(default_factory=dict)  # {"train/cat": names}
+    skipped: list[str] = field(default_factory=list)  # no pictures, by name and place
+
+
+def scan(tree: Folder | Archive, base: str) -> Layout:
+    """The files of the set in the folder `base`. ValueError names what lies where it must not."""
+    tests = [name for name in TESTS if tree.list(base).get(name) == FOLDER]
+    found = Layout(tests[0], tests[1:])
+    for split in (TRAIN, found.test):
+        for name, kind in visible(tree.list(_join(base, split))).items():
+            if kind == FOLDER:
+                found.files[f"{split}/{name}"] = _files(tree, base, f"{split}/{name}", found)
+            elif kind == FILE and _meant(name):
+                raise ValueError(f"{_at(tree, base, split, name)} is in no class folder; {LAYOUT}")
+            else:
+                found.skipped.append(_not_lost(tree, base, f"{split}/{name}", kind))
+    return found
+
+
+def _files(tree: Folder | Archive, base: str, folder: str, found: Layout) -> list[str]:
+    names = []
+    for name, kind in visible(tree.list(_join(base, folder))).items():
+        if kind == FOLDER:
+            raise ValueError(
+                f"{_at(tree, base, folder, name)} is a folder within a class; {LAYOUT}"
+            )
+        if kind == FILE:
+            names.append(name)
+        else:
+            found.skipped.append(_not_lost(tree, base, f"{folder}/{name}", kind))
+    return names
+
+
+def _not_lost(tree: Folder | Archive, base: str, name: str, kind: str) -> str:
+    if kind == LOST:
+        raise ValueError(
+            f"{_at(tree, base, name)} is a link to nothing that is here; put the file in its "
+            "place, or remove it"
+        )
+    return name
+
+
+def nothing(tree: Folder | Archive) -> str:
+    """Why there is no data set in the tree, in words."""
+    folder, entries = "", visible(tree.list(""))
+    while list(entries.values()) == [FOLDER] and not {TRAIN, *TESTS} & set(entries):
+        folder = _join(folder, *entries)
+        entries = visible(tree.list(folder))
+    missing = "'train'" if entries.get(TRAIN) != FOLDER else "'test' (nor 'val')"
+    here = ", ".join(map(shown, list(entries)[:8])) or "nothing"
+    return (
+        f"{_at(tree, folder)} has no folder {missing}, it holds {here}; {LAYOUT}, or the Python "
+        "version of CIFAR-10 or CIFAR-100"
+    )
+
+
+def key(tree: Folder, base: str) -> str:
+    """Another string as soon as a file comes, goes or changes."""
+    found = scan(tree, base)
+    digest = hashlib.sha256(repr((found.test, found.other, found.skipped)).encode())
+    for folder, names in found.files.items():
+        for name in names:
+            line = f"{folder}/{name}\0{stamp(tree.path / base / folder / name)}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def read(
+    tree: Folder | Archive,
+    base: str,
+    order: tuple[str, ...],
+    side: int,
+    progress: Progress | None,
+) -> tuple[tuple[str, ...], Pair, Pair, str]:
+    """(classes, train, test, note); classes in `order` if they are just those, else sorted."""
+    found = scan(tree, base)
+    fetch = tree.read([_join(base, d, name) for d, names in found.files.items() for name in names])
+    for folder, names in found.files.items():
+        for name in names[:]:
+            if not _meant(name) and not looks_like_picture(fetch(_join(base, folder, name), 16)):
+                names.remove(name)
+                found.skipped.append(f"{folder}/{name}")
+    classes = _classes(tree, base, found, order)
+    names, labels, counts = [], [], []
+    for split in (TRAIN, found.test):
+        for label, name in enumerate(classes):
+            files = found.files[f"{split}/{name}"]
+            names += [_join(base, split, name, file) for file in files]
+            labels += [label] * len(files)
+        counts.append(len(names))
+    images, resized = _decode_all(tree, names, fetch, side, progress)  # (train + test, side, side)
+    n, both = counts[0], np.asarray(labels, np.int64)
+    note = _note(tree, found, names, n, resized, side)
+    return tuple(map(shown, classes)), (images[:n], both[:n]), (images[n:], both[n:]), note
+
+
+def _note(
+    tree: Folder | Archive, found: Layout, names: list[str], train: int, resized: int, side: int
+) -> str:
+    note = f"pictures from {shown(tree.path.name)}: {train:,} train, {len(names) - train:,} test"
+    if resized:
+        note += f", {resized:,} of them resized to {side}×{side}"
+    if found.test != "test":
+        note += f"; there is no folder test: the pictures in {found.test} are the test set"
+    if found.other:
+        note += f"; not read: {', '.join(found.other)}"
+    if found.skipped:
+        one, few = len(found.skipped) == 1, ", ".join(map(shown, found.skipped[:3]))
+        what = "file that is no picture" if one else "files that are no pictures"
+        more = ", …" * (len(found.skipped) > 3)
+        note += f"; skipped {len(found.skipped):,} {what}: {few}{more}"
+    if any(name.lower().endswith((".jpg", ".jpeg")) for name in names):
+        note += "; lossy JPEG: accuracy can differ a little from that on the original pixels"
+    return note
+
+
+def _classes(
+    tree: Folder | Archive, base: str, found: Layout, order: tuple[str, ...]
+) -> tuple[str, ...]:
+    path = _at(tree, base)
+    train, test = (
+        {name.split("/")[1] for name in found.files if name.startswith(f"{split}/")}
+        for split in (TRAIN, found.test)
+    )
+    pairs = ((TRAIN, found.test, train - test), (found.test, TRAIN, test - train))
+    for here, there, names in pairs:
+        if names:
+            raise ValueError(
+                f"{path}: {here} has the classes {', '.join(map(shown, sorted(names)))}, {there} "
+                "has not; both need the same class folders"
+            )
+    if len(train) < 2:
+        raise ValueError(f"{path} has {len(train)} classes, but 2 or more are needed; {LAYOUT}")
+    for name, files in found.files.items():
+        if not files:
+            raise ValueError(
+                f"{_at(tree, base, name)} is empty; add pictures, or remove the class from both"
+            )
+    return order if train == set(order) else tuple(sorted(train))
+
+
+def _decode_all(
+    tree: Folder | Archive,
+    names: list[str],
+    fetch: Fetch,
+    side: int,
+    progress: Progress | None,
+) -> tuple[np.ndarray, int]:
+    """(images uint8 (len(names), side, side, 3), how many had another size)."""
+    images = np.empty((len(names), side, side, 3), np.uint8)
+
+    def block(start: int) -> int:
+        resized = 0
+        for i, name in enumerate(names[start : start + BLOCK], start):
+            data = fetch(name)
+            try:
+                images[i], other = decode(data, side)
+            except Exception as error:  # Pillow raises whatever its readers stumble over
+                raise ValueError(
+                    f"{_at(tree, name)} is no whole picture ({_short(error)}); replace or remove it"
+                ) from error
+            resized += other
+        return resized
+
+    total, starts = 0, range(0, len(names), BLOCK)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start, resized in zip(starts, pool.map(block, starts), strict=True):
+            total += resized
+            if progress:
+                progress(min(start + BLOCK, len(names)), len(names), "decoding pictures")
+    return images, total
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory
+        return f"it does not begin as one; {NAMES} can be read"
+    return str(error) or type(error).__name__
+
+
+def _meant(name: str) -> bool:
+    return name.lower().endswith(ENDINGS)
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _at(tree: Folder | Archive, *parts: str) -> str:
+    return shown(tree.path.joinpath(*parts))

@@ -1,0 +1,85 @@
+"""Which images a run trains on, validates on and is tested on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..run_config import RunConfig
+from .batches import Batches
+from .load import Dataset, Split, hold_out, statistics
+
+
+def splits(
+    config: RunConfig, dataset: Dataset, device: torch.device
+) -> tuple[Batches, Batches | None, Batches]:
+    """Training, validation (None if nothing is held out) and test batches of a run.
+
+    Which images are held out, and which are used, is one choice for all models and seeds.
+    """
+    data, labels = config.data, dataset.train.labels
+    if config.evaluate.split != "test" and not data.validation:
+        raise ValueError(
+            f'evaluate.split = "{config.evaluate.split}" needs data.validation above 0, images to '
+            "hold out"
+        )
+    index, held = torch.arange(len(labels)), None
+    classes, most = len(dataset.classes), len(labels) - len(dataset.classes)
+    if data.validation > most:
+        raise ValueError(
+            f"data.validation = {data.validation} leaves no training image of some class: of the "
+            f"{len(labels)} of {dataset.name}, {classes} classes, at most {most} can be held out; "
+            + (
+                f"give --set data.validation={max(1, min(most, len(labels) // 10))} (a sweep: "
+                "--validation)"
+                if most
+                else 'add pictures, or give --set data.validation=0 --set evaluate.split="test"'
+            )
+        )
+    if data.validation:
+        index, held = hold_out(labels, data.validation, seed=0, least=(1, 0))
+    if 0 < data.images < classes:
+        raise ValueError(
+            f"data.images = {data.images} are too few for the {classes} classes of "
+            f"{dataset.name}: give --set data.images={classes} or more, or 0 for all"
+        )
+    if 0 < data.images < len(index):
+        _, chosen = hold_out(labels[index], data.images, seed=0, least=(0, 1))
+        index = index[chosen]
+    size = config.train.batch_size
+    if data.drop_last and len(index) < size:
+        raise ValueError(
+            f"no batch: {len(index)} images, batch_size {size}, drop_last true: give "
+            f"--set train.batch_size={len(index)} or less, or --set data.drop_last=false"
+        )
+    mean, std = _statistics(dataset.train.images[index])
+    common = {"mean": mean, "std": std, "device": device}
+    batches = Batches(
+        dataset.train,
+        index=index,
+        batch_size=size,
+        seed=config.seed,
+        shuffle=True,
+        translate=data.translate,
+        flip=data.flip,
+        drop_last=data.drop_last,
+        **common,
+    )
+    size = config.evaluate.batch_size
+    validation = None
+    if held is not None:
+        validation = Batches(dataset.train, index=held, batch_size=size, **common)
+    return batches, validation, test_batches(config, dataset.test, batch_size=size, **common)
+
+
+def test_batches(config: RunConfig, test: Split, *, mean, std, **options) -> Batches:
+    """The test images, normalised as the recipe says."""
+    if config.data.normalise == "each":
+        mean, std = _statistics(test.images)
+    return Batches(test, mean=mean, std=std, **options)
+
+
+def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `images`, to normalise by; a constant channel becomes 0, whatever it is divided by."""
+    mean, std = statistics(images)
+    return mean, torch.where(std > 0, std, 1.0)

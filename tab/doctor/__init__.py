@@ -1,0 +1,1 @@
+"""What was built, which kernel runs where, and why not."""

@@ -1,0 +1,122 @@
+"""What makes tokens (B, N, C) of images x (B, 3, 32, 32). Each backbone has:
+
+grid(options)  (rows, cols) if its tokens are the cells of a feature map, else None
+pool           how the head then makes one vector of them
+filters()      the first layer's weights as pictures, (F, 3, rows, cols)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..run_config import Cnn, Mlp, Resnet9
+
+IMAGE = 32  # rows and columns
+CELLS = (IMAGE // 4, IMAGE // 4)  # of the CNN's last feature map
+
+
+class MlpBackbone(nn.Module):
+    """Linear(3072 → N·C), ReLU. Pixels are flattened as 32×32×3, the order in memory."""
+
+    @staticmethod
+    def grid(options: Mlp) -> None:
+        return None
+
+    def __init__(self, options: Mlp):
+        super().__init__()
+        self.tokens = options.tokens
+        self.linear = nn.Linear(3 * IMAGE * IMAGE, options.tokens * options.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.permute(0, 2, 3, 1).flatten(1)  # (B, 3072)
+        return self.linear(flat).relu().unflatten(1, (self.tokens, -1))
+
+    def filters(self) -> Tensor:
+        return self.linear.weight.unflatten(1, (IMAGE, IMAGE, 3)).permute(0, 3, 1, 2)
+
+
+class CnnBackbone(nn.Module):
+    """Two convolutions to 8×8 cells; the cells are the tokens, or flatten → Linear → N tokens."""
+
+    pool = "mean"
+
+    @staticmethod
+    def grid(options: Cnn) -> tuple[int, int] | None:
+        return CELLS if options.tokens == "grid" else None
+
+    def __init__(self, options: Cnn):
+        super().__init__()
+        first = options.channels
+        last = options.hidden if options.tokens == "grid" else 2 * first
+        self.convolutions = nn.Sequential(
+            *_conv(3, first, options.stem), *_conv(first, last, options.stem)
+        )
+        self.tokens, self.linear = options.tokens, None
+        if options.tokens != "grid":
+            cells = CELLS[0] * CELLS[1] * last
+            self.linear = nn.Linear(cells, options.tokens * options.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = self.convolutions(x).permute(0, 2, 3, 1)  # (B, 8, 8, C)
+        if self.linear is None:
+            return cells.flatten(1, 2)
+        return self.linear(cells.flatten(1)).unflatten(1, (self.tokens, -1))
+
+    def filters(self) -> Tensor:
+        return self.convolutions[0].weight
+
+
+class Resnet9Backbone(nn.Module):
+    """Eight convolutions to 4×4 or 8×8 cells of width C; the head is the ninth layer.
+
+    The shape of Page 2018, "How to Train Your ResNet": widths c, 2c (and a residual block), 4c,
+    C (and a residual block), each halved but the first; max pooling over the cells in the head.
+    cells = 8 leaves out the last halving.
+    """
+
+    pool = "max"
+
+    @staticmethod
+    def grid(options: Resnet9) -> tuple[int, int]:
+        return (options.cells, options.cells)
+
+    def __init__(self, options: Resnet9):
+        super().__init__()
+        c, last = options.channels, options.hidden
+        self.convolutions = nn.Sequential(
+            *_conv(3, c, "keep"),
+            *_conv(c, 2 * c, "pool"),
+            _Add(2 * c),
+            *_conv(2 * c, 4 * c, "pool"),
+            *_conv(4 * c, last, "pool" if options.cells == 4 else "keep"),
+            _Add(last),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolutions(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, rows·cols, C)
+
+    def filters(self) -> Tensor:
+        return self.convolutions[0].weight
+
+
+class _Add(nn.Module):
+    """y = x + two convolutions of x"""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.branch = nn.Sequential(*_conv(c, c, "keep"), *_conv(c, c, "keep"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def _conv(into: int, out: int, size: str) -> list[nn.Module]:
+    """size: "pool" and "stride" halve rows and columns, "keep" does not. Batch norm makes a bias
+    redundant."""
+    stride = 2 if size == "stride" else 1
+    convolution = nn.Conv2d(into, out, 3, stride=stride, padding=1, bias=False)
+    halve = [nn.MaxPool2d(2)] if size == "pool" else []
+    return [convolution, nn.BatchNorm2d(out), nn.ReLU(), *halve]
+
+
+BACKBONES = {"mlp": MlpBackbone, "cnn": CnnBackbone, "resnet9": Resnet9Backbone}

@@ -1,0 +1,39 @@
+"""Floating-point operations of one forward pass, per image: matrix products and convolutions.
+
+PyTorch's counter knows its own operators. TAB's carry their own formulas (`Op.flops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..ops import OPS
+from .backbones import IMAGE
+
+
+def _formula(name: str) -> Callable[..., int]:
+    """The op's own; an op that has none is not counted as 0."""
+
+    def unknown(*_, **__) -> int:
+        raise ValueError(f"tab::{name} has no FLOP formula: give its Op one, `flops=`")
+
+    return OPS[name].flops or unknown
+
+
+def forward_flops(model: nn.Module) -> int:
+    """FLOPs of the model on one image, by running it once where it is: on the CPU, or on meta."""
+    mapping = {getattr(torch.ops.tab, name): _formula(name) for name in OPS}
+    x = torch.zeros(1, 3, IMAGE, IMAGE, device=next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    # Fused softmax attention is taken apart into the two products that define it.
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        model(x)
+    model.train(training)
+    return counter.get_total_flops()

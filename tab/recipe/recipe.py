@@ -1,0 +1,216 @@
+"""Recipes: an experiment as one TOML file, found by name or path, checked key by key.
+
+    base = "fair"                    what this file does not say comes from there
+    [train] [data] [evaluate]        see tab/run_config.py
+    [model.cnn]                      options of a model
+    [attention.local]                options of a mechanism, for both models
+    [attention.local.cnn]            options of mechanism, model or training, for this pair alone
+
+A later layer wins: file over base, override over file. What a later layer says of a model or of
+training (model.cnn.hidden, train.lr) also replaces what an earlier one said of a pair
+(attention.local.cnn.hidden, attention.local.cnn.lr).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checks import check_keys, check_type
+from ..files import read_toml, toml
+from ..layers import attention_names, attention_options
+from ..run_config import MODELS, SECTIONS, RunConfig, model_class, options
+from .published import published_attentions
+from .size_matching import check_match, matched, reference_of
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; `run` resolves it for one model, attention and seed."""
+
+    name: str
+    tables: dict
+    overrides: dict = dataclasses.field(default_factory=dict, compare=False)  # already in tables
+
+    @property
+    def title(self) -> str:
+        return self.tables.get("title", "")
+
+    def run(self, model: str, attention: str, seed: int, *, classes: int = 10) -> RunConfig:
+        """One run, resolved; classes: of the data set, for which sizes are matched."""
+        kind = model_class(model)
+        published = self.tables["model"][model]["forms"] == "published"
+        known = attention_options(attention, published=published)
+        own = dict(self.tables["attention"].get(attention, {}))
+        pair = own.pop(model, {})
+        own = {k: v for k, v in own.items() if k not in MODELS}
+        where = f"attention.{attention}{' as published' * published}"
+        check_keys(where, own, known)
+        check_keys(f"{where}, {model}", pair, [*known, *_fields(kind), *PAIR_TRAIN])
+        chosen = {k: v for k, v in {**own, **pair}.items() if k in known}
+        if "seed" in known:  # of its random parts
+            chosen.setdefault("seed", seed)
+        fields = _fields(kind)
+        shape = {**self.tables["model"][model], **{k: v for k, v in pair.items() if k in fields}}
+        sections = {name: self.tables[name] for name in SECTIONS}
+        sections["train"] = sections["train"] | {k: v for k, v in pair.items() if k in PAIR_TRAIN}
+        config = RunConfig(
+            recipe=self.name,
+            model=model,
+            attention=attention,
+            seed=check_type("seed", seed, int),
+            **{name: options(part, name, sections[name]) for name, part in SECTIONS.items()},
+            model_options=options(kind, f"model.{model}", shape),
+            attention_options=chosen,
+        )
+        reference = reference_of(config.model_options.match)
+        if reference in ("", attention):
+            return config
+        return matched(config, self.run(model, reference, seed, classes=classes), classes)
+
+    def attentions(self) -> list[str]:
+        """All that this recipe is about: those of the published table if it trains their forms."""
+        if any(table["forms"] == "published" for table in self.tables["model"].values()):
+            return published_attentions()
+        return attention_names()
+
+    def with_pair(self, model: str, attention: str, table: dict) -> Recipe:
+        """This recipe with `table` laid over [attention.<attention>.<model>]."""
+        layer = {"attention": {attention: {model: table}}}
+        _check(f"{model}, {attention}", layer)
+        return dataclasses.replace(self, tables=_merge(self.tables, layer))
+
+    def to_toml(self) -> str:
+        """The whole recipe as TOML, without a base: `load_recipe` reads it back as it is."""
+        return toml(self.tables)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = None) -> Recipe:
+    """The recipe called so, or in that file; overrides by dotted key, {"train.lr": 0.01}."""
+    path = _find(str(name_or_file), Path.cwd())
+    tables = _read(path, seen=())
+    for key, value in (overrides or {}).items():
+        layer: dict = {}
+        inner = layer
+        *parents, last = key.split(".")
+        for part in parents:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+        _check(f"override {key}", layer)
+        tables = _merge(tables, layer)
+    try:
+        for section, kind in SECTIONS.items():
+            options(kind, section, tables[section])
+        for model, table in tables["model"].items():
+            options(MODELS[model], f"model.{model}", table)
+            check_match(f"model.{model}.match", table["match"])
+    except ValueError as error:
+        raise ValueError(f"recipe {name_or_file}: {error}") from None
+    return Recipe(path.stem, tables, dict(overrides or {}))
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """ "train.lr=0.01" -> ("train.lr", 0.01). The value is TOML; a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"override {text!r}: write KEY=VALUE, such as train.lr=0.01")
+    try:
+        return key.strip(), tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _find(name: str, folder: Path) -> Path:
+    if name.endswith(".toml"):
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"there is no recipe file {path}")
+        return path
+    check_keys("recipes (or a file ending in .toml)", [name], recipe_names())
+    return _FOLDER / f"{name}.toml"
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    """The file's tables over those of its base."""
+    if path in seen:
+        raise ValueError(f"recipe {path}: its base leads back to itself")
+    layer = read_toml(path, dict, "mend it, or give another recipe")
+    base = layer.pop("base", None)
+    layer.pop("grid", None)  # a comparison's config.toml is its recipe, with its grid below
+    _check(f"recipe {path}", layer)
+    empty = {**{section: {} for section in SECTIONS}, "model": {}, "attention": {}}
+    below = _read(_find(base, path.parent), (*seen, path)) if base else empty
+    return _merge(below, layer)
+
+
+def _check(where: str, layer: dict) -> None:
+    """Names and types of what a layer says; what it does not say is checked when all are merged."""
+    check_keys(where, layer, ["base", "title", *SECTIONS, "model", "attention"])
+    for key, table in layer.items():
+        check_type(f"{where}: {key}", table, str if key in ("base", "title") else dict)
+    for section, kind in SECTIONS.items():
+        check_keys(f"{where}: {section}", layer.get(section, {}), _fields(kind))
+    check_keys(f"{where}: model", layer.get("model", {}), MODELS)
+    for model, table in layer.get("model", {}).items():
+        check_type(f"{where}: model.{model}", table, dict)
+        check_keys(f"{where}: model.{model}", table, _fields(MODELS[model]))
+    check_keys(f"{where}: attention", layer.get("attention", {}), attention_names())
+    for name, table in layer.get("attention", {}).items():
+        _check_attention(f"{where}: attention.{name}", check_type(where, table, dict), name)
+
+
+def _check_attention(where: str, table: dict, name: str) -> None:
+    known = attention_options(name)
+    check_keys(where, table, [*known, *MODELS])
+    for key, value in table.items():
+        if key not in MODELS:
+            _check_option(f"{where}.{key}", value, known[key])
+            continue
+        pair = check_type(f"{where}.{key}", value, dict)
+        check_keys(f"{where}.{key}", pair, [*known, *_fields(MODELS[key]), *PAIR_TRAIN])
+        for option in set(pair) & set(known):
+            _check_option(f"{where}.{key}.{option}", pair[option], known[option])
+
+
+def _check_option(where: str, value: object, default: object) -> None:
+    """An option of a layer has the type of its default; the layer checks the value itself."""
+    if type(default) in (bool, int, float, str):
+        check_type(where, value, type(default))
+
+
+def _fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+# A comparison trains all its runs for the same number of epochs.
+PAIR_TRAIN = [name for name in _fields(SECTIONS["train"]) if name != "epochs"]
+
+
+def _merge(below: dict, layer: dict) -> dict:
+    merged = copy.deepcopy(below)
+    for model in MODELS:
+        for attention in merged["attention"].values():
+            for key in (*layer.get("model", {}).get(model, {}), *layer.get("train", {})):
+                attention.get(model, {}).pop(key, None)
+    _update(merged, layer)
+    return merged
+
+
+def _update(into: dict, layer: dict) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            _update(into.setdefault(key, {}), value)
+        else:
+            into[key] = value

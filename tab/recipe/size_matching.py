@@ -1,0 +1,139 @@
+"""Variants of equal size: the width whose model comes nearest to a budget.
+
+A recipe says model.<model>.match:
+
+    ""                  every variant has the recipe's `hidden`; with one seed all start from the
+                        same weights in backbone, position and head
+    "multi_head"        others get the `hidden` whose model has as many parameters as multi_head's
+    "flops:multi_head"  … whose forward pass takes as many FLOPs
+
+`hidden` is the width of backbone, tokens and attention alike, since the control has nothing else
+to widen. So at a matched width variants with one seed share the order of the data and its
+augmentation, but not the weights they start from: those have other shapes. A width that a layer
+refuses (heads that do not divide it) is passed over. Where few widths remain (the rotary pairs of a
+mixture of experts want multiples of 16 on a grid), the layer names an option that sets its size in
+finer steps (`Attention.fine_size`); it is chosen here too, unless the recipe sets it. How near each
+variant came is in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..checks import check_keys
+from ..layers import attention_names, get_attention
+from ..models.flops import forward_flops
+from ..models.image_model import build_model, parameter_count
+from ..run_config import RunConfig
+
+
+def check_match(where: str, match: str) -> None:
+    """A ValueError unless `match` is one of the above."""
+    names = attention_names()
+    check_keys(where, [match], ["", *names, *(f"flops:{name}" for name in names)])
+
+
+def matched(config: RunConfig, reference: RunConfig, classes: int = 10) -> RunConfig:
+    """`config` at the width at which it is as large as `reference`, by config's own rule; both with
+    logits for so many classes, which weigh more in a wider model."""
+    rule = flops_of if config.model_options.match.startswith("flops:") else parameters_of
+    cost = functools.partial(rule, classes=classes)
+    return match_width(config, cost(reference), cost)
+
+
+def reference_of(match: str) -> str:
+    """The attention whose size the others get; "" for none."""
+    return match.removeprefix("flops:")
+
+
+def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]) -> RunConfig:
+    """The config with the `hidden`, and fine option if any, that costs nearest to `target`."""
+
+    def size(hidden: int) -> int | None:
+        try:
+            return cost(_with(config, hidden))
+        except ValueError:
+            return None
+
+    def valid(hidden: int) -> int:
+        """The next width from `hidden` on that the layer takes."""
+        width = next((h for h in range(hidden, hidden + 257) if size(h) is not None), hidden)
+        cost(_with(config, width))  # raises what is wrong, if none is
+        return width
+
+    published = config.model_options.forms == "published"
+    fine = get_attention(config.attention, published=published).fine_size
+    around = _around(target, lambda hidden: size(valid(hidden)))
+    sized = [_with(config, valid(hidden)) for hidden in around]
+    if not fine or fine in config.attention_options:  # there, it is the recipe's choice
+        return min(sized, key=lambda config: abs(cost(config) - target))
+    choices = [choice for config in sized for choice in _choices(config, fine, target, cost)]
+    return min(choices, key=lambda choice: choice[:2])[2]
+
+
+def _choices(
+    config: RunConfig, fine: str, target: int, cost: Callable[[RunConfig], int]
+) -> list[tuple[float, float, RunConfig]]:
+    """This width with the two values of `fine` around `target`, each with how far it is from the
+    target, in whole per cents, and how far, as a ratio, from the layer's own choice."""
+
+    def size(n: int) -> int:
+        return cost(_with_option(config, fine, n))
+
+    own = _around(cost(config), size)[1]
+    return [
+        (round(abs(size(n) / target - 1), 2), abs(math.log(n / own)), _with_option(config, fine, n))
+        for n in _around(target, size)
+    ]
+
+
+def _around(target: int, size: Callable[[int], int]) -> tuple[int, int]:
+    """Neighbours n, n + 1 from 1 on with size(n) < target ≤ size(n + 1), or (1, 2); size grows."""
+    low, high = 1, 2
+    while size(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) < target else (low, middle)
+    return low, high
+
+
+def parameters_of(config: RunConfig, classes: int = 10) -> int:
+    """The number of parameters of this run's model; the same for every seed."""
+    return _measured(_same_for_every_seed(config), parameter_count, classes)
+
+
+def flops_of(config: RunConfig, classes: int = 10) -> int:
+    """FLOPs of its forward pass on one image; the same for every seed."""
+    return _measured(_same_for_every_seed(config), forward_flops, classes)
+
+
+def _same_for_every_seed(config: RunConfig) -> str:
+    same = {k: v for k, v in config.attention_options.items() if k != "seed"}
+    return json.dumps(dataclasses.replace(config, seed=0, attention_options=same).to_dict())
+
+
+@functools.cache
+def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int) -> int:
+    run = RunConfig.from_dict(json.loads(config))
+    try:
+        with torch.device("meta"):  # measured without being drawn
+            return measure(build_model(run, classes))
+    except (RuntimeError, NotImplementedError):  # a layer that looks at its values
+        return measure(build_model(run, classes))
+
+
+def _with(config: RunConfig, hidden: int) -> RunConfig:
+    options = dataclasses.replace(config.model_options, hidden=hidden)
+    return dataclasses.replace(config, model_options=options)
+
+
+def _with_option(config: RunConfig, name: str, value: int) -> RunConfig:
+    options = {**config.attention_options, name: value}
+    return dataclasses.replace(config, attention_options=options)

@@ -1,0 +1,159 @@
+"""The numbers behind the charts of report.html: curves over seeds' means, and trade-offs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from ..analysis.attacks import STEPS
+from ..compare.runs import Run
+from .pictures import averaged, measured
+from .robustness import SETS, corrupted, severities, severity_points
+from .style import look
+from .tables import ranking, title
+
+NOTE = (
+    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in accuracy, "
+    "time, memory and accuracy under noise together; the dashed line is the front of the two axes. "
+    "Memory is missing on a CPU, where that of one run cannot be told from the process's. "
+    "Point at a curve or a circle for its numbers; press a name to hide it; press the head of a "
+    "table's column to sort by it."
+)
+POINTS = 200  # of a curve; of a longer one as many, evenly chosen
+PARETO = ("accuracy", "time", "memory", "noise")
+Found = dict[str, dict]  # run id -> its robustness.json
+
+
+class Group(NamedTuple):
+    """Charts under one heading, as charts.js draws them, and the words below."""
+
+    heading: str
+    note: str
+    charts: list[dict]
+    small: bool = False  # many little ones side by side
+
+
+def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[dict]:
+    """What charts.js draws. curves: the runs whose rows are drawn, by their accuracy on `part`."""
+    names = list(dict.fromkeys(run.attention for run in runs))
+    drawn, severity = [], severities(found)
+    for model in dict.fromkeys(run.model for run in runs):
+        mine = [run for run in curves if run.model == model]
+        drawn += _tradeoff(runs, model, found)
+        key, accuracy = f"{part}_accuracy", f"{part} accuracy (%)"
+        kinds = [
+            ("training loss", "epoch", "cross-entropy", measured("epoch", "train_loss", 1.0)),
+            (f"{part} accuracy", "epoch", accuracy, measured("epoch", key, 100.0)),
+            (
+                *(f"{part} accuracy against time", "training time (s)", accuracy),
+                measured("cumulative_training_time", key, 100.0),
+            ),
+            ("accuracy under noise", "σ of the noise", "test accuracy (%)", _noise(found)),
+        ]
+        if severity:
+            name, _, means = severity
+            points = severity_points(means)
+            kinds.append((f"accuracy under {name}", "severity", "test accuracy (%)", points))
+        for heading, x, y, points in kinds:
+            chart = {"title": f"{model.upper()}: {heading}", "xlabel": x, "ylabel": y}
+            series = _series(mine, names, points)
+            if series:
+                drawn.append(chart | {"shared": "time" not in x, "series": series})
+    return drawn
+
+
+def looks(attentions: Iterable[str]) -> dict[str, dict]:
+    """Of each mechanism, for charts.js."""
+    names = list(dict.fromkeys(attentions))
+    return {name: _look(name, names) for name in names}
+
+
+def _noise(found: Found) -> Callable[[Run], tuple[list[float], list[float]]]:
+    def points(run: Run) -> tuple[list[float], list[float]]:
+        if "noise" not in found.get(run.id, {}):
+            return [], []
+        noise = found[run.id]["noise"]
+        return noise["settings"]["sigma"], [100 * a for a in noise["accuracy"]]
+
+    return points
+
+
+def _series(runs: list[Run], names: list[str], points: Callable) -> list[dict]:
+    series = []
+    for name in names:
+        line = averaged([run for run in runs if run.attention == name], points)
+        if line:
+            x, y = line[0], line[1].mean(0)
+            kept = np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int)
+            series.append({"key": name, "x": _numbers(x[kept]), "y": _numbers(y[kept])})
+    return series
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """To five digits, as far as a chart can show."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
+
+
+def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
+    """Accuracy, time, memory and robustness of each mechanism, where all of them have it."""
+    entries = [entry for entry in ranking(runs, model) if entry.test and entry.seconds]
+
+    def mean(of: Callable[[dict], float | None]) -> Callable:
+        """Over the runs of an entry that have it, in per cent."""
+
+        def value(entry) -> float | None:
+            each = [of(found[run.id]) for run in entry.runs if run.id in found]
+            known = [100 * x for x in each if x is not None]
+            return float(np.mean(known)) if known else None
+
+        return value
+
+    masked = any(f["attacks"]["suspicions"] for f in found.values() if "attacks" in f)
+    pgd = f"accuracy under PGD-{STEPS} (%)" + ", gradients perhaps masked" * masked
+    # label, whether more is better, value
+    quantities = {
+        "accuracy": ("test accuracy (%)", True, lambda e: 100 * e.test.value),
+        "time": ("training time (s)", False, lambda e: e.seconds.value),
+        "memory": ("peak memory (MiB)", False, lambda e: e.memory and e.memory / 2**20),
+        "parameters": ("parameters", False, lambda e: e.parameters),
+        "flops": ("FLOPs per image", False, lambda e: e.flops),
+        "noise": (
+            *("mean accuracy under noise (%)", True),
+            mean(lambda f: float(np.mean(f["noise"]["accuracy"][1:])) if "noise" in f else None),
+        ),
+        "pgd": (pgd, True, mean(lambda f: f.get("attacks", {}).get("pgd"))),
+    }
+    for key, (name, kinds) in SETS.items():
+        value = mean(partial(corrupted, key=key, kinds=kinds))
+        quantities[key] = f"mean accuracy, {name} (%)", True, value
+    values = {e.attention: {k: f(e) for k, (_, _, f) in quantities.items()} for e in entries}
+    have = [k for k in quantities if values and all(v[k] is not None for v in values.values())]
+    if len(values) < 2 or "accuracy" not in have or "time" not in have:
+        return []
+    area = next((k for k in ("memory", "parameters") if k in have), "time")
+    return [
+        {
+            "title": f"{model.upper()}: trade-offs (area: {quantities[area][0]})",
+            "area": area,
+            "pareto": [k for k in PARETO if k in have],
+            "quantities": [
+                {"key": k, "label": quantities[k][0], "more": quantities[k][1]} for k in have
+            ],
+            "points": [{"key": a, "values": {k: v[k] for k in have}} for a, v in values.items()],
+        }
+    ]
+
+
+def _look(name: str, names: list[str]) -> dict:
+    line = look(name, names)
+    dash = "" if line["linestyle"] == "-" else line["linestyle"][1]
+    return {
+        "name": title(name),
+        "color": "var(--ink)" if name == "none" else line["color"],
+        "width": line["linewidth"],
+        "dash": " ".join(f"{line['linewidth'] * part:.1f}" for part in dash),
+    }

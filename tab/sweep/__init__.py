@@ -1,0 +1,1 @@
+"""Sweeps: successive halving over configurations, in an Optuna study."""

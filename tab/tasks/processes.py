@@ -1,0 +1,143 @@
+"""Tasks in processes of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+
+from .tasks import ATTEMPTS, Done, OnEvent, T, Task, attempt, died, log, portable
+
+
+class Processes:
+    """`jobs` processes of this machine, each with `threads` threads: by default its share of the
+    cores. A process that dies is replaced, and its task goes on from its folder.
+
+    Not concurrent.futures: there, one process that dies breaks the pool and all its futures, a task
+    has no channel to tell its progress, and Control-C waits for what runs. A pipe for each process
+    gives all three: its end is the process's end, on either side.
+    """
+
+    def __init__(self, jobs: int, threads: int | None = None):
+        if jobs < 1 or (threads is not None and threads < 1):
+            raise ValueError(f"jobs = {jobs}, threads = {threads}: give 1 or more")
+        self.jobs, self.threads = jobs, threads or max(1, cores() // jobs)
+
+    def run(self, tasks: Sequence[Task[T]], on_event: OnEvent) -> Iterator[Done[T]]:
+        waiting, deaths = deque(range(len(tasks))), Counter()
+        workers: dict[connection.Connection, _Worker] = {}
+        try:
+            while waiting or workers:
+                while waiting and len(workers) < self.jobs:
+                    worker = _Worker(self.threads)
+                    workers[worker.pipe] = worker
+                    worker.give(waiting[0], tasks[waiting.popleft()])
+                for pipe in connection.wait(list(workers)):
+                    worker = workers[pipe]
+                    try:
+                        kind, content = pipe.recv()
+                    except (EOFError, OSError):  # between two messages, or in the middle of one
+                        worker.process.join(10)  # as it ended by itself, before end() kills it
+                        index, why = worker.index, workers.pop(pipe).end()
+                        deaths[index] += 1
+                        if deaths[index] < ATTEMPTS:
+                            log.warning("%s: %s; it goes on", tasks[index].name, why)
+                            waiting.appendleft(index)
+                        else:
+                            yield died(index, why)
+                        continue
+                    if kind == "event":
+                        on_event(worker.index, content)
+                        continue
+                    if waiting:  # first, so that it works while the caller reads
+                        worker.give(waiting[0], tasks[waiting.popleft()])
+                    else:
+                        workers.pop(pipe).end()
+                    yield content
+        finally:
+            for worker in workers.values():
+                worker.process.kill()
+            for worker in workers.values():
+                worker.end()
+
+
+def cores() -> int:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Worker:
+    """The driver's side of a process; `index` is the task it has."""
+
+    def __init__(self, threads: int):
+        context = get_context("spawn")  # CUDA and OpenMP do not survive a fork
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        with _environment(threads), _no_interrupt():
+            self.process.start()
+        theirs.close()  # so that the process's end closes the last one
+
+    def give(self, index: int, task: Task) -> None:
+        self.index = index
+        with contextlib.suppress(OSError):  # it died: the next recv says so
+            self.pipe.send((index, task))
+
+    def end(self) -> str:
+        """Ends the process, if it has not; says how it ended."""
+        # Killing is safe: whatever a task writes is whole at any moment.
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        memory = ", often sent by a system that is out of memory" if how == "SIGKILL" else ""
+        return f"its process ended ({how}{memory})"
+
+
+@contextlib.contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """OpenMP reads these when it loads: what starts in here begins with them."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """A terminal sends Control-C to every process of the group; what starts in here never gets it,
+    since the mask is inherited, and this one gets it afterwards."""
+    resource_tracker.ensure_running()  # its start, in the first process's, would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(pipe: connection.Connection, threads: int) -> None:
+    """What the process does until it is ended, or the driver has died."""
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the driver is ending
+        while True:
+            index, task = pipe.recv()
+            done = attempt(index, task, lambda event: pipe.send(("event", event)))
+            pipe.send(("end", portable(done)))
+
+
+def _end_with_driver() -> None:
+    parent_process().join()
+    os._exit(1)

@@ -1,0 +1,145 @@
+"""Training one model, in a directory on disk that survives anything (tab/train/training_run.py).
+
+Everything random is a function of (seed, epoch): a run that was stopped and resumed continues to
+the same numbers as an unbroken one, on a CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint
+from ..checkpoint import Corrupt
+from ..data.load import Dataset
+from ..files import reading
+from ..models.image_model import ImageModel, build_model
+from ..run_config import RunConfig
+from .run_files import RunFile, again, read_rows, read_run_file
+from .training_run import Outcome, Run, place
+from .weights import FILE, load_weights
+
+
+def train(
+    config: RunConfig,
+    dataset: Dataset,
+    out: Path,
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    on_epoch: Callable[[dict], None] | None = None,
+    stop_after: int | None = None,
+) -> Outcome:
+    """Trains `config` on `dataset` in the directory `out`.
+
+    resume: continue what is in `out` (a finished run is returned as it is); without it a directory
+    with a run in it is an error. stop_after: return after that many epochs in all, to be resumed.
+    on_epoch: called with each new row once it is on disk.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.locked(out):
+        found = found_run(config, dataset, out, resume)
+        if found and found["status"] != "running":
+            return Outcome(config, read_rows(out, found), found["status"], found["summary"])
+        run = Run(config, dataset, torch.device(device), out)
+        if found:
+            run.restore()
+        last = min(config.train.epochs, stop_after or config.train.epochs)
+        while run.status == "running" and len(run.rows) < last:
+            run.epoch()
+            run.save()
+            if on_epoch:
+                on_epoch(run.rows[-1])
+        return run.outcome()
+
+
+def load_model(run: str | Path, device: str | torch.device = "cpu") -> ImageModel:
+    """The trained model of a finished run, on `device` and in eval mode.
+
+    run: its directory, as of `tab train` or one of runs/ of a comparison; or a model.safetensors
+    from there, which is enough by itself and says how to prepare images (tab/train/weights.py).
+    The model takes x (B, 3, 32, 32) and gives logits (B, classes).
+    ValueError, OSError: there is no such run, it has not ended well, or a file is damaged.
+    """
+    return load_trained(run, device)[0]
+
+
+def load_trained(
+    out: str | Path, device: str | torch.device = "cpu"
+) -> tuple[ImageModel, RunConfig]:
+    """`load_model`, and the run's config."""
+    out = Path(out)
+    path, way_out = out, "fetch it again"
+    if not out.is_file():
+        path, way_out = model_of(out), again(out)
+    if path.name == OLD:
+        try:
+            weights, about = checkpoint.load(path), read_run_file(out)
+        except Corrupt as error:
+            raise Corrupt(f"{error}; {way_out}") from None
+    else:
+        weights, about = load_weights(path, way_out)
+    with reading(path, way_out):
+        if path != out and about["config"] != read_run_file(out)["config"]:
+            raise ValueError("it is of another run")
+        config = RunConfig.from_dict(about["config"])
+        model = build_model(config, len(about["classes"]))
+        model.load_state_dict(weights)
+    return place(model, torch.device(device)).eval(), config
+
+
+OLD = "model.pt"  # of version 0.1
+
+
+def model_of(out: Path) -> Path:
+    """The file with the weights of the run in the directory `out`."""
+    run = read_run_file(out)
+    if not run:
+        raise ValueError(f"{out} holds no run: there is no run.json in it")
+    if run["status"] != "done":
+        raise ValueError(f"the run in {out} is {run['status']}, it has no trained model")
+    path = next((out / name for name in (FILE, OLD) if (out / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{out} has lost its {FILE}: {again(out)}")
+    return path
+
+
+def found_run(
+    config: RunConfig, dataset: Dataset, out: Path, resume: bool, together: list[str] | None = None
+) -> RunFile | None:
+    """The run.json in `out`, which must be of this very run."""
+    found = read_run_file(out)
+    if not found:
+        return None
+    if not resume:
+        raise ValueError(f"{out} already holds a run: resume it, or give another directory")
+    if found["data"]["fingerprint"] != dataset.fingerprint:
+        raise ValueError(
+            f"the run in {out} was trained on {found['data']['name']} "
+            f"({found['data']['fingerprint']}), not on {dataset.name} ({dataset.fingerprint})"
+        )
+    old, new = _flat(found["config"]), _flat(config.to_dict())
+    if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
+        was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
+        raise ValueError(f"the run in {out} is another one: {was}; give another directory")
+    if found["status"] == "running" and (was := found.get("together")) != together:
+        raise ValueError(
+            f"the run in {out} was begun {_with(was)}, and cannot go on {_with(together)}: its "
+            "numbers would be others in their last digits; go on as before, or remove it"
+        )
+    return found
+
+
+def _with(together: list[str] | None) -> str:
+    return f"together with {', '.join(together)}" if together else "by itself"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,0 +1,67 @@
+"""run.json and rows.jsonl: what a run left on disk, read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import NoneType
+from typing import Literal, NotRequired, TypedDict
+
+from ..checkpoint import Corrupt
+from ..files import read_json, read_lines, reading
+from .facts import Data, Machine
+
+
+class Summary(TypedDict):
+    """Of run.json: what is read of it by name."""
+
+    num_epochs: int
+    final_test_accuracy: float | None
+    total_training_time: float | None
+    images_per_second: float | None
+
+
+class RunFile(TypedDict):
+    """run.json: one run, with all that it takes to build its model again."""
+
+    config: dict
+    status: Literal["running", "done", "diverged"]
+    data: Data
+    classes: list[str]
+    environment: Machine
+    summary: Summary
+    together: NotRequired[list[str] | None]
+
+
+def read_run_file(path: Path) -> RunFile | None:
+    """run.json of the run in the directory `path`; None if there is none yet."""
+    file = path / "run.json"
+    return read_json(file, RunFile, again(path)) if file.exists() else None
+
+
+def read_rows(path: Path, run: RunFile) -> list[dict]:
+    """The epochs of a run. While it runs, half a row at the end of the file is left out: its
+    checkpoint knows them all."""
+    file = path / "rows.jsonl"
+    rows = read_lines(file, again(path)) if file.exists() else []
+    with reading(file, again(path)):
+        for i, row in enumerate(rows):
+            numbers = all(type(x) in (int, float, NoneType) for x in row.values())
+            if row.get("epoch") != i + 1 or not numbers or not row.keys() >= MEASURES:
+                raise ValueError(f"line {i + 1} is no epoch {i + 1}")
+    if run["status"] != "running" and len(rows) != run["summary"]["num_epochs"]:
+        raise Corrupt(
+            f"{file} has {len(rows)} of {run['summary']['num_epochs']} epochs: {again(path)}"
+        )
+    return rows
+
+
+MEASURES = {  # of each row
+    *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "test_loss"),
+    *("test_accuracy", "seconds", "cumulative_training_time", "images_per_second"),
+    "peak_memory_bytes",
+}
+
+
+def again(path: Path) -> str:
+    """The way out of a run that is damaged."""
+    return f"put a copy back, or remove {path} and resume, which trains it again"

@@ -1,0 +1,171 @@
+"""The arithmetic of training: a step on one batch, a score of one batch, sums on the device.
+
+The host waits for the device only where a pass ends, to read its sums. Three ways, chosen by the
+recipe, to the same numbers: eager; train.compile, the model through torch.compile; train.graph, on
+a GPU, forward, loss and backward as one CUDA graph.
+
+The optimizer stays outside the graph: a one-cycle schedule moves the rate and β₁ in every step, and
+a capture would freeze both. Fused, it is a few launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.image_model import ImageModel
+from ..run_config import Train
+
+Batch = tuple[Tensor, Tensor]  # x (B, 3, 32, 32), y (B,)
+WARM_UP = 3  # runs before a capture: they compile kernels and choose algorithms
+
+
+class Steps:
+    """A model with its optimizer and schedule; `learn` and `score` make one pass over batches."""
+
+    def __init__(self, model: ImageModel, options: Train, count: int, device: torch.device):
+        """count: of all steps, the length of the schedule."""
+        self.model, self.options, self.device = model, options, device
+        self.forward = torch.compile(model, dynamic=False) if options.compile else model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True
+        )
+        if options.schedule == "one_cycle":  # Smith & Topin 2018; PyTorch's shape of it
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer, max_lr=options.lr, total_steps=count
+            )
+        else:
+            self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.graphed = options.graph and device.type == "cuda"
+        self._run_gradients, self._run_sums = self._gradients, self._sums
+        if self.graphed:
+            self._run_gradients = Graphed(self._gradients, self, Recorder(device), learns=True)
+            self._run_sums = Graphed(self._sums, self, Recorder(device), learns=False)
+
+    def learn(self, batches: Iterable[Batch], training: bool = True) -> tuple[float, int]:
+        """An optimizer step on each batch -> the sum of the losses, the number of right answers,
+        as the weights move. training: the mode of the model, if not eval."""
+        self.model.train(training)
+        return self._over(batches, self._step)
+
+    def score(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """The same two sums with the weights as they are."""
+        self.model.eval()
+        return self._over(batches, self._run_sums)
+
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Batch]) -> Tensor:
+        """The class that each image is taken for, (N,) int64, on the CPU."""
+        self.model.eval()
+        with self._autocast():
+            return torch.cat([self.forward(x).argmax(-1) for x, _ in batches]).cpu()
+
+    def _over(self, batches: Iterable[Batch], each: Callable) -> tuple[float, int]:
+        cuda = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if cuda else contextlib.nullcontext():
+            self.loss.zero_()
+            self.correct.zero_()
+            for x, y in batches:
+                each(x, y)
+            return self.loss.tolist(), self.correct.tolist()
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        self._run_gradients(x, y)
+        self.optimizer.step()
+        self.schedule.step()
+        self.model.attention.after_step()
+
+    def _gradients(self, x: Tensor, y: Tensor) -> None:
+        """Forward, loss, backward, into the gradients and the sums."""
+        with self._autocast():
+            logits = self.forward(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=self.options.label_smoothing)
+            extra = self.model.attention.auxiliary_loss()
+        # A graph writes its gradients where it was captured: there they must stay.
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
+        (loss if extra is None else loss + extra).backward()
+        self._add(loss.detach().double() * len(y), logits, y)
+
+    @torch.no_grad()
+    def _sums(self, x: Tensor, y: Tensor) -> None:
+        with self._autocast():
+            logits = self.forward(x)
+        self._add(F.cross_entropy(logits.float(), y, reduction="sum"), logits, y)
+
+    def _add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        self.loss += loss
+        self.correct += (logits.argmax(-1) == y).sum()
+
+    def _autocast(self):
+        enabled = self.options.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+class Graphed:
+    """body(x, y), captured at its first call and replayed on copies of later x and y of that shape;
+    batches of another shape (the last of an epoch) run as they are.
+
+    Warming up moves the sums, the buffers (batch norm's statistics, the experts' counts) and the
+    random state; all are put back, so that a graphed run computes what an eager one does. What a
+    layer draws must come from torch's default generator, which the graph knows.
+    """
+
+    def __init__(self, body: Callable, steps: Steps, recorder: Recorder, learns: bool):
+        self.body, self.steps, self.recorder, self.learns = body, steps, recorder, learns
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        if self.replay is None or self.training != self.steps.model.training:
+            self._capture(x, y)
+        if x.shape != self.x.shape:
+            return self.body(x, y)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.replay()
+
+    def _capture(self, x: Tensor, y: Tensor) -> None:
+        model = self.steps.model
+        self.training, self.x, self.y = model.training, x.clone(), y.clone()
+        moved = [*model.buffers(), *model.statistics(), self.steps.loss, self.steps.correct]
+        before = [tensor.clone() for tensor in moved]
+        device = self.steps.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for _ in range(WARM_UP):
+                self.recorder.run(lambda: self.body(self.x, self.y))
+            if self.learns:  # the backward pass of the capture makes them anew, in its own memory
+                model.zero_grad(set_to_none=True)
+            try:
+                self.replay = self.recorder.capture(lambda: self.body(self.x, self.y))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{type(model.attention).__name__} cannot be captured as a CUDA graph "
+                    f"({error}); train it with --set train.graph=false"
+                ) from error
+        for tensor, value in zip(moved, before, strict=True):
+            tensor.copy_(value)
+
+
+class Recorder:
+    """Runs and captures on one stream of its own: autograd remembers on which it accumulates."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+
+    def run(self, body: Callable[[], None]) -> None:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            body()
+        current.wait_stream(self.stream)
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            body()
+        return graph.replay
