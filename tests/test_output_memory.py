@@ -77,7 +77,7 @@ def test_freed_memory_serves_the_next_output():
 
 FAULTS = """
 import resource, torch
-from tab.environment import keep_freed_memory
+from tab.machine import keep_freed_memory
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 keep_freed_memory()
 x, w = torch.ones(16, 3000), torch.zeros(3000, 6000, requires_grad=True)  # 72 MB
