@@ -7,11 +7,13 @@ import torch
 from typer.testing import CliRunner
 
 from tab.bench import contestants as entrants
-from tab.bench.cases import Case, cases, problem, work
+from tab.bench import eager
+from tab.bench.cases import Case, cases, ours, problem, work
 from tab.bench.measure import Row, measure, percentiles, speedup
 from tab.bench.results import load, save
 from tab.bench.roofline import Roofline
 from tab.cli.bench import app
+from tab.layers.linformer import LinformerAttention
 
 ROOF = Roofline(flops=1e11, bandwidth=1e10)
 TINY = Case("linear", "tiny")
@@ -146,3 +148,19 @@ def test_command_line(tmp_path):
     old.write_text(json.dumps(record))
     done = CliRunner().invoke(app, ["compare", str(old), str(out), "--alpha", "0.05"])
     assert done.exit_code == 1 and "slower" in done.output
+
+
+def test_linformer_is_what_its_layer_computes():
+    """From the tokens on, by the layer's own weights, in the cheaper order; so are its rivals."""
+    p = problem(Case("linformer", "tiny"))
+    x, qkv, e = p.inputs
+    (_, h, n, d), k = p.case.shape, e.shape[1]
+    layer = LinformerAttention(h * d, seq_len=n, num_heads=h, k=k)
+    with torch.no_grad():
+        layer.qkv.weight.copy_(qkv)
+        layer.E.copy_(e[None])
+        layer.out.weight.copy_(torch.eye(h * d))
+        layer.out.bias.zero_()
+    o = ours(p, "auto")(x, qkv, e)
+    torch.testing.assert_close(o.transpose(1, 2).flatten(2), layer(x))
+    torch.testing.assert_close(eager.linformer(x, qkv, e, heads=h), o)

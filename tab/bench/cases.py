@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import tab
+
+from ..layers.linformer import LinformerAttention
 
 SIZES: dict[str, dict[str, int]] = {
     "cifar": {"B": 512, "H": 4, "N": 64, "D": 64},
@@ -32,7 +35,7 @@ BLOCK = 64  # sparse
 RANK, ROPE = 64, 16  # R and Dr of mla
 ROWS = 256  # K of linformer, a quarter of N where that is less
 NOT_CAUSAL = ("linformer",)  # its projection mixes all tokens
-SHARED = {"mla": 2, "linformer": 1}  # how many of the last inputs are weights, without a batch
+SHARED = {"mla": 2, "linformer": 2}  # how many of the last inputs are weights, without a batch
 CIFAR_WINDOW, CIFAR_BLOCK = 8, 8  # at 64 tokens the wider ones would be dense
 
 
@@ -142,10 +145,11 @@ def problem(case: Case, seed: int = 0) -> Problem:
             randn(h, value, RANK, scale=RANK**-0.5),
         )
         return Problem(case, inputs, {})
+    if case.op == "linformer":  # from the tokens on: Eᵀ(XW) is best computed as (EᵀX)W
+        x, qkv = randn(b, n, h * d), randn(3 * h * d, h * d, scale=(h * d) ** -0.5)
+        return Problem(case, (x, qkv, randn(n, min(ROWS, -(-n // 4)), scale=n**-0.5)), {})
     inputs = (randn(b, h, n, d), randn(b, h, n, d), randn(b, h, n, d))
     fixed: dict[str, object] = {}
-    if case.op == "linformer":
-        inputs = (*inputs, randn(n, min(ROWS, -(-n // 4)), scale=n**-0.5))
     if case.op == "performer":
         projection = tab.orthogonal_projection(FEATURES, d, generator=generator)
         fixed["projection"] = projection.to(case.device, acc)
@@ -170,7 +174,7 @@ def ours(p: Problem, backend: str) -> Callable[..., Tensor]:
     if p.case.op == "linear":
         return lambda q, k, v: tab.linear_attention(q, k, v, causal=causal, backend=backend)
     if p.case.op == "linformer":
-        return tab.linformer_attention  # a composition: no backends to choose from
+        return _linformer_layer(p)  # a composition: no backends to choose from
     if p.case.op == "performer":
         w = p.fixed["projection"]
         return lambda q, k, v: tab.performer_attention(q, k, v, w, causal=causal, backend=backend)
@@ -188,6 +192,15 @@ def ours(p: Problem, backend: str) -> Callable[..., Tensor]:
     return lambda *x: tab.mla_attention(*x, causal=causal, form=form, backend=backend)
 
 
+def _linformer_layer(p: Problem) -> Callable[..., Tensor]:
+    """What the layer does with tokens x (B, N, C), up to its projection out."""
+    _, h, n, d = p.case.shape
+    layer = LinformerAttention(h * d, seq_len=n, num_heads=h, k=p.inputs[2].shape[1])
+    return lambda x, qkv, e: F.scaled_dot_product_attention(
+        *layer.with_weights(x, qkv, e[None], None)
+    )
+
+
 def work(p: Problem) -> dict[str, tuple[float, float]]:
     """{"forward": (FLOPs, bytes), "backward": …, "both": …}"""
     b, h, n, d = p.case.shape
@@ -201,7 +214,10 @@ def work(p: Problem) -> dict[str, tuple[float, float]]:
     elif p.case.op == "performer":
         out, forward, backward = d, 8 * d * FEATURES * tokens, 16 * d * FEATURES * tokens
     elif p.case.op == "linformer":
-        out, forward = d, 8 * d * p.inputs[3].shape[1] * tokens
+        out, rows = d, p.inputs[2].shape[1]
+        width = h * d
+        forward = 2 * b * n * width * (width + rows) + 4 * b * rows * width**2
+        forward += 4 * d * rows * tokens
         backward = 2 * forward
     elif p.case.op == "mla":
         nope, value = p.inputs[0].shape[-1], d // 2

@@ -56,7 +56,7 @@ def _linear(p: Problem) -> Iterator[Contestant]:
 
 
 def _linformer(p: Problem) -> Iterator[Contestant]:
-    return _eager_and_compiled(eager.linformer)
+    return _eager_and_compiled(partial(eager.linformer, heads=p.case.shape[1]))
 
 
 def _performer(p: Problem) -> Iterator[Contestant]:
@@ -180,17 +180,16 @@ def _local_attention(p: Problem):
 
 def _linformer_package(p: Problem):
     module = importlib.import_module("linformer.linformer")
-    (_, h, n, d), rows = p.case.shape, p.inputs[3].shape[1]
+    (_, h, n, d), rows = p.case.shape, p.inputs[2].shape[1]
     layer = module.LinformerSelfAttention(h * d, n, k=rows, heads=h).to(p.case.device)
-    # Its attention alone: the projections in and out are taken away, and E is ours.
-    layer.to_q = layer.to_out = torch.nn.Identity()
-    del layer.to_k, layer.to_v, layer.proj_k, layer.proj_v
-    layer.to_k, layer.to_v = (lambda x: x[..., : h * d]), (lambda x: x[..., h * d :])
+    # The weights are ours, and its projection out is taken away.
+    layer.to_out = torch.nn.Identity()
+    del layer.to_q, layer.to_k, layer.to_v, layer.proj_k, layer.proj_v
 
-    def attend(q, k, v, e):
+    def attend(x, qkv, e):
         layer.proj_k = layer.proj_v = e
-        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))  # (B, N, H·D)
-        return layer(q, context=torch.cat((k, v), -1)).unflatten(-1, (h, d)).transpose(1, 2)
+        layer.to_q, layer.to_k, layer.to_v = (partial(F.linear, weight=w) for w in qkv.chunk(3))
+        return layer(x).unflatten(-1, (h, d)).transpose(1, 2)
 
     return attend
 

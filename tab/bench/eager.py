@@ -28,10 +28,16 @@ def _normalised(fq, fk, v, causal) -> Tensor:
     return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
 
 
-def linformer(q, k, v, e) -> Tensor:
-    """softmax(q (eᵀk)ᵀ/√D) eᵀv; e (N, K)."""
-    weights = ((q @ (e.mT @ k).mT) * q.shape[-1] ** -0.5).softmax(-1)
-    return weights @ (e.mT @ v)
+def linformer(x, qkv, e, *, heads: int) -> Tensor:
+    """softmax(q (eᵀk)ᵀ/√D) eᵀv with q, k, v from x (B, N, C) by qkv (3C, C); e (N, K). Tokens are
+    projected first, which costs less."""
+    wq, wk, wv = qkv.chunk(3)
+    short = e.mT @ x  # (B, K, C)
+    q, k, v = (
+        F.linear(y, w).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for y, w in ((x, wq), (short, wk), (short, wv))
+    )
+    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def performer(q, k, v, projection, *, causal: bool = False) -> Tensor:
