@@ -31,8 +31,8 @@ def linformer_attention(
         q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device.
         E: (N_max, K), or (H, N_max, K) for one per head; projects k, its first N rows are used.
         F: the same for v; E by default.
-        key_mask: (B, N) bool, True where a token is real; the others are zero in Eᵀk and Fᵀv,
-            whatever they hold.
+        key_mask: (B, N) bool, True where a token is real; the others are zero in q, Eᵀk and Fᵀv,
+            whatever they hold. So their own output is the mean of the K rows of Fᵀv.
         scale: of the scores, D^(-1/2) by default.
 
     Returns:
@@ -61,7 +61,7 @@ def linformer_attention(
             "shorten the sequence or build E and F with more rows"
         )
     scale = score_scale("linformer_attention", scale, q.shape[-1])
-    k, v = real(key_mask, k, v)
+    q, k, v = real(key_mask, q, k, v)  # q too: its NaN would reach E, k and v in the backward pass
     short_k = E[..., :n, :].mT @ k  # (B, H, K, D)
     short_v = F[..., :n, :].mT @ v  # (B, H, K, Dv)
     return token_major(sdpa(q, short_k, short_v, scale))
