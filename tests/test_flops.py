@@ -6,6 +6,7 @@ import torch
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model
 from tab.ops import OPS
+from tab.ops._op import Op
 from tab.recipe.recipe import load_recipe
 
 
@@ -45,10 +46,10 @@ def test_h2o_counts_the_pairs_of_its_blocks(n, block, slots):
     assert given == 2 * 2 * 3 * pairs * (8 + 5)
 
 
-def test_an_op_without_a_formula_raises(monkeypatch):
-    monkeypatch.setattr(OPS["linear_fwd"], "flops", None)
-    with pytest.raises(ValueError, match="tab::linear_fwd has no FLOP formula"):
-        of("linear")
+def test_an_op_without_a_formula_cannot_be_made():
+    with pytest.raises(TypeError, match="flops"):
+        Op("uncounted", "(Tensor x) -> Tensor", torch.clone)
+    assert "uncounted" not in OPS and not hasattr(torch.ops.tab, "uncounted")
 
 
 def test_every_forward_op_of_the_layers_is_counted():

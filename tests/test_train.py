@@ -253,5 +253,5 @@ def test_flops_of_the_kernels():
     assert attention_flops("performer", num_features=8, num_heads=4) == 64 * 4 * 4 * 8 * 8
 
 
-def test_every_forward_op_has_a_formula():
-    assert all(op.flops for name, op in OPS.items() if name.endswith("_fwd"))
+def test_every_op_has_a_formula():
+    assert all(callable(op.flops) for op in OPS.values())

@@ -5,8 +5,6 @@ PyTorch's counter knows its own operators. TAB's carry their own formulas (`Op.f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,18 +14,9 @@ from ..ops import OPS
 from .backbones import IMAGE
 
 
-def _formula(name: str) -> Callable[..., int]:
-    """The op's own; an op that has none is not counted as 0."""
-
-    def unknown(*_, **__) -> int:
-        raise ValueError(f"tab::{name} has no FLOP formula: give its Op one, `flops=`")
-
-    return OPS[name].flops or unknown
-
-
 def forward_flops(model: nn.Module) -> int:
     """FLOPs of the model on one image, by running it once where it is: on the CPU, or on meta."""
-    mapping = {getattr(torch.ops.tab, name): _formula(name) for name in OPS}
+    mapping = {getattr(torch.ops.tab, name): op.flops for name, op in OPS.items()}
     x = torch.zeros(1, 3, IMAGE, IMAGE, device=next(model.parameters()).device)
     training = model.training
     model.eval()

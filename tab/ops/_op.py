@@ -52,10 +52,10 @@ class Op:
 
     flops: FLOPs of one call, from the shapes of its arguments, as torch.utils.flop_counter calls a
         formula: matrix products by what the formula needs, two a multiply-add, whatever a kernel
-        does beside it. None: counting it is an error, as of backward ops.
+        does beside it. What a backward op is not given, such as the scores, it has to form again.
     """
 
-    def __init__(self, name: str, schema: str, reference: Callable, flops: Callable | None = None):
+    def __init__(self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int]):
         self.name, self.reference, self.flops = name, reference, flops
         self.reasons: dict[str, str | None] = {}  # backend -> why not; load_kernels fills it
         # backend -> why its kernel does not take these operands (those that `choose` is given), or

@@ -35,5 +35,5 @@ assemble = Op(
     "assemble",
     "(Tensor images, Tensor index, Tensor moves, Tensor mean, Tensor scale) -> Tensor",
     assemble_reference,
-    no_flops,
+    flops=no_flops,
 )

@@ -178,25 +178,38 @@ def _add(total: Tensor, part: Tensor, now: slice, chosen: Tensor, own: bool, blo
         near += part[:, :, :, slots:].flatten(2, 3)[:, :, : near.shape[2]]
 
 
-def _flops(q, k, v, chosen, key_mask, own, causal, block, scale, **_) -> int:
-    """Scores and sums, 2·(D + Dv) a pair; block t can have t·block tokens before it, at most S."""
-    (b, h, n, d), slots = q, chosen[3]
+def _pairs(q, chosen, own, block) -> int:
+    """Query-key pairs; block t can have t·block tokens before it, at most S."""
+    (b, h, n, _), slots = q, chosen[3]
     if not own:
-        return 2 * b * h * n * slots * (d + v[-1])
+        return b * h * n * slots
     blocks = [min(block, n - start) for start in range(0, n, block)]
-    pairs = sum(size * (size + min(slots, t * block)) for t, size in enumerate(blocks))
-    return 2 * b * h * pairs * (d + v[-1])
+    return b * h * sum(size * (size + min(slots, t * block)) for t, size in enumerate(blocks))
+
+
+def _flops(q, k, v, chosen, key_mask, own, causal, block, *_, **__) -> int:
+    """Scores and sums: 2·(D + Dv) a pair."""
+    return 2 * _pairs(q, chosen, own, block) * (q[-1] + v[-1])
+
+
+def _backward_flops(do, q, k, v, o, lse, chosen, key_mask, own, causal, block, *_, **__) -> int:
+    """Scores, do·v, dq, dk and dv: 2·(3·D + 2·Dv) a pair."""
+    return 2 * _pairs(q, chosen, own, block) * (3 * q[-1] + 2 * v[-1])
 
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, "
 _CHOICE = "Tensor chosen, Tensor? key_mask, bool own, bool causal, SymInt block, float scale"
 h2o_attend = Op(
-    "h2o_attend", f"({_OPERANDS}{_CHOICE}) -> (Tensor o, Tensor lse)", attend_reference, _flops
+    "h2o_attend",
+    f"({_OPERANDS}{_CHOICE}) -> (Tensor o, Tensor lse)",
+    attend_reference,
+    flops=_flops,
 )
 h2o_attend_bwd = Op(
     "h2o_attend_bwd",
     f"(Tensor do, {_OPERANDS}Tensor o, Tensor lse, {_CHOICE}) -> (Tensor dq, Tensor dk, Tensor dv)",
     attend_bwd_reference,
+    flops=_backward_flops,
 )
 
 

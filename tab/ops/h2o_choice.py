@@ -83,8 +83,11 @@ def _exact_flops(q, k, *_, **__) -> int:
 _OPTIONS = "(Tensor q, Tensor k, Tensor? key_mask, int heavy, int recent, bool causal, "
 # Its scores are those that h2o_attend counts.
 h2o_choose = Op(
-    "h2o_choose", f"{_OPTIONS}int block, float scale) -> Tensor", choose_reference, no_flops
+    "h2o_choose", f"{_OPTIONS}int block, float scale) -> Tensor", choose_reference, flops=no_flops
 )
 h2o_choose_exact = Op(
-    "h2o_choose_exact", f"{_OPTIONS}float scale) -> Tensor", choose_exact_reference, _exact_flops
+    "h2o_choose_exact",
+    f"{_OPTIONS}float scale) -> Tensor",
+    choose_exact_reference,
+    flops=_exact_flops,
 )

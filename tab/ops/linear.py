@@ -177,12 +177,18 @@ def _flops(q, k, v, *_, **__) -> int:
     return 4 * b * h * n * d * v[-1]
 
 
+def _backward_flops(do, ds, dz, q, k, v, *_, **__) -> int:
+    """dS = φ(q)ᵀdo, and do, v and φ(k) by S or dS: 8·D·Dv a token and head."""
+    b, h, n, d = q
+    return 8 * b * h * n * d * v[-1]
+
+
 linear_fwd = Op(
     "linear_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "int feature_map, bool causal, float eps) -> (Tensor o, Tensor s, Tensor z)",
     forward_reference,
-    _flops,
+    flops=_flops,
 )
 linear_bwd = Op(
     "linear_bwd",
@@ -190,6 +196,7 @@ linear_bwd = Op(
     "Tensor z, Tensor? key_mask, Tensor? s0, Tensor? z0, int feature_map, bool causal, float eps) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
     backward_reference,
+    flops=_backward_flops,
 )
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -88,12 +88,21 @@ def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, sca
 
 # rows = cols = 0: a line. 0 ≤ left, right < N (grid: < max(rows, cols)): no kernel overflows.
 # causal: only j ≤ i. On a line the public function has set right = 0 instead, and causal is False.
-def _flops(q, k, v, left, right, rows, cols, causal, *_, **__) -> int:
-    """Scores and sums over the pairs that the window holds: 2·(D + Dv) a pair."""
-    b, h, n, d = q
+def _pairs(q, left, right, cols, causal) -> int:
+    """Query-key pairs that the windows hold."""
+    b, h, n, _ = q
     i = torch.arange(n)
-    pairs = in_window(i[:, None], i, left, right, cols, causal).sum().item()
-    return 2 * b * h * pairs * (d + v[-1])
+    return b * h * in_window(i[:, None], i, left, right, cols, causal).sum().item()
+
+
+def _flops(q, k, v, left, right, rows, cols, causal, *_, **__) -> int:
+    """Scores and sums: 2·(D + Dv) a pair."""
+    return 2 * _pairs(q, left, right, cols, causal) * (q[-1] + v[-1])
+
+
+def _backward_flops(do, q, k, v, o, lse, left, right, rows, cols, causal, *_, **__) -> int:
+    """Scores, do·v, dq, dk and dv: 2·(3·D + 2·Dv) a pair."""
+    return 2 * _pairs(q, left, right, cols, causal) * (3 * q[-1] + 2 * v[-1])
 
 
 local_fwd = Op(
@@ -101,13 +110,14 @@ local_fwd = Op(
     "(Tensor q, Tensor k, Tensor v, SymInt left, SymInt right, SymInt rows, SymInt cols, "
     "bool causal, float scale) -> (Tensor o, Tensor lse)",
     forward_reference,
-    _flops,
+    flops=_flops,
 )
 local_bwd = Op(
     "local_bwd",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt left, SymInt right, "
     "SymInt rows, SymInt cols, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
     backward_reference,
+    flops=_backward_flops,
 )
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -103,12 +103,19 @@ def _flops(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *_, **__) -> int:
     return 2 * b * h * n * (r * (dn + dv) + n * (dn + q_rope[-1] + dv))
 
 
+def _backward_flops(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *_, **__) -> int:
+    """K and V again, each with two gradients; scores, do·v, dq, dk and dv."""
+    b, h, n, dn = q_nope
+    r, dv = c_kv[-1], w_uv[1]
+    return 2 * b * h * n * (3 * r * (dn + dv) + n * (3 * (dn + q_rope[-1]) + 2 * dv))
+
+
 mla_fwd = Op(
     "mla_fwd",
     "(Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor w_uk, Tensor w_uv, "
     "Tensor? key_mask, float scale, bool causal) -> (Tensor o, Tensor lse, Tensor max_logits)",
     forward_reference,
-    _flops,
+    flops=_flops,
 )
 mla_bwd = Op(
     "mla_bwd",
@@ -116,6 +123,7 @@ mla_bwd = Op(
     "Tensor w_uk, Tensor w_uv, Tensor o, Tensor lse, Tensor? key_mask, float scale, bool causal) "
     "-> (Tensor dq_nope, Tensor dq_rope, Tensor dc_kv, Tensor dk_rope, Tensor dw_uk, Tensor dw_uv)",
     backward_reference,
+    flops=_backward_flops,
 )
 # --- autograd -------------------------------------------------------------------------------------
 

@@ -73,12 +73,18 @@ def _flops(q_nope, q_rope, cache, seqlens, w_uk, w_uv, *_, **__) -> int:
     return 2 * b * h * (r * (dn + dv) + n * (width + r))
 
 
+def _backward_flops(do, dlse, q_nope, q_rope, cache, seqlens, w_uk, w_uv, *_, **__) -> int:
+    """q̃, scores and z again; q̃ and o with two gradients each, the rows of the cache with four."""
+    (b, h, dn), (_, n, width), (_, dv, r) = q_nope, cache, w_uv
+    return 2 * b * h * (r * (3 * dn + 2 * dv) + 3 * n * (width + r))
+
+
 mla_decode_op = Op(
     "mla_decode",
     "(Tensor q_nope, Tensor q_rope, Tensor cache, Tensor seqlens, Tensor w_uk, Tensor w_uv, "
     "float scale) -> (Tensor o, Tensor lse)",
     decode_reference,
-    _flops,
+    flops=_flops,
 )
 mla_decode_bwd = Op(
     "mla_decode_bwd",
@@ -86,6 +92,7 @@ mla_decode_bwd = Op(
     "Tensor w_uk, Tensor w_uv, Tensor o, Tensor lse, float scale) "
     "-> (Tensor dq_nope, Tensor dq_rope, Tensor dcache, Tensor dw_uk, Tensor dw_uv)",
     decode_backward_reference,
+    flops=_backward_flops,
 )
 
 

@@ -115,7 +115,7 @@ max_logits_op = Op(
     "max_logits",
     "(Tensor q, Tensor k, Tensor? key_mask, float scale, bool causal) -> Tensor",
     max_logits_reference,
-    _flops,
+    flops=_flops,
 )
 
 

@@ -177,6 +177,11 @@ def _flops(x, w, *_, **__) -> int:
     return 2 * x[0] * w[1] * w[2]
 
 
+def _outer_flops(g, x, *_, **__) -> int:
+    """Each of the M rows into its expert's (O, I)."""
+    return 2 * x[0] * g[1] * x[1]
+
+
 def order_reference(index: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """index (…, k), counts (E,) -> order (T·k,), the routed rows by expert, and its inverse.
 
@@ -206,13 +211,22 @@ def _check_counts(flat: Tensor, counts: Tensor) -> None:
 
 
 moe_order = Op(
-    "moe_order", "(Tensor index, Tensor counts) -> (Tensor, Tensor)", order_reference, no_flops
+    "moe_order",
+    "(Tensor index, Tensor counts) -> (Tensor, Tensor)",
+    order_reference,
+    flops=no_flops,
 )
 moe_grouped = Op(
-    "moe_grouped", "(Tensor x, Tensor w, Tensor counts) -> Tensor", grouped_reference, _flops
+    "moe_grouped",
+    "(Tensor x, Tensor w, Tensor counts) -> Tensor",
+    grouped_reference,
+    flops=_flops,
 )
 moe_grouped_outer = Op(
-    "moe_grouped_outer", "(Tensor g, Tensor x, Tensor counts) -> Tensor", grouped_outer_reference
+    "moe_grouped_outer",
+    "(Tensor g, Tensor x, Tensor counts) -> Tensor",
+    grouped_outer_reference,
+    flops=_outer_flops,
 )
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -246,13 +246,19 @@ def _flops(q, k, v, projection, *_, **__) -> int:
     return 4 * b * h * n * projection[0] * (d + v[-1])
 
 
+def _backward_flops(do, ds, dz, q, k, v, projection, *_, **__) -> int:
+    """W q and W k again, Wᵀ twice, and linear attention's: 8·M·(D + Dv) a token and head."""
+    b, h, n, d = q
+    return 8 * b * h * n * projection[0] * (d + v[-1])
+
+
 performer_fwd = Op(
     "performer_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "Tensor? c0, int kernel, bool causal, float eps) "
     "-> (Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse)",
     forward_reference,
-    _flops,
+    flops=_flops,
 )
 performer_bwd = Op(
     "performer_bwd",
@@ -261,6 +267,7 @@ performer_bwd = Op(
     "Tensor? s0, Tensor? z0, Tensor? c0, int kernel, bool causal) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
     backward_reference,
+    flops=_backward_flops,
 )
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -108,11 +108,20 @@ def backward_reference(
 
 # row_ptr, col, col_ptr, row: the pattern and its transpose, int32, see BlockPattern; row_ptr and
 # col_ptr are (Hp, nb+1) with Hp = 1 (shared by the heads) or H.
+def _pairs(q, row_ptr, col, block_size) -> int:
+    """Query-key pairs in the blocks of the pattern, each block counted whole."""
+    b, h, *_ = q
+    return b * (col[0] * h // row_ptr[0]) * block_size**2  # a pattern is per head, or shared by all
+
+
 def _flops(q, k, v, row_ptr, col, col_ptr, row, block_size, *_, **__) -> int:
-    """Scores and sums over the pairs in the blocks of the pattern, each counted whole."""
-    b, h, _, d = q
-    blocks = col[0] * h // row_ptr[0]  # a pattern is per head, or shared by all
-    return 2 * b * blocks * block_size**2 * (d + v[-1])
+    """Scores and sums: 2·(D + Dv) a pair."""
+    return 2 * _pairs(q, row_ptr, col, block_size) * (q[-1] + v[-1])
+
+
+def _backward_flops(do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, *_, **__) -> int:
+    """Scores, do·v, dq, dk and dv: 2·(3·D + 2·Dv) a pair."""
+    return 2 * _pairs(q, row_ptr, col, block_size) * (3 * q[-1] + 2 * v[-1])
 
 
 sparse_fwd = Op(
@@ -120,7 +129,7 @@ sparse_fwd = Op(
     "(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, Tensor col_ptr, Tensor row, "
     "int block_size, bool causal, float scale) -> (Tensor o, Tensor lse)",
     forward_reference,
-    _flops,
+    flops=_flops,
 )
 sparse_bwd = Op(
     "sparse_bwd",
@@ -128,6 +137,7 @@ sparse_bwd = Op(
     "Tensor col_ptr, Tensor row, int block_size, bool causal, float scale) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     backward_reference,
+    flops=_backward_flops,
 )
 
 # --- autograd -------------------------------------------------------------------------------------
