@@ -41,7 +41,9 @@ kernels: setup
 # Triton that came with that one (3.6) must interpret and compile every kernel. Its interpreter turns
 # arrays into numbers in a way that NumPy has since dropped; it runs on one core, beside the rest.
 OLD := .venv-oldest
-OPS := linear performer performer_cpp projection local sparse mla mla_cpp moe h2o h2o_choice batches step triton
+OPS := linear performer performer_cpp nan_cpp projection local sparse mla mla_cpp moe moe_edges h2o h2o_inputs \
+    h2o_choice linformer_inputs batches step gradients inputs softmax_gradients softmax_inputs \
+    softmax_lengths hidden_values layer_masks layer_state triton
 two-torch: setup
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
