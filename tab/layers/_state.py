@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ..ops._autograd import exporting
+
 
 class Stateful(nn.Module):
     """exact: buffers that no half type rounds; `double()` makes them float64, all else float32.
@@ -39,8 +41,8 @@ class Stateful(nn.Module):
 
     def observes(self, x: Tensor) -> bool:
         """Whether this forward counts: in training, on real tokens, and each batch once."""
-        exporting = torch.compiler.is_exporting()  # who runs the exported layer has no after_step
-        return self.training and not (x.is_meta or exporting or recomputing())
+        # Who runs the exported layer has no after_step.
+        return self.training and not (x.is_meta or exporting() or recomputing())
 
 
 def recomputing() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._autograd import exporting
 from ..ops._check import accumulate, full_precision
 from ..ops.moe import expert_counts, moe_experts, noaux_tc_gate
 from ._state import Stateful, over_ranks, recomputing
@@ -111,7 +112,7 @@ class MoE(Stateful):
                 real = real if key_mask is None else real & key_mask
                 load = self.counter("load", logits.device)
                 load += expert_counts(index, load.shape[0], real)
-        wanted = self.training and self.balance_alpha != 0 and not torch.compiler.is_exporting()
+        wanted = self.training and self.balance_alpha != 0 and not exporting()
         self.balance = self._balance_loss(logits, key_mask) if wanted else None
         if not recomputing():
             self.balance_weight = None

@@ -111,3 +111,9 @@ def once_only(op: Op, instead: str) -> type[Function]:
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(op.name, (Function,), body)
+
+
+def exporting() -> bool:
+    """torch.compiler.is_exporting(), whose flag it reads: Dynamo of torch 2.11 takes the function
+    for True in every compilation, so that compiled training would count nothing."""
+    return torch.compiler._is_exporting_flag

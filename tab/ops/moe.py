@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._autograd import transforming
+from ._autograd import exporting, transforming
 from ._check import accumulate, autocast, same, shapes
 from ._op import Op, no_flops
 
@@ -256,7 +256,7 @@ class _Permute(torch.autograd.Function):
 
 def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """torch.func and exported graphs differentiate PyTorch's own operator."""
-    if transforming() or torch.compiler.is_exporting():
+    if transforming() or exporting():
         return x[order]
     return _Permute.apply(x, order, inverse)
 
