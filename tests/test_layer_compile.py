@@ -55,8 +55,6 @@ often = pytest.mark.parametrize(
 
 @often
 def test_two_compilations_serve_every_length(kind, masked):
-    if kind == "kv_compression":
-        pytest.skip("its op takes the budget as a constant")
     layer = build(kind)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)

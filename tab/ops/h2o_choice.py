@@ -80,10 +80,13 @@ def _exact_flops(q, k, *_, **__) -> int:
     return 2 * b * h * n * n * d
 
 
-_OPTIONS = "(Tensor q, Tensor k, Tensor? key_mask, int heavy, int recent, bool causal, "
+_OPTIONS = "(Tensor q, Tensor k, Tensor? key_mask, SymInt heavy, SymInt recent, bool causal, "
 # Its scores are those that h2o_attend counts.
 h2o_choose = Op(
-    "h2o_choose", f"{_OPTIONS}int block, float scale) -> Tensor", choose_reference, flops=no_flops
+    "h2o_choose",
+    f"{_OPTIONS}SymInt block, float scale) -> Tensor",
+    choose_reference,
+    flops=no_flops,
 )
 h2o_choose_exact = Op(
     "h2o_choose_exact",
