@@ -3,6 +3,7 @@
 tests/test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import importlib
 import math
 from types import SimpleNamespace
 
@@ -21,6 +22,9 @@ from tab.kernels import (
 )
 from tab.ops import OPS
 from tab.ops._op import choose
+
+for name in ("local", "mla_decode", "sparse"):  # importing them registers their limits
+    importlib.import_module(f"tab.kernels.{name}")
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
