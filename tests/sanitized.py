@@ -211,6 +211,9 @@ def main() -> None:
     here = Path(tab.__file__).resolve().parent
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         raise SystemExit(f"libasan is not preloaded; run `make sanitize` (this tab is in {here})")
+    plain = [path.name for path in here.glob("_[Ch]*.so") if b"__asan_" not in path.read_bytes()]
+    if plain:
+        raise SystemExit(f"{', '.join(plain)} in {here} are built without AddressSanitizer")
     built = set(kernels())
     if uncovered := built - set(CASES):
         raise SystemExit(f"C++ kernels without a case in tests/sanitized.py: {sorted(uncovered)}")
