@@ -76,7 +76,8 @@ def test_control_c_here_ends_all_tasks(tmp_path):
 DRIVER = """
 from pathlib import Path
 from tasks import wait_forever
-from tab.executor import Processes, Task, run_tasks
+from tab.tasks.processes import Processes
+from tab.tasks.tasks import Task, run_tasks
 tasks = [Task(wait_forever, (), Path(f"{i}")) for i in range(3)]
 if __name__ == "__main__":
     list(run_tasks(tasks, Processes(2, 1), lambda index, event: print(event, flush=True)))
