@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: setup compare test lint bench kernels two-torch sanitize clean
 

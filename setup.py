@@ -62,7 +62,7 @@ if os.environ.get("TAB_SANITIZE") == "1":  # -O1: a third of the time to compile
 extensions = [
     cpp_extension.CppExtension(
         "tab._C",
-        sorted(glob("csrc/cpu/*.cpp")),
+        sorted(glob("csrc/cpu/**/*.cpp", recursive=True)),
         depends=sorted(glob("csrc/**/*.h", recursive=True)),
         py_limited_api=True,
         extra_compile_args={"cxx": [*CXX, *SANITIZE]},
@@ -80,8 +80,8 @@ if with_cuda:
     extensions.append(
         cpp_extension.CUDAExtension(
             "tab._C_cuda",
-            sorted(glob("csrc/cuda/*.cu")),
-            depends=sorted([*glob("csrc/cuda/*.*h"), *glob("csrc/*.h")]),
+            sorted(glob("csrc/cuda/**/*.cu", recursive=True)),
+            depends=sorted(glob("csrc/**/*.*h", recursive=True)),
             py_limited_api=True,
             extra_compile_args={"cxx": CXX, "nvcc": NVCC},
         )

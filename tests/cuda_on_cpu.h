@@ -1,4 +1,4 @@
-// CUDA's device side on a CPU, as far as csrc/cuda/*.cuh use it: the same code, compiled by g++.
+// CUDA's device side on a CPU, as far as csrc/cuda/**/*.cuh use it: the same code, compiled by g++.
 //
 // Each thread of a block is a fiber. It runs until a barrier or a warp-wide instruction and waits
 // there; when all the threads concerned have come to the same place, they go on. What fails:

@@ -1,19 +1,19 @@
 // The kernels of csrc/cuda for a few tokens on the CPU (cuda_on_cpu.h), called by tests/test_cuda_*.py
 // with the argument structures that the launchers fill. Each returns "" or what went wrong. The tests
 // define one of LINEAR, MLA, PERFORMER and SOFTMAX: they compile what they need.
-#include "../csrc/cuda/device.cuh"
+#include "../csrc/cuda/core/device.cuh"
 #ifdef LINEAR
-#include "../csrc/cuda/linear_small_backward.cuh"
+#include "../csrc/cuda/linear/linear_small_backward.cuh"
 #endif
 #ifdef MLA
-#include "../csrc/cuda/mla_small.cuh"
+#include "../csrc/cuda/mla/mla_small.cuh"
 #endif
 #ifdef PERFORMER
-#include "../csrc/cuda/performer_small_backward.cuh"
-#include "../csrc/cuda/performer_state_backward.cuh"
+#include "../csrc/cuda/performer/performer_small_backward.cuh"
+#include "../csrc/cuda/performer/performer_state_backward.cuh"
 #endif
 #ifdef SOFTMAX
-#include "../csrc/cuda/softmax_small.cuh"
+#include "../csrc/cuda/softmax/softmax_small.cuh"
 #endif
 
 using namespace tab::few;

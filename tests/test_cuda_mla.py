@@ -15,7 +15,7 @@ BACKWARD = struct("Backward", "Latents in; Heads do; pointer lse dlse; Heads dqn
 
 
 class Mla(torch.autograd.Function):
-    """The kernels, and the sums over heads and batch that csrc/cuda/mla.cu leaves to cuBLAS."""
+    """The kernels, and the sums over heads and batch that csrc/cuda/mla/mla.cu leaves to cuBLAS."""
 
     @staticmethod
     def forward(ctx, qn, qr, c, kr, uk, uv, mask, scale, causal):

@@ -84,7 +84,7 @@ def test_performer(b, h, n, d, dv, m, relu, masked, eps, dtype, generator):
 
 
 class Stateful(torch.autograd.Function):
-    """What csrc/cuda/performer.cu takes for causal sums and states; s0 None: from nothing."""
+    """What csrc/cuda/performer/performer.cu takes for causal sums and states; s0 None: from nothing."""
 
     @staticmethod
     def forward(ctx, q, k, v, s0, z0, w, c0, mask, relu, causal, eps):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# The tests of a source, by the first word of its name; all for others
+# The tests of a source, by its folder; all for core
 TESTS = {"linear": "linear", "mla": "mla", "performer": "performer", "softmax": "small"}
 ROOT = Path(__file__).parents[1]
 BARRIER = re.compile(r"\b__sync(?:threads|warp)\(\)")
@@ -29,7 +29,7 @@ def noticed(source: Path, line: int) -> str:
         lines = source.read_text().splitlines()
         lines[line] = BARRIER.sub("(void)0", lines[line])
         (copy / source.relative_to(ROOT)).write_text("\n".join(lines))
-        name = TESTS.get(source.stem.split("_")[0], "*")
+        name = TESTS.get(source.parent.name, "*")
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
              *sorted((copy / "tests").glob(f"test_cuda_{name}.py"))],
@@ -42,7 +42,7 @@ def noticed(source: Path, line: int) -> str:
 
 if __name__ == "__main__":
     missed = 0
-    for source in sorted((ROOT / "csrc" / "cuda").iterdir()):
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*/*")):
         if not any(part in source.name for part in sys.argv[1:] or [""]):
             continue
         for line, text in enumerate(source.read_text().splitlines()):

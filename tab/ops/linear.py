@@ -4,7 +4,7 @@
 
 Katharopoulos et al. 2020, "Transformers are RNNs", eq. 4-5 (bidirectional) and 9-12 (causal).
 Read top to bottom: reference → ops → autograd → public function. The kernels beside the reference:
-csrc/cpu/linear.cpp, kernels/linear.py and csrc/cuda/linear.cu.
+csrc/cpu/linear/, kernels/linear.py and csrc/cuda/linear/.
 
 The reference appends a column of ones to v: then S carries z as its last column, and the last
 column of φ(q)ᵀS is the denominator. A row whose denominator is 0 gives 0 and passes no gradient.

@@ -10,7 +10,7 @@ c (B, N, R) is the latent, k_r (B, N, Dr) the one rotary key that all heads shar
 Three forms of one function: "expand" writes K_h and V_h for every head, "absorb" writes q̃ and z of
 width R, "fused" (the ops mla_fwd and mla_bwd) holds one head's keys and values at a time.
 Read top to bottom: fused reference → ops → autograd → public function. The other two forms are in
-mla_forms.py, decoding is in mla_decode.py. Beside the references: csrc/cpu/mla.cpp, mla_decode.cpp.
+mla_forms.py, decoding is in mla_decode.py. Beside the references: csrc/cpu/mla/.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 // rescaling of Milakov & Gimelshein 2018.
 #pragma once
 
-#include "../common.h"
+#include "../../common.h"
 
 namespace tab {
 

@@ -14,7 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../common.h"
+#include "../../common.h"
 #include "device.cuh"
 
 namespace tab::few {

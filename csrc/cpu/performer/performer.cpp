@@ -21,7 +21,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../common.h"
+#include "../../common.h"
 
 namespace tab {
 
@@ -48,8 +48,8 @@ struct PerformerKernels {
 
 }  // namespace tab
 
-#define TAB_KERNEL "performer_kernel.h"
-#include "each_isa.h"
+#define TAB_KERNEL "../performer/performer_kernel.h"
+#include "../core/each_isa.h"
 
 namespace tab {
 namespace {

@@ -2,7 +2,7 @@
 // arithmetic is in softmax_small.cuh; here are checks, launch, registration.
 #include <tuple>
 
-#include "launch.h"
+#include "../core/launch.h"
 #include "softmax_small.cuh"
 
 namespace tab::few {

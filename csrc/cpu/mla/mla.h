@@ -1,7 +1,7 @@
 // Multi-head latent attention, the plain data: what mla.cpp shares with its kernels.
 #pragma once
 
-#include "../common.h"
+#include "../../common.h"
 
 namespace tab {
 

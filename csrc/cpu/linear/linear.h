@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "task.h"
+#include "../core/task.h"
 
 namespace tab {
 

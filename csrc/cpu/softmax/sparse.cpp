@@ -7,7 +7,7 @@
 // all blocks that one of its block rows lists; see strip.h for the scheme. A long (global) block row
 // is several strips, so threads share it. The transposed pattern (col_ptr, row) is not needed.
 
-#include "../common.h"
+#include "../../common.h"
 #include "strip.h"
 
 namespace tab {
@@ -21,8 +21,8 @@ struct Sparse : Strip {
 
 }  // namespace tab
 
-#define TAB_KERNEL "sparse_kernel.h"
-#include "each_isa.h"
+#define TAB_KERNEL "../softmax/sparse_kernel.h"
+#include "../core/each_isa.h"
 #include "strip_driver.h"
 
 namespace tab {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "strip.h"
-#include "task.h"
-#include "types.h"
+#include "../core/task.h"
+#include "../core/types.h"
 
 namespace tab {
 

@@ -1,12 +1,12 @@
 // Compiles the file named by TAB_KERNEL once per instruction set, in tab::baseline, tab::avx2 and
 // tab::avx512, on top of simd.h and gemm.h. One binary then runs on any x86-64.
 //
-// To add a kernel (linear.cpp and linear_kernel.h are the model):
+// To add a kernel x, in cpu/x/ (linear.cpp and linear_kernel.h are the model):
 //   x_kernel.h   no include guard, `namespace tab::TAB_ISA`; templates over the element type, and a
 //                table of function pointers `template <class T> constexpr XKernels x_kernels`
 //   x.cpp        arguments as a plain struct, then
-//                    #define TAB_KERNEL "x_kernel.h"
-//                    #include "each_isa.h"
+//                    #define TAB_KERNEL "../x/x_kernel.h"
+//                    #include "../core/each_isa.h"
 //                then the driver (checks, outputs, parallel(), arena()) and the registration; it
 //                calls TAB_SELECT(x_kernels<T>).
 // Pitfalls: kernel code calls no std:: and no torch:: function, not even an inline one. The linker

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common.h"
+#include "../../common.h"
 
 namespace tab {
 
@@ -39,8 +39,8 @@ struct DecodeKernels {
 
 }  // namespace tab
 
-#define TAB_KERNEL "mla_decode_kernel.h"
-#include "each_isa.h"
+#define TAB_KERNEL "../mla/mla_decode_kernel.h"
+#include "../core/each_isa.h"
 
 namespace tab {
 namespace {

@@ -7,7 +7,7 @@
 // Beltagy et al. 2020, "Longformer", sec. 3.1; Ramachandran et al. 2019, eq. 2. The keys of a strip
 // of queries are one run with closed-form ends (on a grid: whole rows); see strip.h for the scheme.
 
-#include "../common.h"
+#include "../../common.h"
 #include "strip.h"
 
 namespace tab {
@@ -19,8 +19,8 @@ struct Local : Strip {
 
 }  // namespace tab
 
-#define TAB_KERNEL "local_kernel.h"
-#include "each_isa.h"
+#define TAB_KERNEL "../softmax/local_kernel.h"
+#include "../core/each_isa.h"
 #include "strip_driver.h"
 
 namespace tab {

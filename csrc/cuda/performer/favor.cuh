@@ -3,7 +3,7 @@
 // exact as with the float32 W.
 #pragma once
 
-#include "tile.cuh"
+#include "../core/tile.cuh"
 
 namespace tab::few {
 

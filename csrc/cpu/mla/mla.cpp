@@ -15,11 +15,11 @@
 
 #include <algorithm>
 
-#include "../common.h"
+#include "../../common.h"
 #include "mla.h"
 
-#define TAB_KERNEL "mla_kernel.h"
-#include "each_isa.h"
+#define TAB_KERNEL "../mla/mla_kernel.h"
+#include "../core/each_isa.h"
 
 namespace tab {
 namespace {

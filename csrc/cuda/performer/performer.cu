@@ -2,7 +2,7 @@
 // The arithmetic is in performer_small.cuh or, if causal or with states, performer_state.cuh.
 #include <tuple>
 
-#include "launch.h"
+#include "../core/launch.h"
 #include "performer_small_backward.cuh"
 #include "performer_state_backward.cuh"
 

@@ -18,8 +18,8 @@
 
 #include "linear.h"
 
-#define TAB_KERNEL "linear_kernel.h"
-#include "each_isa.h"
+#define TAB_KERNEL "../linear/linear_kernel.h"
+#include "../core/each_isa.h"
 
 namespace tab {
 namespace {

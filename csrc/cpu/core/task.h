@@ -9,7 +9,7 @@
 #include <new>
 #include <string_view>
 
-#include "../common.h"
+#include "../../common.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TAB_WIDE 1

@@ -10,7 +10,7 @@
 // tensors, 107 for 6.4 GFLOP; backward 125 for 8 tensors, 215 for 13 GFLOP.
 #pragma once
 
-#include "tile.cuh"
+#include "../core/tile.cuh"
 
 namespace tab::few {
 

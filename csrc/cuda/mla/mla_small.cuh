@@ -12,7 +12,7 @@
 // tensor cores in a tenth of that, and 18 µs of memory count.
 #pragma once
 
-#include "softmax_small.cuh"
+#include "../softmax/softmax_small.cuh"
 
 namespace tab::few {
 

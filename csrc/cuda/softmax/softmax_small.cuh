@@ -13,7 +13,7 @@
 // bytes, and tensor cores do the FLOPs in a tenth of that, so memory counts.
 #pragma once
 
-#include "tile.cuh"
+#include "../core/tile.cuh"
 
 namespace tab::few {
 

@@ -2,7 +2,7 @@
 // then sums over heads and batch with two matrix products. The arithmetic is in mla_small.cuh.
 #include <tuple>
 
-#include "launch.h"
+#include "../core/launch.h"
 #include "mla_small.cuh"
 
 namespace tab::few {

@@ -2,7 +2,7 @@
 // arithmetic is in linear_small.cuh; here are checks, launch, registration.
 #include <tuple>
 
-#include "launch.h"
+#include "../core/launch.h"
 #include "linear_small_backward.cuh"
 
 namespace tab::few {
