@@ -31,7 +31,7 @@ class Ways:
 
     def __init__(self, recipe: str, model: str, attention: str, seeds: int, device: torch.device):
         found = load_recipe(recipe)
-        configs = [found.run(model, attention, s) for s in range(seeds)]
+        configs = [found.run_config(model, attention, s) for s in range(seeds)]
         self.config, self.steps = configs[0], STEPS[recipe]
         b, count = self.config.train.batch_size, 10_000
         generator = torch.Generator().manual_seed(0)

@@ -16,9 +16,9 @@ from pathlib import Path
 import tab.sweep.driver
 from tab.data.load import load_dataset
 from tab.recipe.recipe import load_recipe
-from tab.sweep.driver import Watcher, sweep
+from tab.sweep.driver import SweepWatcher, sweep
 from tab.sweep.halving import BUDGETS
-from tab.sweep.plan import Plan
+from tab.sweep.plan import SweepPlan
 from tab.sweep.space import load_space
 from tab.tasks.processes import Processes
 from tab.tasks.tasks import Executor
@@ -33,7 +33,7 @@ def from_scratch(config, dataset, epochs, device, *, folder, emit):
     return continued(config, dataset, epochs, device, folder=folder, emit=emit)
 
 
-class Counter(Watcher):
+class Counter(SweepWatcher):
     epochs = 0
 
     def epoch(self, pair, entry, row) -> None:
@@ -42,7 +42,7 @@ class Counter(Watcher):
 
 def run(dataset, data: str, executor: Executor, train=continued) -> tuple[float, int, dict]:
     """Seconds, epochs trained, the winner of each pair."""
-    plan = Plan(
+    plan = SweepPlan(
         load_recipe("quick"),
         load_space("small"),
         BUDGETS["quick"],

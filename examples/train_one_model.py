@@ -16,7 +16,7 @@ from tab.train.loop import train
 
 out = sys.argv[1]
 dataset = load_dataset("shapes:1000/200")  # drawn pictures: 1000 to train on, 200 to test
-config = load_recipe("quick", {"train.epochs": 2, "data.validation": 100}).run(
+config = load_recipe("quick", {"train.epochs": 2, "data.validation": 100}).run_config(
     "mlp", "performer", seed=0
 )
 

@@ -28,7 +28,7 @@ from tab.data.load import load_dataset
 from tab.recipe.recipe import load_recipe
 from tab.sweep.driver import sweep
 from tab.sweep.halving import Budget
-from tab.sweep.plan import Plan
+from tab.sweep.plan import SweepPlan
 from tab.sweep.space import load_space
 
 DATA = "shapes:100/20"
@@ -43,7 +43,7 @@ num_heads = [2, 3, 4]
 """
 
 
-def plan(folder: Path, **changes) -> Plan:
+def plan(folder: Path, **changes) -> SweepPlan:
     """Three rungs of two mechanisms, about three seconds."""
     path = folder / "space.toml"
     path.write_text(SPACE)
@@ -57,21 +57,21 @@ def plan(folder: Path, **changes) -> Plan:
         "device": "cpu",
         "seed": 0,
     }
-    return Plan(**options | changes)
+    return SweepPlan(**options | changes)
 
 
 def drive(out: Path, dataset) -> None:
     """The child: every epoch that is safely on disk leaves a line in epochs.log."""
     torch.set_num_threads(1)
-    save = tab.train.training_run.Run.save
+    save = tab.train.training_run.TrainingRun.save
 
     def logged(run) -> None:
         save(run)
         with open(out / "epochs.log", "a") as file:
             file.write(f"{run.out.name} {len(run.rows)}\n")
 
-    tab.train.training_run.Run.save = logged
-    sweep(Plan.load(out), dataset, out)
+    tab.train.training_run.TrainingRun.save = logged
+    sweep(SweepPlan.load(out), dataset, out)
 
 
 def fork(out: Path, dataset) -> int:

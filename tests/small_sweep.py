@@ -13,8 +13,8 @@ pytest.importorskip("optuna")
 from kill_sweep import plan
 
 from tab.cli.main import app
-from tab.sweep.driver import Watcher, records, sweep
-from tab.sweep.plan import Plan
+from tab.sweep.driver import SweepWatcher, records, sweep
+from tab.sweep.plan import SweepPlan
 
 SELF, MULTI = ("mlp", "self"), ("mlp", "multi_head")
 
@@ -28,10 +28,10 @@ def begin(folder: Path, dataset, **changes) -> Path:
 def whole(folder: Path, dataset) -> tuple:
     """A whole sweep in this process; -> its directory and winners."""
     out = begin(folder, dataset)
-    return out, sweep(Plan.load(out), dataset, out)
+    return out, sweep(SweepPlan.load(out), dataset, out)
 
 
-class Count(Watcher):
+class Count(SweepWatcher):
     def __init__(self):
         self.epochs, self.ended = 0, []
 
@@ -43,7 +43,7 @@ class Count(Watcher):
 
 
 def read(out: Path):
-    with records(Plan.load(out), out) as found:
+    with records(SweepPlan.load(out), out) as found:
         return found
 
 

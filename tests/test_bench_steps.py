@@ -19,7 +19,7 @@ from tab.data.load import load_dataset
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
 from tab.train.steps import Steps
-from tab.train.training_run import Run
+from tab.train.training_run import TrainingRun
 
 ROOF = Roofline(flops=1e11, bandwidth=1e10)
 ONCE = {"batch": 4, "budget": 0.0, "min_rounds": 1, "max_rounds": 1}
@@ -33,7 +33,7 @@ TWINS = {  # and the function of TAB that the layer calls
 
 
 def model_of(attention, model="cnn"):
-    return build_model(load_recipe("quick").run(model, attention, 0), 10)
+    return build_model(load_recipe("quick").run_config(model, attention, 0), 10)
 
 
 @pytest.mark.parametrize("attention", TWINS)
@@ -94,7 +94,7 @@ def test_a_step_is_the_one_of_training(monkeypatch, tmp_path):
     changes = {"train.batch_size": 4, "train.epochs": 1, "data.images": 20, "data.validation": 10}
     config = load_recipe("quick", changes)
     dataset = load_dataset("shapes:100/20")
-    run = Run(config.run("cnn", "linear", 0), dataset, torch.device("cpu"), tmp_path)
+    run = TrainingRun(config.run_config("cnn", "linear", 0), dataset, torch.device("cpu"), tmp_path)
     run.epoch()
     assert len(timed) == 6 and len(found) == 5  # three contestants, each warmed up once
     assert set(timed) == set(found)

@@ -31,7 +31,7 @@ def dataset():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, dataset, one_thread):
     out = tmp_path_factory.mktemp("trained")
-    train(load_recipe("quick", TINY).run("mlp", "none", 0), dataset, out)
+    train(load_recipe("quick", TINY).run_config("mlp", "none", 0), dataset, out)
     return out
 
 

@@ -182,7 +182,7 @@ def test_a_run_of_another_name_is_not_taken_for_this_one(out):
 
 
 def test_a_models_file_of_another_run_is_not_taken_for_this_ones(out):
-    other = load_recipe("quick", {**TINY, "model.mlp.hidden": 12}).run("mlp", "none", 0)
+    other = load_recipe("quick", {**TINY, "model.mlp.hidden": 12}).run_config("mlp", "none", 0)
     train(other, load_dataset(DATA), out.parent / "other")
     shutil.copy(out.parent / "other" / "model.safetensors", out / DONE)
     (out / DONE / "robustness.json").unlink()

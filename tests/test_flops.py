@@ -11,12 +11,12 @@ from tab.recipe.recipe import load_recipe
 
 
 def of(attention):
-    return forward_flops(build_model(load_recipe("quick").run("cnn", attention, 0), 10))
+    return forward_flops(build_model(load_recipe("quick").run_config("cnn", attention, 0), 10))
 
 
 def test_experts_count(monkeypatch):
     """Each of a token's experts: three products of C by F."""
-    model = build_model(load_recipe("quick").run("cnn", "deepseek_mla", 0), 10)
+    model = build_model(load_recipe("quick").run_config("cnn", "deepseek_mla", 0), 10)
     calls = []
     counted = OPS["moe_grouped"].flops
 

@@ -97,7 +97,9 @@ def test_two_names_for_one_variant_tie(more, tmp_path):
     assert group.tie and group.difference == 0
     dataset = load_dataset("shapes:100/20")
     one, two = (
-        train(recipe.run("mlp", name, 0), dataset, tmp_path / name).summary["final_train_loss"]
+        train(recipe.run_config("mlp", name, 0), dataset, tmp_path / name).summary[
+            "final_train_loss"
+        ]
         for name in group.attentions
     )
     assert one == two  # bit for bit
@@ -107,7 +109,9 @@ def test_published_twins_tie_in_training(tmp_path):
     options = {"model.mlp.hidden": 16, "train.batch_size": 20, "train.epochs": 2}
     recipe, dataset = load_recipe("published", options), load_dataset("shapes:60/20")
     losses = {
-        name: train(recipe.run("mlp", name, 0), dataset, tmp_path / name).rows[-1]["train_loss"]
+        name: train(recipe.run_config("mlp", name, 0), dataset, tmp_path / name).rows[-1][
+            "train_loss"
+        ]
         for name in ("multi_head", "linformer", "performer", "linear", "kimi_k2", "self")
     }
     assert losses.pop("self") != pytest.approx(losses["multi_head"], rel=1e-3)

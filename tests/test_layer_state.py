@@ -78,7 +78,9 @@ def test_a_layer_from_the_meta_device(kind, how):
 def test_a_model_from_the_meta_device(model, attention):
     small = {"hidden": 16, "position": "learned"} | ({} if model == "mlp" else {"channels": 4})
     given = {f"model.{model}.{key}": value for key, value in small.items()}
-    config = load_recipe("fair", given | {f"model.{model}.match": ""}).run(model, attention, 0)
+    config = load_recipe("fair", given | {f"model.{model}.match": ""}).run_config(
+        model, attention, 0
+    )
     real = build_model(config, 10)
     with torch.device("meta"):
         net = build_model(config, 10)

@@ -64,9 +64,9 @@ def test_sizes_are_of_the_classes(model, match):
     cost = forward_flops if match.startswith("flops") else parameter_count
     ours = flops_of if match.startswith("flops") else parameters_of
     recipe = load_recipe("fair", {f"model.{model}.match": match})
-    target = cost(build_model(recipe.run(model, "multi_head", 0, classes=CLASSES), CLASSES))
+    target = cost(build_model(recipe.run_config(model, "multi_head", 0, classes=CLASSES), CLASSES))
     for attention in ("none", "linear", "local"):
-        config = recipe.run(model, attention, 0, classes=CLASSES)
+        config = recipe.run_config(model, attention, 0, classes=CLASSES)
         size = cost(build_model(config, CLASSES))
         assert abs(size / target - 1) < 0.02 and ours(config, CLASSES) == size, attention
 
@@ -74,7 +74,7 @@ def test_sizes_are_of_the_classes(model, match):
 def test_a_sweep_matches_for_its_classes(hundred, tmp_path):
     pytest.importorskip("optuna")
     from tab.sweep.halving import Budget
-    from tab.sweep.plan import Plan as SweepPlan
+    from tab.sweep.plan import SweepPlan
     from tab.sweep.space import load_space
 
     budget = Budget(2, (1,), 2, 100, 100)
@@ -82,8 +82,8 @@ def test_a_sweep_matches_for_its_classes(hundred, tmp_path):
     recipe = load_recipe("fair", SMALL)
     SweepPlan(recipe, load_space("small"), budget, *named).save(tmp_path / "out", hundred)
     kept = SweepPlan.load(tmp_path / "out").config(("cnn", "none"), {"lr": 0.01})
-    assert kept.model_options == recipe.run("cnn", "none", 0, classes=CLASSES).model_options
-    assert kept.model_options != recipe.run("cnn", "none", 0).model_options
+    assert kept.model_options == recipe.run_config("cnn", "none", 0, classes=CLASSES).model_options
+    assert kept.model_options != recipe.run_config("cnn", "none", 0).model_options
 
 
 def test_what_an_older_version_matched_for_ten_goes_on(hundred, tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_what_an_older_version_matched_for_ten_goes_on(hundred, tmp_path, monkey
     lines = config.read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith("classes")) + "\n")
     assert Plan.load(tmp_path / "out").grid == dataclasses.replace(plan().grid, classes=10)
-    old = load_recipe("fair", SMALL).run("cnn", "none", 0)
+    old = load_recipe("fair", SMALL).run_config("cnn", "none", 0)
     train(old, hundred, tmp_path / "run", stop_after=1)
     monkeypatch.setattr("tab.cli.main.load_data", lambda spec: hundred)
     sets = [f"--set={key}={value}" for key, value in SMALL.items()]

@@ -16,7 +16,9 @@ BOTH = pytest.mark.parametrize("model", model_names())
 
 def model_of(model, attention="multi_head", recipe="fair", seed=0, **overrides):
     given = {k.replace("__", "."): v for k, v in overrides.items()}
-    return build_model(load_recipe(recipe, {**SMALL, **given}).run(model, attention, seed), 10)
+    return build_model(
+        load_recipe(recipe, {**SMALL, **given}).run_config(model, attention, seed), 10
+    )
 
 
 def images(generator, count=4):
@@ -120,7 +122,7 @@ def test_resnet9_has_the_usual_size():
     convolutions = [(3, 64), (64, 128), (128, 128), (128, 128)]
     convolutions += [(128, 256), (256, 512), (512, 512), (512, 512)]
     size = sum(9 * a * b + 2 * b for a, b in convolutions) + 512 * 10 + 10
-    config = load_recipe("fair", {"model.resnet9.match": ""}).run("resnet9", "none", 0)
+    config = load_recipe("fair", {"model.resnet9.match": ""}).run_config("resnet9", "none", 0)
     assert parameters_of(config) - 16 * 512 == size == 6_573_130  # less the learned positions
 
 

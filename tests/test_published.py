@@ -65,13 +65,13 @@ def tokens(generator, count=N):
     ],
 )
 def test_models_have_the_published_sizes(model, attention, width, parameters):
-    config = load_recipe("published").run(model, attention, 0)
+    config = load_recipe("published").run_config(model, attention, 0)
     assert config.model_options.hidden == width
     assert parameters_of(config) == parameters
 
 
 def test_training_is_as_published():
-    config = load_recipe("published").run("cnn", "performer", 0)
+    config = load_recipe("published").run_config("cnn", "performer", 0)
     train, data = config.train, config.data
     assert (train.lr, train.weight_decay, train.batch_size, train.epochs) == (1e-3, 0.01, 512, 100)
     assert (train.schedule, train.label_smoothing, train.amp) == ("constant", 0.0, False)
@@ -84,7 +84,7 @@ def test_training_is_as_published():
 def test_each_set_is_normalised_by_its_own_statistics():
     dataset = load_dataset("shapes:120/40")
     options = {"train.batch_size": 50, "evaluate.batch_size": 40}
-    config = load_recipe("published", options).run("mlp", "none", 0)
+    config = load_recipe("published", options).run_config("mlp", "none", 0)
     batches, validation, test = splits(config, dataset, torch.device("cpu"))
     assert validation is None and batches.samples == 100  # the incomplete third batch is dropped
     x, _ = next(test.epoch(0))
@@ -95,7 +95,9 @@ def test_each_set_is_normalised_by_its_own_statistics():
 def test_batch_norm_stands_still_after_the_first_epoch(tmp_path):
     dataset = load_dataset("shapes:60/20")
     small = {"train.batch_size": 20, "model.cnn.hidden": 8, "model.cnn.channels": 4}
-    config = load_recipe("published", {**small, "train.epochs": 3}).run("cnn", "multi_head", 0)
+    config = load_recipe("published", {**small, "train.epochs": 3}).run_config(
+        "cnn", "multi_head", 0
+    )
     seen = []
 
     def look(row):
@@ -139,14 +141,14 @@ def test_they_are_reached_by_the_recipe_alone():
         for recipe in ("fair", "document", "quick"):
             if name == "multi_head":
                 config = load_recipe(recipe, {"model.mlp.hidden": 16, "model.mlp.match": ""})
-                net = build_model(config.run("mlp", name, 0), 10)
+                net = build_model(config.run_config("mlp", name, 0), 10)
                 assert type(net.attention) is library
 
 
 def test_an_option_that_the_published_form_lacks_is_an_error():
     recipe = load_recipe("published", {"attention.local.two_dimensional": True})
     with pytest.raises(ValueError, match=r"local as published: unknown 'two_dimensional'"):
-        recipe.run("cnn", "local", 0)
+        recipe.run_config("cnn", "local", 0)
     assert "two_dimensional" not in attention_options("local", published=True)
 
 

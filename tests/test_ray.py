@@ -124,13 +124,13 @@ def test_a_sweep_has_the_same_winners_though_a_node_dies_within_a_rung(cluster, 
     pytest.importorskip("optuna")
     from kill_sweep import plan, result
 
-    from tab.sweep.driver import Watcher, sweep
+    from tab.sweep.driver import SweepWatcher, sweep
 
     toy, nodes = plan(tmp_path), list(cluster.worker_nodes)
     dataset, (here, there) = load_dataset(toy.data), (tmp_path / "here", tmp_path / "there")
     epochs = []
 
-    class Kill(Watcher):
+    class Kill(SweepWatcher):
         def epoch(self, pair, entry, row):
             epochs.append((pair, entry.configuration, row["epoch"]))
             if entry.rung == 1 and nodes:

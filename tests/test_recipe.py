@@ -23,39 +23,42 @@ def test_names():
 @pytest.mark.parametrize("model", model_names())
 def test_every_shipped_recipe_resolves_for_every_attention(recipe, model):
     for attention in attention_names():
-        config = load_recipe(recipe).run(model, attention, seed=3)
+        config = load_recipe(recipe).run_config(model, attention, seed=3)
         assert config.id == f"{model}-{attention}-s3"
         assert RunConfig.from_dict(config.to_dict()) == config
 
 
 def test_document_holds_the_published_configurations():
     recipe = load_recipe("document")
-    assert recipe.run("mlp", "none", 0).model_options.hidden == 512
-    assert recipe.run("mlp", "multi_head", 0).model_options.hidden == 256
-    assert recipe.run("cnn", "multi_head", 0).model_options.hidden == 512
-    assert recipe.run("cnn", "linear", 0).model_options.hidden == 256
-    assert recipe.run("mlp", "linear", 0).attention_options == {"num_heads": 4, "kernel_size": 128}
-    train = recipe.run("cnn", "none", 0).train
+    assert recipe.run_config("mlp", "none", 0).model_options.hidden == 512
+    assert recipe.run_config("mlp", "multi_head", 0).model_options.hidden == 256
+    assert recipe.run_config("cnn", "multi_head", 0).model_options.hidden == 512
+    assert recipe.run_config("cnn", "linear", 0).model_options.hidden == 256
+    assert recipe.run_config("mlp", "linear", 0).attention_options == {
+        "num_heads": 4,
+        "kernel_size": 128,
+    }
+    train = recipe.run_config("cnn", "none", 0).train
     assert (train.lr, train.batch_size, train.epochs) == (0.001, 512, 100)
-    assert recipe.run("cnn", "none", 0).evaluate.split == "test"
+    assert recipe.run_config("cnn", "none", 0).evaluate.split == "test"
 
 
 def test_base_file_and_overrides_are_layers(tmp_path):
     write(tmp_path, 'base = "document"\n[train]\nepochs = 7\n', "below.toml")
     path = write(tmp_path, 'base = "below.toml"\n[attention.linear.mlp]\nkernel_size = 16\n')
     recipe = load_recipe(path, {"train.lr": 1, "attention.linear.mlp.hidden": 64})
-    config = recipe.run("mlp", "linear", 0)
+    config = recipe.run_config("mlp", "linear", 0)
     assert recipe.name == "mine"
     assert (config.train.epochs, config.train.lr, config.train.batch_size) == (7, 1.0, 512)
     assert config.attention_options == {"num_heads": 4, "kernel_size": 16}
     assert config.model_options.hidden == 64
-    assert recipe.run("cnn", "linear", 0).attention_options["kernel_size"] == 128
+    assert recipe.run_config("cnn", "linear", 0).attention_options["kernel_size"] == 128
 
 
 def test_an_override_of_a_model_reaches_every_attention():
     recipe = load_recipe("document", {"model.cnn.hidden": 64})
-    assert {recipe.run("cnn", a, 0).model_options.hidden for a in attention_names()} == {64}
-    assert recipe.run("mlp", "none", 0).model_options.hidden == 512
+    assert {recipe.run_config("cnn", a, 0).model_options.hidden for a in attention_names()} == {64}
+    assert recipe.run_config("mlp", "none", 0).model_options.hidden == 512
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -109,9 +112,9 @@ def test_files_that_are_no_recipes(tmp_path):
 def test_unknown_variants():
     recipe = load_recipe("fair")
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
-        recipe.run("mpl", "none", 0)
+        recipe.run_config("mpl", "none", 0)
     with pytest.raises(ValueError, match="did you mean 'linear'"):
-        recipe.run("mlp", "liner", 0)
+        recipe.run_config("mlp", "liner", 0)
 
 
 def test_override_texts():
@@ -126,24 +129,24 @@ def test_override_texts():
 def test_widths_are_matched(model):
     recipe = load_recipe("fair", {f"model.{model}.match": "multi_head"})
     plain = load_recipe("fair", {f"model.{model}.match": ""})
-    target = parameter_count(build_model(plain.run(model, "multi_head", 0), 10))
-    width = plain.run(model, "multi_head", 0).model_options.hidden
-    assert recipe.run(model, "multi_head", 0).model_options.hidden == width
+    target = parameter_count(build_model(plain.run_config(model, "multi_head", 0), 10))
+    width = plain.run_config(model, "multi_head", 0).model_options.hidden
+    assert recipe.run_config(model, "multi_head", 0).model_options.hidden == width
     for attention in attention_names():
-        config = recipe.run(model, attention, 0)
+        config = recipe.run_config(model, attention, 0)
         count = parameter_count(build_model(config, 10))
         assert abs(count / target - 1) < 0.02, (attention, config.model_options.hidden, count)
     # Sixteen tokens of the MLP have no width in between.
-    assert recipe.run(model, "none", 0).model_options.hidden >= width + (model != "mlp")
+    assert recipe.run_config(model, "none", 0).model_options.hidden >= width + (model != "mlp")
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_widths_are_matched_by_flops(model):
     recipe = load_recipe("fair_flops")
-    target = forward_flops(build_model(recipe.run(model, "multi_head", 0), 10))
+    target = forward_flops(build_model(recipe.run_config(model, "multi_head", 0), 10))
     off = {}
     for attention in attention_names():
-        net = build_model(recipe.run(model, attention, 0), 10)
+        net = build_model(recipe.run_config(model, attention, 0), 10)
         off[attention] = abs(forward_flops(net) / target - 1)  # on the CPU; matched on meta
     assert max(off.values()) < 0.02, off
 
@@ -155,7 +158,7 @@ def test_experts_match_where_widths_do_not(attention, match):
     cost = forward_flops if match.startswith("flops:") else parameter_count
 
     def size(name, **more):
-        config = load_recipe("fair", small | more).run("cnn", name, 0)
+        config = load_recipe("fair", small | more).run_config("cnn", name, 0)
         return config, cost(build_model(config, 10))
 
     _, target = size("multi_head")

@@ -229,7 +229,7 @@ def test_noise_curve_counts_all_images_and_adds_sigma(generator):
 def test_bars_on_a_terminal():
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=140)
-    config = load_recipe("quick").run("cnn", "none", 0)
+    config = load_recipe("quick").run_config("cnn", "none", 0)
     with Bars(console) as bars:
         bars.start(2, 3)
         bars.begin(config)

@@ -195,7 +195,7 @@ def test_masked_gradients_are_seen(linear):
 @pytest.mark.parametrize("attention", attention_names())
 def test_every_attention_passes_gradients_to_the_image(attention, generator):
     recipe = load_recipe("quick", TINY | {"model.mlp.hidden": 16, "model.mlp.block": "replace"})
-    model = build_model(recipe.run("mlp", attention, 0), 10).eval().requires_grad_(False)
+    model = build_model(recipe.run_config("mlp", attention, 0), 10).eval().requires_grad_(False)
     x, y = torch.rand(2, 3, 32, 32, generator=generator), torch.tensor([0, 1])
     assert (attacks.gradient(model, x, y).flatten(1).abs().amax(1) > 0).all()
 
@@ -223,7 +223,7 @@ def dataset():
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "mlp-multi_head-s0"
-    train(load_recipe("quick", TINY).run("mlp", "multi_head", 0), dataset, folder)
+    train(load_recipe("quick", TINY).run_config("mlp", "multi_head", 0), dataset, folder)
     return folder
 
 
@@ -259,7 +259,7 @@ def test_other_images_are_normalised_as_the_test_set(dataset):
 
 def test_official_sets_on_a_run(official, cifar, tmp_path):
     config = load_recipe("quick", TINY | {"train.batch_size": 5, "data.validation": 0,
-        "data.images": 0, "evaluate.split": "test"}).run("mlp", "none", 0)  # fmt: skip
+        "data.images": 0, "evaluate.split": "test"}).run_config("mlp", "none", 0)  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (10, 32, 32, 3), generator=generator).byte()
     cifar = dataclasses.replace(cifar, train=Split(images, torch.arange(10)))
@@ -285,7 +285,7 @@ def test_what_cannot_be_measured(trained, dataset, tmp_path):
 
 def test_what_was_measured_on_something_else_is_measured_again(official, cifar, tmp_path):
     config = load_recipe("quick", TINY | {"train.batch_size": 5, "data.validation": 0,
-        "data.images": 0, "evaluate.split": "test"}).run("mlp", "none", 0)  # fmt: skip
+        "data.images": 0, "evaluate.split": "test"}).run_config("mlp", "none", 0)  # fmt: skip
     run, options = tmp_path / "run", Options(10, tmp_path / "official", None)
     images = torch.randint(256, (10, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
     cifar = dataclasses.replace(cifar, train=Split(images, torch.arange(10)))

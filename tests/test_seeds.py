@@ -51,7 +51,7 @@ def configs_of(model, attention, count=2, recipe="fair", **overrides):
     given = {"train.epochs": 2, "data.validation": 20, "train.batch_size": 20}
     given |= {key.replace("__", "."): value for key, value in overrides.items()}
     recipe = load_recipe(recipe, {**SMALL, **given})
-    return [recipe.run(model, attention, seed) for seed in range(count)]
+    return [recipe.run_config(model, attention, seed) for seed in range(count)]
 
 
 def together(configs, dataset, out, **options):
@@ -182,7 +182,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
     class Killed(BaseException):
         pass
 
-    writes, write = [], tab.train.together.Run.write
+    writes, write = [], tab.train.together.TrainingRun.write
 
     def stop(run):
         writes.append(run)
@@ -190,7 +190,7 @@ def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch)
             raise Killed
         write(run)
 
-    monkeypatch.setattr(tab.train.together.Run, "write", stop)
+    monkeypatch.setattr(tab.train.together.TrainingRun, "write", stop)
     with contextlib.suppress(Killed):
         together(configs, dataset, tmp_path / "killed")
     monkeypatch.undo()

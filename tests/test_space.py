@@ -9,7 +9,7 @@ from tab.sweep.space import Range, load_space, possible, size, space_names, with
 
 optuna = pytest.importorskip("optuna")
 
-from tab.sweep.record import Record  # noqa: E402
+from tab.sweep.record import PairRecord  # noqa: E402
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def space(tmp_path):
     return make
 
 
-def record(axes) -> Record:
-    return Record(optuna.create_study(direction="maximize"), axes)
+def record(axes) -> PairRecord:
+    return PairRecord(optuna.create_study(direction="maximize"), axes)
 
 
 def draws(axes, count, possible=lambda chosen: True, sampler="random", seed=0):
@@ -127,7 +127,7 @@ def test_heads_that_do_not_divide_the_width_are_impossible():
     recipe = load_recipe("quick")
 
     def can(**chosen):
-        config = with_chosen(recipe, "mlp", "multi_head", chosen).run("mlp", "multi_head", 0)
+        config = with_chosen(recipe, "mlp", "multi_head", chosen).run_config("mlp", "multi_head", 0)
         return possible(config)
 
     assert can(hidden=12, num_heads=4)
@@ -136,19 +136,19 @@ def test_heads_that_do_not_divide_the_width_are_impossible():
 
 def test_a_chosen_width_is_not_matched_away():
     recipe = load_recipe("fair")
-    assert recipe.run("mlp", "linear", 0).model_options.hidden != 64
+    assert recipe.run_config("mlp", "linear", 0).model_options.hidden != 64
     chosen = with_chosen(recipe, "mlp", "linear", {"hidden": 64, "lr": 0.5})
-    run = chosen.run("mlp", "linear", 0)
+    run = chosen.run_config("mlp", "linear", 0)
     assert (run.model_options.hidden, run.train.lr) == (64, 0.5)
-    assert chosen.run("mlp", "self", 0) == recipe.run("mlp", "self", 0)
+    assert chosen.run_config("mlp", "self", 0) == recipe.run_config("mlp", "self", 0)
 
 
 def test_a_pairs_learning_rate_gives_way_to_a_later_layer(tmp_path):
     """As its width does: winners.toml with --set train.lr=… means that rate for all."""
     path = tmp_path / "winners.toml"
     path.write_text(with_chosen(load_recipe("quick"), "mlp", "self", {"lr": 0.5}).to_toml())
-    assert load_recipe(path).run("mlp", "self", 0).train.lr == 0.5
-    assert load_recipe(path, {"train.lr": 0.1}).run("mlp", "self", 0).train.lr == 0.1
+    assert load_recipe(path).run_config("mlp", "self", 0).train.lr == 0.5
+    assert load_recipe(path, {"train.lr": 0.1}).run_config("mlp", "self", 0).train.lr == 0.1
     with pytest.raises(ValueError, match="epochs"):
         load_recipe(path, {"attention.self.mlp.epochs": 3})
 
@@ -160,8 +160,11 @@ def test_seed_winners_are_the_documents():
         for attention in attention_names():
             if attention == "flex":
                 continue
-            a, b = (recipe.run(model, attention, 0) for recipe in (ours, theirs))
+            a, b = (recipe.run_config(model, attention, 0) for recipe in (ours, theirs))
             assert a.model_options.hidden == b.model_options.hidden
             same = {k: v for k, v in a.attention_options.items() if k in b.attention_options}
             assert same == b.attention_options
-    assert ours.run("cnn", "local", 0).train == load_recipe("fair").run("cnn", "local", 0).train
+    assert (
+        ours.run_config("cnn", "local", 0).train
+        == load_recipe("fair").run_config("cnn", "local", 0).train
+    )

@@ -112,7 +112,7 @@ def small(counts, **overrides):
     names = tuple(f"c{i}" for i in range(len(counts)))
     dataset = Dataset("small", names, Split(images, labels), test, "", "")
     given = {"train.batch_size": 4, **{k.replace("_", ".", 1): v for k, v in overrides.items()}}
-    config = load_recipe("fair", given).run("cnn", "none", 0)
+    config = load_recipe("fair", given).run_config("cnn", "none", 0)
     return splits(config, dataset, torch.device("cpu"))
 
 

@@ -28,7 +28,7 @@ def one_thread():
 
 def config_of(model="mlp", attention="multi_head", **train) -> RunConfig:
     given = {f"train.{key}": value for key, value in train.items()}
-    return load_recipe("fair", {**SMALL, **given}).run(model, attention, 0)
+    return load_recipe("fair", {**SMALL, **given}).run_config(model, attention, 0)
 
 
 def images(device="cpu", count=52):
@@ -180,7 +180,9 @@ def test_compiled_with_state(monkeypatch):
     )
     name = "attention.kimi_k2.balance_alpha"
     configs = [
-        load_recipe("fair", {**SMALL, name: 0.1, "train.compile": c}).run("mlp", "kimi_k2", 0)
+        load_recipe("fair", {**SMALL, name: 0.1, "train.compile": c}).run_config(
+            "mlp", "kimi_k2", 0
+        )
         for c in (True, False)
     ]
     torch._dynamo.reset()

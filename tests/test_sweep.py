@@ -26,7 +26,7 @@ from tab.data.load import load_dataset  # noqa: E402
 from tab.recipe.recipe import load_recipe  # noqa: E402
 from tab.sweep.driver import records, sweep  # noqa: E402
 from tab.sweep.halving import Budget  # noqa: E402
-from tab.sweep.plan import Plan  # noqa: E402
+from tab.sweep.plan import SweepPlan  # noqa: E402
 from tab.sweep.record import TrialState  # noqa: E402
 from tab.tasks.processes import Processes  # noqa: E402
 from tab.train.loop import train  # noqa: E402
@@ -68,7 +68,7 @@ def test_promotion_from_checkpoints_is_training_from_scratch(done, dataset, tmp_
     """Bit for bit: stopped at two rungs and continued, or trained in one go."""
     out, winners = done
     for pair, ended in winners.items():
-        config = Plan.load(out).config(pair, ended.entry.params)
+        config = SweepPlan.load(out).config(pair, ended.entry.params)
         whole = train(config, dataset, tmp_path / pair[1])
         assert [row["validation_accuracy"] for row in whole.rows][-1] == ended.score
         folder = out / "runs" / f"mlp-{pair[1]}-c{ended.entry.configuration:03}"
@@ -98,21 +98,21 @@ def test_losers_leave_no_checkpoint_and_all_their_rows(done):
 def test_two_processes_choose_the_same(dataset, tmp_path):
     small = {"attentions": ["multi_head"], "budget": Budget(4, (1, 2), 2.0, 60, 20)}
     one, two = (begin(tmp_path / name, dataset, **small) for name in ("one", "two"))
-    sweep(Plan.load(one), dataset, one)
-    sweep(Plan.load(two), dataset, two, executor=Processes(2, threads=1))
+    sweep(SweepPlan.load(one), dataset, one)
+    sweep(SweepPlan.load(two), dataset, two, executor=Processes(2, threads=1))
     assert result(two) == result(one)
 
 
 def test_a_finished_sweep_trains_nothing_again(done, dataset):
     out, winners = done
     before, watcher = result(out), Count()
-    assert sweep(Plan.load(out), dataset, out, watcher=watcher) == winners
+    assert sweep(SweepPlan.load(out), dataset, out, watcher=watcher) == winners
     assert (watcher.epochs, watcher.ended, result(out)) == (0, [], before)
 
 
 def test_another_seed_draws_others(done, dataset, tmp_path):
     out = begin(tmp_path, dataset, seed=1, attentions=["self"], budget=Budget(5, (1,), 2, 60, 20))
-    sweep(Plan.load(out), dataset, out)
+    sweep(SweepPlan.load(out), dataset, out)
     chosen = [[e.entry.params for e in read(o)[SELF].ended().values()][:5] for o in (out, done[0])]
     assert chosen[0] != chosen[1]
 
@@ -122,7 +122,7 @@ def test_batches_and_brackets_resume_to_the_same(changes, dataset, tmp_path):
     """Stopped after every few trials, by a disk that fails."""
     changes |= {"attentions": ["multi_head"]}
     whole = begin(tmp_path / "whole", dataset, **changes)
-    sweep(Plan.load(whole), dataset, whole)
+    sweep(SweepPlan.load(whole), dataset, whole)
     drawn = [e.entry for e in read(whole)[MULTI].ended().values()]
     assert len({tuple(e.params.items()) for e in drawn}) == max(e.configuration for e in drawn) + 1
 
@@ -136,7 +136,7 @@ def test_batches_and_brackets_resume_to_the_same(changes, dataset, tmp_path):
     while True:
         watcher = Stop()
         try:
-            sweep(Plan.load(out), dataset, out, watcher=watcher)
+            sweep(SweepPlan.load(out), dataset, out, watcher=watcher)
             break
         except OSError:
             total += watcher.epochs
@@ -147,11 +147,11 @@ def test_batches_and_brackets_resume_to_the_same(changes, dataset, tmp_path):
 def test_the_winners_are_a_recipe_that_compare_runs(done, tmp_path):
     out, winners = done
     recipe = load_recipe(out / "winners.toml")
-    run = recipe.run(*MULTI, 0)
+    run = recipe.run_config(*MULTI, 0)
     chosen = winners[MULTI].entry.params
     assert run.train.lr == chosen["lr"] and run.model_options.hidden == chosen["hidden"]
     assert run.attention_options["num_heads"] == chosen["num_heads"]
-    assert run.train.epochs == load_recipe("quick").run(*MULTI, 0).train.epochs
+    assert run.train.epochs == load_recipe("quick").run_config(*MULTI, 0).train.epochs
     names = ("--models", "mlp", "--attentions", "self,multi_head", "--data", DATA)
     small = ("--epochs", "1", "--set", "data.images=60", "--set", "data.validation=20")
     words = ["compare", "--recipe", str(out / "winners.toml"), *names, *small]
@@ -183,7 +183,7 @@ def test_the_studies_are_optunas(done):
 
 def test_importance_of_what_matters(tmp_path, dataset):
     out = begin(tmp_path, dataset)
-    with records(Plan.load(out), out, mine=True) as found:
+    with records(SweepPlan.load(out), out, mine=True) as found:
         record = found[MULTI]
         assert record.importance() == {}
         for i, chosen in enumerate(

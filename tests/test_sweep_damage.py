@@ -10,7 +10,7 @@ from small_sweep import begin, tab_sweep
 
 from tab.data.load import load_dataset
 from tab.sweep.driver import sweep
-from tab.sweep.plan import Plan
+from tab.sweep.plan import SweepPlan
 
 FILES = ("sweep.toml", "recipe.toml", "space.toml", "environment.json", "study.journal")
 RESUME, SHOW = ("--resume",), ("show",)
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def whole(tmp_path_factory):
     dataset = load_dataset("shapes:100/20")
     out = begin(tmp_path_factory.mktemp("whole"), dataset, attentions=["self"])
-    sweep(Plan.load(out), dataset, out)
+    sweep(SweepPlan.load(out), dataset, out)
     return out
 
 

@@ -38,7 +38,7 @@ from tab import checkpoint
 from tab.data.load import load_dataset
 from tab.sweep.driver import records, sweep
 from tab.sweep.halving import Budget
-from tab.sweep.plan import Plan
+from tab.sweep.plan import SweepPlan
 from tab.sweep.record import TrialState
 from tab.sweep.space import load_space
 
@@ -63,7 +63,7 @@ def test_killed_drivers_lose_and_double_nothing(tmp_path):
 def test_what_a_killed_driver_left_is_cleared(dataset, tmp_path):
     """A RUNNING trial, the journal's lock, and half a line at its end."""
     out = begin(tmp_path, dataset, attentions=["self"])
-    it = Plan.load(out)
+    it = SweepPlan.load(out)
     with records(it, out, mine=True) as found:
         entry = tab.sweep.driver.Entry(0, 0, 0, 0, 1, "", {"lr": 0.001, "hidden": 4})
         found[SELF].enqueue(entry)
@@ -83,9 +83,9 @@ def test_a_damaged_journal_is_named_and_can_be_made_anew(done, dataset, tmp_path
     journal = out / "study.journal"
     journal.write_bytes(journal.read_bytes().replace(b'"op_code":4', b'"op_code:4', 1))
     with pytest.raises(ValueError, match=r"study\.journal is damaged"):
-        sweep(Plan.load(out), dataset, out)
+        sweep(SweepPlan.load(out), dataset, out)
     journal.unlink()
-    sweep(Plan.load(out), dataset, out)
+    sweep(SweepPlan.load(out), dataset, out)
     assert result(out) == result(done[0])
 
 
@@ -94,7 +94,7 @@ def test_a_diverged_run_is_counted_and_never_promoted(dataset, tmp_path):
     path.write_text("[train]\nlr = [0.001, 0.003, 1e30]\n[model]\nhidden = [4]\n")
     changes = {"space": load_space(path), "budget": Budget(3, (1, 2), 1.1, 60, 20)}
     out = begin(tmp_path, dataset, attentions=["self"], **changes)
-    sweep(Plan.load(out), dataset, out)
+    sweep(SweepPlan.load(out), dataset, out)
     ended = read(out)[SELF].ended()
     wild = [n for (n, r), e in ended.items() if e.entry.params["lr"] == 1e30]
     assert [e.status for (n, r), e in ended.items() if n in wild] == ["diverged"]
@@ -115,7 +115,7 @@ def test_an_exception_ends_its_configuration_and_is_not_tried_again(dataset, tmp
     monkeypatch.setattr(tab.sweep.driver, "train_rung", failing)
     out = begin(tmp_path, dataset, attentions=["self"])
     for _ in range(2):
-        sweep(Plan.load(out), dataset, out)
+        sweep(SweepPlan.load(out), dataset, out)
         assert calls.count("mlp-self-c001") == 1 and len(calls) == 5 + 2 + 1
     end = read(out)[SELF].ended()[1, 0]
     assert (end.status, end.error) == ("failed", "RuntimeError: out of memory")
@@ -131,14 +131,14 @@ def test_a_truncated_checkpoint_costs_its_own_run_its_epochs(done, dataset, tmp_
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(Plan.load(out), dataset, out, watcher=Stop())
-    with records(Plan.load(out), out) as found:
+        sweep(SweepPlan.load(out), dataset, out, watcher=Stop())
+    with records(SweepPlan.load(out), out) as found:
         waiting = found[SELF].study.get_trials(states=(TrialState.WAITING,))
     path = out / waiting[0].user_attrs["parent"]
     path.write_bytes(path.read_bytes()[:-100])
     watcher = Count()
     with pytest.warns(UserWarning, match="starts again"):
-        sweep(Plan.load(out), dataset, out, watcher=watcher)
+        sweep(SweepPlan.load(out), dataset, out, watcher=watcher)
     assert result(out) == result(done[0])
     assert watcher.epochs == 2 * (2 * 1 + 1 * 2) + 1
 
@@ -153,10 +153,10 @@ def test_a_full_disk_stops_the_sweep_which_goes_on_with_room(done, dataset, tmp_
     try:
         out = begin(place, dataset)
         with pytest.raises(OSError) as caught:
-            sweep(Plan.load(out), dataset, out)
+            sweep(SweepPlan.load(out), dataset, out)
         assert caught.value.errno == errno.ENOSPC
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
-        sweep(Plan.load(out), dataset, out)
+        sweep(SweepPlan.load(out), dataset, out)
         assert result(out) == result(done[0])
     finally:
         subprocess.run(["umount", str(place)], check=True)
@@ -165,13 +165,13 @@ def test_a_full_disk_stops_the_sweep_which_goes_on_with_room(done, dataset, tmp_
 def test_two_drivers_do_not_share_a_sweep(done, dataset):
     out, _ = done
     with checkpoint.locked(out), pytest.raises(ValueError, match="in use by process"):
-        sweep(Plan.load(out), dataset, out)
+        sweep(SweepPlan.load(out), dataset, out)
 
 
 def test_other_data_is_refused_before_anything_fails_of_it(dataset, tmp_path):
     out = begin(tmp_path, dataset, attentions=["self"])
     with pytest.raises(ValueError, match=r"was made with shapes:100/20 .* give the same data"):
-        sweep(Plan.load(out), load_dataset("shapes:110/20"), out)
+        sweep(SweepPlan.load(out), load_dataset("shapes:110/20"), out)
     assert not (out / "study.journal").exists()
 
 
@@ -179,7 +179,7 @@ def test_a_directory_of_something_else(done, dataset, tmp_path):
     with pytest.raises(ValueError, match="already holds a sweep"):
         plan(tmp_path).save(done[0], dataset)
     with pytest.raises(ValueError, match=r"no sweep\.toml"):
-        Plan.load(tmp_path)
+        SweepPlan.load(tmp_path)
     it = plan(tmp_path, budget=Budget(2, (1,), 2, 60, 500))
     with pytest.raises(ValueError, match="500"):
         it.save(tmp_path / "new", dataset)

@@ -15,7 +15,7 @@ from small_sweep import Count, begin, kills, tab_sweep, whole  # noqa: E402
 
 from tab.data.load import load_dataset  # noqa: E402
 from tab.sweep.driver import records, sweep  # noqa: E402
-from tab.sweep.plan import Plan, name_of  # noqa: E402
+from tab.sweep.plan import SweepPlan, name_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ def database(tmp_path_factory):
 
 def test_postgresql_holds_the_same_sweep(database, done, dataset, tmp_path):
     out = begin(tmp_path, dataset, storage=database)
-    it, watcher = Plan.load(out), Count()
+    it, watcher = SweepPlan.load(out), Count()
 
     class Stop(Count):
         def end(self, pair, ended):
@@ -96,12 +96,15 @@ def test_postgresql_has_one_driver(database, dataset, tmp_path):
     """Also from a copy of the directory, on another machine perhaps."""
     out = begin(tmp_path / "a", dataset, storage=database)
     copy = shutil.copytree(out, tmp_path / "b" / "sweep")
-    with records(Plan.load(out), out, mine=True), pytest.raises(ValueError, match="another driver"):
-        sweep(Plan.load(copy), dataset, copy)
+    with (
+        records(SweepPlan.load(out), out, mine=True),
+        pytest.raises(ValueError, match="another driver"),
+    ):
+        sweep(SweepPlan.load(copy), dataset, copy)
 
 
 def test_a_database_that_is_not_there(dataset, tmp_path):
     out = begin(tmp_path, dataset, storage=f"postgresql://tab:secret@/x?host={tmp_path}")
     assert "secret" not in (out / "sweep.toml").read_text()
     with pytest.raises(ValueError, match="no database at postgresql://tab@"):
-        sweep(Plan.load(out), dataset, out)
+        sweep(SweepPlan.load(out), dataset, out)

@@ -56,7 +56,7 @@ def dataset():
 
 def config_of(model="mlp", attention="multi_head", recipe="fair", seed=0, **overrides):
     given = {k.replace("__", "."): v for k, v in overrides.items()}
-    return load_recipe(recipe, {**SMALL, **given}).run(model, attention, seed)
+    return load_recipe(recipe, {**SMALL, **given}).run_config(model, attention, seed)
 
 
 def numbers(rows):
@@ -221,7 +221,7 @@ def test_too_few_images(dataset, tmp_path):
 
 def test_flops_of_the_document_mlp():
     """Two a multiply-add: 3072·h, Q, K, V and output h·h each, two products of one token, head."""
-    config = load_recipe("document", {"model.mlp.hidden": 64}).run("mlp", "multi_head", 0)
+    config = load_recipe("document", {"model.mlp.hidden": 64}).run_config("mlp", "multi_head", 0)
     want = 2 * (3072 * 64 + 4 * 64 * 64 + 2 * 64 + 2 * 64 * 64 + 64 * 10)
     assert forward_flops(build_model(config, 10)) == want
 
@@ -232,7 +232,7 @@ def attention_flops(name, **options):
     overrides = {f"attention.{name}.cnn.{key}": value for key, value in options.items()}
     recipe = load_recipe("fair", {**SMALL, **overrides})
     with_it, without = (
-        forward_flops(build_model(recipe.run("cnn", a, 0), 10)) for a in (name, "none")
+        forward_flops(build_model(recipe.run_config("cnn", a, 0), 10)) for a in (name, "none")
     )
     return with_it - without - 2 * 64 * 4 * 16 * 16
 

@@ -40,7 +40,7 @@ def dataset():
 def run(tmp_path_factory, dataset):
     """With weights in channels_last, 0-dimensional buffers, and of several dtypes."""
     out = tmp_path_factory.mktemp("run")
-    config = load_recipe("quick", TINY).run("cnn", "performer", 0)
+    config = load_recipe("quick", TINY).run_config("cnn", "performer", 0)
     train(config, dataset, out, stop_after=1)
     stopped = (out / "checkpoint.pt").read_bytes()
     train(config, dataset, out, resume=True)
@@ -88,7 +88,7 @@ def test_the_checksum_is_what_the_documentation_says(run):
 
 
 def test_the_same_run_leaves_the_same_bytes(run, dataset, tmp_path):
-    config = load_recipe("quick", TINY).run("cnn", "performer", 0)
+    config = load_recipe("quick", TINY).run_config("cnn", "performer", 0)
     train(config, dataset, tmp_path)
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
@@ -131,7 +131,7 @@ def test_a_checkpoint_is_a_plain_file_of_torch(run):
 
 
 def test_a_checkpoint_of_another_run_is_named(run, dataset, tmp_path):
-    config = load_recipe("quick", TINY).run("cnn", "none", 0)
+    config = load_recipe("quick", TINY).run_config("cnn", "none", 0)
     train(config, dataset, tmp_path, stop_after=1)
     path = tmp_path / "checkpoint.pt"
     for foreign in ((run / "stopped.pt").read_bytes(), None):

@@ -74,7 +74,7 @@ def identity(
         configs = []
         for attention in attentions:
             try:
-                config = recipe.run(model, attention, seed, classes=classes)
+                config = recipe.run_config(model, attention, seed, classes=classes)
                 layers.append(_measured(config))
                 configs.append(config)
             except Exception as error:

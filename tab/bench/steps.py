@@ -53,14 +53,14 @@ def steps(
 ) -> list[Row]:
     """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's."""
     generator = torch.Generator().manual_seed(0)
-    batch = batch or recipe.run(model, "none", 0).train.batch_size
+    batch = batch or recipe.run_config(model, "none", 0).train.batch_size
     x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
     case = f"steps/{model}/{recipe.name}/b{batch}"
     rows, calls = [], {}
     for name in ["none", *(a for a in attentions if a != "none")]:
-        config = recipe.run(model, name, 0)
+        config = recipe.run_config(model, name, 0)
         ours = place(build_model(config, CLASSES), torch.device(device))
         contestants = {name if name == "none" else f"tab {name}": ours}
         other = twin(ours)

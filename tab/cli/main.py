@@ -167,9 +167,9 @@ def train(
         raise ValueError(f"{out} holds no run to continue: drop --resume, or give its directory")
     overrides = with_compile(overrides, compiled)
     found = read_recipe(recipe or "fair", epochs, overrides)
-    for_ten = found.run(model, attention, seed)  # all is checked before anything is fetched
+    for_ten = found.run_config(model, attention, seed)  # all is checked before anything is fetched
     dataset = load_data(data or "cifar10")
-    config = found.run(model, attention, seed, classes=len(dataset.classes))
+    config = found.run_config(model, attention, seed, classes=len(dataset.classes))
     # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
     if resume and (read_run_file(out) or {}).get("config") == for_ten.to_dict():
         config = for_ten

@@ -83,7 +83,7 @@ def run(
     if context.invoked_subcommand:
         return
     from ..sweep.driver import sweep as run_sweep
-    from ..sweep.plan import Plan
+    from ..sweep.plan import SweepPlan
 
     free = ("resume", "data", "storage", "jobs", "threads", "ray", "cpus", "gpus")
     if resume:
@@ -94,7 +94,7 @@ def run(
             raise ValueError(
                 f"{resume} goes on as it was started: drop {names}, or start a new one"
             )
-        plan = _with_storage(Plan.load(resume), storage)
+        plan = _with_storage(SweepPlan.load(resume), storage)
         plan = dataclasses.replace(plan, data=place_of(data)) if data else plan
         out = resume
     else:
@@ -126,9 +126,9 @@ def show(
     storage: Annotated[str | None, typer.Option(help="As it was given, with its password.")] = None,
 ) -> None:
     """Rungs, survivors, winners and what mattered, of a sweep that runs or ran; and its picture."""
-    from ..sweep.plan import Plan
+    from ..sweep.plan import SweepPlan
 
-    _show(_with_storage(Plan.load(run), storage), run)
+    _show(_with_storage(SweepPlan.load(run), storage), run)
 
 
 def _plan(given: dict):
@@ -136,7 +136,7 @@ def _plan(given: dict):
     from ..layers import attention_names
     from ..models.image_model import STUDY, model_names
     from ..sweep.halving import BUDGETS
-    from ..sweep.plan import Plan
+    from ..sweep.plan import SweepPlan
     from ..sweep.space import load_space
 
     models = names_of(given["models"] or STUDY, model_names())
@@ -150,7 +150,7 @@ def _plan(given: dict):
         changes["epochs"] = _numbers(given["epochs"])
     budget = dataclasses.replace(BUDGETS[given["budget"] or "seed"], **changes)
     recipe = read_recipe(given["recipe"] or "fair", None, given["overrides"])
-    return Plan(
+    return SweepPlan(
         recipe=recipe,
         space=load_space(given["space"] or "seed"),
         budget=budget,
@@ -210,9 +210,9 @@ def _show(plan, out: Path) -> None:
 @contextlib.contextmanager
 def _watcher(plan):
     """A line for each configuration's rung; on a terminal a bar over the epochs of the step too."""
-    from ..sweep.driver import Watcher
+    from ..sweep.driver import SweepWatcher
 
-    class Lines(Watcher):
+    class Lines(SweepWatcher):
         def step(self, bracket, rung, entries):
             self.rung, self.runs, self.ended = rung, len(entries), 0
             before = plan.budget.epochs[rung - 1] if rung > bracket.first else 0

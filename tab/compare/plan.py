@@ -91,7 +91,7 @@ class Plan:
         return [self.config(*cell) for cell in self.grid.cells()]
 
     def config(self, model: str, attention: str, seed: int) -> RunConfig:
-        return self.recipe.run(model, attention, seed, classes=self.grid.classes)
+        return self.recipe.run_config(model, attention, seed, classes=self.grid.classes)
 
     def for_classes(self, classes: int) -> Plan:
         """With sizes matched for so many classes."""

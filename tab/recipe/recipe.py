@@ -31,7 +31,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; `run` resolves it for one model, attention and seed."""
+    """A checked recipe; `run_config` resolves it for one model, attention and seed."""
 
     name: str
     tables: dict
@@ -41,7 +41,7 @@ class Recipe:
     def title(self) -> str:
         return self.tables.get("title", "")
 
-    def run(self, model: str, attention: str, seed: int, *, classes: int = 10) -> RunConfig:
+    def run_config(self, model: str, attention: str, seed: int, *, classes: int = 10) -> RunConfig:
         """One run, resolved; classes: of the data set, for which sizes are matched."""
         kind = model_class(model)
         published = self.tables["model"][model]["forms"] == "published"
@@ -71,7 +71,7 @@ class Recipe:
         reference = reference_of(config.model_options.match)
         if reference in ("", attention):
             return config
-        return matched(config, self.run(model, reference, seed, classes=classes), classes)
+        return matched(config, self.run_config(model, reference, seed, classes=classes), classes)
 
     def attentions(self) -> list[str]:
         """All that this recipe is about: those of the published table if it trains their forms."""

@@ -10,12 +10,12 @@ from rich.table import Table
 from ..sweep.driver import winners
 from ..sweep.halving import Budget
 from ..sweep.plan import Pair
-from ..sweep.record import Ended, Record
+from ..sweep.record import Ended, PairRecord
 from .style import figure, look
 from .tables import title as name_of
 
 
-def rungs_table(found: dict[Pair, Record], budget: Budget, heading: str) -> Table:
+def rungs_table(found: dict[Pair, PairRecord], budget: Budget, heading: str) -> Table:
     """One line for each pair: configurations scored and best accuracy by rung, and the winner."""
     best = winners(found)
     columns = ["model", "attention", *(f"epoch {epochs}" for epochs in budget.epochs)]
@@ -36,7 +36,7 @@ def rungs_table(found: dict[Pair, Record], budget: Budget, heading: str) -> Tabl
     return table
 
 
-def importance_table(found: dict[Pair, Record]) -> Table | None:
+def importance_table(found: dict[Pair, PairRecord]) -> Table | None:
     """How much each option decides the accuracy at the first rung; None if too few were scored."""
     shares = {pair: share for pair, record in found.items() if (share := record.importance())}
     if not shares:
@@ -51,7 +51,7 @@ def importance_table(found: dict[Pair, Record]) -> Table | None:
     return table
 
 
-def halving_picture(path: Path, found: dict[Pair, Record], budget: Budget) -> None:
+def halving_picture(path: Path, found: dict[Pair, PairRecord], budget: Budget) -> None:
     """A panel for each pair: validation accuracy by epoch, one line a configuration; the further it
     came the darker, the winner in its mechanism's colour; dotted: the rungs."""
     best = winners(found)

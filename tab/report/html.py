@@ -15,14 +15,14 @@ from ..bench import page as bench_page
 from ..bench import results as bench_results
 from ..web import document
 from .chart_data import Group
-from .tables import Entry, title
+from .tables import Standing, title
 
 LIMIT = 5_000_000  # bytes of the page: what mail and a repository still take
 
 
 def html(
     text: str,
-    ranked: dict[str, list[Entry]],
+    ranked: dict[str, list[Standing]],
     looks: dict,
     groups: list[Group],
     pictures: dict[Path, str],
@@ -75,12 +75,12 @@ def _group(group: Group, drawn: list[dict]) -> str:
     return f'<div class="{kind}">{"".join(figures)}</div><p class="note">{escape(group.note)}</p>'
 
 
-def answers(ranked: dict[str, list[Entry]]) -> list[str]:
+def answers(ranked: dict[str, list[Standing]]) -> list[str]:
     """A sentence for each model: whether the best mechanism helped, by how much, how surely."""
     return [_answer(model.upper(), entries) for model, entries in ranked.items()]
 
 
-def _answer(model: str, entries: list[Entry]) -> str:
+def _answer(model: str, entries: list[Standing]) -> str:
     judged = [e for e in entries if e.verdict and e.verdict.difference is not None]
     if not judged:
         return f"{model}: nothing here was compared with the control, so there is no answer."

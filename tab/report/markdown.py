@@ -9,7 +9,7 @@ from ..compare.csv_files import DISTURBED
 from ..compare.plan import Grid
 from ..compare.runs import Run
 from ..statistics import LEVEL, MARGIN, SEEDS, least_images
-from .tables import Entry, markdown_table, name, ranking, statistics_table
+from .tables import Standing, markdown_table, name, ranking, statistics_table
 from .text import code, plain
 
 MATCHED = 0.02  # sizes this near to the control's count as the same
@@ -81,7 +81,7 @@ def _load(value: float | None) -> str:
     return "unknown" if value is None else f"{value:g}"
 
 
-def disturbance(entries: list[Entry]) -> str:
+def disturbance(entries: list[Standing]) -> str:
     """What a star in the table means, if there is one."""
     slow = [e for e in entries if (e.seconds and e.seconds.disturbed)]
     if not slow and not any(e.ratio and e.ratio.disturbed for e in entries):
@@ -101,7 +101,7 @@ def machine(facts: dict, runs: list[Run]) -> str:
     return f"{facts['cpu']}, {' or '.join(map(str, threads))} thread{plural} a run"
 
 
-def summary(model: str, entries: list[Entry]) -> str:
+def summary(model: str, entries: list[Standing]) -> str:
     """One paragraph: the best, the control, and what the difference is worth."""
     ranked = [entry for entry in entries if entry.test]
     upper = model.upper()
@@ -133,7 +133,7 @@ def summary(model: str, entries: list[Entry]) -> str:
     return f"{text} {verdict(ranked)}"
 
 
-def verdict(ranked: list[Entry]) -> str:
+def verdict(ranked: list[Standing]) -> str:
     """What may be concluded from that many seeds."""
     if all(len(entry.runs) == 1 for entry in ranked):
         return (
@@ -150,17 +150,17 @@ def verdict(ranked: list[Entry]) -> str:
     return f"Against the control over paired seeds (Holm's correction over {len(judged)}): {parts}."
 
 
-def points(entry: Entry) -> str:
+def points(entry: Standing) -> str:
     if entry.points is None:
         return f"{entry.test.show('.1f', 100, ' %')}, with no seed in common"
     return f"{entry.points.show('+.1f', 100)} points"
 
 
-def last_of(ranked: list[Entry]) -> str:
+def last_of(ranked: list[Standing]) -> str:
     return f"{name(ranked[-1].attention)} with {ranked[-1].test.show('.1f', 100, ' %')}"
 
 
-def ratio(entry: Entry) -> float:
+def ratio(entry: Standing) -> float:
     return entry.ratio.value
 
 
@@ -203,7 +203,7 @@ def explanation(seeds: int, at_once: int = 1) -> str:
     return text
 
 
-def sizes(entries: list[Entry]) -> str:
+def sizes(entries: list[Standing]) -> str:
     """Which of parameters and FLOPs are the same as the control's, and who is off."""
     control = next((e for e in entries if e.attention == "none"), None)
     if control is None:
@@ -223,7 +223,7 @@ def sizes(entries: list[Entry]) -> str:
     return f"Size: {'; '.join(said)}." if said else ""
 
 
-def what_it_means(ranked: dict[str, list[Entry]]) -> str:
+def what_it_means(ranked: dict[str, list[Standing]]) -> str:
     """The statistics in words."""
     found = [entry.verdict for entries in ranked.values() for entry in entries if entry.verdict]
     over = {v.interval_over for v in found if v.interval_over}

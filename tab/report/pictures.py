@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..compare.runs import Run
 from .style import figure, label_ends, look
-from .tables import Entry, title
+from .tables import Standing, title
 
 
 def curves(
@@ -103,7 +103,7 @@ def measured(x: str, y: str, scale: float) -> Callable[[Run], tuple[list[float],
     return points
 
 
-def bars(path: Path, entries: list[Entry], heading: str) -> None:
+def bars(path: Path, entries: list[Standing], heading: str) -> None:
     """Final accuracy and train time of one model's mechanisms, in the order of the table."""
     entries = [entry for entry in entries if entry.test]
     names, places = [title(entry.attention) for entry in entries], range(len(entries))

@@ -99,7 +99,7 @@ class Median:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Standing:
     """One mechanism on one model, over its seeds. Differences from control pair the seeds."""
 
     model: str
@@ -119,12 +119,14 @@ class Entry:
     rank: int = 0  # equals share one; 0: no result
 
 
-def ranking(runs: list[Run], model: str) -> list[Entry]:
+def ranking(runs: list[Run], model: str) -> list[Standing]:
     """The model's entries, best mean test accuracy first; those without a result come last."""
     mine, found = [run for run in runs if run.model == model], verdicts(runs, model)
     control = {run.seed: run.summary for run in mine if run.attention == "none" and run.scored}
     entries = [
-        _entry([run for run in mine if run.attention == attention], control, found.get(attention))
+        _standing(
+            [run for run in mine if run.attention == attention], control, found.get(attention)
+        )
         for attention in dict.fromkeys(run.attention for run in mine)
     ]
     entries.sort(key=lambda e: -math.inf if e.test is None else e.test.value, reverse=True)
@@ -137,7 +139,7 @@ def ranking(runs: list[Run], model: str) -> list[Entry]:
     ]
 
 
-def _entry(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> Entry:
+def _standing(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> Standing:
     good = [run for run in runs if run.scored]
     paired = [(run.summary, control[run.seed]) for run in good if run.seed in control]
 
@@ -153,7 +155,7 @@ def _entry(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> 
     if found and found.difference is not None:
         points = Mean.between(found.difference, found.difference_low, found.difference_high)
     compared = runs[0].attention != "none"
-    return Entry(
+    return Standing(
         model=runs[0].model,
         attention=runs[0].attention,
         runs=good,
@@ -194,7 +196,7 @@ def marked(median: Median, form: str, unit: str) -> str:
     return median.show(form, unit) + " *" * median.disturbed
 
 
-def versus(entry: Entry) -> str:
+def versus(entry: Standing) -> str:
     if entry.attention == "none" and entry.test:
         return "baseline"
     return entry.points.show("+.1f", 100) if entry.points else "–"
@@ -208,7 +210,7 @@ WORDS = (  # columns of text, set left
     *("Model", "Attention", "Verdict", "Note", "No gradient", "Affine", "Noise"),
     *("Same function as", "Test accuracy", "Winner"),
 )
-COLUMNS: dict[str, Callable[[Entry], str]] = {
+COLUMNS: dict[str, Callable[[Standing], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),
     "Test acc.": lambda e: e.test.show(".1f", 100, " %") if e.test else e.notes,
@@ -226,7 +228,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
 }
 
 
-def cells(entries: list[Entry], leave_out: tuple[str, ...] = ()) -> tuple[list, list[list[str]]]:
+def cells(entries: list[Standing], leave_out: tuple[str, ...] = ()) -> tuple[list, list[list[str]]]:
     """Header and lines; a column that no entry fills is left out."""
     columns = {name: show for name, show in COLUMNS.items() if name not in leave_out}
     lines = [[show(entry) for show in columns.values()] for entry in entries]
@@ -235,7 +237,7 @@ def cells(entries: list[Entry], leave_out: tuple[str, ...] = ()) -> tuple[list, 
     return [header[i] for i in shown], [[line[i] for i in shown] for line in lines]
 
 
-def markdown_table(entries: list[Entry]) -> str:
+def markdown_table(entries: list[Standing]) -> str:
     header, lines = cells(entries)
     return markdown_lines(header, lines)
 
@@ -262,7 +264,7 @@ STATISTICS: dict[str, Callable[[Verdict], str]] = {
 }
 
 
-def statistics_table(entries: list[Entry]) -> str:
+def statistics_table(entries: list[Standing]) -> str:
     """Of report.md: what each verdict rests on."""
     rows = [entry.verdict for entry in entries if entry.verdict]
     return markdown_lines([*STATISTICS], [[f(v) for f in STATISTICS.values()] for v in rows])
@@ -276,7 +278,7 @@ def ends(low: float | None, high: float | None, sign: str = "") -> str:
     return "–" if low is None else f"{percent(low, sign)} … {percent(high, sign)}"
 
 
-def terminal_table(entries: list[Entry], caption: str) -> Table:
+def terminal_table(entries: list[Standing], caption: str) -> Table:
     header, lines = cells(entries, leave_out=("Images/s", "FLOPs/image", "Peak memory"))
     table = Table(title=caption, title_justify="left", title_style="bold")
     for name in header:

@@ -37,13 +37,13 @@ from ..train.facts import DISK, made_with
 from ..train.loop import train
 from ..train.training_run import Outcome
 from .halving import Bracket, brackets, promote
-from .plan import Pair, Plan, name_of
-from .record import Ended, Entry, Record, seed_of
+from .plan import Pair, SweepPlan, name_of
+from .record import Ended, Entry, PairRecord, seed_of
 from .space import possible, with_chosen
 from .storage import opened
 
 
-class Watcher:
+class SweepWatcher:
     """Told what happens; this one keeps silent."""
 
     def step(self, bracket: Bracket, rung: int, entries: list[tuple[Pair, Entry]]) -> None:
@@ -57,20 +57,20 @@ class Watcher:
 
 
 def sweep(
-    plan: Plan,
+    plan: SweepPlan,
     dataset: Dataset,
     out: Path,
     *,
-    watcher: Watcher | None = None,
+    watcher: SweepWatcher | None = None,
     executor: Executor | None = None,
 ) -> dict[Pair, Ended]:
-    """Runs what of `plan` has not yet ended in `out` (which `Plan.save` started); -> the winners.
+    """Runs what of `plan` has not ended in `out` (which `SweepPlan.save` started); -> the winners.
 
     An exception, or a loss that is not finite, ends its own configuration. A disk that fails ends
     the sweep, which can be resumed.
     """
     made_with(out, dataset)
-    plan = replace(plan, classes=Plan.load(out).classes)
+    plan = replace(plan, classes=SweepPlan.load(out).classes)
     with checkpoint.locked(out), records(plan, out, mine=True) as found:
         for record in found.values():
             record.recover()
@@ -84,19 +84,19 @@ def sweep(
 
 
 @contextlib.contextmanager
-def records(plan: Plan, out: Path, *, mine: bool = False) -> Iterator[dict[Pair, Record]]:
+def records(plan: SweepPlan, out: Path, *, mine: bool = False) -> Iterator[dict[Pair, PairRecord]]:
     """Each pair's record. mine: for the one that drives; others may only read."""
     name, path = name_of(out), out / "study.journal"
     studies = [(f"{name}/{model}-{attention}", plan.space.axes(model, attention))
                for model, attention in plan.pairs()]  # fmt: skip
     with opened(plan.storage, path, name, mine=mine) as storage:
         yield {
-            pair: Record.open(storage, *study, mine=mine)
+            pair: PairRecord.open(storage, *study, mine=mine)
             for pair, study in zip(plan.pairs(), studies, strict=True)
         }
 
 
-def winners(found: dict[Pair, Record]) -> dict[Pair, Ended]:
+def winners(found: dict[Pair, PairRecord]) -> dict[Pair, Ended]:
     """Of each pair the best at the highest rung that any of its configurations reached."""
     best = {}
     for pair, record in found.items():
@@ -106,7 +106,7 @@ def winners(found: dict[Pair, Record]) -> dict[Pair, Ended]:
     return best
 
 
-def recipe_of(plan: Plan, best: dict[Pair, Ended], out: Path) -> Recipe:
+def recipe_of(plan: SweepPlan, best: dict[Pair, Ended], out: Path) -> Recipe:
     """The sweep's recipe with what won for each pair."""
     recipe = plan.recipe
     for pair, ended in best.items():
@@ -116,7 +116,7 @@ def recipe_of(plan: Plan, best: dict[Pair, Ended], out: Path) -> Recipe:
     return Recipe("winners", {**recipe.tables, "title": title})
 
 
-def write_trials(path: Path, found: dict[Pair, Record]) -> None:
+def write_trials(path: Path, found: dict[Pair, PairRecord]) -> None:
     """One line for each configuration and rung that ended."""
     chosen = dict.fromkeys(name for record in found.values() for name in record.axes)
     columns = ["model", "attention", "configuration", "bracket", "rung", "epochs", "status"]
@@ -143,15 +143,15 @@ class _Driver:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SweepPlan,
         out: Path,
-        found: dict[Pair, Record],
+        found: dict[Pair, PairRecord],
         shared: Shared[Dataset],
-        watcher: Watcher | None,
+        watcher: SweepWatcher | None,
         executor: Executor | None,
     ):
         self.plan, self.out, self.records, self.shared = plan, out, found, shared
-        self.watcher, self.executor = watcher or Watcher(), executor
+        self.watcher, self.executor = watcher or SweepWatcher(), executor
         self.count = dict.fromkeys(found, 0)  # configurations drawn so far
 
     def run(self, bracket: Bracket) -> None:

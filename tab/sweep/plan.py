@@ -45,7 +45,7 @@ class SweepFile(TypedDict):
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep does; DIR/*.toml hold it all."""
 
     recipe: Recipe  # what is not drawn
@@ -67,7 +67,7 @@ class Plan:
     def config(self, pair: Pair, chosen: dict) -> RunConfig:
         """The run of one configuration."""
         recipe = with_chosen(self.recipe, *pair, chosen)
-        config = recipe.run(*pair, self.seed, classes=self.classes)
+        config = recipe.run_config(*pair, self.seed, classes=self.classes)
         budget = self.budget
         return replace(
             config,
@@ -122,7 +122,7 @@ class Plan:
             write_toml(out / "sweep.toml", {**_read(out), "data": self.data})
 
     @classmethod
-    def load(cls, out: Path) -> Plan:
+    def load(cls, out: Path) -> SweepPlan:
         table = _read(out)
         table.pop("name")
         budget = table.pop("budget")

@@ -54,7 +54,7 @@ class Ended:
     error: str = ""
 
 
-class Record:
+class PairRecord:
     """The study of one (model, attention)."""
 
     def __init__(self, study: optuna.Study, axes: dict[str, Axis]):
@@ -65,7 +65,7 @@ class Record:
     @classmethod
     def open(
         cls, storage: optuna.storages.BaseStorage, name: str, axes: dict[str, Axis], *, mine: bool
-    ) -> Record:
+    ) -> PairRecord:
         """The study `name`. Only a driver may start it."""
         if mine:
             study = optuna.create_study(

@@ -23,7 +23,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 COPY = "put a copy back, or start a new comparison"  # the way out of a damaged file
 
 
-class Data(TypedDict):
+class DataFacts(TypedDict):
     """Which data set a result comes from."""
 
     name: str
@@ -31,7 +31,7 @@ class Data(TypedDict):
     fingerprint: str
 
 
-class Used(Data):
+class UsedData(DataFacts):
     """How many of its images a comparison trains, validates and tests on."""
 
     train: NotRequired[int]
@@ -64,7 +64,7 @@ class Facts(Machine):
     python: str
     cpu: str
     commit: str | None
-    dataset: Used
+    dataset: UsedData
     overrides: NotRequired[dict]  # of the recipe, by --set, --epochs, …
     times: NotRequired[list[Time]]
 

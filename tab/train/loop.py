@@ -18,7 +18,7 @@ from ..files import reading
 from ..models.image_model import ImageModel, build_model
 from ..run_config import RunConfig
 from .run_files import RunFile, again, read_rows, read_run_file
-from .training_run import Outcome, Run, place
+from .training_run import Outcome, TrainingRun, place
 from .weights import FILE, load_weights
 
 
@@ -44,7 +44,7 @@ def train(
         found = found_run(config, dataset, out, resume)
         if found and found["status"] != "running":
             return Outcome(config, read_rows(out, found), found["status"], found["summary"])
-        run = Run(config, dataset, torch.device(device), out)
+        run = TrainingRun(config, dataset, torch.device(device), out)
         if found:
             run.restore()
         last = min(config.train.epochs, stop_after or config.train.epochs)

@@ -8,7 +8,7 @@ from typing import Literal, NotRequired, TypedDict
 
 from ..checkpoint import Corrupt
 from ..files import read_json, read_lines, reading
-from .facts import Data, Machine
+from .facts import DataFacts, Machine
 
 
 class Summary(TypedDict):
@@ -25,7 +25,7 @@ class RunFile(TypedDict):
 
     config: dict
     status: Literal["running", "done", "diverged"]
-    data: Data
+    data: DataFacts
     classes: list[str]
     environment: Machine
     summary: Summary

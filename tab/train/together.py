@@ -31,7 +31,7 @@ from ..run_config import RunConfig, Train
 from .loop import found_run
 from .run_files import read_rows
 from .steps import Batch, Steps
-from .training_run import Outcome, Run, random_of
+from .training_run import Outcome, TrainingRun, random_of
 
 FILE = "group.pt"
 
@@ -75,7 +75,7 @@ def train_seeds(
                     own.seed = config.seed
                     alone = replace(config.train, compile=False, graph=False)  # for scores only
                     given = (own, *parts[1:]), alone, together
-                    runs[i] = Run(config, dataset, torch_device, out, *given)
+                    runs[i] = TrainingRun(config, dataset, torch_device, out, *given)
             _train(runs, outs[0] / FILE, on_epoch, stop_after)
         outcomes = {**ended, **{i: run.outcome() for i, run in runs.items()}}
         return [outcomes[i] for i in range(len(configs))]
@@ -104,7 +104,7 @@ def _variant(config: RunConfig) -> RunConfig:
 
 
 def _train(
-    runs: dict[int, Run],
+    runs: dict[int, TrainingRun],
     path: Path,
     on_epoch: Callable[[int, dict], None] | None,
     stop_after: int | None,
@@ -129,7 +129,7 @@ def _train(
     path.unlink(missing_ok=True)
 
 
-def _restore(runs: dict[int, Run], path: Path) -> None:
+def _restore(runs: dict[int, TrainingRun], path: Path) -> None:
     """Back to the last complete epoch of all; to the start if it is damaged."""
     if not path.exists():
         return
@@ -148,7 +148,7 @@ def _restore(runs: dict[int, Run], path: Path) -> None:
 class _Group:
     """Runs that are at the same epoch, stacked; each is brought up to date after an epoch."""
 
-    def __init__(self, runs: list[Run]):
+    def __init__(self, runs: list[TrainingRun]):
         self.runs, first = runs, runs[0]
         self.model: SeedModel = stack([run.model for run in runs])
         count = first.config.train.epochs * len(first.batches)

@@ -47,7 +47,7 @@ class Outcome:
     summary: dict
 
 
-class Run:
+class TrainingRun:
     """The state of a run between two epochs.
 
     parts: its batches, as from `splits`, if they are there already. options: how it computes, if
