@@ -4,20 +4,20 @@ import dataclasses
 
 import pytest
 
-from tab.sweep.halving import BUDGETS, Bracket, Budget, brackets, promote
+from tab.sweep.halving import BUDGETS, Bracket, Budget, brackets, named_budget, promote
 
-SEED = BUDGETS["seed"]
+PUBLISHED = BUDGETS["published"]
 
 
-def test_the_seed_budget_is_the_published_one():
-    assert Budget(20, (3, 5, 7), 2.0, 5000, 1000) == SEED
-    assert brackets(SEED) == [Bracket(0, 20, 0)]
-    assert brackets(SEED)[0].sizes(SEED, 20) == [20, 10, 5]
+def test_the_published_budget():
+    assert Budget(20, (3, 5, 7), 2.0, 5000, 1000) == PUBLISHED
+    assert brackets(PUBLISHED) == [Bracket(0, 20, 0)]
+    assert brackets(PUBLISHED)[0].sizes(PUBLISHED, 20) == [20, 10, 5]
 
 
 def test_hyperband_brackets_are_those_of_the_paper():
     """Li et al. 2018, table 1: R = 81, η = 3; n_s by their formula, from the cheapest rung on."""
-    budget = dataclasses.replace(SEED, configurations=81, epochs=(1, 3, 9, 27, 81), eta=3)
+    budget = dataclasses.replace(PUBLISHED, configurations=81, epochs=(1, 3, 9, 27, 81), eta=3)
     found = brackets(budget, 5)
     assert [b.configurations for b in found] == [81, 34, 15, 8, 5]
     assert [b.first for b in found] == [0, 1, 2, 3, 4]
@@ -27,10 +27,10 @@ def test_hyperband_brackets_are_those_of_the_paper():
 
 
 def test_a_rung_never_becomes_empty_and_follows_what_was_drawn():
-    assert Bracket(0, 20, 0).sizes(SEED, 6) == [6, 3, 1]
-    assert Bracket(0, 20, 0).sizes(SEED, 1) == [1, 1, 1]
+    assert Bracket(0, 20, 0).sizes(PUBLISHED, 6) == [6, 3, 1]
+    assert Bracket(0, 20, 0).sizes(PUBLISHED, 1) == [1, 1, 1]
     # 3 · 1.1^-1 · 1.1 must not be floored from 2.9999…
-    assert Bracket(0, 9, 0).sizes(dataclasses.replace(SEED, eta=1.5), 9) == [9, 6, 4]
+    assert Bracket(0, 9, 0).sizes(dataclasses.replace(PUBLISHED, eta=1.5), 9) == [9, 6, 4]
 
 
 def test_promotion_takes_the_best_and_of_equals_the_lower_number():
@@ -55,9 +55,15 @@ def test_promotion_takes_the_best_and_of_equals_the_lower_number():
 )
 def test_budgets_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SEED, **changes)
+        dataclasses.replace(PUBLISHED, **changes)
 
 
 def test_as_many_brackets_as_rungs_at_most():
     with pytest.raises(ValueError, match="1 to 3"):
-        brackets(SEED, 4)
+        brackets(PUBLISHED, 4)
+
+
+def test_a_budget_is_found_by_its_old_name_too():
+    assert named_budget("seed") == named_budget("published") == PUBLISHED
+    with pytest.raises(ValueError, match="did you mean 'published'"):
+        named_budget("publised")

@@ -30,20 +30,20 @@ def draws(axes, count, possible=lambda chosen: True, sampler="random", seed=0):
     return record(axes).draw(count, possible, sampler=sampler, seed=seed, step=(0, 0))
 
 
-def test_the_seed_space_is_the_published_one():
-    seed = load_space("seed")
-    assert seed.axes("mlp", "none") == {"lr": [0.001, 0.003, 0.01], "hidden": [256, 512]}
-    assert seed.axes("cnn", "linformer") == {
-        **seed.axes("mlp", "self"),
+def test_the_published_space():
+    published = load_space("published")
+    assert published.axes("mlp", "none") == {"lr": [0.001, 0.003, 0.01], "hidden": [256, 512]}
+    assert published.axes("cnn", "linformer") == {
+        **published.axes("mlp", "self"),
         "num_heads": [2, 4, 8],
         "k": [32, 64, 128, 256],
         "max_seq_len": [512, 1024],
     }
-    assert seed.axes("cnn", "kv_compression")["compression_ratio"] == [0.25, 0.5, 0.75]
-    assert seed.axes("cnn", "sparse")["block_size"] == [32, 64, 128]
-    assert seed.axes("cnn", "local")["window_size"] == [16, 32, 64, 128]
-    assert seed.axes("cnn", "linear")["kernel_size"] == [16, 32, 64, 128]
-    assert seed.axes("cnn", "performer")["num_features"] == [64, 128, 256, 512]
+    assert published.axes("cnn", "kv_compression")["compression_ratio"] == [0.25, 0.5, 0.75]
+    assert published.axes("cnn", "sparse")["block_size"] == [32, 64, 128]
+    assert published.axes("cnn", "local")["window_size"] == [16, 32, 64, 128]
+    assert published.axes("cnn", "linear")["kernel_size"] == [16, 32, 64, 128]
+    assert published.axes("cnn", "performer")["num_features"] == [64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("name", space_names())
@@ -99,8 +99,8 @@ def test_a_bad_space_is_an_error_that_says_what(text, message, space):
 
 
 def test_unknown_names_and_files():
-    with pytest.raises(ValueError, match="did you mean 'seed'"):
-        load_space("seeds")
+    with pytest.raises(ValueError, match="did you mean 'published'"):
+        load_space("publishd")
     with pytest.raises(ValueError, match="there is no file"):
         load_space("nowhere.toml")
 
@@ -153,9 +153,9 @@ def test_a_pairs_learning_rate_gives_way_to_a_later_layer(tmp_path):
         load_recipe(path, {"attention.self.mlp.epochs": 3})
 
 
-def test_seed_winners_are_the_documents():
+def test_the_published_winners_are_the_documents():
     """One table in two recipes: what the published sweep chose."""
-    ours, theirs = load_recipe("seed_winners"), load_recipe("document")
+    ours, theirs = load_recipe("published_winners"), load_recipe("document")
     for model in MODELS:
         for attention in attention_names():
             if attention == "flex":
@@ -168,3 +168,14 @@ def test_seed_winners_are_the_documents():
         ours.run_config("cnn", "local", 0).train
         == load_recipe("fair").run_config("cnn", "local", 0).train
     )
+
+
+def test_names_of_before_are_still_read(tmp_path):
+    assert load_space("seed").tables == load_space("published").tables
+    old, new = load_recipe("seed_winners"), load_recipe("published_winners")
+    assert old.tables == new.tables and (old.name, new.name) == (
+        "seed_winners",
+        "published_winners",
+    )
+    (tmp_path / "mine.toml").write_text('base = "seed_winners"\n')
+    assert load_recipe(tmp_path / "mine.toml").tables == new.tables

@@ -214,8 +214,8 @@ def test_show_reads_what_is_there(done):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "sed"], "did you mean 'seed'"),
-        (["--space", "sed"], "did you mean 'seed'"),
+        (["--budget", "publisched"], "did you mean 'published'"),
+        (["--space", "publisched"], "did you mean 'published'"),
         (["--epochs", "3,x"], "whole numbers"),
         (["--epochs", "3,2"], "rising"),
         (["--brackets", "4"], "1 to 3"),

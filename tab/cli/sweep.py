@@ -44,10 +44,10 @@ def run(
     overrides: Overrides = None,
     space: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="What is drawn; default: seed. Or: small."),
+        typer.Option(metavar="NAME|FILE", help="What is drawn; default: published. Or: small."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="quick, seed (the default), medium or large.")
+        str | None, typer.Option(help="quick, published (the default), medium or large.")
     ] = None,
     configurations: Annotated[
         int | None, typer.Option(help="n, drawn for each model and attention.")
@@ -135,7 +135,7 @@ def _plan(given: dict):
     from ..checks import check_keys
     from ..layers import attention_names
     from ..models.image_model import STUDY, model_names
-    from ..sweep.halving import BUDGETS
+    from ..sweep.halving import named_budget
     from ..sweep.plan import SweepPlan
     from ..sweep.space import load_space
 
@@ -143,16 +143,15 @@ def _plan(given: dict):
     attentions = names_of(given["attentions"] or "all", attention_names())
     check_keys("--models", models, model_names())
     check_keys("--attentions", attentions, attention_names())
-    check_keys("--budget", [given["budget"] or "seed"], BUDGETS)
     keys = ("configurations", "eta", "images", "validation")
     changes = {key: given[key] for key in keys if given[key] is not None}
     if given["epochs"]:
         changes["epochs"] = _numbers(given["epochs"])
-    budget = dataclasses.replace(BUDGETS[given["budget"] or "seed"], **changes)
+    budget = dataclasses.replace(named_budget(given["budget"] or "published"), **changes)
     recipe = read_recipe(given["recipe"] or "fair", None, given["overrides"])
     return SweepPlan(
         recipe=recipe,
-        space=load_space(given["space"] or "seed"),
+        space=load_space(given["space"] or "published"),
         budget=budget,
         models=models,
         attentions=attentions,

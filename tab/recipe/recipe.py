@@ -27,6 +27,7 @@ from .published import published_attentions
 from .size_matching import check_match, matched, reference_of
 
 _FOLDER = Path(__file__).parent / "recipes"
+OLD_NAMES = {"seed_winners": "published_winners"}  # version 0.1 said so
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
             check_match(f"model.{model}.match", table["match"])
     except ValueError as error:
         raise ValueError(f"recipe {name_or_file}: {error}") from None
-    return Recipe(path.stem, tables, dict(overrides or {}))
+    # Under the name as given: a run of the old name goes on as such.
+    return Recipe(Path(name_or_file).stem, tables, dict(overrides or {}))
 
 
 def parse_override(text: str) -> tuple[str, object]:
@@ -138,6 +140,7 @@ def _find(name: str, folder: Path) -> Path:
         if not path.exists():
             raise ValueError(f"there is no recipe file {path}")
         return path
+    name = OLD_NAMES.get(name, name)
     check_keys("recipes (or a file ending in .toml)", [name], recipe_names())
     return _FOLDER / f"{name}.toml"
 

@@ -23,6 +23,7 @@ from ..layers import attention_names, attention_options
 from ..recipe.recipe import PAIR_TRAIN, Recipe
 from ..recipe.size_matching import parameters_of
 from ..run_config import MODELS, RunConfig
+from .halving import OLD_NAMES
 
 _FOLDER = Path(__file__).parent / "spaces"
 
@@ -82,6 +83,7 @@ def load_space(name_or_file: str | Path) -> Space:
         if not path.exists():
             raise ValueError(f"there is no file {path} with a search space")
     else:
+        name = OLD_NAMES.get(name, name)
         check_keys("spaces (or a file ending in .toml)", [name], space_names())
         path = _FOLDER / f"{name}.toml"
     tables = read_toml(path, dict, "mend it, or give another space")
