@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tab.bench.cases import SIZES, cases, problem, work
-from tab.bench.contestants import PYTORCH, contestants
-from tab.bench.measure import call, measure, percentiles, speedup
+from tab.bench.cases import SIZES
+from tab.bench.measure import call, measure
+from tab.bench.registry import cases, names, problem
 from tab.bench.roofline import measure_roofline, synchronize
+from tab.bench.rows import percentiles, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,18 +23,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     ops, sizes = config.getoption("--ops"), config.getoption("--sizes").split(",")
-    ops = list(PYTORCH) if ops == "all" else ops.split(",")
+    ops = names() if ops == "all" else ops.split(",")
     for size in sizes:
         assert size in SIZES, f"unknown size {size}; choose from {', '.join(SIZES)}"
     chosen = cases(ops, sizes, device=DEVICE)
-    entrants = [
+    races = [
         pytest.param(case, direction, c.name, id=f"{case.name}-{direction}-{c.name}")
         for case in chosen
         for direction in ("forward", "both")
-        for c in contestants(problem(case if case.decode else replace(case, size="tiny")))
+        for c in entrants(problem(case if case.decode else replace(case, size="tiny")))
         if direction == "forward" or c.differentiable
     ]
-    metafunc.parametrize("case, direction, name", entrants)
+    metafunc.parametrize("case, direction, name", races)
+
+
+def entrants(p):
+    return p.benchmark.contestants(p)
 
 
 @functools.cache
@@ -55,7 +60,7 @@ def test_throughput(benchmark, case, direction, name, request):
     if row.skipped:
         pytest.skip(row.skipped)
     p = problem(case)
-    entrant = next(c for c in contestants(p) if c.name == name)
+    entrant = next(c for c in entrants(p) if c.name == name)
     _, timed = call(entrant.build(p), p, direction)
 
     def once():
@@ -64,7 +69,7 @@ def test_throughput(benchmark, case, direction, name, request):
 
     benchmark.group = f"{case.name} {direction}"
     median = percentiles(row.seconds[direction])[1]
-    flops, moved = work(p)[direction]
+    flops, moved = p.benchmark.work(p)[direction]
     benchmark.extra_info |= {
         "interleaved_ms": [1e3 * x for x in percentiles(row.seconds[direction])],
         "tab_speedup": speedup(row.seconds[direction], rows["tab"].seconds[direction]),

@@ -6,12 +6,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.bench import contestants as entrants
-from tab.bench import eager
-from tab.bench.cases import Case, cases, ours, problem, work
-from tab.bench.measure import Row, measure, percentiles, speedup
-from tab.bench.results import load, save
+from tab.bench.benchmark import Contestant
+from tab.bench.cases import Case
+from tab.bench.measure import measure
+from tab.bench.ops import linformer
+from tab.bench.registry import benchmark, benchmarks, cases, names, problem
+from tab.bench.results import environment, load, save
 from tab.bench.roofline import Roofline
+from tab.bench.rows import Row, percentiles, speedup
 from tab.cli.bench import app
 from tab.layers.linformer import LinformerAttention
 
@@ -20,7 +22,7 @@ TINY = Case("linear", "tiny")
 
 
 def race(monkeypatch, f):
-    monkeypatch.setitem(entrants.PYTORCH, "linear", lambda p: iter([entrants.Contestant("x", f)]))
+    monkeypatch.setattr(benchmark("linear"), "pytorch", lambda p: iter([Contestant("x", f)]))
     only = {"tab reference", "x"}.__contains__
     rows = measure(TINY, ROOF, directions=("forward", "both"), budget=0.01, only=only)
     return {row.contestant: row for row in rows}
@@ -42,11 +44,11 @@ def test_the_broken_says_how(monkeypatch):
 
 def test_nan_is_wrong_wherever_it_stands(monkeypatch):
     def lost(p):
-        right = entrants.ours(p, "reference")
+        right = p.benchmark.ours(p, "reference")
         return lambda q, k, v: right(q, k + (k * torch.nan).detach() * 0, v)
 
     def gradient(p):
-        right = entrants.ours(p, "reference")
+        right = p.benchmark.ours(p, "reference")
         return lambda q, k, v: right(q, k, NanBackward.apply(v))
 
     for build in (lost, gradient):
@@ -65,7 +67,7 @@ class NanBackward(torch.autograd.Function):
 
 def test_a_wrong_gradient_is_not_timed(monkeypatch):
     def detached(p):
-        right = entrants.ours(p, "reference")
+        right = p.benchmark.ours(p, "reference")
         return lambda q, k, v: right(q, k.detach() + 0 * k, v)
 
     assert race(monkeypatch, detached)["x"].skipped.startswith("wrong")
@@ -73,7 +75,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("op", "causal"),
-    [(c.op, c.causal) for c in cases(list(entrants.PYTORCH), ["tiny"], (False, True))],
+    [(c.op, c.causal) for c in cases(names(), ["tiny"], (False, True))],
 )
 def test_every_contestant_of_every_op_is_right(op, causal):
     rows = measure(
@@ -94,8 +96,8 @@ def test_window_pairs_are_counted():
     p = problem(Case("local", "tiny"))
     _, h, n, d = p.case.shape
     i = torch.arange(n)
-    dense = ((i[:, None] - i).abs() <= p.case.window).sum().item()
-    assert work(p)["forward"][0] == 4 * d * p.case.shape[0] * h * dense
+    dense = ((i[:, None] - i).abs() <= p.fixed["window"]).sum().item()
+    assert p.benchmark.work(p)["forward"][0] == 4 * d * p.case.shape[0] * h * dense
 
 
 def test_percentiles_and_paired_ratio():
@@ -109,7 +111,7 @@ def row(times, contestant="tab"):
 
 def test_saved_runs_come_back_and_others_are_refused(tmp_path):
     path = tmp_path / "a.json"
-    save(path, [row([1.0, 2.0])], ROOF, "cpu", "tab bench")
+    save(path, [row([1.0, 2.0])], ROOF, environment("cpu"), "tab bench")
     record, rows = load(path)
     assert rows == [row([1.0, 2.0])] and record["environment"]["torch"] == torch.__version__
 
@@ -127,7 +129,7 @@ def test_saved_runs_come_back_and_others_are_refused(tmp_path):
 )
 def test_other_files_are_refused_in_one_line(damage, words, tmp_path):
     path = tmp_path / "a.json"
-    record = save(path, [row([1.0])], ROOF, "cpu", "tab bench")
+    record = save(path, [row([1.0])], ROOF, environment("cpu"), "tab bench")
     path.write_bytes(damage if isinstance(damage, bytes) else json.dumps(record | damage).encode())
     with pytest.raises(ValueError, match=r"a\.json is damaged or foreign.*tab bench --out") as seen:
         load(path)
@@ -161,6 +163,33 @@ def test_linformer_is_what_its_layer_computes():
         layer.E.copy_(e[None])
         layer.out.weight.copy_(torch.eye(h * d))
         layer.out.bias.zero_()
-    o = ours(p, "auto")(x, qkv, e)
+    o = p.benchmark.ours(p, "auto")(x, qkv, e)
     torch.testing.assert_close(o.transpose(1, 2).flatten(2), layer(x))
-    torch.testing.assert_close(eager.linformer(x, qkv, e, heads=h), o)
+    torch.testing.assert_close(linformer.eager(x, qkv, e, heads=h), o)
+
+
+def test_a_result_bears_the_commit_of_its_beginning(tmp_path, monkeypatch):
+    """Others commit while it runs: the code that was measured is the one that was imported."""
+    commits = iter(["before", *["after"] * 99])
+    monkeypatch.setattr("tab.bench.results._commit", lambda: next(commits))
+    out = tmp_path / "m.json"
+    done = CliRunner().invoke(
+        app, ["memory", "--ops", "linear", "--longest", "2048", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())["environment"]["commit"] == "before"
+
+
+# --- which ops there are --------------------------------------------------------------------------
+
+
+def test_every_op_with_kernels_of_its_own_is_named_like_its_file():
+    """No list says which ops there are: whoever adds the file has added the op."""
+    assert set(names()) >= {"linear", "performer", "local", "sparse", "mla", "linformer"}
+    for name, found in benchmarks().items():
+        assert found.op is None or found.op.name.startswith(name), name
+
+
+def test_an_unknown_op_is_refused():
+    with pytest.raises(ValueError, match=r"unknown op liner; choose from .*linear"):
+        benchmark("liner")

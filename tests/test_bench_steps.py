@@ -7,12 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.bench import eager, page
-from tab.bench.cases import Case, cases, problem, work
-from tab.bench.measure import Row, measure
+from tab.bench import page
+from tab.bench.cases import Case
+from tab.bench.measure import measure
+from tab.bench.ops import linear
 from tab.bench.peak_memory import entrants, growth, memory
+from tab.bench.registry import cases, problem
 from tab.bench.results import memory_table, steps_table
 from tab.bench.roofline import Roofline
+from tab.bench.rows import Row
 from tab.bench.steps import difference, steps, twin
 from tab.cli.bench import app
 from tab.data.load import load_dataset
@@ -101,8 +104,8 @@ def test_a_step_is_the_one_of_training(monkeypatch, tmp_path):
 
 
 def test_a_wrong_twin_is_not_timed(monkeypatch):
-    right = eager.linear
-    monkeypatch.setattr(eager, "linear", lambda *x, **options: 1.01 * right(*x, **options))
+    right = linear.eager
+    monkeypatch.setattr(linear, "eager", lambda *x, **options: 1.01 * right(*x, **options))
     rows = steps(load_recipe("quick"), "cnn", ["linear"], **ONCE)
     assert rows[2].skipped.startswith("wrong") and not rows[2].seconds
     assert steps_table(rows).row_count == 3
@@ -161,7 +164,7 @@ def test_decoding_is_right_and_forward_only(op):
 
 def test_decode_work_is_counted():
     p = problem(Case("mla", "decode"))
-    flops, moved = work(p)["forward"]
+    flops, moved = p.benchmark.work(p)["forward"]
     cache = p.inputs[2]
     b, h, n, _ = p.case.shape
     assert cache.nbytes < moved < 1.2 * cache.nbytes

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.bench.measure import Row
-from tab.bench.results import save
+from tab.bench.results import environment, save
+from tab.bench.rows import Row
 from tab.cli.main import app
 from tab.compare.driver import Watcher, compare
 from tab.compare.plan import Grid, Plan
@@ -52,7 +52,7 @@ def whole(tmp_path_factory):
     assert [run.status for run in read_runs(out, plan.grid)] == ["done", "running"]
     for name in ("bench.json", "other.json"):
         row = Row("case", "tab", error=0.0, seconds={"forward": [0.5, 0.6, 0.5]})
-        save(out / name, [row], None, "cpu", "tab bench")
+        save(out / name, [row], None, environment("cpu"), "tab bench")
     assert tab(*ROBUSTNESS, out=out).exit_code == 0
     assert tab(*REPORT, out=out).exit_code == 0
     return out

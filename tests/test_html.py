@@ -12,8 +12,8 @@ import pytest
 from small_report import FACTS, run
 
 from tab.analysis.corruptions import OWN
-from tab.bench.measure import Row
-from tab.bench.results import save
+from tab.bench.results import environment, save
+from tab.bench.rows import Row
 from tab.compare.plan import Grid
 from tab.report import markdown, style
 from tab.report.chart_data import NOTE as BELOW
@@ -69,7 +69,7 @@ class Page(HTMLParser):
 
 def test_structure(tmp_path):
     rows = [Row("a", "tab", seconds={"both": [1.0]}, floor={"both": 1.0})]
-    save(tmp_path / "bench/x.json", rows, None, "cpu", "tab bench <x>")
+    save(tmp_path / "bench/x.json", rows, None, environment("cpu"), "tab bench <x>")
     text = page(tmp_path, bench=tmp_path / "bench")
     found = Page(text)
     tags = [tag for tag, _ in found.tags]

@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from tab.bench.measure import Row, row_speedup, worst_of
 from tab.bench.regress import OPEN, compare, welch
 from tab.bench.results import load
+from tab.bench.rows import Row, row_speedup, worst_of
 from tab.bench.turns import busy, in_turns, merged
 from tab.cli.bench import app
 

@@ -4,58 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..ops._op import Unavailable
-from .cases import Case, Problem, ours, problem, work
-from .contestants import Contestant, contestants
+from .benchmark import Contestant, Problem
+from .cases import Case
+from .registry import problem
 from .roofline import Roofline, synchronize
+from .rows import DIRECTIONS, Row, worst_of
 
-DIRECTIONS = ("forward", "backward", "both")
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of max|truth|
-
-
-@dataclass
-class Row:
-    """One contestant at one case: its error, then seconds per call for each direction."""
-
-    case: str
-    contestant: str
-    error: float | None = None
-    gradient_error: float | None = None
-    skipped: str | None = None
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    # Beside each of `seconds`, the yardstick in the same round; and how many of them each process
-    # took, one after the other. Empty in files from before there were either.
-    pace: dict[str, list[float]] = field(default_factory=dict)
-    rounds: dict[str, list[int]] = field(default_factory=dict)
-    peak_bytes: int | None = None
-    batch: int | None = None  # images in a call, where it is a training step
-    floor: dict[str, float] = field(default_factory=dict)
-    flops: dict[str, float] = field(default_factory=dict)
-    moved: dict[str, float] = field(default_factory=dict)
-
-    def timed(self, direction: str, seconds: list[float], pace: list[float]) -> None:
-        """What one process measured."""
-        self.seconds[direction], self.pace[direction] = seconds, pace[: len(seconds)]
-        self.rounds[direction] = [len(seconds)]
-
-    def by_process(self, direction: str) -> list[tuple[list[float], list[float]]]:
-        """(seconds, the yardstick's seconds) of each process; the latter may be empty."""
-        seconds, pace = self.seconds[direction], self.pace.get(direction, [])
-        parts, start = [], 0
-        for n in self.rounds.get(direction) or [len(seconds)]:
-            parts.append((seconds[start : start + n], pace[start : start + n]))
-            start += n
-        return parts
 
 
 def measure(
@@ -75,7 +39,7 @@ def measure(
     cold: each call is preceded by a pass over a buffer larger than the last-level cache.
     """
     p = problem(case, seed)
-    entrants = [c for c in contestants(p) if only(c.name)]
+    entrants = [c for c in p.benchmark.contestants(p) if only(c.name)]
     rows = {c.name: Row(case.name, c.name, skipped=c.why_not) for c in entrants}
     runners: dict[str, Callable] = {}
     for c in entrants:
@@ -96,7 +60,7 @@ def measure(
         last = directions[-1] if _differentiable(entrants, name) else "forward"
         rows[name].peak_bytes = peak(call(f, p, last), case.device)
     for row in rows.values():
-        for direction, (flops, moved) in work(p).items():
+        for direction, (flops, moved) in p.benchmark.work(p).items():
             row.floor[direction] = roofline.floor(flops, moved)
             row.flops[direction], row.moved[direction] = flops, moved
     return list(rows.values())
@@ -113,7 +77,7 @@ def _admit(c: Contestant, p: Problem, row: Row, runners: dict, directions: tuple
     """Checks c against float64; the wrong and the broken are told apart and not timed."""
     gradient = any(d != "forward" for d in directions)
     exact, small = p.sliced(torch.float64), p.sliced(p.case.dtype)
-    truth = _run(ours(exact, "reference"), exact, gradient)
+    truth = _run(p.benchmark.ours(exact, "reference"), exact, gradient)
     try:
         result = _run(c.build(small), small, gradient)
         runner = c.build(p)
@@ -128,17 +92,11 @@ def _admit(c: Contestant, p: Problem, row: Row, runners: dict, directions: tuple
     runners[c.name] = runner
     errors = [_relative(x, t) for x, t in zip(result, truth, strict=True)]
     row.error, row.gradient_error = errors[0], worst_of(errors[1:])
-    # Each peer's own approximation differs for performer, so its error is shown, not judged.
-    judged = p.case.op != "performer" or c.name.startswith("tab")
+    judged = p.benchmark.exact or c.name.startswith("tab")
     worst = worst_of(errors)
     if judged and not worst <= TOLERANCE[p.case.dtype]:
         row.skipped = f"wrong: error {worst:.1e} of the largest value"
         del runners[c.name]
-
-
-def worst_of(errors: list[float]) -> float | None:
-    """The largest; NaN if any is, which `max` can pass over."""
-    return next((e for e in errors if math.isnan(e)), max(errors, default=None))
 
 
 def _run(f: Callable, p: Problem, gradient: bool) -> list[Tensor]:
@@ -248,26 +206,3 @@ def _status(key: str) -> int:
     with open("/proc/self/status") as f:
         line = next(line for line in f if line.startswith(key))
     return int(line.split()[1]) * 1024
-
-
-# --- what the times say --------------------------------------------------------------------------
-
-
-def percentiles(times: list[float]) -> tuple[float, float, float]:
-    """p10, p50, p90"""
-    if len(times) < 2:
-        return (times[0],) * 3
-    q = statistics.quantiles(times, n=10, method="inclusive")
-    return q[0], statistics.median(times), q[8]
-
-
-def speedup(theirs: list[float], ours_: list[float]) -> tuple[float, float, float]:
-    """How many times faster we are: p10, p50, p90 of the ratio within each round."""
-    return percentiles([t / o for t, o in zip(theirs, ours_, strict=False)])
-
-
-def row_speedup(theirs: Row, ours_: Row, direction: str) -> tuple[float, float, float]:
-    """`speedup` of two rows of one case: their rounds pair within each process."""
-    parts = zip(theirs.by_process(direction), ours_.by_process(direction), strict=False)
-    pairs = [pair for (a, _), (b, _) in parts for pair in zip(a, b, strict=False)]
-    return speedup(*zip(*pairs, strict=True))

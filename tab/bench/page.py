@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from ..web import asset
-from .measure import DIRECTIONS, Row, percentiles
+from .rows import DIRECTIONS, Row, percentiles
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem;

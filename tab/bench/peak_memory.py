@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cases import Case, problem
-from .contestants import PYTORCH, Contestant, contestants
-from .measure import Row, call, peak
+from .benchmark import Contestant
+from .cases import Case
+from .measure import call, peak
+from .registry import benchmark, problem
+from .rows import Row
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
@@ -25,7 +27,7 @@ COMPILED = ("compile", "flex")  # what they allocate while compiling would count
 
 def entrants(op: str) -> list[str]:
     """TAB, and what of eager PyTorch computes the same."""
-    given = PYTORCH[op](problem(Case(op, "tiny")))
+    given = benchmark(op).pytorch(problem(Case(op, "tiny")))
     return ["tab", *(c.name for c in given if not any(word in c.name for word in COMPILED))]
 
 
@@ -100,7 +102,7 @@ def run(case: Case, name: str) -> int:
     p = problem(case)
 
     def find() -> Contestant:  # masks are made here: part of the cost
-        return next(c for c in contestants(p) if c.name == name)
+        return next(c for c in p.benchmark.contestants(p) if c.name == name)
 
     def both(entrant: Contestant) -> None:
         prepare, timed = call(entrant.build(p), p, "both")

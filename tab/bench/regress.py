@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..statistics import holm
-from .measure import Row
+from .rows import Row
 
 SLOWER, FASTER, SAME, OPEN = "slower", "faster", "same", "not told apart"
 COARSE = 0.2  # a comparison that may have missed so much has not been made

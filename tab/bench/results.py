@@ -15,13 +15,14 @@ from rich.table import Table
 
 from .. import __version__
 from ..files import check, read_json, reading, write_json
-from .measure import DIRECTIONS, Row, percentiles, row_speedup
 from .peak_memory import growth, tokens
 from .roofline import Roofline
+from .rows import DIRECTIONS, Row, percentiles, row_speedup
 
 
 def environment(device: str) -> dict[str, object]:
-    """What a figure depends on: machine, versions, threads, commit."""
+    """What a figure depends on: machine, versions, threads, and the commit of the code, which is to
+    be asked for before it runs: others may commit while it does."""
     facts: dict[str, object] = {
         "tab": __version__,
         "torch": torch.__version__,
@@ -50,15 +51,16 @@ def save(
     path: Path,
     rows: Iterable[Row],
     roofline: Roofline | None,
-    device: str,
+    environment: dict[str, object],
     command: str,
     load: dict | None = None,
 ) -> dict:
     """Writes the run atomically: everything that the tables are made of, each single time. Returns
-    the record. roofline: None where nothing is compared with it. load: of turns.Load."""
+    the record. roofline: None where nothing is compared with it. environment: as it was when the
+    run began. load: of turns.Load."""
     record = {
         "command": command,
-        "environment": environment(device),
+        "environment": environment,
         "load": load,
         "roofline": roofline.to_dict() if roofline else None,
         "rows": [asdict(row) for row in rows],

@@ -6,8 +6,8 @@ times that). Contestants at one model, in turns:
 
     none            the control: no attention
     tab NAME        the model with that mechanism
-    eager NAME      its twin: the same weights, but the attention function of the layer is the one
-                    of eager.py, in plain PyTorch; everything around it is the same code
+    eager NAME      its twin: the same weights, but the layer attends in plain PyTorch, by the
+                    function of tab/bench/ops/; everything around it is the same code
 
 A mechanism whose layer runs no kernel of TAB (multi_head, linformer, …) is PyTorch already and has
 no twin. The experts of deepseek_mla are such a part, in both. A twin whose attention or gradients
@@ -17,23 +17,18 @@ differ from the layer's is not timed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.deepseek_mla import DeepSeekMLA
-from ..layers.linear import LinearAttention
-from ..layers.local import LocalAttention
-from ..layers.performer import PerformerAttention
-from ..layers.sparse import SparseAttention
 from ..models.image_model import ImageModel, build_model
-from ..ops.local import in_window
 from ..recipe.recipe import Recipe
 from ..train.steps import Steps
 from ..train.training_run import place
-from . import eager
-from .measure import Row, take_turns, worst_of
+from .benchmark import Benchmark
+from .measure import take_turns
+from .registry import benchmarks
+from .rows import Row, worst_of
 
 CLASSES = 10
 TOLERANCE = 1e-3  # of the largest value, float32
@@ -89,40 +84,22 @@ def steps(
 
 
 def twin(model: ImageModel) -> ImageModel | None:
-    """A copy whose layer attends by eager.py; None where there is nothing to swap."""
+    """A copy whose layer attends in plain PyTorch; None where it runs no op of TAB."""
     other = copy.deepcopy(model)
-    layer = other.attention
-    if isinstance(layer, DeepSeekMLA):
-        latent = layer.attention
-
-        def forward(x, key_mask=None, max_logits=False):
-            o = eager.mla(*latent.project(x), latent.w_uk, latent.w_uv)
-            return latent.out(o.transpose(1, 2).flatten(2)), None
-
-        latent.forward = forward
-        return other
-    rule = _attend(layer)
-    if rule is None:
+    found = attending(other.attention)
+    if found is None:
         return None
-    layer.attend = lambda q, k, v, key_mask: rule(q, k, v)
+    benchmark, part = found
+    benchmark.use_pytorch(part)
     return other
 
 
-def _attend(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """q, k, v (B, H, N, D) -> (B, H, N, D), what `layer.attend` computes."""
-    device = next(layer.parameters()).device if any(True for _ in layer.parameters()) else None
-    if isinstance(layer, LinearAttention):
-        return lambda q, k, v: eager.linear(q, k, v, feature_map=layer.map)
-    if isinstance(layer, PerformerAttention) and layer.kernel == "softmax":
-        return lambda q, k, v: eager.performer(q, k, v, layer.projection)
-    if isinstance(layer, LocalAttention):
-        i = torch.arange(layer.seq_len, device=device)
-        cols = layer.window_grid[1] if layer.window_grid else 0
-        mask = in_window(i[:, None], i, layer.reach, layer.reach, cols, False)  # (N, N)
-        return lambda q, k, v: eager.masked(q, k, v, mask=mask)
-    if isinstance(layer, SparseAttention):
-        mask = layer.pattern(layer.seq_len).to_dense().to(device)  # (Hp, N, N)
-        return lambda q, k, v: eager.masked(q, k, v, mask=mask)
+def attending(layer: nn.Module) -> tuple[Benchmark, nn.Module] | None:
+    """The op that a layer runs, and the module in it that attends by it."""
+    for benchmark in benchmarks().values():
+        part = benchmark.part(layer)
+        if part is not None:
+            return benchmark, part
     return None
 
 
@@ -142,11 +119,10 @@ def difference(ours: ImageModel, other: ImageModel, x: Tensor) -> tuple[float, f
 
 
 def _attention(model: ImageModel, tokens: Tensor) -> list[Tensor]:
-    layer = model.attention
-    layer = layer.attention if isinstance(layer, DeepSeekMLA) else layer
+    _, part = attending(model.attention)
     tokens = tokens.clone().requires_grad_()
-    out = layer(tokens)
+    out = part(tokens)
     out = out[0] if isinstance(out, tuple) else out
     weight = torch.linspace(-1, 1, out.shape[-1], device=out.device)
-    leaves = [tokens, *layer.parameters()]
+    leaves = [tokens, *part.parameters()]
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from .measure import Row, worst_of
+from .rows import Row, worst_of
 
 BUSY = 0.5  # threads of others, on average, from which on times are disturbed
 

@@ -49,12 +49,13 @@ def run(
         return
     import torch
 
-    from ..bench.cases import SIZES, cases
-    from ..bench.contestants import PYTORCH
-    from ..bench.measure import DIRECTIONS, measure
+    from ..bench.cases import SIZES
+    from ..bench.measure import measure
     from ..bench.page import write_page
-    from ..bench.results import picture, save, tables
+    from ..bench.registry import cases, names
+    from ..bench.results import environment, picture, save, tables
     from ..bench.roofline import measure_roofline
+    from ..bench.rows import DIRECTIONS
     from ..bench.turns import Load, in_turns
 
     kind = getattr(torch, _chosen(dtype, DTYPES, "dtype")[0])
@@ -63,9 +64,9 @@ def run(
         _chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
     ]
     prefixes = None if contestants == "all" else tuple(contestants.split(","))
-    every = _chosen(ops, list(PYTORCH), "op"), _chosen(sizes, list(SIZES), "size")
+    every = _chosen(ops, names(), "op"), _chosen(sizes, list(SIZES), "size")
     chosen = cases(*every, flags, kind, device)
-    roofline = measure_roofline(kind, device)
+    facts, roofline = environment(device), measure_roofline(kind, device)
     console.print(
         f"ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
@@ -80,7 +81,7 @@ def run(
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:  # each time, so that what was measured is kept
-            record = save(out, rows, roofline, device, command(), load.record())
+            record = save(out, rows, roofline, facts, command(), load.record())
     for table in tables(rows):
         console.print(table)
     _warn(load)
@@ -121,14 +122,14 @@ def steps_command(
 ) -> None:
     """Whole training steps of the models, against control and against plain PyTorch attention."""
     from ..bench.page import write_page
-    from ..bench.results import save, steps_table
+    from ..bench.results import environment, save, steps_table
     from ..bench.steps import steps
     from ..bench.turns import Load, in_turns
     from ..layers import attention_names
     from ..models.image_model import model_names
     from ..recipe.recipe import load_recipe
 
-    load, found = Load(), {}
+    facts, load, found = environment(device), Load(), {}
     _warn(load)
     names = _chosen(attentions, attention_names(), "attention")
     one = partial(steps, load_recipe(recipe), attentions=names, batch=batch, device=device,
@@ -138,7 +139,7 @@ def steps_command(
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:
-            record = save(out, rows, None, device, command(), load.record())
+            record = save(out, rows, None, facts, command(), load.record())
             write_page(out.with_suffix(".html"), record, rows)
     for group in found.values():
         console.print(steps_table(group))
@@ -152,20 +153,20 @@ def memory_command(
     out: Out = None,
 ) -> None:
     """Peak memory of each op, forward and backward, against N on the CPU, and how it grows."""
-    from ..bench.contestants import PYTORCH
     from ..bench.page import write_page
     from ..bench.peak_memory import LENGTHS, memory, picture
-    from ..bench.results import memory_table, save
+    from ..bench.registry import names
+    from ..bench.results import environment, memory_table, save
 
-    rows = []
+    facts, rows = environment("cpu"), []
     if longest < LENGTHS[1]:
         raise ValueError(f"longest {longest}: growth needs two N; at least {LENGTHS[1]}")
-    for op in _chosen(ops, list(PYTORCH), "op"):
+    for op in _chosen(ops, names(), "op"):
         new = memory(op, tuple(n for n in LENGTHS if n <= longest))
         rows += new
         console.print(memory_table(new))
         if out:
-            write_page(out.with_suffix(".html"), save(out, rows, None, "cpu", command()), rows)
+            write_page(out.with_suffix(".html"), save(out, rows, None, facts, command()), rows)
     if out:
         picture(rows, out.with_suffix(".png"))
 

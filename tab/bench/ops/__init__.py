@@ -1,0 +1,1 @@
+"""One file for each op: its problem, our call, its work, what PyTorch offers, and peers."""

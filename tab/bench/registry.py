@@ -1,0 +1,86 @@
+"""Which ops are benchmarked: the files of tab/bench/ops/, and what installed packages bring.
+
+A file of that folder is named as its op is and ends with `benchmark = …`. A package of your own
+declares its benchmark as an entry point:
+
+    [project.entry-points."tab.benchmarks"]
+    mine = "my_package.bench:benchmark"
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+import torch
+
+from . import ops as folder
+from .benchmark import Benchmark, Draw, Problem
+from .cases import Case
+
+
+def names() -> list[str]:
+    """The ops of TAB, then those of others, each in alphabetical order."""
+    return [*_own(), *sorted({point.name for point in _entry_points()} - set(_own()))]
+
+
+def benchmark(op: str) -> Benchmark:
+    """Of this op, or a ValueError that names the ops there are."""
+    if op in _own():
+        found = importlib.import_module(f"{folder.__name__}.{op}").benchmark
+    elif given := [point for point in _entry_points() if point.name == op]:
+        found = given[0].load()
+    else:
+        raise ValueError(f"unknown op {op}; choose from {', '.join(names())}")
+    if not isinstance(found, Benchmark):
+        raise TypeError(f"the benchmark of {op} is no tab.bench.benchmark.Benchmark: {found!r}")
+    return found
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    return {name: benchmark(name) for name in names()}
+
+
+def _own() -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")]
+
+
+def _entry_points() -> Iterable:
+    return entry_points(group="tab.benchmarks")
+
+
+def cases(ops, sizes, causal=(False,), dtype=torch.float32, device="cpu") -> list[Case]:
+    """Each op at each size; only some have a `decode` form, which is causal by itself."""
+    found = [
+        Case(op, size, flag, dtype, device)
+        for op in ops
+        for size in sizes
+        for flag in causal
+        if _measured(benchmark(op), size == "decode", flag, first=flag == causal[0])
+    ]
+    if not found:
+        every = benchmarks().items()
+        raise ValueError(
+            f"{', '.join(ops)}: nothing to measure; size decode is for "
+            f"{', '.join(name for name, b in every if b.decode)}, and "
+            f"{', '.join(name for name, b in every if True not in b.causal)} has no causal form"
+        )
+    return found
+
+
+def _measured(b: Benchmark, decode: bool, causal: bool, *, first: bool) -> bool:
+    if causal not in b.causal:
+        return False
+    return not decode or (b.decode is not None and first)
+
+
+def problem(case: Case, seed: int = 0) -> Problem:
+    """Random tensors, of unit variance and contiguous."""
+    found = benchmark(case.op)
+    if case.decode:
+        if found.decode is None:
+            raise ValueError(f"{case.op} has no benchmark of decoding")
+        found = found.decode
+    return found.problem(case, Draw(case, seed))
