@@ -117,6 +117,12 @@ class RunConfig:
     def id(self) -> str:
         return f"{self.model}-{self.attention}-s{self.seed}"
 
+    @property
+    def draws(self) -> int:
+        """The seed of all that is drawn in this run: weights, order, augmentation, noise. It is
+        the seed, but for a second control, which has to differ from the first in just this."""
+        return self.seed + self.attention_options.get("seed_shift", 0)
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 

@@ -7,10 +7,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from tab.layers import attention_names, build_attention
+from tab.layers import build_attention, layer_names
 
 N, C = 40, 16
-KINDS = {name: (name, {}) for name in attention_names()} | {
+KINDS = {name: (name, {}) for name in layer_names()} | {
     "deepseek_mla": ("deepseek_mla", {"balance_alpha": 0.1}),
     "kimi_k2": ("kimi_k2", {"tau": 0.3, "balance_alpha": 0.1}),
     "kimi_k2 mla": ("kimi_k2", {"attention": "mla", "tau": 0.3}),

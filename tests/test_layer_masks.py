@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-from tab.layers import attention_names, build_attention
+from tab.layers import build_attention, layer_names
 
 N, C, REAL = 12, 16, 7
-KINDS = {name: (name, {}) for name in attention_names()} | {
+KINDS = {name: (name, {}) for name in layer_names()} | {
     "deepseek_mla with balance": ("deepseek_mla", {"balance_alpha": 0.1}),
     "kimi_k2 mla": ("kimi_k2", {"attention": "mla"}),
     "linear softmax": ("linear", {"feature_map": "softmax"}),
@@ -18,6 +18,8 @@ KINDS = {name: (name, {}) for name in attention_names()} | {
     "local grid": ("local", {"two_dimensional": True, "grid": (3, 4), "window_size": 2}),
     "linformer heads": ("linformer", {"share_heads": False, "share_kv": False}),
     "kv_compression exact": ("kv_compression", {"mode": "exact"}),
+    "dwconv grid": ("dwconv", {"grid": (3, 4)}),
+    "mixer rank": ("mixer", {"rank": 3}),
     "flex causal": ("flex", {"pattern": "causal"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +117,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", layer_names())
 @pytest.mark.parametrize("given", MASKS)
 def test_any_other_mask_is_refused(name, given):
     (x, mask), (make, says) = masked(), MASKS[given]

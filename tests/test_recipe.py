@@ -2,7 +2,7 @@
 
 import pytest
 
-from tab.layers import attention_names
+from tab.layers import attention_names, layer_names
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model, model_names, parameter_count
 from tab.recipe.recipe import load_recipe, parse_override, recipe_names
@@ -22,7 +22,7 @@ def test_names():
 @pytest.mark.parametrize("recipe", recipe_names())
 @pytest.mark.parametrize("model", model_names())
 def test_every_shipped_recipe_resolves_for_every_attention(recipe, model):
-    for attention in attention_names():
+    for attention in layer_names():
         config = load_recipe(recipe).run_config(model, attention, seed=3)
         assert config.id == f"{model}-{attention}-s3"
         assert RunConfig.from_dict(config.to_dict()) == config

@@ -16,6 +16,7 @@ from .bench import app as bench
 from .check import check
 from .check import say as say_identity
 from .options import (
+    ATTENTIONS,
     BatchSeeds,
     Compile,
     Cpus,
@@ -32,6 +33,7 @@ from .options import (
     Threads,
     device_of,
     executor_for,
+    layers_of,
     load_data,
     names_of,
     now,
@@ -68,7 +70,7 @@ def root(
 @app.command()
 def compare(
     models: Annotated[str | None, typer.Option(help="mlp,cnn (default), resnet9, all.")] = None,
-    attentions: Annotated[str | None, typer.Option(help="all (the default) or a,b,c.")] = None,
+    attentions: Annotated[str | None, typer.Option(help=ATTENTIONS)] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each; default: 1.")] = None,
     recipe: RecipeName = None,
     data: Data = None,
@@ -319,13 +321,13 @@ def _again(command: str, run: Path) -> str:
 def _grid(given: dict, name: str, ray: str | None, recipe):
     from ..checks import check_keys
     from ..compare.plan import Grid
-    from ..layers import attention_names
+    from ..layers import layer_names
     from ..models.image_model import STUDY, model_names
 
     models = names_of(given.get("models", STUDY), model_names())
-    attentions = names_of(given.get("attentions", "all"), recipe.attentions())
+    attentions = layers_of(given.get("attentions", "all"), recipe.attentions())
     check_keys("--models", models, model_names())
-    check_keys("--attentions", attentions, attention_names())
+    check_keys("--attentions", attentions, layer_names())
     return Grid(
         recipe=Path(name).stem,
         models=models,

@@ -34,6 +34,10 @@ Device = Annotated[
     typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
 ]
 
+ATTENTIONS = (
+    "A list a,b,c; in it, all (the default) stands for the attentions, ladder for the controls."
+)
+
 TensorBoard = Annotated[
     bool, typer.Option("--tensorboard", help="Also log each epoch for TensorBoard.")
 ]
@@ -104,6 +108,18 @@ def _named(data: str) -> bool:
 
 def names_of(text: str, everything: list[str]) -> list[str]:
     return everything if text == "all" else [name.strip() for name in text.split(",")]
+
+
+def layers_of(text: str, everything: list[str]) -> list[str]:
+    """Attentions and controls: a list of names, in it `all` stands for `everything` and `ladder`
+    for those controls that are not named before it."""
+    from ..layers import control_names
+
+    groups = {"all": everything, "ladder": control_names()}
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        names += [x for x in groups[name] if x not in names] if name in groups else [name]
+    return names
 
 
 def device_of(name: str | None, *, ray: str | None = None) -> str:

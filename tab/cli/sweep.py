@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    ATTENTIONS,
     Cpus,
     Data,
     Device,
@@ -23,6 +24,7 @@ from .options import (
     Threads,
     device_of,
     executor_for,
+    layers_of,
     load_data,
     names_of,
     now,
@@ -38,7 +40,7 @@ app = typer.Typer(help="Find each mechanism's hyperparameters by successive halv
 def run(
     context: typer.Context,
     models: Annotated[str | None, typer.Option(help="mlp,cnn (default), resnet9, all.")] = None,
-    attentions: Annotated[str | None, typer.Option(help="all (the default) or a,b,c.")] = None,
+    attentions: Annotated[str | None, typer.Option(help=ATTENTIONS)] = None,
     recipe: RecipeName = None,
     data: Data = None,
     overrides: Overrides = None,
@@ -133,16 +135,16 @@ def show(
 
 def _plan(given: dict):
     from ..checks import check_keys
-    from ..layers import attention_names
+    from ..layers import attention_names, layer_names
     from ..models.image_model import STUDY, model_names
     from ..sweep.halving import named_budget
     from ..sweep.plan import SweepPlan
     from ..sweep.space import load_space
 
     models = names_of(given["models"] or STUDY, model_names())
-    attentions = names_of(given["attentions"] or "all", attention_names())
+    attentions = layers_of(given["attentions"] or "all", attention_names())
     check_keys("--models", models, model_names())
-    check_keys("--attentions", attentions, attention_names())
+    check_keys("--attentions", attentions, layer_names())
     keys = ("configurations", "eta", "images", "validation")
     changes = {key: given[key] for key in keys if given[key] is not None}
     if given["epochs"]:

@@ -58,7 +58,7 @@ def splits(
         dataset.train,
         index=index,
         batch_size=size,
-        seed=config.seed,
+        seed=config.draws,
         shuffle=True,
         translate=data.translate,
         flip=data.flip,

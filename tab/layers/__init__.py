@@ -1,4 +1,5 @@
-"""The twelve attention layers. Importing this package registers them, in this order."""
+"""The twelve attention layers and the controls beside them. Importing this package registers them,
+in this order."""
 
 from . import basic  # none, self, multi_head
 from . import linear
@@ -10,6 +11,7 @@ from . import kv_compression
 from . import deepseek_mla
 from . import kimi_k2
 from . import flex
+from . import controls  # none_again, ffn, uniform, mixer, random, dwconv: no attention
 from . import published  # forms of the published study, under no name of their own
 
 from ._base import Attention, HeadsAttention
@@ -17,7 +19,9 @@ from ._registry import (
     attention_names,
     attention_options,
     build_attention,
+    control_names,
     get_attention,
+    layer_names,
     register_attention,
 )
 
@@ -27,6 +31,8 @@ __all__ = [
     "attention_names",
     "attention_options",
     "build_attention",
+    "control_names",
     "get_attention",
+    "layer_names",
     "register_attention",
 ]

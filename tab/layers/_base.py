@@ -25,13 +25,21 @@ class Attention(nn.Module):
     other output and no gradient, and the output there is 0. So nothing of a batch entry whose
     tokens are all masked is left, and an empty batch (B = 0 or N = 0) gives an empty output.
 
+    title: its name in tables and pictures; the name that it is registered under, if empty.
+    is_attention: False for a control (tab/layers/controls.py): no token weighs the others by what
+    they hold. The statistics compare attentions with the best of these too.
     fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
-    than with `dim`; recipes that match sizes choose it (tab/recipe/size_matching.py).
+    than with `dim`; recipes that match widths choose it (tab/recipe/size_matching.py).
+    size_options: names of options, whole numbers ≥ 1, with which it grows while `dim` stays;
+    recipes that match blocks choose the first of them that `size_option` allows.
     reads_stream: `forward` takes the residual stream too, beside x, which is its norm.
     takes_mask: False where a key mask is an error.
     """
 
+    title: str = ""
+    is_attention: bool = True
     fine_size: str = ""
+    size_options: tuple[str, ...] = ()
     reads_stream: bool = False
     takes_mask: bool = True
 
@@ -161,12 +169,14 @@ class HeadsAttention(Attention):
         return self.weights(q.to(accumulate(q)), k.to(accumulate(k)))
 
 
-def check_heads(layer: str, dim: int, num_heads: int) -> None:
+def check_heads(layer: str, dim: int, num_heads: int, what: str = "dim") -> None:
     """The width must split evenly into heads; the error names the nearest numbers that do it."""
+    if dim < 1:
+        raise ValueError(f"{layer}: {what}={dim} must be 1 or more")
     if num_heads < 1 or dim % num_heads:
         divisors = [h for h in range(1, dim + 1) if dim % h == 0]
         near = sorted(divisors, key=lambda h: abs(h - num_heads))[:3]
         raise ValueError(
-            f"{layer}: num_heads={num_heads} does not divide dim={dim}; "
+            f"{layer}: num_heads={num_heads} does not divide {what}={dim}; "
             f"nearest choices: {', '.join(map(str, sorted(near)))}"
         )

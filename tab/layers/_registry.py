@@ -21,6 +21,9 @@ _layers: dict[str, type[Attention]] = {}
 _published: dict[str, type[Attention]] = {}  # in place of those, where a recipe asks for it
 
 
+GROUPS = ("all", "ladder")  # in a list of names: all attentions, all controls
+
+
 def register_attention(
     name: str, *, published: bool = False
 ) -> Callable[[type[Attention]], type[Attention]]:
@@ -34,12 +37,12 @@ def register_attention(
         not name.isprintable()
         or name != name.strip(" .-")
         or set(name) & set(r"/\,")
-        or name in ("", "all")
+        or name in ("", *GROUPS)
     ):
         raise ValueError(
             f"register_attention({name!r}): directories and lists are named by it, so it may not "
-            "be empty or `all`, hold / \\ , or control characters, nor begin or end with a space, "
-            "a dot or a dash"
+            "be empty, `all` or `ladder`, hold / \\ , or control characters, nor begin or end with "
+            "a space, a dot or a dash"
         )
 
     def register(layer: type[Attention]) -> type[Attention]:
@@ -55,8 +58,20 @@ def register_attention(
 
 
 def attention_names() -> list[str]:
-    """Every registered name: the built-in twelve in the order of the documentation, then others."""
-    return [*_layers, *sorted(set(_entry_points()) - set(_layers))]
+    """What "all" stands for: the built-in twelve, `none` among them, in the order of the
+    documentation, then attentions from elsewhere."""
+    known = [name for name, layer in _layers.items() if layer.is_attention or name == "none"]
+    return [*known, *sorted(set(_entry_points()) - set(_layers))]
+
+
+def control_names() -> list[str]:
+    """What "ladder" stands for: the layers that are no attention, `none` first."""
+    return [name for name, layer in _layers.items() if not layer.is_attention]
+
+
+def layer_names() -> list[str]:
+    """Every registered name: `attention_names`, then the other controls."""
+    return list(dict.fromkeys([*attention_names(), *control_names()]))
 
 
 def get_attention(name: str, *, published: bool = False) -> type[Attention]:
@@ -66,9 +81,9 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
     """
     if name not in _layers:
         if name not in (found := _entry_points()):
-            near = difflib.get_close_matches(name, attention_names(), n=1)
+            near = difflib.get_close_matches(name, layer_names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            names = ", ".join(attention_names())
+            names = ", ".join(layer_names())
             raise ValueError(f"unknown attention {name!r}{hint} Choose one of: {names}")
         register_attention(name)(found[name].load())
     return _published.get(name, _layers[name]) if published else _layers[name]

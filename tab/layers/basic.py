@@ -14,6 +14,8 @@ from ._registry import register_attention
 class NoAttention(Attention):
     """The control: y = x."""
 
+    is_attention, title = False, "Control"
+
     def __init__(self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None):
         super().__init__()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Attention, attention_options, build_attention
+from ..layers.basic import NoAttention
 from ..run_config import MODELS, RunConfig
 from .backbones import BACKBONES
 
@@ -54,16 +55,16 @@ def build_model(config: RunConfig, classes: int) -> ImageModel:
     options, c = config.model_options, config.model_options.hidden
     kind = BACKBONES[config.model]
     grid, n = kind.grid(options), tokens_of(config)
-    with _own_seed(config.seed, "backbone"):
+    with _own_seed(config.draws, "backbone"):
         backbone = kind(options)
-    with _own_seed(config.seed, "position"):
+    with _own_seed(config.draws, "position"):
         learned = options.position == "learned"
         position = nn.Parameter(nn.init.trunc_normal_(torch.empty(n, c), std=0.02))
     attention = build_layer(config)
     # The control's block is the identity: no norm, no scale.
-    residual = options.block == "residual" and config.attention != "none"
+    residual = options.block == "residual" and not isinstance(attention, NoAttention)
     block = Residual(c) if residual else Replace()
-    with _own_seed(config.seed, "head"):
+    with _own_seed(config.draws, "head"):
         pool = kind.pool if grid else "flatten"
         head = Head(c if grid else n * c, c, options.head_layers, classes, pool=pool)
     return ImageModel(backbone, position if learned else None, attention, block, head)
@@ -77,7 +78,7 @@ def build_layer(config: RunConfig) -> Attention:
     known = attention_options(config.attention, published=published)
     if options.position == "rope" and "rope" in known:
         extra["rope"] = True
-    with _own_seed(config.seed, "attention"):
+    with _own_seed(config.draws, "attention"):
         return build_attention(
             config.attention,
             options.hidden,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..checks import check_keys, check_type
 from ..files import read_toml, toml
-from ..layers import attention_names, attention_options
+from ..layers import attention_names, attention_options, layer_names
 from ..run_config import MODELS, SECTIONS, RunConfig, model_class, options
 from .published import published_attentions
 from .size_matching import check_match, matched, reference_of
@@ -56,6 +56,8 @@ class Recipe:
         chosen = {k: v for k, v in {**own, **pair}.items() if k in known}
         if "seed" in known:  # of its random parts
             chosen.setdefault("seed", seed)
+        if "seed_shift" in known:  # which RunConfig.draws reads
+            chosen.setdefault("seed_shift", known["seed_shift"])
         fields = _fields(kind)
         shape = {**self.tables["model"][model], **{k: v for k, v in pair.items() if k in fields}}
         sections = {name: self.tables[name] for name in SECTIONS}
@@ -169,7 +171,7 @@ def _check(where: str, layer: dict) -> None:
     for model, table in layer.get("model", {}).items():
         check_type(f"{where}: model.{model}", table, dict)
         check_keys(f"{where}: model.{model}", table, _fields(MODELS[model]))
-    check_keys(f"{where}: attention", layer.get("attention", {}), attention_names())
+    check_keys(f"{where}: attention", layer.get("attention", {}), layer_names())
     for name, table in layer.get("attention", {}).items():
         _check_attention(f"{where}: attention.{name}", check_type(where, table, dict), name)
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 
 from ..checks import check_keys
-from ..layers import attention_names, get_attention
+from ..layers import get_attention, layer_names
 from ..models.flops import forward_flops
 from ..models.image_model import build_model, parameter_count
 from ..run_config import RunConfig
@@ -35,7 +35,7 @@ from ..run_config import RunConfig
 
 def check_match(where: str, match: str) -> None:
     """A ValueError unless `match` is one of the above."""
-    names = attention_names()
+    names = layer_names()
     check_keys(where, [match], ["", *names, *(f"flops:{name}" for name in names)])
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..compare.csv_files import DISTURBED
 from ..compare.runs import Run
 from ..compare.verdicts import Verdict, verdicts
+from ..layers import control_names, get_attention
 from ..statistics import t_interval
 from .text import plain
 
@@ -33,7 +34,9 @@ TITLES = {
 
 def title(attention: str) -> str:
     """The name to read; a mechanism from elsewhere keeps its own."""
-    return TITLES.get(attention, attention)
+    if attention in TITLES:
+        return TITLES[attention]
+    return (attention in control_names() and get_attention(attention).title) or attention
 
 
 def name(attention: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..checks import check_keys, check_type
 from ..files import read_toml, toml
-from ..layers import attention_names, attention_options
+from ..layers import attention_options, layer_names
 from ..recipe.recipe import PAIR_TRAIN, Recipe
 from ..recipe.size_matching import parameters_of
 from ..run_config import MODELS, RunConfig
@@ -119,7 +119,7 @@ def _fields(model: str) -> list[str]:
 
 def _checked(where: str, tables: dict) -> dict:
     check_keys(where, tables, ["title", "train", "model", "attention"])
-    mechanisms, models = attention_names(), list(MODELS)
+    mechanisms, models = layer_names(), list(MODELS)
     options = {name: default for m in mechanisms for name, default in attention_options(m).items()}
     shape = [name for model in models for name in _fields(model)]
     read = {"title": check_type(f"{where}: title", tables.get("title", ""), str)}

@@ -72,7 +72,7 @@ def train_seeds(
             for i, (config, out) in enumerate(pairs):
                 if i not in ended:
                     own = copy.copy(parts[0])  # the images are there once
-                    own.seed = config.seed
+                    own.seed = config.draws
                     alone = replace(config.train, compile=False, graph=False)  # for scores only
                     given = (own, *parts[1:]), alone, together
                     runs[i] = TrainingRun(config, dataset, torch_device, out, *given)

@@ -93,7 +93,7 @@ class TrainingRun:
     @property
     def number(self) -> int:
         """What a layer draws in the next epoch, from torch's random stream, is a function of it."""
-        return self.config.seed * 1_000_003 + len(self.rows)
+        return self.config.draws * 1_000_003 + len(self.rows)
 
     def add(self, rate: float, loss: float, correct: int, seconds: float, at_once: int = 1) -> None:
         """The row of an epoch that was trained: `loss` and `correct` are sums over its images."""
