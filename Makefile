@@ -41,9 +41,6 @@ kernels: setup
 # Triton that came with that one (3.6) must interpret and compile every kernel. Its interpreter turns
 # arrays into numbers in a way that NumPy has since dropped; it runs on one core, beside the rest.
 OLD := .venv-oldest
-OPS := linear performer performer_cpp nan_cpp projection local sparse mla mla_cpp moe moe_edges h2o h2o_inputs \
-    h2o_choice linformer_inputs batches step gradients inputs softmax_gradients softmax_inputs \
-    softmax_lengths hidden_values layer_masks layer_state triton
 two-torch: setup
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -52,8 +49,9 @@ two-torch: setup
 	$(OLD)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" "numpy<2.3" pytest hypothesis expecttest
 	$(OLD)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OLD)/bin/python -m pip install --quiet dist/*.whl
-	$(OLD)/bin/python -P -m pytest tests/test_triton.py -k interpreted & \
-	$(OLD)/bin/python -P -m pytest $(OPS:%=tests/test_%.py) -k "not interpreted"; \
+	$(OLD)/bin/python -P -m pytest tests/ops/test_triton.py -k interpreted & \
+	$(OLD)/bin/python -P -m pytest tests/ops tests/layers/test_masks.py tests/layers/test_state.py \
+	    tests/train/test_step.py -k "not interpreted"; \
 	status=$$?; wait $$! && exit $$status
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
@@ -64,7 +62,7 @@ sanitize: setup
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/sanitize $(BIN)/python tests/sanitized.py
+	PYTHONPATH=build/sanitize $(BIN)/python tests/support/sanitized.py
 
 clean:
 	rm -rf $(VENV) $(OLD) build dist *.egg-info tab/*.so

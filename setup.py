@@ -7,7 +7,7 @@
 TAB_CUDA=auto (default) builds tab._C_cuda when a CUDA toolkit is found, with or without a GPU;
 TAB_CUDA=1 insists on it; TAB_CUDA=0 leaves it out. MAX_JOBS and TORCH_CUDA_ARCH_LIST are respected.
 TAB_SANITIZE=1 builds the first and the last under AddressSanitizer and UndefinedBehaviorSanitizer,
-for `make sanitize` (tests/sanitized.py): such a library only loads with libasan preloaded.
+for `make sanitize` (tests/support/sanitized.py): such a library only loads with libasan preloaded.
 """
 
 import os

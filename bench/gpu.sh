@@ -112,7 +112,7 @@ if [ ! -e tab/kernels ] && [ -z "${DRY:-}" ]; then
     trap 'last; rm -rf "$work"; rm -f tab/kernels' EXIT
 fi
 # Test files that want hypothesis are left out, and named, where it is not installed.
-mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+mapfile -t files < <(grep -l 'mark\.gpu' tests/*/test_*.py)
 if [ -n "$(lacks hypothesis)" ]; then
     mapfile -t without < <(grep -L 'hypothesis' "${files[@]}")
     summary+="no hypothesis here: $((${#files[@]} - ${#without[@]})) of ${#files[@]} files left out"$'\n'
@@ -121,9 +121,9 @@ fi
 # A process for each file: most of the time goes into compiling kernels, on one core.
 seconds=$(share 220 200)
 for file in "${files[@]}"; do
-    name=$(basename "$file" .py)
+    name=${file#tests/} name=${name%.py} name=${name/\/test_/_}
     pytest=(env TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest -m gpu -p no:cacheprovider)
-    if [ "$name" = test_triton ]; then  # the longest
+    if [ "$name" = ops_triton ]; then  # the longest
         beside "${name}_performer" "$seconds" "${pytest[@]}" -k performer "$file"
         beside "$name" "$seconds" "${pytest[@]}" -k "not performer" "$file"
     else
@@ -136,7 +136,7 @@ if [ -n "$sanitizer${DRY:-}" ]; then
     # Without the caching allocator each tensor has bounds of its own.
     step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" \
         --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider \
-        tests/test_triton.py tests/test_cuda_small.py \
+        tests/ops/test_triton.py tests/cuda/test_small.py \
         -k 33-64-dtype0
 else
     summary+="no compute-sanitizer here"$'\n'

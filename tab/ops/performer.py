@@ -345,8 +345,8 @@ def performer_attention(
         raise ValueError(f"performer_attention wants eps ≥ 0, got {eps}")
     _check_projection(q, projection)
     state = _check_state(q, v, projection, initial_state)
-    # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer/), which runs where it
-    # is asked for.
+    # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer/), which runs where
+    # it is asked for.
     simple = not causal and initial_state is None and not return_state
     backend = choose(backend, performer_fwd, q, k, v, projection, cuda=simple)
     options = KERNELS[kernel], bool(causal), eps

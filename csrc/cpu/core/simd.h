@@ -305,7 +305,7 @@ TAB_INLINE Vec<A> at_least(Vec<A> x, A low) {
 /// exp(r) is a polynomial: degree 6, minimax, for float; Taylor of degree 13 for double.
 /// The scale goes on in two halves, or by AVX-512's instruction for it, so that subnormal results
 /// come out right. NaN gives NaN. Within 1.6 units of the last place of exp, 2.5 for double
-/// (tests/test_simd.py).
+/// (tests/ops/test_simd.py).
 template <class A>
 TAB_INLINE Vec<A> exp(Vec<A> x) {
   constexpr bool single = sizeof(A) == 4;

@@ -1,5 +1,5 @@
 // The little that all device code shares. It compiles with nvcc, and with g++ for tests on a CPU:
-// tests/cuda_on_cpu.h then stands in for CUDA, with threads that really meet at barriers.
+// tests/support/cuda_on_cpu.h then stands in for CUDA, with threads that really meet at barriers.
 #pragma once
 
 #include <cmath>

@@ -1,0 +1,115 @@
+"""The device code of csrc/cuda, compiled by g++ and run thread by thread (cuda_on_cpu.h)."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from paths import SUPPORT
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_small.cpp knows
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+KINDS = {
+    "int": ctypes.c_int,
+    "int64": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "bool": ctypes.c_bool,
+    "pointer": ctypes.c_void_p,
+}
+
+
+@functools.cache
+def library(mechanism: str) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "cuda_small.so"
+    flags = [
+        f"-D{mechanism.upper()}",
+        "-std=c++20",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-shared",
+        "-fPIC",
+        f"-I{SUPPORT}",
+    ]
+    flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    made = path.with_suffix(".o")  # ThreadSanitizer's calls without its runtime: cuda_races.h
+    subprocess.run(
+        [compiler, *flags, "-c", "-fsanitize=thread", SUPPORT / "cuda_small.cpp", "-o", made],
+        check=True,
+    )
+    subprocess.run([compiler, *flags, made, "-o", path], check=True)
+    loaded = ctypes.CDLL(str(path))
+    folder.cleanup()  # it stays mapped
+    return loaded
+
+
+def struct(name: str, members: str) -> type[ctypes.Structure]:
+    """struct("Point", "float x y; Color c"), which later ones may have as a member of kind Point"""
+    fields = [
+        (member, KINDS[kind])
+        for line in members.split(";")
+        for kind, *names in [line.split()]
+        for member in names
+    ]
+    KINDS[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return KINDS[name]
+
+
+HEADS = struct("Heads", "pointer data; int64 b h n")
+# Which keys a query sees (softmax_small.cuh)
+SEES = struct(
+    "Sees",
+    "int n; bool causal; int left right rows cols; pointer row_ptr col; int block patterns;"
+    "pointer mask",
+)
+
+
+def heads(x: torch.Tensor):
+    """x (B, H, N, D), last stride 1"""
+    assert x.stride(3) == 1 or x.shape[3] == 1
+    return HEADS(x.data_ptr(), *x.stride()[:3])
+
+
+def run(name: str, make, x: torch.Tensor, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Runs a kernel: no race, each output written whole. make(*outputs) fills the argument
+    structure."""
+    fresh = [poison(out) for out in outputs]
+    f = getattr(library(name.split("_")[0]), name)
+    f.restype, f.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    error = f(ctypes.byref(make(*fresh)), TYPES.index(x.dtype), x.shape[0] * x.shape[1])
+    assert not error, f"{name}: {error.decode()}"
+    for out in fresh:
+        assert not out.isnan().any(), f"{name}: an output was not written"
+        margin = 0 if out._base is None else out._base.numel() - out.numel()
+        assert not margin or out._base.isnan().sum() == margin, f"{name}: wrote too far"
+    return fresh
+
+
+def poison(like: torch.Tensor) -> torch.Tensor:
+    """NaN in like's shape; (B, H, N, D) token-major, with a margin after each row."""
+    if like.dim() != 4:
+        return torch.full(like.shape, torch.nan)
+    b, h, n, d = like.shape
+    return torch.full((b, n, h, d + 8), torch.nan, dtype=like.dtype)[..., :d].transpose(1, 2)
+
+
+def unit_last(x: torch.Tensor) -> torch.Tensor:
+    """What the launcher does first."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def inputs(generator, b, h, n, d, dv, dtype):
+    """q, k, v token-major"""
+    x = (torch.randn(b, n, h, s, generator=generator).to(dtype) for s in (d, d, dv))
+    return [t.transpose(1, 2) for t in x]

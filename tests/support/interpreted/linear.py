@@ -1,0 +1,124 @@
+"""The Triton kernels of `linear`, run by Triton's interpreter on CPU tensors against float64.
+
+tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+import triton
+from proof import LAYOUTS, assert_accurate, layout
+
+from tab.kernels import linear as kernels
+from tab.kernels import linear_backward
+from tab.ops.linear import backward_reference, forward_reference, linear_fwd
+
+assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
+
+# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
+torch.library.impl("tab_cuda::linear_fwd", "CPU", kernels.forward)
+torch.library.impl("tab_cuda::linear_bwd", "CPU", linear_backward.backward)
+
+NAMES = "o S z dq dk dv dS0 dz0"
+SIZES = [(1, 3, 3), (5, 16, 24), (63, 24, 16), (65, 64, 64), (130, 80, 72)]
+CASES = [(torch.float32, *size) for size in SIZES]
+CASES += [(dtype, *size) for dtype in (torch.bfloat16, torch.float16) for size in SIZES[::3]]
+
+
+@pytest.fixture(params=["fused", "split", "causal"])
+def path(request, monkeypatch):
+    """Every way the launchers go; segments of one tile, so that few tokens make several."""
+    monkeypatch.setattr(kernels, "SEGMENT", 64)
+    if request.param == "split":
+        monkeypatch.setattr(kernels, "FUSED_TOKENS", 0)
+    return request.param
+
+
+def launchers(causal, feature_map=0, eps=0.0, mask=None):
+    def f(q, k, v, s0=None, z0=None):
+        return linear_fwd.apply("cuda", q, k, v, mask, s0, z0, feature_map, causal, eps)
+
+    return f
+
+
+def naive(causal, feature_map=0, eps=0.0, mask=None):
+    """The textbook: all N² weights, in the precision of its inputs."""
+
+    def f(q, k, v, s0=None, z0=None):
+        maps = (lambda x: torch.where(x > 0, x + 1, x.exp()), torch.relu, lambda x: x)
+        fq, fk = maps[feature_map](q), maps[feature_map](k)
+        if mask is not None:
+            fk = fk * mask[:, None, :, None]
+        a = fq @ fk.mT
+        a = a.tril() if causal else a
+        num, den = a @ v, a.sum(-1, keepdim=True) + eps
+        s, z = fk.mT @ v, fk.sum(-2)
+        if s0 is not None:
+            num, den = num + fq @ s0.to(q.dtype), den + fq @ z0.to(q.dtype)[..., None]
+            s, z = s + s0, z + z0
+        acc = torch.promote_types(q.dtype, torch.float32)
+        o = torch.where(den == 0, 0.0, num / torch.where(den == 0, 1.0, den))
+        return o, s.to(acc), z.to(acc)
+
+    return f
+
+
+def inputs(n, d, dv, dtype, generator, b=1, h=2):
+    shapes = ((b, h, n, d), (b, h, n, d), (b, h, n, dv))
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("dtype, n, d, dv", CASES)
+def test_sizes(path, dtype, n, d, dv, generator):
+    x = inputs(n, d, dv, dtype, generator)
+    causal = path == "causal"
+    assert_accurate(launchers(causal), naive(causal), x, names=NAMES)
+
+
+@pytest.mark.parametrize("feature_map", [0, 1, 2])
+def test_state_mask_eps(path, feature_map, generator):
+    q, k, v = inputs(130, 24, 16, torch.float32, generator)
+    if feature_map == 2:  # features already: positive
+        q, k = q.abs(), k.abs()
+    s0 = torch.randn(1, 2, 24, 16, generator=generator)
+    z0 = torch.rand(1, 2, 24, generator=generator) + 1
+    mask = torch.rand(1, 130, generator=generator) > 0.3
+    options = path == "causal", feature_map, 0.1, mask
+    assert_accurate(launchers(*options), naive(*options), [q, k, v, s0, z0], names=NAMES)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_layouts(path, how, generator):
+    """The launchers read strides: the values come out as for contiguous inputs, to the bit."""
+    q, k, v = inputs(65, 16, 16, torch.float32, generator, b=2)
+    do = torch.randn(2, 2, 65, 16, generator=generator)
+    x = [layout(t, how) for t in (q, k, v, do)]
+    causal = path == "causal"
+    results = []
+    for q, k, v, do in (x, [t.contiguous() for t in x]):
+        o, s, z = kernels.forward(q, k, v, None, None, None, 0, causal, 0.0)
+        grads = linear_backward.backward(
+            do, None, None, q, k, v, o, s, z, None, None, None, 0, causal, 0.0
+        )
+        results.append((o, s, z, *grads))
+    for strided, plain in zip(*results, strict=True):
+        assert torch.equal(strided, plain)
+        assert strided.stride() == plain.stride()
+
+
+def test_like_the_reference_outside_its_range(path, generator):
+    """Zero denominators give 0 and pass nothing; float64 and D > 256 are the reference's."""
+    causal = path == "causal"
+    q, k, v = inputs(9, 16, 16, torch.float32, generator)
+    q[:, :, 3] = -1.0  # relu: no feature, denominator 0
+    cases = [((q, k, v), 1), (tuple(x.double() for x in (q, k, v)), 0)]
+    cases += [((torch.ones(1, 1, 3, 257),) * 2 + (torch.ones(1, 1, 3, 2),), 0)]
+    for (q, k, v), feature_map in cases:
+        options = feature_map, causal, 0.0
+        given = kernels.forward(q, k, v, None, None, None, *options)
+        wanted = forward_reference(q, k, v, None, None, None, *options)
+        tail = (torch.ones_like(v), None, None, q, k, v, *wanted, None, None, None, *options)
+        given += linear_backward.backward(*tail)
+        wanted += backward_reference(*tail)
+        for x, y in zip(given, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+            assert x.stride() == y.stride()

@@ -1,0 +1,111 @@
+"""The Triton kernels of `local`, run by Triton's interpreter on CPU tensors against float64.
+
+tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+import triton
+from proof import LAYOUTS, assert_accurate, layout
+
+from tab.kernels import local as kernels
+from tab.ops.local import backward_reference, forward_reference, local_fwd
+
+assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
+
+# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
+torch.library.impl("tab_cuda::local_fwd", "CPU", kernels.forward)
+torch.library.impl("tab_cuda::local_bwd", "CPU", kernels.backward)
+
+NAMES = "o dq dk dv"
+
+
+def naive(n, left, right, cols, causal, scale):
+    """The textbook with a dense mask from the coordinates of every pair of tokens."""
+    place = torch.tensor([divmod(i, cols) if cols else (i,) for i in range(n)])
+    step = place[None] - place[:, None]
+    mask = ((step >= -left) & (step <= right)).all(-1)
+    mask = mask.tril() if causal else mask
+
+    def attention(q, k, v):
+        return (q @ k.mT * scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    return attention
+
+
+def check(x, left, right, rows=0, cols=0, causal=False, scale=0.4, floor=2e-6):
+    n = x[0].shape[2]
+    assert_accurate(
+        lambda *x: local_fwd.apply("cuda", *x, left, right, rows, cols, causal, scale)[0],
+        naive(n, left, right, cols, causal, scale),
+        x,
+        floor=floor,
+        names=NAMES,
+    )
+
+
+def inputs(n, d, dv, generator, dtype=torch.float32, h=2):
+    shapes = ((1, h, n, d), (1, h, n, d), (1, h, n, dv))
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    "n, left, right",
+    [(1, 0, 0), (5, 0, 0), (33, 1, 1), (63, 100, 100), (130, 5, 40), (131, 70, 0), (97, 33, 95)],
+)
+def test_line(n, left, right, generator):
+    check(inputs(n, 8, 12, generator), left, right)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "rows, cols, left, right", [(8, 8, 1, 1), (3, 21, 0, 2), (65, 1, 7, 3), (7, 10, 9, 9)]
+)
+def test_grid(rows, cols, left, right, causal, generator):
+    check(inputs(rows * cols, 8, 4, generator), left, right, rows, cols, causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [9, 150])
+def test_dtypes(dtype, n, generator):
+    check(inputs(n, 16, 16, generator, dtype), 20, 3)
+
+
+@pytest.mark.parametrize("d, dv", [(80, 3), (3, 130)])
+def test_wide_heads(d, dv, generator):
+    """Several tiles across a head, and tiles that its end cuts."""
+    check(inputs(40, d, dv, generator, h=1), 10, 10, scale=0.2)
+
+
+def test_far_scores(generator):
+    """Scores in the hundreds, where exp overflows without the running maximum; the saved L of that
+    size has lost as many digits."""
+    check([12 * x for x in inputs(70, 4, 4, generator)], 10, 10, floor=2e-5)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_layouts(how, generator):
+    """The launchers read strides: the values come out as for contiguous inputs, to the bit."""
+    q, k, v, do = (torch.randn(2, 2, 35, 8, generator=generator) for _ in range(4))
+    x, results = [layout(t, how) for t in (q, k, v, do)], []
+    options = 4, 2, 5, 7, True, 0.3
+    for q, k, v, do in (x, [t.contiguous() for t in x]):
+        o, lse = kernels.forward(q, k, v, *options)
+        results.append((o, lse, *kernels.backward(do, q, k, v, o, lse, *options)))
+    for strided, plain in zip(*results, strict=True):
+        assert torch.equal(strided, plain)
+        assert strided.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows, cols", [(0, 0), (4, 9)])
+def test_like_the_reference(dtype, rows, cols, generator):
+    """lse, strides and types too, causal on a line too; float64 is the reference's."""
+    q, k, v, do = (torch.randn(1, 2, 36, 8, generator=generator).to(dtype) for _ in range(4))
+    options = 3, 1, rows, cols, True, 0.3
+    given, wanted = kernels.forward(q, k, v, *options), forward_reference(q, k, v, *options)
+    given += kernels.backward(do, q, k, v, *wanted, *options)
+    wanted += backward_reference(do, q, k, v, *wanted, *options)
+    for x, y in zip(given, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        assert x.stride() == y.stride()

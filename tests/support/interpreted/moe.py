@@ -1,0 +1,87 @@
+"""The Triton kernels of the experts' grouped products, run by Triton's interpreter on CPU tensors
+against float64.
+
+tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+import triton
+from proof import assert_accurate, poisoned
+
+from tab.kernels import moe as kernels
+from tab.ops.moe import grouped_outer_reference, grouped_reference, moe_grouped
+
+assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
+
+# The launchers take the place of the loop over slices, in this process only.
+torch.library.impl("tab::moe_grouped", "CPU", kernels.grouped)
+torch.library.impl("tab::moe_grouped_outer", "CPU", kernels.grouped_outer)
+
+SIZES = [[5], [0, 0, 7], [3, 0, 90, 1], [1] * 8, [0, 40, 0, 1, 2], [0] * 6 + [2], [130, 70, 0]]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def naive(sizes):
+    def f(x, w):
+        parts = zip(x.split(sizes), w, strict=True)
+        return torch.cat([rows @ weight.mT for rows, weight in parts])
+
+    return f
+
+
+def inputs(sizes, i, o, generator, dtype=torch.float32):
+    x = torch.randn(sum(sizes), i, generator=generator).to(dtype)
+    return x, torch.randn(len(sizes), o, i, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("i, o", [(3, 5), (40, 70)])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes(sizes, i, o, generator):
+    counts = torch.tensor(sizes)
+    x = inputs(sizes, i, o, generator)
+    assert_accurate(
+        lambda x, w: moe_grouped.apply("auto", x, w, counts), naive(sizes), x, names="y dx dw"
+    )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_dtypes(dtype, generator):
+    sizes = [3, 0, 33]
+    x = inputs(sizes, 24, 20, generator, dtype)
+    counts = torch.tensor(sizes)
+    assert_accurate(
+        lambda x, w: moe_grouped.apply("auto", x, w, counts), naive(sizes), x, names="y dx dw"
+    )
+
+
+@pytest.mark.parametrize("dtype", TYPES[:2])
+def test_rows_of_a_group_in_parts(dtype, generator, monkeypatch):
+    """Several partial sums of dW, one of them empty; the same bits each time."""
+    monkeypatch.setattr(kernels, "processors", lambda device: 4)
+    sizes = [2200, 0, 70, 2]
+    g, x = (torch.randn(sum(sizes), 16, generator=generator).to(dtype) for _ in range(2))
+    counts, seen = torch.tensor(sizes), []
+    launch = kernels.launch
+
+    def recorded(*args, **options):
+        seen.append(options["SPLIT"])
+        launch(*args, **options)
+
+    monkeypatch.setattr(kernels, "launch", recorded)
+    with poisoned():
+        dw, again = (kernels.grouped_outer(g, x, counts) for _ in range(2))
+    assert seen == [2, 2] and torch.equal(dw, again)
+    exact = grouped_outer_reference(g.double(), x.double(), counts)
+    assert (dw.double() - exact).abs().max() <= torch.finfo(dtype).eps * 4 * exact.abs().max()
+
+
+def test_strides_and_limits(generator):
+    sizes = [4, 6]
+    x, w = inputs(sizes, 8, 8, generator)
+    counts = torch.tensor(sizes)
+    plain = kernels.grouped(x, w.mT.contiguous(), counts)
+    assert torch.equal(kernels.grouped(torch.cat([x, x], 1)[:, :8], w.mT, counts), plain)
+    assert torch.equal(kernels.grouped(x.T.contiguous().T, w.mT, counts), plain)
+    wide = kernels.grouped(x.double(), w.double(), counts)  # the reference's
+    assert torch.equal(wide, grouped_reference(x.double(), w.double(), counts))

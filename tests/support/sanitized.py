@@ -1,0 +1,239 @@
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+
+Every op that has a C++ kernel runs forward and backward, over sizes that leave ragged tails, four
+memory layouts, each dtype and each instruction set of this machine, and must agree with its
+reference in float64. An op whose kernel has no case here is an error. The process ends at the first
+bad access; libasan and libubsan must be preloaded, because Python itself is not built with them.
+
+Not collected by pytest; it runs alone:  python tests/support/sanitized.py [OP ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from proof import LAYOUTS, layout, outputs_and_gradients, poisoned
+from torch import Tensor
+
+import tab
+from tab import _host
+from tab.data.batches import assemble_host
+from tab.ops import OPS
+from tab.ops.batches import assemble
+
+ISAS = ("baseline", "avx2", "avx512")
+# B, H, N, D, Dv: one token, tails on every side, segments of one sequence, rows in registers,
+# widths beyond a tile
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 63, 5, 3),
+    (1, 1, 65, 16, 24),
+    (1, 3, 130, 33, 40),
+    (1, 1, 700, 8, 17),
+    (1, 2, 131, 64, 64),
+    (1, 2, 70, 256, 129),
+]
+# dtype -> error allowed, relative to the largest value
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
+
+
+def linear(b, h, n, d, dv, randn, flip):
+    def f(backend, q, k, v, s0, z0):
+        o, (s, z) = tab.linear_attention(
+            q, k, v, feature_map=("elu1", "relu")[flip % 2], causal=flip % 3 == 0, eps=0.5,
+            key_mask=key_mask(b, n) if flip % 4 == 1 else None, initial_state=(s0, z0),
+            return_state=True, backend=backend,
+        )  # fmt: skip
+        return o, s, z
+
+    return f, heads(b, h, n, d, dv, randn), (randn(b, h, d, dv), randn(b, h, d).abs())
+
+
+def performer(b, h, n, d, dv, randn, flip):
+    m = (1, 24, 67)[flip % 3]
+    w = tab.orthogonal_projection(m, d, generator=torch.Generator().manual_seed(0))
+
+    def f(backend, q, k, v, s0, z0, c0):
+        acc = torch.promote_types(q.dtype, torch.float32)
+        return tab.performer_attention(
+            q, k, v, w.to(acc), kernel=("softmax", "relu")[flip % 4 == 3], causal=flip % 2 == 0,
+            key_mask=key_mask(b, n) if flip % 4 == 1 else None, eps=0.5, backend=backend,
+            initial_state=(s0, z0, c0.detach()), return_state=True,
+        )[0]  # fmt: skip
+
+    state = randn(b, h, m, dv), randn(b, h, m).abs(), randn(b, h, m)
+    return f, heads(b, h, n, d, dv, randn), state
+
+
+def local(b, h, n, d, dv, randn, flip):
+    window = [(0, 0), (3, 1), (16, 40), (n, n)][flip % 4]
+    rows = next(r for r in (7, 5, 3, 2, 1) if n % r == 0)
+    grid = (rows, n // rows) if flip % 3 == 1 else None
+
+    def f(backend, q, k, v):
+        return tab.local_attention(
+            q, k, v, window=window, causal=flip % 2 == 1, grid=grid, backend=backend
+        )
+
+    return f, heads(b, h, n, d, dv, randn), ()
+
+
+def sparse(b, h, n, d, dv, randn, flip):
+    size = (1, 7, 16, 64)[flip % 4] if n < 200 else 64
+    if flip % 3:
+        pattern = tab.BlockPattern.bigbird(n, heads=h, block_size=size, num_random=1)
+    else:  # rows that see nothing
+        blocks = -(-n // size)
+        generator = torch.Generator().manual_seed(flip)
+        mask = torch.rand(blocks, blocks, generator=generator) < 0.3
+        pattern = tab.BlockPattern.from_blocks(mask, size, n)
+
+    def f(backend, q, k, v):
+        return tab.sparse_attention(q, k, v, pattern, causal=flip % 2 == 1, backend=backend)
+
+    return f, heads(b, h, n, d, dv, randn), ()
+
+
+def mla(b, h, n, d, dv, randn, flip):
+    rank, rope = (1, 24, 65)[flip % 3], (0, 4, 8)[flip % 3]
+
+    def f(backend, *x):
+        return tab.mla_attention(
+            *x, causal=flip % 2 == 1, key_mask=key_mask(b, n) if flip % 4 == 1 else None,
+            form="fused", return_lse=True, backend=backend,
+        )  # fmt: skip
+
+    return f, (randn(b, h, n, d), randn(b, h, n, rope)), latents(b, h, n, d, dv, rank, rope, randn)
+
+
+def mla_decode(b, h, n, d, dv, randn, flip):
+    rank, rope = (1, 24, 65)[flip % 3], (0, 4, 8)[flip % 3]
+    lengths = torch.arange(b) * 40 % (n + 1) + (flip % 2)
+    c, k_rope, w_uk, w_uv = latents(b, h, n, d, dv, rank, rope, randn)
+
+    def f(backend, q, q_rope, c, k_rope, w_uk, w_uv):
+        cache = torch.cat([c, k_rope], -1)
+        return tab.mla_decode(
+            q[:, :, -1], q_rope[:, :, -1], cache, lengths, w_uk, w_uv, backend=backend
+        )[0]
+
+    return f, (randn(b, h, n, d), randn(b, h, n, rope)), (c, k_rope, w_uk, w_uv)
+
+
+# What runs an op; x_fwd and x_bwd are run by x.
+CASES = {f.__name__: f for f in (linear, performer, local, sparse, mla, mla_decode)}
+NO_GRADIENT = {"mla_decode"}
+
+
+def heads(b, h, n, d, dv, randn) -> tuple[Tensor, ...]:
+    return randn(b, h, n, d), randn(b, h, n, d), randn(b, h, n, dv)
+
+
+def latents(b, h, n, d, dv, rank, rope, randn) -> tuple[Tensor, ...]:
+    c, k_rope = randn(b, n, rank), randn(b, n, rope)
+    return c, k_rope, randn(h, d, rank) * rank**-0.5, randn(h, dv, rank) * rank**-0.5
+
+
+def key_mask(b: int, n: int) -> Tensor:
+    keep = torch.rand(b, n, generator=torch.Generator().manual_seed(n)) > 0.3
+    keep[:, 0] = True
+    return keep
+
+
+def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, flip: int) -> None:
+    """One call of `name` against its reference; flip chooses among the options and layouts."""
+    generator = torch.Generator().manual_seed(flip)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    f, moved, fixed = CASES[name](*shape, randn, flip)
+    acc = torch.promote_types(dtype, torch.float32)
+    states = acc if name in ("linear", "performer") else dtype  # a state is in its own type
+    inputs = [layout(x.to(dtype), LAYOUTS[flip % 4]) for x in moved]
+    inputs += [x.to(states) for x in fixed]
+    run = plain if name in NO_GRADIENT else outputs_and_gradients
+    truth = run(lambda *x: f("reference", *x), [x.double() for x in inputs])
+    with poisoned():
+        given = run(lambda *x: f("cpp", *x), inputs)
+    scale = max(1.0, *(t.abs().max().item() for t in truth if t.numel()))
+    for i, (x, t) in enumerate(zip(given, truth, strict=True)):
+        error = (x.double() - t).abs().max().item() if t.numel() else 0.0
+        if not error <= TOLERANCE[dtype] * scale:
+            raise SystemExit(f"{name} {shape} {dtype} case {flip}: result {i} off by {error:.2g}")
+
+
+def plain(f, inputs: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [f(*inputs)]
+
+
+def check_batches() -> None:
+    """tab._host: moved and mirrored images, against the torch version."""
+    for width, height in ((1, 1), (5, 3), (32, 32)):
+        generator = torch.Generator().manual_seed(width)
+        images = torch.randint(0, 256, (9, height, width, 3), generator=generator).byte()
+        index = torch.randint(0, 9, (17,), generator=generator)
+        translate = min(width, height) - 1
+        moves = torch.from_numpy(_host.moves(1, 2, index.numpy(), translate, True))
+        mean, scale = torch.rand(3, generator=generator) * 255, torch.full((3,), 0.02)
+        given = images, index, moves, mean, scale
+        if not torch.equal(assemble_host(*given, 3), assemble("reference", *given)):
+            raise SystemExit(f"assemble: images of {height}×{width} differ")
+
+
+def kernels() -> list[str]:
+    """The ops that have a C++ kernel, x for x_fwd and x_bwd."""
+    built = [name for name, op in OPS.items() if op.why_not("cpp") is None]
+    return sorted({name.removesuffix("_fwd").removesuffix("_bwd") for name in built})
+
+
+def run_isa(names: list[str]) -> None:
+    start, count = time.perf_counter(), 0
+    check_batches()
+    for name in names:
+        before = time.perf_counter()
+        for i, (shape, dtype) in enumerate(itertools.product(SHAPES, TOLERANCE)):
+            for flip in (i, i + 5) if shape[2] < 200 else (i,):
+                check(name, shape, dtype, flip)
+                count += 1
+        print(f"  {name}: {time.perf_counter() - before:.1f} s", flush=True)
+    print(f"{os.environ['TAB_ISA']}: {count} cases right, {time.perf_counter() - start:.0f} s")
+
+
+def main() -> None:
+    here = Path(tab.__file__).resolve().parent
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        raise SystemExit(f"libasan is not preloaded; run `make sanitize` (this tab is in {here})")
+    plain = [path.name for path in here.glob("_[Ch]*.so") if b"__asan_" not in path.read_bytes()]
+    if plain:
+        raise SystemExit(f"{', '.join(plain)} in {here} are built without AddressSanitizer")
+    built = set(kernels())
+    if uncovered := built - set(CASES):
+        raise SystemExit(
+            f"C++ kernels without a case in tests/support/sanitized.py: {sorted(uncovered)}"
+        )
+    names = [name for name in CASES if name in built and name in (sys.argv[1:] or CASES)]
+    if not names:
+        raise SystemExit(f"no C++ kernel of {sys.argv[1:] or 'any op'} was built into {here}")
+    if "TAB_ISA" in os.environ:
+        return run_isa(names)
+    print(f"{here}: {', '.join(names)}; no C++ kernel: {', '.join(set(CASES) - built) or 'none'}")
+    for isa in ISAS:
+        has = torch.backends.cpu.get_cpu_capability()
+        if isa == "avx512" and has != "AVX512":
+            print(f"avx512: not run, this machine has {has}")
+            continue
+        environment = {**os.environ, "TAB_ISA": isa}
+        if code := subprocess.run([sys.executable, *sys.argv], env=environment).returncode:
+            raise SystemExit(f"{isa}: failed with exit code {code}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""Seeds trained at once: each is the run it is alone, but for rounding; none spoils another."""
+
+import contextlib
+import csv
+import dataclasses
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_training import SMALL, TIMES, split
+from tasks import children
+from torch import nn
+from typer.testing import CliRunner
+
+import tab.train.together
+import tab.train.training_run
+from tab.cli.main import app
+from tab.compare.driver import Watcher, compare
+from tab.compare.plan import Grid, Plan
+from tab.data.load import Dataset, load_dataset
+from tab.layers import Attention, _registry, attention_names, register_attention
+from tab.models.image_model import build_model
+from tab.models.stacked import PerSeed, stack
+from tab.recipe.recipe import load_recipe
+from tab.tasks.processes import Processes
+from tab.train.loop import load_trained, train
+from tab.train.steps import Graphed
+from tab.train.together import FILE, train_seeds
+
+NAMES = attention_names()  # before this file registers others
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    classes = tuple("abcdefghij")
+    return Dataset("tiny", classes, split(100, 1), split(20, 2), "made for tests", "0123")
+
+
+def configs_of(model, attention, count=2, recipe="fair", **overrides):
+    given = {"train.epochs": 2, "data.validation": 20, "train.batch_size": 20}
+    given |= {key.replace("__", "."): value for key, value in overrides.items()}
+    recipe = load_recipe(recipe, {**SMALL, **given})
+    return [recipe.run_config(model, attention, seed) for seed in range(count)]
+
+
+def together(configs, dataset, out, **options):
+    return train_seeds(configs, dataset, [out / c.id for c in configs], **options)
+
+
+def saved(out, config):
+    return load_file(out / config.id / "model.safetensors")
+
+
+def numbers(outcome):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in outcome.rows]
+
+
+def same_as_alone(configs, dataset, tmp_path, weights=5e-4, losses=5e-4):
+    """Rows and weights to rounding, and the right files."""
+    alone = [train(c, dataset, tmp_path / "alone" / c.id) for c in configs]
+    found = together(configs, dataset, tmp_path / "group")
+    for config, one, own in zip(configs, alone, found, strict=True):
+        assert (own.status, own.config) == (one.status, config)
+        for a, b in zip(one.rows, own.rows, strict=True):
+            assert b["seeds_at_once"] == len(configs) and a["seeds_at_once"] == 1
+            for key in ("train_loss", "validation_loss", "test_loss"):
+                assert (a[key] is None) == (b[key] is None)
+                assert a[key] is None or b[key] == pytest.approx(a[key], rel=losses)
+            assert b["learning_rate"] == a["learning_rate"]
+        a, b = (saved(tmp_path / how, config) for how in ("alone", "group"))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].stride() == b[key].stride()
+            torch.testing.assert_close(a[key], b[key], atol=weights, rtol=1e-3, msg=key)
+        files = [{p.name for p in (tmp_path / how / config.id).iterdir()}
+                 for how in ("alone", "group")]  # fmt: skip
+        assert files[0] == files[1]
+    # Different seeds are different runs.
+    assert len({outcome.rows[0]["train_loss"] for outcome in found}) == len(configs)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("attention", NAMES)
+def test_each_seed_is_the_run_it_is_alone(model, attention, dataset, tmp_path):
+    same_as_alone(configs_of(model, attention), dataset, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"),
+    [
+        *(("mlp", "deepseek_mla"), ("cnn", "linear"), ("cnn", "performer"), ("cnn", "linformer")),
+        *(("cnn", "kimi_k2"), ("cnn", "deepseek_mla"), ("cnn", "sparse")),
+    ],
+)
+def test_published_forms_too(model, attention, dataset, tmp_path):
+    """deepseek_mla draws noise: each seed its own."""
+    quirks = {"data.validation": 0, "train.train_mode": "always"}
+    sizes = {"attention.linear.kernel_size": 8, "attention.linformer.k": 8}  # of 64 tokens
+    configs = configs_of(model, attention, recipe="published", **quirks, **sizes)
+    same_as_alone(configs, dataset, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [
+        ("performer", {"redraw_interval": 2}),
+        ("linformer", {"share_heads": False, "share_kv": False, "k": 3}),
+        ("kimi_k2", {"attention": "mla", "tau": 1e-3, "balance_alpha": 0.01}),  # clips always
+        ("deepseek_mla", {"q_rank": 8, "balance_alpha": 0.01}),
+        ("multi_head", {"rope": True}),
+    ],
+)
+def test_options_with_state_or_weights_of_their_own(attention, options, dataset, tmp_path):
+    overrides = {f"attention.{attention}.{key}": value for key, value in options.items()}
+    same_as_alone(configs_of("mlp", attention, **overrides), dataset, tmp_path, weights=1e-3)
+
+
+def test_resnet9_and_three_seeds(dataset, tmp_path):
+    """Deep: a ReLU that rounds to the other side of 0 shows, as Adam steps by the sign at first."""
+    configs = configs_of("resnet9", "multi_head", 3)
+    same_as_alone(configs, dataset, tmp_path, weights=5e-3, losses=2e-3)
+
+
+def test_initial_weights_are_those_of_each_seed_bit_for_bit(dataset):
+    for attention in NAMES:
+        configs = configs_of("cnn", attention)
+        models = [build_model(config, 10) for config in configs]
+        one = stack(models)
+        for config, model in zip(configs, models, strict=True):
+            for key, value in build_model(config, 10).state_dict().items():
+                assert torch.equal(value, model.state_dict()[key]), key
+        assert not one.one_by_one()  # each of ours runs stacked
+        count = sum(p.numel() for p in one.parameters())
+        assert count == sum(p.numel() for model in models for p in model.parameters())
+
+
+# --- stopped, diverged, mixed up ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "attention"), [("mlp", "kimi_k2"), ("cnn", "performer")])
+def test_stopped_and_resumed_is_the_unbroken_group(model, attention, dataset, tmp_path):
+    configs = configs_of(model, attention, train__epochs=3)
+    whole = together(configs, dataset, tmp_path / "whole")
+    part = together(configs, dataset, tmp_path / "parts", stop_after=1)
+    assert [outcome.status for outcome in part] == ["running"] * 2
+    assert (tmp_path / "parts" / configs[0].id / FILE).exists()
+    seen = []
+    again = together(
+        *(configs, dataset, tmp_path / "parts"), resume=True,
+        on_epoch=lambda i, row: seen.append((i, row["epoch"])),
+    )  # fmt: skip
+    assert seen == [(0, 2), (1, 2), (0, 3), (1, 3)]
+    assert [numbers(o) for o in again] == [numbers(o) for o in whole]
+    for config in configs:
+        a, b = (saved(tmp_path / name, config) for name in ("whole", "parts"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    before = [(tmp_path / "parts" / c.id / "model.safetensors").stat().st_mtime_ns for c in configs]
+    assert numbers(together(configs, dataset, tmp_path / "parts", resume=True)[1]) == numbers(
+        whole[1]
+    )
+    after = [(tmp_path / "parts" / c.id / "model.safetensors").stat().st_mtime_ns for c in configs]
+    assert before == after  # finished seeds are not trained again
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_killed_between_two_files_it_goes_on(at, dataset, tmp_path, monkeypatch):
+    """The process ends at the `at`-th write of a seed's files: after the group's checkpoint."""
+    configs = configs_of("mlp", "self")
+    whole = together(configs, dataset, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    writes, write = [], tab.train.together.TrainingRun.write
+
+    def stop(run):
+        writes.append(run)
+        if len(writes) == at:
+            raise Killed
+        write(run)
+
+    monkeypatch.setattr(tab.train.together.TrainingRun, "write", stop)
+    with contextlib.suppress(Killed):
+        together(configs, dataset, tmp_path / "killed")
+    monkeypatch.undo()
+    again = together(configs, dataset, tmp_path / "killed", resume=True)
+    assert [numbers(o) for o in again] == [numbers(o) for o in whole]
+    for config in configs:
+        a, b = (saved(tmp_path / name, config) for name in ("whole", "killed"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("attention", ["multi_head", "kimi_k2"])
+def test_a_seed_that_diverges_spoils_no_other(attention, dataset, tmp_path, monkeypatch):
+    configs = configs_of("cnn", attention, 3, train__epochs=3)
+    build = tab.train.training_run.build_model
+
+    def poisoned(config, classes):
+        model = build(config, classes)
+        if config.seed == 0:
+            model.backbone.convolutions[0].weight.data.mul_(math.nan)
+        return model
+
+    monkeypatch.setattr(tab.train.training_run, "build_model", poisoned)
+    alone = [train(c, dataset, tmp_path / "alone" / c.id) for c in configs]
+    part = together(configs, dataset, tmp_path / "group", stop_after=2)
+    assert [outcome.status for outcome in part] == ["diverged", "running", "running"]
+    found = together(configs, dataset, tmp_path / "group", resume=True)
+    assert [outcome.status for outcome in found] == ["diverged", "done", "done"]
+    assert [len(outcome.rows) for outcome in found] == [1, 3, 3]
+    assert [row["seeds_at_once"] for row in found[1].rows] == [3, 2, 2]
+    for one, own in zip(alone[1:], found[1:], strict=True):
+        losses = [[row["train_loss"] for row in o.rows] for o in (one, own)]
+        assert losses[1] == pytest.approx(losses[0], rel=5e-4)
+    assert not (tmp_path / "group" / configs[0].id / FILE).exists()
+
+
+def test_only_seeds_of_one_variant_and_as_they_began(dataset, tmp_path):
+    configs = configs_of("mlp", "self")
+    outs = [tmp_path / c.id for c in configs]
+    other = [configs[0], dataclasses.replace(configs[1], attention="multi_head")]
+    with pytest.raises(ValueError, match="more than the seed"):
+        train_seeds(other, dataset, outs)
+    with pytest.raises(ValueError, match="give each seed once"):
+        train_seeds([configs[0]] * 2, dataset, outs)
+    train_seeds(configs, dataset, outs, stop_after=1)
+    with pytest.raises(ValueError, match="already holds"):
+        train_seeds(configs, dataset, outs)
+    with pytest.raises(ValueError, match="together with mlp-self-s0, mlp-self-s1"):
+        train(configs[1], dataset, outs[1], resume=True)
+    path = outs[0] / FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="start again"):
+        assert train_seeds(configs, dataset, outs, resume=True)[0].status == "done"
+
+
+def test_the_trained_model_of_a_seed_comes_back(dataset, tmp_path):
+    configs = configs_of("cnn", "kimi_k2")
+    found = together(configs, dataset, tmp_path)
+    model, config = load_trained(tmp_path / configs[1].id)
+    assert config == configs[1] and type(model.attention).__name__ == "KimiK2"
+    assert found[1].summary["parameters"] == sum(p.numel() for p in model.parameters())
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # One seed's weights, not the stack that they are a view of.
+    assert (tmp_path / configs[1].id / "model.safetensors").stat().st_size < 1.5 * size + 30_000
+
+
+# --- layers of others -----------------------------------------------------------------------------
+
+
+class Foreign(Attention):
+    """Mixes the images of a batch, draws in training and counts its batches: none can be stacked
+    unseen."""
+
+    def __init__(self, dim, *, seq_len, grid=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(dim))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x, key_mask=None):
+        if self.training:
+            self.batches += 1
+            x = x + 0.1 * torch.randn_like(x)
+        return (x - x.mean(0)) * self.scale
+
+    def auxiliary_loss(self):
+        return self.scale.square().sum() if self.training else None
+
+    @torch.no_grad()
+    def after_step(self):
+        self.scale.mul_(0.9)
+
+
+@pytest.fixture
+def foreign():
+    register_attention("foreign")(Foreign)
+    yield "foreign"
+    del _registry._layers["foreign"]
+
+
+def test_a_layer_of_others_runs_seed_by_seed(foreign, dataset, tmp_path):
+    configs = configs_of("cnn", foreign)
+    one = stack([build_model(config, 10) for config in configs])
+    assert isinstance(one.attention, PerSeed) and len(one.one_by_one()) == 1
+    same_as_alone(configs, dataset, tmp_path)
+
+
+# --- as a CUDA graph, with the capture stood in for -----------------------------------------------
+
+
+def test_a_graphed_step_is_the_eager_one(dataset, tmp_path, monkeypatch):
+    """The part of Graphed that a CPU can run: warming up must leave no trace in S models."""
+
+    class Recorder:
+        def run(self, body):
+            body()
+
+        def capture(self, body):
+            return body
+
+    configs = configs_of("cnn", "deepseek_mla")
+    whole = together(configs, dataset, tmp_path / "eager")
+    begin = tab.train.together.SeedSteps.__init__
+
+    def graphed(self, *args):
+        begin(self, *args)
+        self.graphed = True
+        self._run_gradients = Graphed(self._gradients, self, Recorder(), learns=True)
+
+    monkeypatch.setattr(tab.train.together.SeedSteps, "__init__", graphed)
+    found = together(configs, dataset, tmp_path / "graphed")
+    assert [numbers(o) for o in found] == [numbers(o) for o in whole]
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+GRID = Grid("quick", ["mlp"], ["none", "linear"], 3, "shapes:100/20", "cpu", batch_seeds=2)
+TINY = {
+    **{"train.epochs": 2, "train.batch_size": 20, "data.images": 60, "data.validation": 20},
+    **{"model.mlp.hidden": 8, "model.mlp.tokens": 4, "attention.linear.num_heads": 2},
+}
+
+
+def test_groups_are_consecutive_seeds_and_cover_the_grid():
+    groups = GRID.groups()
+    assert [[s for _, _, s in group] for group in groups] == [[0, 1], [0, 1], [2], [2]]
+    assert sorted(cell for group in groups for cell in group) == sorted(GRID.cells())
+    assert dataclasses.replace(GRID, batch_seeds=1).groups() == [[c] for c in GRID.cells()]
+
+
+def test_compare_trains_groups_and_resumes(tmp_path):
+    data = load_dataset(GRID.data)
+    out = tmp_path / "grid"
+    Plan(load_recipe("quick", TINY), GRID).save(out, data)
+    runs = compare(Plan.load(out), data, out)
+    assert [run.status for run in runs] == ["done"] * 6
+    assert [run.rows[0]["seeds_at_once"] for run in runs] == [2, 2, 2, 2, 1, 1]
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")}
+    compare(Plan.load(out), data, out)
+    assert stamps == {
+        path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")
+    }
+
+
+def test_a_killed_process_costs_the_group_nothing(tmp_path):
+    """SIGKILL after a seed's first epoch: the group goes on in another process, bit for bit."""
+    data, killed, epochs = load_dataset(GRID.data), [], []
+
+    class Kill(Watcher):
+        def epoch(self, config, row):
+            epochs.append((config.id, row["epoch"]))
+            if not killed:
+                killed.append(children(os.getpid())[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+    plan = Plan(load_recipe("quick", TINY | {"train.epochs": 6}), GRID)
+    for name in ("whole", "killed"):
+        plan.save(tmp_path / name, data)
+    whole = compare(plan, data, tmp_path / "whole")
+    where = Processes(1, 1)
+    runs = compare(plan, data, tmp_path / "killed", watcher=Kill(), executor=where)
+    assert killed and {"mlp-none-s1"} <= {name for name, _ in epochs}
+    for a, b in zip(whole, runs, strict=True):
+        assert numbers(a) == numbers(b) and b.status == "done"
+        assert (a.path / "model.safetensors").read_bytes() == (
+            b.path / "model.safetensors"
+        ).read_bytes()
+
+
+def test_the_command_says_that_times_are_shares(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "--data", GRID.data, "--models", "mlp", "--attentions", "none,linear"]
+    words += ["--recipe", "quick", "--seeds", "2", "--batch-seeds", "2", "--jobs", "2"]
+    words += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    result = CliRunner().invoke(app, [*words, "--out", "out"])
+    assert result.exit_code == 0, result.output
+    assert "2 seeds of a mechanism were trained at once" in (tmp_path / "out/report.md").read_text()
+    with (tmp_path / "out/experiment_summary.csv").open(newline="") as file:
+        assert [line["seeds_at_once"] for line in csv.DictReader(file)] == ["2"] * 4
+    result = CliRunner().invoke(app, ["compare", "--resume", "out", "--batch-seeds", "1"])
+    assert result.exit_code == 2 and "--batch-seeds: was 2, now 1" in result.output
