@@ -122,9 +122,10 @@ def _parts(layer: Attention) -> dict[str, tuple[Tensor, slice]]:
     parts = {}
     for name, p in layer.named_parameters():
         if name.endswith("qkv.weight"):
-            c = p.shape[0] // 3
-            for i, part in enumerate("QKV"):
-                parts[name.removesuffix("qkv.weight") + part] = p, slice(i * c, (i + 1) * c)
+            prefix, start = name.removesuffix("qkv.weight"), 0
+            for part, width in zip("QKV", layer.get_submodule(prefix[:-1]).widths, strict=True):
+                parts[prefix + part] = p, slice(start, start + width)
+                start += width
         elif p.requires_grad:
             parts[name.removesuffix(".weight")] = p, slice(None)
     return parts

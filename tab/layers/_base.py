@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ class Attention(nn.Module):
     fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
     than with `dim`; recipes that match widths choose it (tab/recipe/size_matching.py).
     size_options: names of options, whole numbers ≥ 1, with which it grows while `dim` stays;
-    recipes that match blocks choose the first of them that `size_option` allows.
+    recipes that match blocks choose one of them (`size_option`).
     reads_stream: `forward` takes the residual stream too, beside x, which is its norm.
     takes_mask: False where a key mask is an error.
     """
@@ -42,6 +43,11 @@ class Attention(nn.Module):
     size_options: tuple[str, ...] = ()
     reads_stream: bool = False
     takes_mask: bool = True
+
+    @classmethod
+    def size_option(cls, options: Mapping[str, object]) -> str:
+        """Which of the size options a layer built with these options grows in; "" if none."""
+        return next(iter(cls.size_options), cls.fine_size)
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -122,11 +128,14 @@ class Attention(nn.Module):
 
 
 class HeadsAttention(Attention):
-    """Q, K, V projections, `attend` on (B, H, N, D), output projection; D = C/H.
+    """Q, K, V projections, `attend` on (B, H, N, D), output projection; D = inner_dim/H.
 
     Subclasses write `attend(q, k, v, key_mask)` and `weights(q, k)`.
+    inner_dim: the width of each of Q, K and V, all heads together; `dim` if None.
     rope: rotate q and k by position, in two dimensions when a grid is given (Su et al. 2021).
     """
+
+    size_options: tuple[str, ...] = ("inner_dim",)
 
     def __init__(
         self,
@@ -137,13 +146,17 @@ class HeadsAttention(Attention):
         num_heads: int = 4,
         rope: bool = False,
         output: bool = True,
+        inner_dim: int | None = None,
     ):
         super().__init__()
-        check_heads(type(self).__name__, dim, num_heads)
+        what, inner = ("dim", dim) if inner_dim is None else ("inner_dim", inner_dim)
+        check_heads(type(self).__name__, inner, num_heads, what)
         self.dim, self.num_heads, self.seq_len, self.grid = dim, num_heads, seq_len, grid
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim) if output else nn.Identity()
-        self.rope = Rope(dim // num_heads, seq_len, grid=grid) if rope else None
+        self.inner_dim, self.head_dim = inner, inner // num_heads
+        self.widths = (inner, inner, inner if output else dim)  # of Q, K, V: the rows of `qkv`
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
+        self.out = nn.Linear(inner, dim) if output else nn.Identity()
+        self.rope = Rope(self.head_dim, seq_len, grid=grid) if rope else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """q, k, v (B, H, N, D) -> (B, H, N, D)"""
@@ -155,9 +168,8 @@ class HeadsAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, C) -> q, k, v (B, H, N, D), q and k rotated if the layer has positions."""
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        parts = self.qkv(x).split(self.widths, -1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in parts)
         return (q, k, v) if self.rope is None else (self.rope(q), self.rope(k), v)
 
     def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -42,12 +42,29 @@ class _SoftmaxAttention(HeadsAttention):
 
 @register_attention("self")
 class SelfAttention(_SoftmaxAttention):
-    """One head over the whole width, softmax(QKᵀ/√C)V, no output projection."""
+    """One head over the whole width, softmax(QKᵀ/√D)V, no output projection.
+
+    inner_dim: D, the width of Q and K, `dim` if None; V is as wide as the tokens.
+    """
 
     def __init__(
-        self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None, rope: bool = False
+        self,
+        dim: int,
+        *,
+        seq_len: int,
+        grid: tuple[int, int] | None = None,
+        rope: bool = False,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=1, rope=rope, output=False)
+        super().__init__(
+            dim,
+            seq_len=seq_len,
+            grid=grid,
+            num_heads=1,
+            rope=rope,
+            output=False,
+            inner_dim=inner_dim,
+        )
 
 
 @register_attention("multi_head")

@@ -15,6 +15,8 @@ from .moe import MoE
 from .rope import Rope
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.distributed import ProcessGroup
 
 EPS = 1e-6  # of every RMSNorm, as in DeepSeek's own code
@@ -26,9 +28,10 @@ class LatentAttention(nn.Module):
         c_q = RMSNorm(W_dq x), q_h = [q_n | RoPE(q_r)] = W_uq,h c_q     (no W_dq where q_rank is 0)
         [c | k_r] = W_dkv x, c = RMSNorm(c), k_h = [W_uk,h c | RoPE(k_r)], v_h = W_uv,h c
 
-    Sizes that are None follow V3's proportions at D = C/H: nope_dim + rope_dim = D with a quarter
-    rotary (rounded down to a multiple of 4, at least 4 each), v_dim = D, kv_rank = C/4. A token's
-    cache is kv_rank + rope_dim numbers, where multi-head attention keeps 2·C.
+    inner_dim: H·D, the width of all heads together, `dim` if None; V3's is wider than its tokens.
+    Sizes that are None follow V3's proportions at D = inner_dim/H: nope_dim + rope_dim = D with a
+    quarter rotary (rounded down to a multiple of 4, at least 4 each), v_dim = D, kv_rank = C/4. A
+    token's cache is kv_rank + rope_dim numbers, where multi-head attention keeps 2·inner_dim.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class LatentAttention(nn.Module):
         seq_len: int,
         grid: tuple[int, int] | None,
         num_heads: int,
+        inner_dim: int | None = None,
         q_rank: int = 0,
         kv_rank: int | None = None,
         nope_dim: int | None = None,
@@ -46,8 +50,9 @@ class LatentAttention(nn.Module):
         theta: float = 1e4,
     ):
         super().__init__()
-        check_heads(type(self).__name__, dim, num_heads)
-        head = dim // num_heads
+        what, inner = ("dim", dim) if inner_dim is None else ("inner_dim", inner_dim)
+        check_heads(type(self).__name__, inner, num_heads, what)
+        head = inner // num_heads
         rope_dim = max(4, head // 16 * 4) if rope_dim is None else rope_dim
         nope_dim = max(4, head - rope_dim) if nope_dim is None else nope_dim
         v_dim = head if v_dim is None else v_dim
@@ -112,16 +117,30 @@ class LatentMoE(Attention):
     Both residuals of the transformer block of the paper, h = s + attention(norm(s)) and
     h + MoE(RMSNorm(h)), are then s + y, with x = norm(s): a block that norms the tokens before the
     layer gives it s too (`stream`), and adds s around it. By itself the layer takes x for s.
-    Subclasses set `attention` and `moe`.
+    With num_experts = 0 there is the attention alone, y = a.
+    Subclasses set `attention`, and call `add_experts`.
     """
 
     fine_size, reads_stream = "expert_dim", True
+    size_options = ("expert_dim", "inner_dim")
     attention: nn.Module
-    moe: MoE
+    norm: nn.RMSNorm | None
+    moe: MoE | None
+
+    @classmethod
+    def size_option(cls, options: Mapping[str, object]) -> str:
+        return "inner_dim" if options.get("num_experts") == 0 else "expert_dim"
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=EPS)
+        self.dim, self.norm = dim, nn.RMSNorm(dim, eps=EPS)
+
+    def add_experts(self, **options) -> None:
+        """options: of `MoE`; num_experts = 0 leaves it out, and its norm."""
+        if options["num_experts"] == 0:
+            self.norm, self.moe, self.reads_stream = None, None, False
+        else:
+            self.moe = MoE(self.dim, **options)
 
     def attend(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """x (B, N, C) -> (B, N, C)"""
@@ -129,24 +148,28 @@ class LatentMoE(Attention):
 
     def compute(self, x: Tensor, key_mask: Tensor | None, stream: Tensor | None = None) -> Tensor:
         a = self.attend(x, key_mask)
+        if self.moe is None:
+            return a
         return a + self.moe(self.norm((x if stream is None else stream) + a), key_mask)
 
     def after_step(self, group: ProcessGroup | None = None) -> None:
-        self.moe.after_step(group)
+        if self.moe is not None:
+            self.moe.after_step(group)
 
     def auxiliary_loss(self) -> Tensor | None:
-        return self.moe.auxiliary_loss()
+        return None if self.moe is None else self.moe.auxiliary_loss()
 
     def statistics(self) -> list[Tensor]:
-        return [self.moe.load]
+        return [] if self.moe is None else [self.moe.load]
 
 
 @register_attention("deepseek_mla")
 class DeepSeekMLA(LatentMoE):
     """Latent attention and experts of DeepSeek-V3 (2024, sections 2.1.1 and 2.1.2).
 
-    Options: `LatentAttention` (num_heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim) and `MoE`
-    (num_experts, top_k, n_group, topk_group, route_scale, expert_dim, balance_alpha, bias_speed).
+    Options: `LatentAttention` (num_heads, inner_dim, q_rank, kv_rank, nope_dim, rope_dim, v_dim)
+    and `MoE` (num_experts, 0: attention alone; top_k, n_group, topk_group, route_scale, expert_dim,
+    balance_alpha, bias_speed).
     Positions are rotary, in two dimensions when a grid is given.
     """
 
@@ -157,6 +180,7 @@ class DeepSeekMLA(LatentMoE):
         seq_len: int,
         grid: tuple[int, int] | None = None,
         num_heads: int = 4,
+        inner_dim: int | None = None,
         q_rank: int = 0,
         kv_rank: int | None = None,
         nope_dim: int | None = None,
@@ -177,14 +201,14 @@ class DeepSeekMLA(LatentMoE):
             seq_len=seq_len,
             grid=grid,
             num_heads=num_heads,
+            inner_dim=inner_dim,
             q_rank=q_rank,
             kv_rank=kv_rank,
             nope_dim=nope_dim,
             rope_dim=rope_dim,
             v_dim=v_dim,
         )
-        self.moe = MoE(
-            dim,
+        self.add_experts(
             num_experts=num_experts,
             top_k=top_k,
             n_group=n_group,

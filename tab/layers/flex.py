@@ -51,8 +51,11 @@ class FlexAttention(HeadsAttention):
         mask_mod: Callable | None = None,
         score_mod: Callable | None = None,
         rope: bool = False,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        super().__init__(
+            dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
+        )
         self.own_mask, self.named = mask_mod is not None, (pattern, window_size, grid)
         self.mask_mod = mask_mod or pattern_mask(*self.named)
         self.score_mod = score_mod

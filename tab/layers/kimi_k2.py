@@ -16,7 +16,6 @@ from ._registry import register_attention
 from ._state import Stateful, over_ranks, scale_rows
 from .basic import MultiHeadAttention
 from .deepseek_mla import LatentAttention, LatentMoE
-from .moe import MoE
 from .rope import Rope
 
 if TYPE_CHECKING:
@@ -37,8 +36,10 @@ class KimiK2(Stateful, LatentMoE):
     broken batch and not of weights that grew: the largest score of that batch entry and head is
     not counted.
 
+    inner_dim: the width of Q, K and V, all heads together.
     kv_rank, q_rank, nope_dim, rope_dim, v_dim: of `LatentAttention`, used by "mla" only.
-    num_experts, top_k, route_scale, expert_dim, balance_alpha, bias_speed: of `MoE`.
+    num_experts (0: attention alone), top_k, route_scale, expert_dim, balance_alpha, bias_speed: of
+    `MoE`.
     """
 
     counters = ("peak",)
@@ -50,6 +51,7 @@ class KimiK2(Stateful, LatentMoE):
         seq_len: int,
         grid: tuple[int, int] | None = None,
         num_heads: int = 4,
+        inner_dim: int | None = None,
         attention: str = "mha",
         tau: float = 100.0,
         q_rank: int = 0,
@@ -76,6 +78,7 @@ class KimiK2(Stateful, LatentMoE):
                 seq_len=seq_len,
                 grid=grid,
                 num_heads=num_heads,
+                inner_dim=inner_dim,
                 q_rank=q_rank,
                 kv_rank=kv_rank,
                 nope_dim=nope_dim,
@@ -85,11 +88,11 @@ class KimiK2(Stateful, LatentMoE):
             )
         else:
             self.attention = MultiHeadAttention(
-                dim, seq_len=seq_len, grid=grid, num_heads=num_heads
+                dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim
             )
-            self.attention.rope = Rope(dim // num_heads, seq_len, grid=grid, theta=THETA)
-        self.moe = MoE(
-            dim,
+            head = self.attention.head_dim
+            self.attention.rope = Rope(head, seq_len, grid=grid, theta=THETA)
+        self.add_experts(
             num_experts=num_experts,
             top_k=top_k,
             route_scale=route_scale,
@@ -133,14 +136,15 @@ class KimiK2(Stateful, LatentMoE):
     @torch.no_grad()
     def clip(self, group: ProcessGroup | None = None) -> None:
         """QK-Clip (Kimi K2 2025, algorithm 1, lines 13-20); heads below tau are multiplied by 1."""
-        at, peak = self.attention, self.counter("peak", self.moe.bias.device)
+        at = self.attention
+        peak = self.counter("peak", at.out.weight.device)
         gamma = self.tau / over_ranks(peak, "MAX", group).clamp(min=self.tau)  # (H,)
         peak.fill_(-torch.inf)
-        root, heads = gamma.sqrt(), len(gamma)
+        root = gamma.sqrt()
         if self.latent:
             rows = [root[:, None].expand(-1, at.nope_dim), gamma[:, None].expand(-1, at.rope_dim)]
             scale_rows(at.q_up.weight, torch.cat(rows, 1).flatten())  # (H·(Dn+Dr), r)
             scale_rows(at.w_uk, root)  # (H, Dn, R)
         else:
             rows = torch.stack([root, root, torch.ones_like(root)])  # (3, H), of q, k, v
-            scale_rows(at.qkv.weight, rows.flatten().repeat_interleave(at.dim // heads))
+            scale_rows(at.qkv.weight, rows.flatten().repeat_interleave(at.head_dim))

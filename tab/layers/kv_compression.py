@@ -38,8 +38,11 @@ class KVCompressionAttention(HeadsAttention):
         mode: str = "streaming",
         block: int | None = None,
         rope: bool = False,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        super().__init__(
+            dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
+        )
         if not 0 < compression_ratio <= 1:
             nearest = "1" if compression_ratio > 1 else f"{1 / seq_len:.3g} (one token)"
             raise ValueError(

@@ -28,8 +28,11 @@ class LinearAttention(HeadsAttention):
         feature_map: str = "learned",
         kernel_size: int = 64,
         rope: bool = False,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        super().__init__(
+            dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
+        )
         choices = ("learned", "elu1", "relu", "softmax")
         if feature_map not in choices:
             raise ValueError(f"feature_map={feature_map!r}: choose one of {', '.join(choices)}")
@@ -37,7 +40,7 @@ class LinearAttention(HeadsAttention):
             raise ValueError(f"kernel_size={kernel_size}: the feature map needs at least 1 feature")
         self.map = "elu1" if feature_map == "learned" else feature_map
         learned = feature_map == "learned"
-        self.feature = nn.Linear(dim // num_heads, kernel_size, bias=False) if learned else None
+        self.feature = nn.Linear(self.head_dim, kernel_size, bias=False) if learned else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x)

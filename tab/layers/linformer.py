@@ -32,8 +32,9 @@ class LinformerAttention(HeadsAttention):
         max_seq_len: int | None = None,
         share_kv: bool = True,
         share_heads: bool = True,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim)
         longest = seq_len if max_seq_len is None else max_seq_len
         if longest < seq_len:
             raise ValueError(

@@ -47,8 +47,11 @@ class LocalAttention(HeadsAttention):
         window_size: int = 16,
         two_dimensional: bool = False,
         rope: bool = False,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        super().__init__(
+            dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
+        )
         if window_size < 0:
             raise ValueError(f"local: window_size={window_size} must be ≥ 0; nearest choice: 0")
         if two_dimensional and grid is None:

@@ -42,8 +42,11 @@ class PerformerAttention(Stateful, HeadsAttention):
         redraw_interval: int = 0,
         rope: bool = False,
         seed: int = 0,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        super().__init__(
+            dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
+        )
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
         if num_features < 1:
@@ -55,7 +58,7 @@ class PerformerAttention(Stateful, HeadsAttention):
         self.kernel, self.redraw_interval = kernel, redraw_interval
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("steps", torch.tensor(0))
-        self.register_buffer("projection", torch.empty(num_features, dim // num_heads))  # (M, D)
+        self.register_buffer("projection", torch.empty(num_features, self.head_dim))  # (M, D)
         if not self.projection.is_meta:  # else load_state_dict brings it
             self._draw(0)
 

@@ -43,8 +43,11 @@ class SparseAttention(HeadsAttention):
         num_random: int = 3,
         seed: int = 0,
         rope: bool = False,
+        inner_dim: int | None = None,
     ):
-        super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads, rope=rope)
+        super().__init__(
+            dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
+        )
         self.rule = [block_size, num_heads, window, num_global, num_random, seed]
         self.register_buffer("seed", torch.tensor(seed))
         self.pattern(seq_len)  # bad options are found here, not in the first step

@@ -71,6 +71,9 @@ def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]
     fine = get_attention(config.attention, published=published).fine_size
     around = _around(target, lambda hidden: size(valid(hidden)))
     sized = [_with(config, valid(hidden)) for hidden in around]
+    layer = get_attention(config.attention, published=published)
+    if fine != layer.size_option(config.attention_options):
+        fine = ""  # of no effect with these options
     if not fine or fine in config.attention_options:  # there, it is the recipe's choice
         return min(sized, key=lambda config: abs(cost(config) - target))
     choices = [choice for config in sized for choice in _choices(config, fine, target, cost)]

@@ -339,7 +339,7 @@ def test_clip_sees_negative_scores_and_no_forward():
         ("deepseek", {"rope_dim": 3}, "multiple of 2, got 3"),
         ("deepseek", {"top_k": 9}, "top_k=9.*choose 1 to 8"),
         ("deepseek", {"n_group": 3}, "n_group=3 does not divide the 8 experts"),
-        ("deepseek", {"num_experts": 0}, "num_experts ≥ 1"),
+        ("deepseek", {"num_experts": -1}, "num_experts ≥ 1"),
         ("deepseek", {"expert_dim": 0}, "expert_dim ≥ 1.* 0"),
         ("kimi-mha", {"attention": "gqa"}, "attention='gqa': choose mha or mla"),
         ("kimi-mha", {"tau": 0.0}, "tau=0.0"),
