@@ -85,6 +85,7 @@ def test_outputs_and_gradients(backend, causal, feature_map, state, generator):
     check(backend, inputs(generator, state=state), key_mask=mask(generator, 2, 65), **options)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize(
@@ -123,6 +124,7 @@ def test_last_stride_not_one(backend, generator):
     check(backend, x)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 @pytest.mark.parametrize("causal", (False, True))

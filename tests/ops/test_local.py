@@ -1,9 +1,5 @@
 """local_attention against its formula with a dense mask, and the layer "local"."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +94,7 @@ def test_last_stride_not_one(backend):
     assert_accurate(lambda *x: local_attention(*x, window=5, backend=backend), attend, inputs)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [8, 32])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,6 +123,7 @@ SHAPES = [  # B, H, N, D, Dv, window, causal
 ]
 
 
+@pytest.mark.each_isa
 @needs_cpp
 @pytest.mark.parametrize(("b", "h", "n", "d", "dv", "window", "causal"), SHAPES)
 def test_shapes(b, h, n, d, dv, window, causal):
@@ -138,6 +136,7 @@ def test_shapes(b, h, n, d, dv, window, causal):
     )
 
 
+@pytest.mark.each_isa
 @needs_cpp
 @pytest.mark.parametrize("grid", [(20, 32), (40, 9)], ids=str)
 def test_large_grid(grid):
@@ -303,23 +302,6 @@ def test_op_guards_its_memory():
             forward(*bad, False, 0.5)
     with pytest.raises(RuntimeError, match="lse has the wrong shape"):
         backward(o, q, k, v, o, lse[:, :1], 1, 1, 0, 0, False, 0.5)
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-def test_lower_instruction_sets(isa):
-    """The widest one runs in the tests above; each process chooses once."""
-    chosen = "test_shapes or large_grid or (test_dtypes and cpp)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen],
-        env={**os.environ, "TAB_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout
 
 
 def test_bad_tensors():

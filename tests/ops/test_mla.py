@@ -21,6 +21,7 @@ SIZES = [  # B, H, N, Dn, Dr, R, Dv
 ]
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -42,6 +43,7 @@ def test_without_rotary_part(form, generator):
     )
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(form, dtype, generator):
@@ -245,6 +247,7 @@ def test_decode_token_by_token_is_the_causal_forward(generator):
         torch.testing.assert_close(step_lse, lse[:, :, i])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decode_lengths_and_dtypes(dtype, generator):
     """Ragged lengths, an empty sequence, one longer than the cache."""

@@ -1,9 +1,4 @@
-"""The C++ kernels of MLA where test_mla.py does not reach: how work is cut, instruction sets."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The C++ kernels of MLA where test_mla.py does not reach: how work is cut."""
 
 import pytest
 import torch
@@ -124,20 +119,3 @@ def test_op_guards_its_memory(generator):
         mla_bwd.overload(*broken(9, lse[:1], backward))
     with pytest.raises(RuntimeError, match="do has the wrong dtype"):
         mla_bwd.overload(*broken(0, o.double(), backward))
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_instruction_sets(isa):
-    """Each process chooses once; the widest one runs in the tests above."""
-    mla = Path(__file__).with_name("test_mla.py")
-    chosen = "(cpp and (test_accurate or test_dtypes)) or test_decode_lengths"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(mla), "-k", chosen],
-        env={**os.environ, "TAB_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout

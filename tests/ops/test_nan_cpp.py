@@ -4,9 +4,6 @@ Who sees whom is a matrix, so the rows that must turn NaN, forward and backward,
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -80,6 +77,7 @@ def expected_rows(seen, which, at):
     return [queries, queries, keys, keys if which < 2 else torch.zeros_like(row)]
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("n", (20, 130))
 @pytest.mark.parametrize(("name", "causal"), SUMS)
 def test_nan_is_seen_by_those_who_see_the_token(name, causal, n, generator):
@@ -95,6 +93,7 @@ def test_nan_is_seen_by_those_who_see_the_token(name, causal, n, generator):
                 assert torch.equal(a, b), (which, at)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("n", (20, 130))
 @pytest.mark.parametrize("kind", (*WINDOWS, "sparse"))
 def test_nan_stays_in_its_window(kind, n, generator):
@@ -115,6 +114,7 @@ def test_nan_stays_in_its_window(kind, n, generator):
     assert torch.equal(outside, seen[:, 5])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 def test_nan_of_any_bits(dtype, generator):
     """Memory filled with ones is NaN too; an exponential made of shifted bits could lose that."""
@@ -174,6 +174,7 @@ def latents(n, generator):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n", (20, 130))
 def test_mla(n, causal, generator):
@@ -216,18 +217,3 @@ def test_mla(n, causal, generator):
     assert torch.equal(o[0, 0].isnan().any(-1), seen[:, 5])
     assert torch.equal(dq[0, 0].isnan().any(-1), seen[:, 5])
     assert peak.isnan().tolist() == [[True, True], [False, False]]
-
-
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-@pytest.mark.skipif("TAB_ISA" in os.environ, reason="is the run in a lower instruction set")
-def test_lower_instruction_sets(isa):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "130 or any_bits"],
-        env={**os.environ, "TAB_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout

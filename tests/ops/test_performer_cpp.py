@@ -1,9 +1,5 @@
 """What only the C++ kernels of performer could get wrong: tiles, panels, segments, memory."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
@@ -51,6 +47,7 @@ def check(x, w, kernel, c0, *, floor=5e-6, **options):
     assert_accurate(f, truth, x, floor=floor, names=NAMES)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("state", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -80,6 +77,7 @@ def test_shapes(generator, b, h, n, d, dv, m, kernel, causal, state):
     check(x, w, kernel, c0, causal=causal, key_mask=keep, floor=floor)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("causal", (False, True))
@@ -110,6 +108,7 @@ def test_gradients_where_shifts_move(generator, causal, number, h):
         assert_close(x, y, rtol=1e-9, atol=1e-9 * y.abs().max().item())
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("causal", (False, True))
 def test_agrees_with_the_reference(generator, causal):
     """All outputs as they are, shifts and log-sum-exp too, with ε, a mask and a state."""
@@ -149,19 +148,3 @@ def test_op_guards_its_memory(generator):
     ):
         with pytest.raises(RuntimeError, match=words):
             run(*args, 0, False, 0.0)
-
-
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-def test_lower_instruction_sets(isa):
-    """The widest one runs in the tests above; each process chooses once."""
-    chosen = "(shapes and True-True) or reference or (dtypes and sliced)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, __file__],
-        env={**os.environ, "TAB_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout

@@ -3,10 +3,6 @@
 φ(k) of one token is z exactly, v times φ(k) = 1 is S exactly, and S over z = 1 is o but rounded.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -33,17 +29,20 @@ def ulps(given, exact):
     return ((given.double() - exact).abs() / spacing).max().item()
 
 
+@pytest.mark.each_isa
 def test_exp_float32():
     x = torch.linspace(-104, 0, 256 * 8192, dtype=torch.float64).float().view(-1, 256)
     x = torch.cat([x, -torch.logspace(-30, 0, 256 * 64).view(-1, 256)])
     assert ulps(through_exp(x), x.double().exp()) < 1.6
 
 
+@pytest.mark.each_isa
 def test_exp_float64():
     x = torch.linspace(-700, 0, 256 * 256, dtype=torch.float64).view(-1, 256)
     assert ulps(through_exp(x), x.exp()) < 2.5  # torch's own exp may be half a unit off
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_exp_at_the_edges(dtype):
     x = torch.tensor([-torch.inf, -1e30, torch.nan, -0.0, 0.0], dtype=dtype).repeat(1, 52)
@@ -52,6 +51,7 @@ def test_exp_at_the_edges(dtype):
     assert torch.equal(given[3:], torch.ones(2, dtype=dtype))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 def test_loads_every_half(dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -63,6 +63,7 @@ def test_loads_every_half(dtype):
     assert torch.equal(s.nan_to_num(0.5), want.nan_to_num(0.5))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 def test_stores_round_to_nearest_even(dtype, generator):
     bits = torch.randint(-(2**31), 2**31, (2**20,), generator=generator).to(torch.int32)
@@ -81,33 +82,3 @@ def test_stores_round_to_nearest_even(dtype, generator):
     want = x.to(dtype)
     assert torch.equal(o.isnan(), want.isnan())
     assert torch.equal(o.nan_to_num(0.5), want.nan_to_num(0.5))
-
-
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-@pytest.mark.skipif("TAB_ISA" in os.environ, reason="is the run in a lower instruction set")
-def test_lower_instruction_sets(isa):
-    """The widest one runs in the tests above; each process chooses once."""
-    files = [__file__, __file__.replace("test_simd", "test_linear")]
-    chosen = "test_exp or half or round or ((test_shapes or test_dtypes) and cpp)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", chosen],
-        env={**os.environ, "TAB_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout
-
-
-def test_unknown_instruction_set():
-    code = "import torch, tab; x = torch.ones(1, 1, 1, 1); tab.linear_attention(x, x, x)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TAB_ISA": "sse9"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode != 0 and "TAB_ISA=sse9 is none of baseline, avx2, avx512" in run.stderr

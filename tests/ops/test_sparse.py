@@ -1,9 +1,5 @@
 """sparse_attention against its formula with a dense mask, and the layer "sparse"."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +40,7 @@ def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
 # --- op -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("n", [1, 63, 65, 200])
 @pytest.mark.parametrize("block_size", [1, 8, 64])
 @pytest.mark.parametrize("causal", [False, True])
@@ -75,6 +72,7 @@ def test_layouts(how, heads, d, backend):
     assert all(x.transpose(1, 2).is_contiguous() for x in (o, *grads))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [8, 32])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,6 +100,7 @@ SHAPES = [  # B, H, N, D, Dv, block_size, causal
 ]
 
 
+@pytest.mark.each_isa
 @needs_cpp
 @pytest.mark.parametrize(("b", "h", "n", "d", "dv", "block_size", "causal"), SHAPES)
 def test_shapes(b, h, n, d, dv, block_size, causal):
@@ -151,23 +150,6 @@ def test_op_guards_its_memory():
     ):
         with pytest.raises(RuntimeError, match=message):
             forward(*bad, col_ptr, row, 4, False, 0.5)
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ("baseline", "avx2"))
-def test_lower_instruction_sets(isa):
-    """The widest one runs in the tests above; each process chooses once."""
-    chosen = "test_shapes or ((test_dtypes or test_bigbird) and cpp)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen],
-        env={**os.environ, "TAB_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if "does not have it" in run.stdout:
-        pytest.skip(f"this machine has no {isa}")
-    assert run.returncode == 0, run.stdout
 
 
 @settings(max_examples=30, deadline=None)

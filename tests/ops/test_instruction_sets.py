@@ -1,0 +1,41 @@
+"""The C++ kernels in the instruction sets below the widest one, which all other tests run in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import SUPPORT
+
+from tab.ops.linear import linear_fwd
+
+pytestmark = pytest.mark.skipif(
+    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
+)
+
+
+def run(isa: str, *words: object) -> subprocess.CompletedProcess:
+    """Python in a process of its own: the first kernel that runs settles the instruction set."""
+    environment = {**os.environ, "TAB_ISA": isa}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, env=environment, cwd=SUPPORT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2"))
+def test_lower_ones_pass_the_tests_that_ask_for_it(isa):
+    marked = [
+        p for p in Path(__file__).parent.glob("test_*.py") if "mark.each_isa" in p.read_text()
+    ]
+    done = run(isa, "-m", "pytest", "-q", "-x", "-m", "each_isa", *marked)
+    if "does not have it" in done.stdout:
+        pytest.skip(f"this machine has no {isa}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_unknown_one_is_refused():
+    done = run("sse9", "-c", "import torch, tab; x = torch.ones(1, 1, 1, 1); "
+               "tab.linear_attention(x, x, x)")  # fmt: skip
+    assert done.returncode and "TAB_ISA=sse9 is none of baseline, avx2, avx512" in done.stderr
