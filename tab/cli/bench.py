@@ -11,14 +11,34 @@ from rich.table import Table
 from rich.text import Text
 
 from ..machine import command
+from . import options
+from .given import use_threads
 from .terminal import console, errors
 
-app = typer.Typer(help="Microbenchmark the ops against what you could run instead.")
+app = typer.Typer(help="Measure the ops against what you could run instead.")
 
-Processes = Annotated[
-    int, typer.Option(min=1, help="That take turns; at least 2 for tab bench compare.")
+Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
+On = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Device to measure on: cpu or cuda.")
 ]
-Out = Annotated[Path | None, typer.Option(help="JSON; PNG and HTML are put beside it.")]
+Budget = Annotated[
+    float,
+    typer.Option(metavar="X", help="Seconds of measuring for each contestant and direction."),
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Number of processes, which take turns; tab bench compare needs at least 2.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="JSON file for the results, with a page and a picture beside it."
+    ),
+]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -32,21 +52,43 @@ def _chosen(given: str, known: tuple[str, ...] | list[str], what: str) -> list[s
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    ops: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
-    sizes: Annotated[str, typer.Option(help="Comma-separated names of sizes.")] = "vision",
-    causal: Annotated[str, typer.Option(help="no, yes or both.")] = "no",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    directions: Annotated[str, typer.Option(help="forward, backward, both.")] = "forward,both",
-    contestants: Annotated[str, typer.Option(help="Names (prefixes), or all.")] = "all",
-    budget: Annotated[float, typer.Option(help="Seconds per contestant and direction.")] = 3.0,
+    ops: Ops = "all",
+    sizes: Annotated[
+        str, typer.Option(metavar="A,B", help="Names of sizes, separated by commas, or all.")
+    ] = "vision",
+    causal: Annotated[
+        str, typer.Option(metavar="WHICH", help="Causal attention: no, yes or both.")
+    ] = "no",
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Type of the inputs: float32, bfloat16 or float16."),
+    ] = "float32",
+    device: On = "cpu",
+    directions: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Directions to time, separated by commas: forward, backward, both (one after "
+            "the other).",
+        ),
+    ] = "forward,both",
+    contestants: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Contestants beside TAB's own, by the beginnings of their names, or all.",
+        ),
+    ] = "all",
+    budget: Budget = 3.0,
     cold: Annotated[bool, typer.Option(help="Empty the caches before each call.")] = False,
     processes: Processes = 5,
+    threads: options.Threads = None,
     out: Out = None,
 ) -> None:
     """Check each contestant against float64, then time them in turns."""
     if context.invoked_subcommand:
         return
+    use_threads(threads)
     import torch
 
     from ..bench.cases import SIZES
@@ -73,9 +115,15 @@ def run(
     )
     load, found = Load(), {}
     _warn(load)
-    one = partial(measure, roofline=roofline, directions=wanted, budget=budget / processes,
-                  min_rounds=_rounds(processes), cold=cold,
-                  only=partial(_entered, prefixes))  # fmt: skip
+    one = partial(
+        measure,
+        roofline=roofline,
+        directions=wanted,
+        budget=budget / processes,
+        min_rounds=_rounds(processes),
+        cold=cold,
+        only=partial(_entered, prefixes),
+    )
     for i, group in in_turns(chosen, one, processes):
         found[i] = group
         rows = [row for mine in found.values() for row in mine]
@@ -111,16 +159,34 @@ def _warn(load) -> None:
 
 @app.command("steps")
 def steps_command(
-    recipe: Annotated[str, typer.Option(help="Sizes: a recipe or a file.")] = "fair",
-    models: Annotated[str, typer.Option(help="mlp, cnn, resnet9 or all.")] = "mlp,cnn",
-    attentions: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
-    batch: Annotated[int | None, typer.Option(min=1, help="Images; default: recipe's.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    budget: Annotated[float, typer.Option(help="Seconds per contestant.")] = 3.0,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help="Recipe, by name or as a .toml file, whose sizes are taken."
+        ),
+    ] = "fair",
+    models: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="Names of models, separated by commas, or all."),
+    ] = "mlp,cnn",
+    attentions: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="Names of attention mechanisms, or all."),
+    ] = "all",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of images in a batch; by default as in the recipe."
+        ),
+    ] = None,
+    device: On = "cpu",
+    budget: Budget = 3.0,
     processes: Processes = 5,
-    out: Annotated[Path | None, typer.Option(help="JSON; HTML is put beside it.")] = None,
+    threads: options.Threads = None,
+    out: Out = None,
 ) -> None:
-    """Whole training steps of the models, against control and against plain PyTorch attention."""
+    """Time whole training steps, against the control and against plain PyTorch attention."""
+    use_threads(threads)
     from ..bench.page import write_page
     from ..bench.results import environment, save, steps_table
     from ..bench.steps import steps
@@ -132,8 +198,15 @@ def steps_command(
     facts, load, found = environment(device), Load(), {}
     _warn(load)
     names = _chosen(attentions, attention_names(), "attention")
-    one = partial(steps, load_recipe(recipe), attentions=names, batch=batch, device=device,
-                  budget=budget / processes, min_rounds=_rounds(processes))  # fmt: skip
+    one = partial(
+        steps,
+        load_recipe(recipe),
+        attentions=names,
+        batch=batch,
+        device=device,
+        budget=budget / processes,
+        min_rounds=_rounds(processes),
+    )
     for i, group in in_turns(_chosen(models, model_names(), "model"), one, processes):
         found[i] = group
         rows = [row for mine in found.values() for row in mine]
@@ -148,11 +221,13 @@ def steps_command(
 
 @app.command("memory")
 def memory_command(
-    ops: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
-    longest: Annotated[int, typer.Option(help="The last N.")] = 16384,
+    ops: Ops = "all",
+    longest: Annotated[int, typer.Option(metavar="N", help="Largest number of tokens.")] = 16384,
+    threads: options.Threads = None,
     out: Out = None,
 ) -> None:
-    """Peak memory of each op, forward and backward, against N on the CPU, and how it grows."""
+    """Measure how the peak memory of each op on the CPU grows with the number of tokens."""
+    use_threads(threads)
     from ..bench.page import write_page
     from ..bench.peak_memory import LENGTHS, memory, picture
     from ..bench.registry import names
@@ -160,7 +235,9 @@ def memory_command(
 
     facts, rows = environment("cpu"), []
     if longest < LENGTHS[1]:
-        raise ValueError(f"longest {longest}: growth needs two N; at least {LENGTHS[1]}")
+        raise ValueError(
+            f"--longest {longest}: growth needs two lengths; give at least {LENGTHS[1]}"
+        )
     for op in _chosen(ops, names(), "op"):
         new = memory(op, tuple(n for n in LENGTHS if n <= longest))
         rows += new
@@ -173,14 +250,22 @@ def memory_command(
 
 @app.command("compare")
 def compare_runs(
-    old: Path,
-    new: Path,
-    alpha: Annotated[float, typer.Option(help="Significance after Holm.")] = 0.01,
-    effect: Annotated[float, typer.Option(help="Least relative change that counts.")] = 0.05,
-    force: Annotated[bool, typer.Option("--force", help="Also of two machines.")] = False,
+    old: Annotated[Path, typer.Argument(help="JSON file of the earlier results.")],
+    new: Annotated[Path, typer.Argument(help="JSON file of the later results.")],
+    alpha: Annotated[
+        float, typer.Option(metavar="X", help="Level of significance, after Holm's correction.")
+    ] = 0.01,
+    effect: Annotated[
+        float, typer.Option(metavar="X", help="Smallest relative change that counts.")
+    ] = 0.05,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare results of two machines nevertheless.")
+    ] = False,
 ) -> None:
-    """What changed between two results. Exit code 1: something of TAB's is slower, wrong or gone;
-    2: something of TAB's could not be judged."""
+    """Say what changed between two results, by the exit code too.
+
+    It is 1 where something of TAB's is slower, wrong or gone, and 2 where something of TAB's could
+    not be judged."""
     from ..bench.regress import compare, differences
     from ..bench.results import load
     from ..bench.turns import busy
@@ -217,6 +302,6 @@ def _changes(changes) -> Table:
         if c.low is not None:
             change += f" ({100 * (c.low - 1):+.1f} … {100 * (c.high - 1):+.1f})"
         p = "–" if c.p is None else f"{c.p:.2g}"
-        table.add_row(c.case, c.contestant, c.direction, *times, change, p,
-                      Text(c.verdict, style=colour))  # fmt: skip
+        verdict = Text(c.verdict, style=colour)
+        table.add_row(c.case, c.contestant, c.direction, *times, change, p, verdict)
     return table

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from .options import ATTENTIONS, Overrides, RecipeName, layers_of, names_of, read_recipe
+from . import options
+from .given import load_data, read_recipe, use_threads, variants
 from .terminal import console, wide
 
 
-def check(
-    recipe: RecipeName = None,
-    models: Annotated[str | None, typer.Option(help="mlp,cnn (default), resnet9, all.")] = None,
-    attentions: Annotated[str | None, typer.Option(help=ATTENTIONS)] = None,
-    overrides: Overrides = None,
+def command(
+    recipe: options.RecipeName = None,
+    models: options.Models = None,
+    attentions: options.Attentions = None,
+    overrides: options.Overrides = None,
+    data: options.ClassesOf = None,
+    threads: options.Threads = None,
 ) -> None:
-    """Which variants are the same function at a recipe's sizes, and which weights do nothing."""
-    from ..checks import check_keys
-    from ..layers import layer_names
-    from ..models.image_model import STUDY, model_names
+    """Say which variants are the same function, and which weights do nothing."""
     from ..report.same_function import identity_table
 
-    found = read_recipe(recipe or "fair", None, overrides)
-    chosen = names_of(models or STUDY, model_names())
-    names = layers_of(attentions or "all", found.attentions())
-    check_keys("--models", chosen, model_names())
-    check_keys("--attentions", names, layer_names())
-    result = say(found, chosen, names)
-    wide().print(identity_table(result, f"Identity check of {found.name}"))
+    use_threads(threads)
+    found = read_recipe(recipe or "fair", overrides=overrides)
+    chosen = variants(models, attentions, found.attentions())
+    classes = len(load_data(data).classes) if data else 10
+    same = say_same(found, *chosen, classes)
+    wide().print(identity_table(same, f"Identity check of {found.name}"))
 
 
-def say(recipe, models: list[str], attentions: list[str], classes: int = 10):
+def say_same(recipe, models: list[str], attentions: list[str], classes: int):
     """Prints what the check finds, in sentences, and returns it."""
     from ..analysis.same_function import identity
     from ..report.same_function import sentences

@@ -1,53 +1,128 @@
-"""Options that several commands share, and what is made of them."""
+"""The options that several commands share, each stated once: its type, its name and its help.
+
+A command takes one as `models: options.Models = None`. What is made of them is in given.py.
+"""
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .terminal import bar
+# --- what is trained ---
 
-Data = Annotated[
+Models = Annotated[
     str | None,
     typer.Option(
-        help="cifar10, shapes, shapes:TRAIN/TEST, or a folder or archive of pictures or of CIFAR."
+        metavar="A,B",
+        help="Names of models (mlp, cnn, resnet9), separated by commas, or all; by default "
+        "mlp,cnn.",
+    ),
+]
+Attentions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Names of attention mechanisms and controls, separated by commas; all (the default) "
+        "stands for the mechanisms, ladder for the controls.",
     ),
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME|FILE", help="A recipe; default: fair."),
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Recipe, by name or as a .toml file: how models are built and trained; by default "
+        "fair.",
+    ),
 ]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Sets train.epochs.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Number of epochs of each run; short for --set train.epochs=N."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; can be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Key of the recipe and its new value, such as train.lr=0.01; may be given several "
+        "times.",
+    ),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Models through torch.compile: train.compile=true.")
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the models with torch.compile; short for --set train.compile=true.",
+    ),
 ]
-Out = Annotated[Path | None, typer.Option(help="The new directory for the results.")]
+
+# --- the data and the results ---
+
+_SETS = "cifar10, shapes, shapes:TRAIN/TEST, or a folder or an archive"
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SET",
+        help=f"Data set: {_SETS} (of pictures, or of CIFAR's own files); by default cifar10.",
+    ),
+]
+DataAgain = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SET",
+        help="Data set that the results were made with, where it has moved since; by default it "
+        "is looked for where it was.",
+    ),
+]
+ClassesOf = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SET",
+        help="Data set whose number of classes the sizes are matched for, named as for tab "
+        "compare; without it they are matched for ten.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Directory for the results, which must hold none yet; by default one named after "
+        "the time.",
+    ),
+]
+ResumeFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="DIR",
+        help="Directory of results to continue where they were stopped.",
+    ),
+]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard as well.")
+]
+
+# --- where it runs ---
+
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda or cuda:1; default: a GPU if there is one."),
+    typer.Option(
+        metavar="NAME",
+        help="Device to compute on: cpu, cuda or cuda:1; by default a GPU if there is one.",
+    ),
 ]
-
-ATTENTIONS = (
-    "A list a,b,c; in it, all (the default) stands for the attentions, ladder for the controls."
-)
-
-TensorBoard = Annotated[
-    bool, typer.Option("--tensorboard", help="Also log each epoch for TensorBoard.")
-]
-
 Jobs = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Runs at once, in as many processes. On a GPU they share it, its memory too: the "
-        "times of each run then say nothing of it alone.",
+        metavar="N",
+        help="Number of runs at once, each in a process of its own. On a GPU they share the "
+        "device and its memory, so that the time of one says little about that run alone.",
     ),
 ]
 BatchSeeds = Annotated[
@@ -55,102 +130,43 @@ BatchSeeds = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Train N seeds of a variant at once, as one stacked model: meant for a GPU that one "
-        "run leaves idle; a CPU gains little or loses. The times of each are then its share.",
+        help="Number of seeds of a variant to train at once, as one stacked model. This is meant "
+        "for a GPU that a single run leaves idle; a CPU gains little or loses. The time of each "
+        "seed is then its share of the whole.",
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Of each process; default: its share of the cores."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Number of CPU threads of each process; by default its share of the cores.",
+    ),
 ]
 RayAddress = Annotated[
     str | None,
-    typer.Option("--ray", metavar="ADDRESS|local", help="Run on a Ray cluster, or one made here."),
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="Address of a Ray cluster to run on, or local for one that is started here.",
+    ),
 ]
 Cpus = Annotated[
     int | None,
-    typer.Option("--cpus-per-task", min=1, help="With --ray: cores, and threads, of each run."),
+    typer.Option(
+        "--cpus-per-task",
+        min=1,
+        metavar="N",
+        help="Number of cores, and of threads, of each run on Ray; by default 1.",
+    ),
 ]
 Gpus = Annotated[
     float | None,
-    typer.Option("--gpus-per-task", min=0, help="With --ray; default: 1 on --device cuda, else 0."),
+    typer.Option(
+        "--gpus-per-task",
+        min=0,
+        metavar="X",
+        help="Number of GPUs of each run on Ray, which may be a fraction; by default 1 with "
+        "--device cuda, else 0.",
+    ),
 ]
-
-
-def read_recipe(name: str, epochs: int | None, overrides: list[str] | None):
-    from ..recipe.recipe import load_recipe, parse_override
-
-    changes = dict(map(parse_override, overrides or []))
-    if epochs is not None:
-        if changes.get("train.epochs", epochs) != epochs:
-            raise ValueError(f"--epochs {epochs} and --set train.epochs disagree: give one")
-        changes["train.epochs"] = epochs
-    return load_recipe(name, changes)
-
-
-def with_compile(overrides: list[str] | None, compiled: bool) -> list[str] | None:
-    return [*(overrides or []), "train.compile=true"] if compiled else overrides
-
-
-def now(folder: str, prefix: str = "", suffix: str = "") -> Path:
-    """A directory called by the time."""
-    return Path(folder) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
-
-
-def place_of(data: str) -> str:
-    """A folder or archive by its full path, so that work can resume from anywhere."""
-    return data if _named(data) or not Path(data).exists() else str(Path(data).resolve())
-
-
-def _named(data: str) -> bool:
-    return data.split(":")[0] in ("cifar10", "shapes")
-
-
-def names_of(text: str, everything: list[str]) -> list[str]:
-    return everything if text == "all" else [name.strip() for name in text.split(",")]
-
-
-def layers_of(text: str, everything: list[str]) -> list[str]:
-    """Attentions and controls: a list of names, in it `all` stands for `everything` and `ladder`
-    for those controls that are not named before it."""
-    from ..layers import control_names
-
-    groups = {"all": everything, "ladder": control_names()}
-    names: list[str] = []
-    for name in (part.strip() for part in text.split(",")):
-        names += [x for x in groups[name] if x not in names] if name in groups else [name]
-    return names
-
-
-def device_of(name: str | None, *, ray: str | None = None) -> str:
-    import torch
-
-    if ray is not None and name == "cuda":
-        return name  # of the cluster's nodes: this one may have none
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
-    return name
-
-
-def executor_for(device: str, jobs: int, threads, ray, cpus, gpus):
-    """Where tasks run that are for `device`, as the options say."""
-    from ..tasks.choose import executor
-
-    if ray is None and (cpus, gpus) != (None, None):
-        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
-    if ray is not None and device.startswith("cuda:"):
-        raise ValueError(f"--device {device}: Ray chooses the GPU of each task; give --device cuda")
-    if gpus is None:
-        gpus = 1 if device.startswith("cuda") else 0
-    return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)
-
-
-def load_data(spec: str, *, kept: bool = False):
-    """kept: `spec` is what a result was made with."""
-    from ..data.load import load_dataset
-
-    if kept and not _named(spec) and not Path(spec).exists():
-        raise ValueError(f"the data is no longer at {spec}: say where it is now, with --data")
-    with bar("data") as show:
-        return load_dataset(spec, progress=show)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..compare.driver import Watcher
@@ -19,6 +20,10 @@ class Board(Watcher):
     def __init__(self, folder: Path, shown: Watcher | None = None):
         self.folder, self.shown = folder, shown or Watcher()
         self.open, self.writers = summary_writer(), {}
+
+    @property
+    def hint(self) -> str:
+        return f"To watch: tensorboard --logdir {shlex.quote(str(self.folder))}"
 
     def start(self, runs: int, epochs: int) -> None:
         self.shown.start(runs, epochs)

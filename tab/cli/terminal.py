@@ -66,11 +66,17 @@ def or_resume(command: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def command_line(*words: str, overrides: list[str] | None, **options) -> str:
-    """The command that says the same."""
-    words = [*words, *(f"--set={text}" for text in overrides or [])]
-    words += [f"--{key}={value}" for key, value in options.items() if value is not None]
-    return " ".join(["tab", *map(shlex.quote, words)])
+def command_line(*words: str, **options: object) -> str:
+    """The command that says the same: True is a flag, a list an option given several times, and
+    what is None or False was not given."""
+    parts = ["tab", *words]
+    for key, value in options.items():
+        if value is True:
+            parts.append(f"--{key}")
+        elif value is not None and value is not False:
+            given = value if isinstance(value, list) else [value]
+            parts += [f"--{key}={each}" for each in given]
+    return " ".join(map(shlex.quote, parts))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
 
-import tab.cli.options
+import tab.cli.given
 from tab.cli.main import app
 from tab.cli.terminal import plain
 from tab.compare.plan import Grid
@@ -164,7 +164,7 @@ class Stopped(datetime.datetime):
 
 def test_what_begins_in_one_second_gets_a_directory_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tab.cli.options, "datetime", Stopped)
+    monkeypatch.setattr(tab.cli.given, "datetime", Stopped)
     small = ("--data", "shapes:60/20", *TINY)
     for _ in range(2):
         for words in (
@@ -184,7 +184,7 @@ def test_a_sweep_begun_in_the_same_second_and_with_moved_data(tmp_path, monkeypa
     pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TAB_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(tab.cli.options, "datetime", Stopped)
+    monkeypatch.setattr(tab.cli.given, "datetime", Stopped)
     data = pictures(tmp_path / "data", ("a", "b", "c"))
     words = ("--models", "mlp", "--attentions", "none", "--data", data, "--configurations", "2")
     words += ("--epochs", "1,2", "--images", "0", "--validation", "6", "--device", "cpu")

@@ -8,7 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
+import typer
 from small_cli import SMALL, flat, tab
+from small_pictures import CLASSES, build
+
+from tab.analysis.same_function import Identity
+from tab.cli.main import app
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def test_resume_of_a_finished_comparison_trains_nothing(compared):
     [
         (["--models", "cnn"], "--models: was ['mlp'], now ['cnn']"),
         (["--seeds", "3"], "--seeds: was 1, now 3"),
-        (["--epochs", "7"], "the recipe that results is another one"),
+        (["--epochs", "7"], "--epochs, --set or --compile: the recipe is then another one"),
         (["--recipe", "fair"], "--recipe: was 'quick', now 'fair'"),
         (["--data", "shapes:50/20"], "was made with shapes:100/20 ("),
         (["--out", "elsewhere"], "drop --out"),
@@ -71,7 +77,10 @@ def test_resume_with_a_conflicting_option_is_an_error(option, message, compared)
 def test_compile_is_a_key_of_the_recipe(compared):
     """--compile reaches the recipe: there it contradicts how the comparison was started."""
     result = tab("compare", "--resume", compared[0], "--compile")
-    assert result.exit_code == 2 and "the recipe that results is another one" in flat(result.output)
+    assert (
+        result.exit_code == 2
+        and "--epochs, --set or --compile: the recipe is then another one" in flat(result.output)
+    )
     config = (compared[0] / "config.toml").read_text()
     assert "compile = false" in config and "graph = true" in config
 
@@ -131,6 +140,25 @@ def test_train_and_its_resume(tmp_path):
     assert again.exit_code == 0 and "epoch 1/1" not in again.output
 
 
+@pytest.mark.parametrize("command", ["train", "report", "robustness"])
+def test_threads_are_those_that_compute(command, compared, tmp_path):
+    words = {
+        "train": ("mlp", "none", *SMALL, "--out", tmp_path / "run"),
+        "report": (compared[0],),
+        "robustness": (compared[0] / "runs" / "mlp-none-s0", "--images", 10),
+    }
+    before = torch.get_num_threads()
+    try:
+        result = tab(command, *words[command], "--threads", before + 1)
+        assert result.exit_code == 0, result.output
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    if command == "train":
+        run = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert run["environment"]["threads"] == before + 1
+
+
 def test_robustness_of_a_comparison_is_in_its_report(compared):
     out, _ = compared
     result = tab("robustness", out, "--images", 10, "--device", "cpu")
@@ -171,13 +199,15 @@ def test_doctor_lists_every_operator_and_extension():
 
 def test_help_and_version_do_not_wait_for_torch():
     program = (
-        "import sys; sys.argv = ['tab', {!r}]\n"
+        "import sys; sys.argv = ['tab', *{!r}]\n"
         "from tab.cli.main import main\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    for option, text in (("--help", "compare"), ("--version", "tab 0")):
-        command = [sys.executable, "-c", program.format(option)]
+    said = [(["--help"], "compare"), (["--version"], "tab 0"), (["compare", "--help"], "--seeds")]
+    said += [(["bench", "steps", "--help"], "--batch"), (["sweep", "--help"], "--budget")]
+    for options, text in said:
+        command = [sys.executable, "-c", program.format(options)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and text in done.stdout, done.stderr
 
@@ -218,6 +248,33 @@ def test_check_prints_what_is_the_same():
     assert "MLP: Multi-Head and Local are the same function on the same weights" in text
     assert "no gradient reaches Q, K of Multi-Head and Local" in text
     assert "Identity check of published" in text
+
+
+def test_check_matches_sizes_for_the_classes_of_the_data(tmp_path, monkeypatch):
+    seen = []
+
+    def identity(recipe, models, attentions, *, classes):
+        seen.append(classes)
+        return Identity([], [])
+
+    monkeypatch.setattr("tab.analysis.same_function.identity", identity)
+    for data in ([], ["--data", build(tmp_path / "fruit")]):
+        assert tab("check", *data).exit_code == 0
+    assert seen == [10, len(CLASSES)]
+
+
+def test_every_help_text_is_a_sentence_that_begins_with_its_noun():
+    def texts(command, name):
+        for parameter in command.params:
+            yield f"{name} {parameter.name}", getattr(parameter, "help", None)
+        for below, inner in getattr(command, "commands", {}).items():
+            yield f"{name} {below}", inner.help
+            yield from texts(inner, f"{name} {below}")
+
+    for name, text in texts(typer.main.get_command(app), "tab"):
+        assert text, f"{name} has no help"
+        assert text[0].isupper() and text.rstrip().endswith((".", "?")), f"{name}: {text}"
+        assert text.split()[0] not in ("Of", "To", "That", "With", "Also", "As"), f"{name}: {text}"
 
 
 def test_compare_says_it_before_it_trains(tmp_path):

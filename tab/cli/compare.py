@@ -1,0 +1,135 @@
+"""`tab compare`: the whole comparison, from the grid to the report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import check, options, report
+from .given import device_of, executor_for, load_data, now, place_of, read_recipe, variants
+from .terminal import console, errors, or_resume, say, wide
+
+
+def command(
+    models: options.Models = None,
+    attentions: options.Attentions = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of runs of each variant; by default 1."),
+    ] = None,
+    recipe: options.RecipeName = None,
+    data: options.Data = None,
+    epochs: options.Epochs = None,
+    overrides: options.Overrides = None,
+    compiled: options.Compile = False,
+    out: options.Out = None,
+    resume: options.ResumeFrom = None,
+    device: options.Device = None,
+    jobs: options.Jobs = 1,
+    threads: options.Threads = None,
+    ray: options.RayAddress = None,
+    cpus: options.Cpus = None,
+    gpus: options.Gpus = None,
+    batch_seeds: options.BatchSeeds = None,
+    tensorboard: options.TensorBoard = False,
+) -> None:
+    """Train every model with every attention and compare them: tables, pictures, a report."""
+    from ..compare.driver import compare
+    from ..compare.plan import Plan
+
+    if tensorboard:  # is it there? before anything is written
+        from .tensorboard import Board, summary_writer
+
+        summary_writer()
+    given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
+    given |= {"device": device, "batch_seeds": batch_seeds}
+    given = {key: value for key, value in given.items() if value is not None}
+    if resume and out:
+        raise ValueError("--resume continues in its own directory: drop --out")
+    changes = {"epochs": epochs, "overrides": overrides, "compiled": compiled}
+    if resume:
+        plan, out = _resumed(resume, given, recipe, changes, ray), resume
+        plan.configs()
+        executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
+        dataset = load_data(plan.grid.data, kept=True)
+        if data:
+            plan.moved(out, dataset)
+        say(f"Resuming {out}")
+    else:
+        found = read_recipe(recipe or "fair", **changes)
+        plan = Plan(found, _grid(given, found, ray))
+        plan.configs()  # every name and option is checked before anything is fetched or written
+        executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
+        dataset = load_data(plan.grid.data)
+        out = plan.save(out or now("results"), dataset, new=out is None)
+        check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
+    say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
+    again = f"tab compare --resume {shlex.quote(str(out))}{' --tensorboard' * tensorboard}"
+    with or_resume(again):
+        with _watcher() as watcher:
+            if tensorboard:
+                watcher = Board(out / "tensorboard", watcher)
+                say(watcher.hint)
+            runs = compare(plan, dataset, out, watcher=watcher, executor=executor)
+        path = report.write(out, dataset)
+    report.print_tables(runs, plan.grid.models, dataset.note)
+    say(f"Report: {path}")
+    if failed := [run.id for run in runs if run.status == "failed"]:
+        where = out / "runs"
+        text = f"failed: {', '.join(failed)}; each one's error.txt in {where} says why"
+        say(text, style="red", to=errors)
+        raise typer.Exit(1)
+
+
+def _grid(given: dict, recipe, ray: str | None):
+    from ..compare.plan import Grid
+
+    models, attentions = variants(given.get("models"), given.get("attentions"), recipe.attentions())
+    return Grid(
+        recipe=recipe.name,
+        models=models,
+        attentions=attentions,
+        seeds=given.get("seeds", 1),
+        data=place_of(given.get("data", "cifar10")),
+        device=device_of(given.get("device"), ray=ray),
+        batch_seeds=given.get("batch_seeds", 1),
+    )
+
+
+def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, ray: str | None):
+    """The stored plan; an option that says otherwise is an error that names both values. The data
+    may lie elsewhere now: whether it is the same is seen when it has been read."""
+    from ..compare.plan import Plan
+
+    plan = Plan.load(resume)
+    was = vars(plan.grid)
+    stored = {**was, "models": ",".join(was["models"]), "attentions": ",".join(was["attentions"])}
+    new = vars(_grid({**stored, **given}, plan.recipe, ray))
+    differ = [
+        f"--{key.replace('_', '-')}: was {was[key]!r}, now {new[key]!r}"
+        for key in given
+        if was[key] != new[key] and key != "data"
+    ]
+    if recipe and Path(recipe).stem != plan.recipe.name:
+        differ.append(f"--recipe: was {plan.recipe.name!r}, now {recipe!r}")
+    elif recipe or any(changes.values()):
+        other = read_recipe(recipe or str((resume / "config.toml").resolve()), **changes)
+        if dataclasses.replace(other, name=plan.recipe.name) != plan.recipe:
+            differ.append("--recipe, --epochs, --set or --compile: the recipe is then another one")
+    if differ:
+        raise ValueError(
+            f"{resume} was started otherwise ({'; '.join(differ)}): drop the option, or start a "
+            "new comparison"
+        )
+    return dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, data=new["data"]))
+
+
+def _watcher():
+    from .progress import Bars, Lines
+
+    return Bars(console) if console.is_terminal else contextlib.nullcontext(Lines(wide()))

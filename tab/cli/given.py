@@ -1,0 +1,120 @@
+"""What the shared options come to: the recipe, the variants, the data, where it all runs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from .terminal import bar
+
+
+def read_recipe(
+    name: str,
+    epochs: int | None = None,
+    overrides: list[str] | None = None,
+    *,
+    compiled: bool = False,
+):
+    from ..recipe.recipe import load_recipe, parse_override
+
+    changes = dict(map(parse_override, overrides or []))
+    short = {"train.epochs": ("--epochs", epochs), "train.compile": ("--compile", compiled or None)}
+    for key, (option, value) in short.items():
+        if value is None:
+            continue
+        if changes.setdefault(key, value) != value:
+            raise ValueError(f"{option} and --set {key}={changes[key]} disagree: give one")
+    return load_recipe(name, changes)
+
+
+def variants(
+    models: str | None, attentions: str | None, everything: list[str]
+) -> tuple[list[str], list[str]]:
+    """The names that --models and --attentions choose. everything: what `all` attentions are."""
+    from ..checks import check_keys
+    from ..layers import layer_names
+    from ..models.image_model import STUDY, model_names
+
+    mine = _names(models or STUDY, {"all": model_names()})
+    layers = layers_of(attentions or "all", everything)
+    check_keys("--models", mine, model_names())
+    check_keys("--attentions", layers, layer_names())
+    return mine, layers
+
+
+def layers_of(text: str, everything: list[str]) -> list[str]:
+    """Attentions and controls: `all` stands for `everything`, `ladder` for the controls."""
+    from ..layers import control_names
+
+    return _names(text, {"all": everything, "ladder": control_names()})
+
+
+def _names(text: str, groups: dict[str, list[str]]) -> list[str]:
+    """A list of names; the name of a group stands for those of it that are not named before."""
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        names += [x for x in groups[name] if x not in names] if name in groups else [name]
+    return names
+
+
+def now(folder: str, prefix: str = "", suffix: str = "") -> Path:
+    """A directory named after the time."""
+    return Path(folder) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+
+
+def place_of(data: str) -> str:
+    """A folder or archive by its full path, so that work can resume from anywhere."""
+    return data if _named(data) or not Path(data).exists() else str(Path(data).resolve())
+
+
+def _named(data: str) -> bool:
+    return data.split(":")[0] in ("cifar10", "shapes")
+
+
+def load_data(spec: str, *, kept: bool = False):
+    """kept: `spec` is what a result was made with."""
+    from ..data.load import load_dataset
+
+    if kept and not _named(spec) and not Path(spec).exists():
+        raise ValueError(f"the data is no longer at {spec}: say where it is now, with --data")
+    with bar("data") as show:
+        return load_dataset(spec, progress=show)
+
+
+def device_of(name: str | None, *, ray: str | None = None) -> str:
+    import torch
+
+    if ray is not None and name == "cuda":
+        return name  # of the cluster's nodes: this one may have none
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
+    return name
+
+
+def use_threads(threads: int | None) -> None:
+    """In this process; None leaves torch's own choice."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def executor_for(
+    device: str,
+    jobs: int,
+    threads: int | None,
+    ray: str | None,
+    cpus: int | None,
+    gpus: float | None,
+):
+    """Where tasks for `device` run, as the options say."""
+    from ..tasks.choose import executor
+
+    if ray is None and (cpus, gpus) != (None, None):
+        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
+    if ray is not None and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: Ray chooses the GPU of each task; give --device cuda")
+    if gpus is None:
+        gpus = 1 if device.startswith("cuda") else 0
+    return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)

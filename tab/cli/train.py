@@ -1,0 +1,88 @@
+"""`tab train`: one run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options
+from .given import device_of, load_data, now, read_recipe, use_threads
+from .terminal import command_line, or_resume, pairs, say
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Name of the model: mlp, cnn or resnet9.")],
+    attention: Annotated[
+        str, typer.Argument(help="Name of the attention mechanism; none is the control.")
+    ],
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="Seed of the weights, the data order and the augmentation."),
+    ] = 0,
+    recipe: options.RecipeName = None,
+    data: options.Data = None,
+    epochs: options.Epochs = None,
+    overrides: options.Overrides = None,
+    compiled: options.Compile = False,
+    out: options.Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    tensorboard: options.TensorBoard = False,
+) -> None:
+    """Train one model with one attention."""
+    from ..files import fresh
+    from ..train.loop import train
+    from ..train.run_files import read_run_file
+    from .progress import accuracies
+
+    if tensorboard:
+        from .tensorboard import Board, summary_writer
+
+        summary_writer()
+    if resume and not out:
+        raise ValueError("--resume needs --out DIR, the directory of the run to continue")
+    if resume and not (out / "run.json").exists():
+        raise ValueError(f"{out} holds no run to continue: drop --resume, or give its directory")
+    use_threads(threads)
+    found = read_recipe(recipe or "fair", epochs, overrides, compiled=compiled)
+    for_ten = found.run_config(model, attention, seed)  # checked before anything is fetched
+    dataset = load_data(data or "cifar10")
+    config = found.run_config(model, attention, seed, classes=len(dataset.classes))
+    # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
+    if resume and (read_run_file(out) or {}).get("config") == for_ten.to_dict():
+        config = for_ten
+    out = out or fresh(now("runs", suffix=f"_{config.id}"))
+    say(f"{out}: {config.id} on {dataset.note}")
+
+    board = None
+    if tensorboard:
+        board = Board(out / "tensorboard")
+        say(board.hint)
+
+    def show(row: dict) -> None:
+        if board:
+            board.epoch(config, row)
+        text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
+        say(f"{text}{accuracies(row)}  {row['seconds']:.1f} s")
+
+    again = command_line(
+        *("train", model, attention),
+        seed=seed,
+        recipe=recipe,
+        data=data,
+        epochs=epochs,
+        set=overrides,
+        compile=compiled,
+        out=out,
+        device=device,
+        threads=threads,
+        tensorboard=tensorboard,
+        resume=True,
+    )
+    with or_resume(again):
+        outcome = train(
+            config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
+        )
+    pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))
