@@ -8,13 +8,13 @@ Its checksum is the archive's comment, "tab sha256 <hex>", verified before anyth
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import torch
 
 PART, LOCK = ".part", "lock"  # names of what is no result: a file half written, and `locked`'s
@@ -80,16 +80,17 @@ def digest(*paths: Path) -> str:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`; the system drops the lock if the process dies."""
-    with open(folder / LOCK, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"{folder} is in use by process {file.read().strip() or 'unknown'}; wait for it, "
-                "or give another directory"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    lock, owner = filelock.FileLock(folder / LOCK), folder / f"{LOCK}{PART}"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        who = owner.read_text(errors="replace") if owner.is_file() else "unknown"
+        raise ValueError(
+            f"{folder} is in use by process {who}; wait for it, or give another directory"
+        ) from None
+    try:
+        owner.write_text(str(os.getpid()))
         yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import resource
 import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 if TYPE_CHECKING:
     import torch  # `tab --help` does not wait for it
@@ -61,6 +65,10 @@ def peak_memory(device: torch.device) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        import psutil  # a dependency where `resource` is not in Python
+
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -4,7 +4,7 @@
 
 dy, dx uniform in −translate … translate pixels, mirrored with probability ½. Pixels that the moved
 image leaves uncovered take the mean colour, which is 0 after normalisation. On the CPU one pass in
-C++ threads (tab._host) writes each batch; on another device the uint8 set lives there and one
+C++ threads writes each batch (host.py); on another device the uint8 set lives there and one
 kernel does the same, to the same bits (tab/ops/batches.py).
 """
 
@@ -18,12 +18,8 @@ import torch
 from torch import Tensor
 
 from ..ops.batches import assemble
+from . import host
 from .load import Split
-
-try:
-    from .. import _host
-except ImportError as error:  # said at the first use, so that `tab doctor` runs without it
-    _host, _missing = None, error
 
 
 class Batches:
@@ -51,11 +47,6 @@ class Batches:
         index: Tensor | None = None,
         threads: int | None = None,
     ):
-        if _host is None:
-            raise ImportError(
-                f"tab._host, which assembles batches, does not load ({_missing}). Build it: "
-                "pip install -e . (needs a C++ compiler)"
-            ) from _missing
         count, side = len(split.images), min(split.images.shape[1:3])
         index = torch.arange(count) if index is None else torch.as_tensor(index).cpu()
         if index.dtype != torch.int64 or index.dim() != 1:
@@ -110,31 +101,20 @@ class Batches:
             raise ValueError(f"epoch {epoch} must be 0 or more")
         seed, index = self.seed % 2**64, self.index
         if self.shuffle:
-            generator = torch.Generator().manual_seed(_host.hash(seed, epoch))
+            generator = torch.Generator().manual_seed(host.hash(seed, epoch))
             index = index[torch.randperm(len(index), generator=generator)]
         index = index[: self.samples]  # (M,)
-        moves = _host.moves(seed, epoch, index.numpy(), self.translate, self.flip)
-        moves = torch.from_numpy(moves).to(self.device)  # (M, 3)
+        moves = host.moves(seed, epoch, index, self.translate, self.flip).to(self.device)  # (M, 3)
         index = index.to(self.device)
 
         def batch(start: int) -> tuple[Tensor, Tensor]:
             part = slice(start, start + self.batch_size)
             given = self.images, index[part], moves[part], self.mean, self.scale
             on_host = self.device.type == "cpu"
-            x = assemble_host(*given, self.threads) if on_host else assemble("auto", *given)
+            x = host.assemble_host(*given, self.threads) if on_host else assemble("auto", *given)
             return x, self.labels[index[part]]
 
         return (batch(start) for start in range(0, self.samples, self.batch_size))
-
-
-def assemble_host(
-    images: Tensor, index: Tensor, moves: Tensor, mean: Tensor, scale: Tensor, threads: int
-) -> Tensor:
-    """images (N, H, W, 3) uint8, index (B,), moves (B, 3) int8 → (B, 3, H, W) float32, in C++."""
-    out = torch.empty(len(index), *images.shape[1:])  # (B, H, W, 3)
-    arrays = (tensor.numpy() for tensor in (images, index, moves, mean, scale, out))
-    _host.assemble(*arrays, threads)
-    return out.permute(0, 3, 1, 2)  # channels_last in memory
 
 
 def _normaliser(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

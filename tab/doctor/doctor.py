@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
 import shutil
@@ -53,9 +54,14 @@ def versions() -> list[tuple[str, str]]:
 
 
 def built(extension: str) -> str:
-    """'built' or 'not built'; one that is there and broken raises, here or at `import tab.ops`."""
-    if not any(Path(__file__).parents[1].glob(f"{extension}.*so")):
-        return "not built"
+    """'built', or 'not built' and why, where the build left a note (setup.py); one that is there
+    and broken raises, here or at `import tab.ops`."""
+    folder = Path(__file__).parents[1]
+    if not any(path for end in ("so", "pyd") for path in folder.glob(f"{extension}.*{end}")):
+        notes = folder / "left_out.json"
+        said = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+        why = said.get(f"tab.{extension}")
+        return f"not built: {why}" if why else "not built"
     if extension == "_host":
         importlib.import_module("tab._host")
     return "built"

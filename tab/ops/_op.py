@@ -187,8 +187,9 @@ _missing: dict[str, str] = {}  # extension -> why it is not there
 
 
 def _load(extension: str) -> None:
-    """Loads tab/_C*.so. Not built is noted; built and broken raises: silence would hide it."""
-    found = sorted(Path(__file__).parents[1].glob(f"{extension}.*so"))
+    """Loads tab/_C.*. Not built is noted; built and broken raises: silence would hide it."""
+    names = (f"{extension}.*so", f"{extension}.*pyd")  # .pyd on Windows
+    found = sorted(path for name in names for path in Path(__file__).parents[1].glob(name))
     if not found:
         _missing[extension] = f"the extension tab.{extension} was not built"
         return

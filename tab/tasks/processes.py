@@ -117,6 +117,9 @@ def _environment(threads: int) -> Iterator[None]:
 def _no_interrupt() -> Iterator[None]:
     """A terminal sends Control-C to every process of the group; what starts in here never gets it,
     since the mask is inherited, and this one gets it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     resource_tracker.ensure_running()  # its start, in the first process's, would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

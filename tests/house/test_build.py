@@ -1,18 +1,22 @@
 """The build's switches, and imports that must refuse."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from paths import ROOT
 
 NO_TOOLKIT = "import pathlib; pathlib.Path.is_file = lambda self: False; "
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+def run(code: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -35,9 +39,81 @@ def test_auto_without_a_toolkit_leaves_cuda_out():
     assert done.returncode == 0 and done.stdout.split()[-1] == "False", done.stderr
 
 
-def test_another_value_is_refused():
-    done = setup(TAB_CUDA="yes")
-    assert done.returncode and "TAB_CUDA=yes is none of auto, 0, 1" in done.stderr
+@pytest.mark.parametrize(
+    "gpu, force, wanted", [("", "0", "False"), ("", "1", "True"), ("GPU 0: one", "0", "True")]
+)
+def test_auto_takes_a_gpu_and_a_toolkit(gpu, force, wanted, tmp_path):
+    """The toolkit alone cost a newcomer without a GPU most of the first minutes."""
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/cuda_runtime.h").touch()
+    asked = tmp_path / "nvidia-smi"
+    asked.write_text(f"#!/bin/sh\necho '{gpu}'\n")
+    asked.chmod(0o755)
+    done = setup(
+        "import atexit; atexit.register(lambda: print(with_cuda)); ",
+        CUDA_HOME=str(tmp_path),
+        FORCE_CUDA=force,
+        TAB_CUDA="auto",
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    )
+    assert done.returncode == 0 and done.stdout.split()[-1] == wanted, done.stderr
+
+
+@pytest.mark.parametrize("name", ["TAB_CPP", "TAB_CUDA"])
+def test_another_value_is_refused(name):
+    done = setup(**{name: "yes"})
+    assert done.returncode and f"{name}=yes is none of auto, 0, 1" in done.stderr
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Of a copy of the sources, as pip builds a wheel."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("csrc", "kernels", "tab"):
+        skipped = shutil.ignore_patterns("*.so", "kernels", "__pycache__", "left_out.json")
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped if name == "tab" else None)
+    return run(
+        "import sys; sys.argv = ['setup.py', 'build']; exec(open('setup.py').read())",
+        folder,
+        **environment,
+    )
+
+
+BROKEN = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++", "TAB_CUDA": "0"}
+
+
+def test_without_a_compiler_the_rest_is_built_and_says_why(tmp_path):
+    folder = tmp_path / "a path with spaces"
+    folder.mkdir()
+    done = build(folder, **BROKEN)
+    assert done.returncode == 0, done.stderr
+    for name in ("tab._C", "tab._host"):
+        assert f"{name} is left out" in done.stderr
+    assert "/nowhere/c++: not found" in done.stderr and "TAB_CPP=1" in done.stderr
+    (built,) = folder.glob("build/lib*/tab")
+    said = json.loads((built / "left_out.json").read_text())
+    assert "/nowhere/c++" in said["tab._C"] and "TAB_CPP=1" in said["tab._host"]
+    code = "from tab.doctor import doctor; print(doctor.built('_C'))"
+    told = run(code, built.parent, PYTHONPATH=str(built.parent))
+    assert "not built: " in told.stdout and "/nowhere/c++" in told.stdout, told.stderr
+
+
+def test_tab_cpp_1_insists(tmp_path):
+    done = build(tmp_path, **BROKEN, TAB_CPP="1")
+    assert done.returncode and "is left out" not in done.stderr
+
+
+def test_a_broken_nvcc_costs_only_the_cuda_kernels(tmp_path):
+    home = tmp_path / "cuda"
+    (home / "include").mkdir(parents=True)
+    (home / "include/cuda_runtime.h").touch()
+    (home / "bin").mkdir()
+    (home / "bin/nvcc").write_text("#!/bin/sh\necho 'error: no licence' >&2; exit 1\n")
+    (home / "bin/nvcc").chmod(0o755)
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    done = build(folder, CUDA_HOME=str(home), FORCE_CUDA="1", TAB_CUDA="auto", TAB_CPP="0")
+    assert done.returncode == 0 and "tab._C_cuda is left out" in done.stderr, done.stderr
 
 
 def test_kernels_refuses_its_bare_name():

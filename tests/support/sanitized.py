@@ -22,8 +22,8 @@ from proof import LAYOUTS, layout, outputs_and_gradients, poisoned
 from torch import Tensor
 
 import tab
-from tab import _host
-from tab.data.batches import assemble_host
+from tab.data import host
+from tab.data.host import assemble_host
 from tab.ops import OPS
 from tab.ops.batches import assemble
 
@@ -181,7 +181,7 @@ def check_batches() -> None:
         images = torch.randint(0, 256, (9, height, width, 3), generator=generator).byte()
         index = torch.randint(0, 9, (17,), generator=generator)
         translate = min(width, height) - 1
-        moves = torch.from_numpy(_host.moves(1, 2, index.numpy(), translate, True))
+        moves = host.moves(1, 2, index, translate, True)
         mean, scale = torch.rand(3, generator=generator) * 255, torch.full((3,), 0.02)
         given = images, index, moves, mean, scale
         if not torch.equal(assemble_host(*given, 3), assemble("reference", *given)):

@@ -8,7 +8,7 @@ import torch
 import triton
 from proof import poisoned
 
-from tab.data.batches import assemble_host
+from tab.data.host import assemble_host
 from tab.kernels.batches import assemble
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
