@@ -19,11 +19,14 @@ from ._registry import (
     attention_names,
     attention_options,
     build_attention,
+    claimed_colours,
     control_names,
     get_attention,
+    known_layer,
     layer_names,
     register_attention,
 )
+from ._stacking import stacks
 
 __all__ = [
     "Attention",
@@ -31,8 +34,11 @@ __all__ = [
     "attention_names",
     "attention_options",
     "build_attention",
+    "claimed_colours",
     "control_names",
     "get_attention",
+    "known_layer",
     "layer_names",
     "register_attention",
+    "stacks",
 ]

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+NOT_SAID = "its class does not say how it runs for several seeds at once (tab/layers/_stacking.py)"
+
+
 class Attention(nn.Module):
     """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options) and write
     `compute`; one that writes `forward` instead has to keep the rule for masks itself.
@@ -27,6 +30,10 @@ class Attention(nn.Module):
     tokens are all masked is left, and an empty batch (B = 0 or N = 0) gives an empty output.
 
     title: its name in tables and pictures; the name that it is registered under, if empty.
+    colour: its place in the palette of the pictures (tab/report/style.py), 0 to 20; None: the next
+    that no layer claims.
+    stacking: how it runs for several seeds at once: True, its stacked form, or why it cannot
+    (tab/layers/_stacking.py). These three are a class's own: a subclass does not inherit them.
     is_attention: False for a control (tab/layers/controls.py): no token weighs the others by what
     they hold. The statistics compare attentions with the best of these too.
     fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
@@ -38,6 +45,8 @@ class Attention(nn.Module):
     """
 
     title: str = ""
+    colour: int | None = None
+    stacking: bool | str | type[nn.Module] = NOT_SAID
     is_attention: bool = True
     fine_size: str = ""
     size_options: tuple[str, ...] = ()
@@ -51,6 +60,9 @@ class Attention(nn.Module):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
+        for name in ("title", "colour", "stacking"):
+            if name not in vars(cls):
+                setattr(cls, name, vars(Attention)[name])
         # torch.compile allows eight compilations to a code object: each layer gets one of its own.
         if "forward" not in vars(cls):
             f = cls.forward

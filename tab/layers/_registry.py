@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
@@ -87,6 +88,26 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
             raise ValueError(f"unknown attention {name!r}{hint} Choose one of: {names}")
         register_attention(name)(found[name].load())
     return _published.get(name, _layers[name]) if published else _layers[name]
+
+
+def known_layer(name: str) -> type[Attention] | None:
+    """The layer class called `name`; None where it is not installed, as in a report on runs of
+    another machine, or its package does not load, which a warning says."""
+    if name not in _layers and name not in _entry_points():
+        return None
+    try:
+        return get_attention(name)
+    except Exception as error:  # a package may fail in any way
+        warnings.warn(
+            f"the attention {name!r} does not load, so reports know it by this name alone: {error}",
+            stacklevel=2,
+        )
+        return None
+
+
+def claimed_colours() -> set[int]:
+    """Of all layers that are loaded."""
+    return {layer.colour for layer in _layers.values() if layer.colour is not None}
 
 
 def attention_options(name: str, *, published: bool = False) -> dict[str, object]:

@@ -14,7 +14,7 @@ from ._registry import register_attention
 class NoAttention(Attention):
     """The control: y = x."""
 
-    is_attention, title = False, "Control"
+    is_attention, title, stacking = False, "Control", True
 
     def __init__(self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None):
         super().__init__()
@@ -47,6 +47,8 @@ class SelfAttention(_SoftmaxAttention):
     inner_dim: D, the width of Q and K, `dim` if None; V is as wide as the tokens.
     """
 
+    title, colour, stacking = "Self-Attention", 0, True
+
     def __init__(
         self,
         dim: int,
@@ -70,3 +72,5 @@ class SelfAttention(_SoftmaxAttention):
 @register_attention("multi_head")
 class MultiHeadAttention(_SoftmaxAttention):
     """H heads of softmax(QKᵀ/√D)V, concatenated and projected (Vaswani et al. 2017, eq. 1)."""
+
+    title, colour, stacking = "Multi-Head", 1, True

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ._base import Attention, check_heads
 from ._registry import register_attention
+from ._stacking import beside, stacks
 from ._state import Stateful
 from .basic import NoAttention
 
@@ -33,7 +34,7 @@ class NoAttentionAgain(NoAttention):
     seed_shift: added to the seed of the run wherever something is drawn (`RunConfig.draws`).
     """
 
-    title = "Control again"
+    title, stacking = "Control again", True
 
     def __init__(
         self,
@@ -53,7 +54,8 @@ class FeedForward(Attention):
     width: of the hidden layer, 2·dim by default: as many weights as multi-head attention has.
     """
 
-    is_attention, size_options, title = False, ("width",), "Token-wise FFN"
+    is_attention, size_options = False, ("width",)
+    title, stacking = "Token-wise FFN", True
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class _StaticMix(Attention):
 class UniformMix(_StaticMix):
     """y_i = W_o · mean_j W_v x_j over the real tokens: attention whose weights are all 1/N."""
 
-    title = "Uniform 1/N"
+    title, stacking = "Uniform 1/N", True
 
     def __init__(
         self,
@@ -191,8 +193,18 @@ class LearnedMix(_MatrixMix):
 
     def matrix(self, n: int) -> Tensor:
         if self.rows is None:
-            return self.weight[:, :n, :n]
-        return self.rows[:, :n] @ self.weight[..., :n]
+            return self.weight[..., :n, :n]
+        return self.rows[..., :n, :] @ self.weight[..., :n]
+
+
+@stacks(LearnedMix)
+class StackedLearnedMix(LearnedMix):
+    """M (S, H, N, N)"""
+
+    def mix(self, v: Tensor, key_mask: None) -> Tensor:
+        v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (S·B, H, N, D)
+        m, v = beside(self.matrix(v.shape[2]).to(v.dtype), v)
+        return (m @ v).flatten(0, 1).transpose(1, 2).flatten(2)
 
 
 @register_attention("random")
@@ -225,12 +237,21 @@ class RandomMix(Stateful, _MatrixMix):
         return self.weight[:, :n, :n]
 
 
+@stacks(RandomMix)
+class StackedRandomMix(RandomMix):
+    """Each seed has an M of its own."""
+
+    def mix(self, v: Tensor, key_mask: None) -> Tensor:
+        parts = zip(self.seeds, v.chunk(len(self.seeds)), strict=True)
+        return torch.cat([layer.mix(part, None) for layer, part in parts])
+
+
 @register_attention("dwconv")
 class DepthwiseConv(_StaticMix):
     """y = W_o · conv(W_v x), conv depthwise: 3×3 on the grid of the tokens, or 3 on a line where
     they have none. Tokens beyond the edge, and masked ones, count as 0."""
 
-    title = "Depthwise 3×3"
+    title, stacking = "Depthwise 3×3", "its convolution is written for one seed"
 
     def __init__(
         self,

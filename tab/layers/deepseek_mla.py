@@ -11,6 +11,7 @@ from ..ops._check import accumulate
 from ..ops.mla import mla_attention
 from ._base import Attention, check_heads
 from ._registry import register_attention
+from ._stacking import stacks
 from .moe import MoE
 from .rope import Rope
 
@@ -111,6 +112,23 @@ class LatentAttention(nn.Module):
         return (s * (self.nope_dim + self.rope_dim) ** -0.5).softmax(-1)
 
 
+@stacks(LatentAttention)
+class StackedLatentAttention(LatentAttention):
+    """w_uk (S, H, Dn, R), w_uv (S, H, Dv, R): the kernel runs once a seed."""
+
+    def forward(
+        self, x: Tensor, key_mask: None = None, max_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = [t.chunk(len(self.seeds)) for t in self.project(x)]
+        found = [
+            mla_attention(*own, return_max_logits=max_logits)
+            for own in zip(*parts, self.w_uk, self.w_uv, strict=True)
+        ]
+        peak = torch.cat([p for _, p in found]) if max_logits else None  # (S·B, H)
+        o = torch.cat([o[0] for o in found] if max_logits else found)  # (S·B, H, N, Dv)
+        return self.out(o.transpose(1, 2).flatten(2)), peak
+
+
 class LatentMoE(Attention):
     """a = attention(x), y = a + MoE(RMSNorm(s + a)), s the residual stream.
 
@@ -172,6 +190,8 @@ class DeepSeekMLA(LatentMoE):
     balance_alpha, bias_speed).
     Positions are rotary, in two dimensions when a grid is given.
     """
+
+    title, colour, stacking = "DeepSeek MLA", 8, True
 
     def __init__(
         self,

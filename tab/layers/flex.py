@@ -39,6 +39,8 @@ class FlexAttention(HeadsAttention):
     A token that sees nothing gives 0.
     """
 
+    title, colour, stacking = "Flex", 10, True
+
     def __init__(
         self,
         dim: int,
@@ -59,6 +61,8 @@ class FlexAttention(HeadsAttention):
         self.own_mask, self.named = mask_mod is not None, (pattern, window_size, grid)
         self.mask_mod = mask_mod or pattern_mask(*self.named)
         self.score_mod = score_mod
+        if score_mod is not None:
+            self.stacking = "its score_mod may ask which image of the batch it sees"
         self.masks: dict[tuple[str, int, str], Tensor | BlockMask] = {}
 
     def __getstate__(self) -> dict:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops.mla_forms import max_logits
 from ._registry import register_attention
+from ._stacking import stacks
 from ._state import Stateful, over_ranks, scale_rows
 from .basic import MultiHeadAttention
 from .deepseek_mla import LatentAttention, LatentMoE
@@ -41,6 +42,8 @@ class KimiK2(Stateful, LatentMoE):
     num_experts (0: attention alone), top_k, route_scale, expert_dim, balance_alpha, bias_speed: of
     `MoE`.
     """
+
+    title, colour = "Kimi K2", 9
 
     counters = ("peak",)
 
@@ -148,3 +151,12 @@ class KimiK2(Stateful, LatentMoE):
         else:
             rows = torch.stack([root, root, torch.ones_like(root)])  # (3, H), of q, k, v
             scale_rows(at.qkv.weight, rows.flatten().repeat_interleave(at.head_dim))
+
+
+@stacks(KimiK2)
+class StackedKimiK2(KimiK2):
+    """Each seed keeps its own largest scores."""
+
+    def note(self, peak: Tensor) -> None:
+        for layer, own in zip(self.seeds, peak.chunk(len(self.seeds)), strict=True):
+            layer.note(own)

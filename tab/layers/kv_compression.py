@@ -25,6 +25,8 @@ class KVCompressionAttention(HeadsAttention):
         (64 tokens of an image) meet the cache too: one block of N tokens would be full attention.
     """
 
+    title, colour, stacking = "KV Compression", 7, True
+
     def __init__(
         self,
         dim: int,

@@ -18,6 +18,8 @@ class LinearAttention(HeadsAttention):
     kernel_size is only used there. Or "elu1", "relu", "softmax".
     """
 
+    title, colour, stacking = "Linear", 2, True
+
     def __init__(
         self,
         dim: int,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..ops._check import accumulate, token_major
 from ._base import HeadsAttention
 from ._registry import register_attention
+from ._stacking import stacks
 from .basic import softmax_weights
 
 
@@ -20,6 +21,8 @@ class LinformerAttention(HeadsAttention):
     max_seq_len: N_max, by default seq_len; fewer tokens use the first rows.
     share_kv: F = E. share_heads: one E (and F) for all heads, else one each.
     """
+
+    title, colour = "Linformer", 4
 
     def __init__(
         self,
@@ -104,3 +107,17 @@ class LinformerAttention(HeadsAttention):
         acc = accumulate(q)
         a = softmax_weights(q.to(acc), short_k.to(acc)) @ f.to(acc).mT  # (B, H, N, N)
         return F.normalize(a.abs(), p=1, dim=-1)
+
+
+@stacks(LinformerAttention)
+class StackedLinformer(LinformerAttention):
+    """E and F (S, 1 or H, N_max, K)"""
+
+    def compressed(self, x: Tensor) -> tuple[Tensor, ...]:
+        weights = [w for w in (self.qkv.weight, self.E, self.F) if w is not None]
+        x = x.unflatten(0, (len(self.E), -1))
+
+        def one(x: Tensor, qkv: Tensor, E: Tensor, F_: Tensor | None = None) -> tuple[Tensor, ...]:
+            return self.with_weights(x, qkv, E, F_)
+
+        return tuple(t.flatten(0, 1) for t in torch.vmap(one)(x, *weights))

@@ -37,6 +37,8 @@ class LocalAttention(HeadsAttention):
     default: the tokens are a line in raster order, which is the published configuration.
     """
 
+    title, colour, stacking = "Local", 6, True
+
     def __init__(
         self,
         dim: int,

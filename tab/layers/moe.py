@@ -15,11 +15,14 @@ from torch.nn import functional as F
 from ..ops._autograd import exporting
 from ..ops._check import accumulate, full_precision
 from ..ops.moe import expert_counts, moe_experts, noaux_tc_gate
+from ._stacking import Products, stacks
 from ._state import Stateful, over_ranks, recomputing
 
 
 class SwiGLU(nn.Module):
     """W2(silu(W1 x) ∘ W3 x) (Shazeer 2020), the shared expert."""
+
+    stacking = True
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -148,6 +151,27 @@ class MoE(Stateful):
         self.bias += self.bias_speed * (seen.mean() - seen).sign().to(self.bias.dtype)
         load.zero_()
         self.balance = None
+
+
+@stacks(MoE)
+class StackedMoE(MoE):
+    """Routers one by one, then the experts of all seeds as S·E in one grouped product."""
+
+    def forward(self, x: Tensor, key_mask: None = None) -> Tensor:
+        with full_precision(x):
+            # Not the router's own forward: its scores are float32 whatever autocast says.
+            acc = accumulate(x)
+            flat = x.to(acc).reshape(len(self.seeds), -1, x.shape[-1])
+            logits = Products.apply(flat, self.router.weight.to(acc), None)
+            logits = logits.view(*x.shape[:-1], -1)  # (S·B, N, E)
+        routed = []
+        for s, (moe, own) in enumerate(zip(self.seeds, logits.chunk(len(self.seeds)), strict=True)):
+            weights, index, counts = moe._gate(own)
+            moe.note(own, index, None)
+            routed.append((weights, index + s * len(counts), counts))
+        weights, index, counts = (torch.cat(parts) for parts in zip(*routed, strict=True))
+        experts = self.w13.flatten(0, 1), self.w2.flatten(0, 1)  # (S·E, 2F, C), (S·E, C, F)
+        return self.shared(x) + moe_experts(x, *experts, weights, index, counts)
 
 
 class _Weigh(torch.autograd.Function):

@@ -12,6 +12,7 @@ from ..ops.performer import KERNELS, performer_attention
 from ..ops.projection import orthogonal_projection
 from ._base import HeadsAttention
 from ._registry import register_attention
+from ._stacking import OwnAttend, stacks
 from ._state import Stateful, from_first_rank
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class PerformerAttention(Stateful, HeadsAttention):
     W is a function of (seed, number of redraws); both, and the steps, are buffers, so a resumed
     run draws what an unbroken one would have drawn, and all ranks have the first one's.
     """
+
+    title, colour = "Performer", 3
 
     exact = ("projection",)
 
@@ -86,3 +89,8 @@ class PerformerAttention(Stateful, HeadsAttention):
         tokens = torch.eye(n, dtype=q.dtype, device=q.device).expand(b, h, n, n)
         w = self.projection.to(accumulate(q))
         return performer_attention(q, k, tokens, w, kernel=self.kernel, backend="reference")
+
+
+@stacks(PerformerAttention)
+class StackedPerformer(OwnAttend, PerformerAttention):
+    """Each seed attends by its own random features."""

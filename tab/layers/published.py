@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ._base import HeadsAttention
 from ._registry import register_attention
+from ._stacking import OwnAttend, beside, stacks
 
 TINY = 1e-8  # in the denominators of linear and performer
 
@@ -56,10 +57,14 @@ class _Published(HeadsAttention):
 class PublishedMultiHead(_Published):
     """softmax(QKᵀ/√D)V"""
 
+    stacking = True
+
 
 @register_attention("deepseek_mla", published=True)
 class PublishedDeepSeek(_Published):
     """softmax(QKᵀ/√D + ε)V, ε ~ N(0, 0.01²) in training, 0 otherwise"""
+
+    stacking = "each seed draws its own noise"
 
     def bias(self, q: Tensor) -> Tensor | None:
         shape = (*q.shape[:-1], q.shape[-2])  # (B, H, N, N)
@@ -69,6 +74,8 @@ class PublishedDeepSeek(_Published):
 @register_attention("kimi_k2", published=True)
 class PublishedKimi(_Published):
     """softmax(QKᵀ/√D + 0.1·(XW)(XW)ᵀ)V; the added term is one for all heads."""
+
+    stacking = True
 
     def __init__(self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
@@ -86,6 +93,8 @@ class PublishedKimi(_Published):
 class PublishedLocal(_Published):
     """softmax over |i − j| ≤ window_size // 2"""
 
+    stacking = True
+
     def __init__(
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4, window_size: int = 16
     ):
@@ -100,6 +109,8 @@ class PublishedLocal(_Published):
 @register_attention("sparse", published=True)
 class PublishedSparse(_Published):
     """softmax over j ≤ i in the block of i, and over every block_size-th j ≤ i"""
+
+    stacking = True
 
     def __init__(
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4, block_size: int = 32
@@ -116,6 +127,8 @@ class PublishedSparse(_Published):
 @register_attention("kv_compression", published=True)
 class PublishedKVCompression(_Published):
     """softmax over the ⌊N·ratio⌋ keys, per image and head, with the largest Σ_i softmax_ij"""
+
+    stacking = True
 
     def __init__(
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4,
@@ -156,9 +169,20 @@ class PublishedLinformer(_Published):
         return E.weight[:, : x.shape[2]] @ x
 
 
+@stacks(PublishedLinformer)
+class StackedPublishedLinformer(PublishedLinformer):
+    """E and F of each seed are its own."""
+
+    def shorten(self, E: nn.Linear, x: Tensor) -> Tensor:
+        w, x = beside(E.weight[..., : x.shape[2]], x)
+        return (w @ x).flatten(0, 1)
+
+
 @register_attention("linear", published=True)
 class PublishedLinear(_Published):
     """φ(q)ᵀS/(φ(q)ᵀz + 1e-8), φ(x) = elu(W x) + 1 with W (kernel_size, D), one for q, one for k"""
+
+    stacking = True
 
     def __init__(
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4, kernel_size: int = 32
@@ -196,6 +220,11 @@ class PublishedPerformer(_Published):
         x = x * self.scale**0.5
         exponent = x @ self.projection.mT - x.square().sum(-1, keepdim=True) / 2  # (B, H, N, M')
         return exponent.exp() / self.num_features**0.5
+
+
+@stacks(PublishedPerformer)
+class StackedPublishedPerformer(OwnAttend, PublishedPerformer):
+    """Each seed attends by its own random features."""
 
 
 def _ratio(fq: Tensor, fk: Tensor, v: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class Rope(nn.Module):
     again wherever the module goes, from the meta device too.
     """
 
+    stacking = True
+
     def __init__(
         self, dim: int, seq_len: int, *, grid: tuple[int, int] | None = None, theta: float = 1e4
     ):

@@ -13,6 +13,7 @@ from ..ops.pattern import BlockPattern
 from ..ops.sparse import sparse_attention, sparse_bwd, sparse_fwd
 from ._base import HeadsAttention
 from ._registry import register_attention
+from ._stacking import OwnAttend, stacks
 from .local import hide_keys
 
 PATTERNS = 256  # that a process keeps: one for each length, seed and set of options
@@ -29,6 +30,8 @@ class SparseAttention(HeadsAttention):
     two global blocks, and the layer is multi-head attention; so it is when a block is longer than
     the sequence.
     """
+
+    title, colour = "Sparse", 5
 
     def __init__(
         self,
@@ -74,6 +77,11 @@ class SparseAttention(HeadsAttention):
         seen = self.pattern(q.shape[2]).to_dense().to(q.device)  # (Hp, N, N)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+@stacks(SparseAttention)
+class StackedSparse(OwnAttend, SparseAttention):
+    """Each seed attends to its own random blocks."""
 
 
 @functools.lru_cache(maxsize=PATTERNS)

@@ -18,6 +18,8 @@ CELLS = (IMAGE // 4, IMAGE // 4)  # of the CNN's last feature map
 class MlpBackbone(nn.Module):
     """Linear(3072 → N·C), ReLU. Pixels are flattened as 32×32×3, the order in memory."""
 
+    stacking = True  # tab/layers/_stacking.py
+
     @staticmethod
     def grid(options: Mlp) -> None:
         return None
@@ -37,6 +39,9 @@ class MlpBackbone(nn.Module):
 
 class CnnBackbone(nn.Module):
     """Two convolutions to 8×8 cells; the cells are the tokens, or flatten → Linear → N tokens."""
+
+    stacking = True  # tab/layers/_stacking.py
+    folded = "convolutions"  # run on several seeds beside each other in the channels
 
     pool = "mean"
 
@@ -74,6 +79,9 @@ class Resnet9Backbone(nn.Module):
     cells = 8 leaves out the last halving.
     """
 
+    stacking = True  # tab/layers/_stacking.py
+    folded = "convolutions"  # run on several seeds beside each other in the channels
+
     pool = "max"
 
     @staticmethod
@@ -101,6 +109,8 @@ class Resnet9Backbone(nn.Module):
 
 class _Add(nn.Module):
     """y = x + two convolutions of x"""
+
+    stacking = True  # tab/layers/_stacking.py
 
     def __init__(self, c: int):
         super().__init__()

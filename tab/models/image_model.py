@@ -112,6 +112,8 @@ def parameter_count(module: nn.Module) -> int:
 class Replace(nn.Module):
     """y = A(x)"""
 
+    stacking = True  # tab/layers/_stacking.py
+
     def before(self, x: Tensor) -> Tensor:
         return x
 
@@ -155,6 +157,8 @@ POOLS = {
 class Head(nn.Module):
     """(B, N, C) -> logits. pool: "mean" or "max" over the cells of a grid; "flatten" lays other
     tokens side by side."""
+
+    stacking = True  # tab/layers/_stacking.py
 
     def __init__(self, into: int, hidden: int, layers: int, classes: int, *, pool: str):
         super().__init__()

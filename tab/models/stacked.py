@@ -1,13 +1,14 @@
 """S models of one variant, one a seed, as one model: stacked weights, and images seed by seed.
 
 Weights are (S, …). Tensors flow as (S·B, …), the images of the first seed first, so that the code
-and the kernels of the layers run unchanged on S times the batch. FORMS says how a module runs:
+and the kernels of the layers run unchanged on S times the batch. How a module runs, its class says
+(tab/layers/_stacking.py), for PyTorch's own tab/models/stacked_modules.py:
 
-    a form of its own (tab/models/stacked_modules.py)
+    a form of its own
                     what has weights: baddbmm for Linear, a grouped convolution, one batch norm over
                     S·C channels, S·E experts; and what keeps books over a batch
     as it is        what only calls its submodules and treats the images of a batch alike
-    PerSeed         all else, layers of third parties too: each seed's own module, one by one
+    PerSeed         all else, layers that say nothing too: each seed's own module, one by one
 
 The S ordinary models live on: their weights are views of the stacked ones, so that each is saved,
 scored and told of a step (QK-Clip, the routers' balance) as if it had been trained alone.
@@ -30,40 +31,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import basic, flex, kv_compression, linear, local, performer, published, sparse
-from ..layers.deepseek_mla import DeepSeekMLA, LatentAttention
-from ..layers.kimi_k2 import KimiK2
-from ..layers.linformer import LinformerAttention
-from ..layers.moe import MoE, SwiGLU
-from ..layers.rope import Rope
-from .backbones import CnnBackbone, MlpBackbone, Resnet9Backbone, _Add
-from .image_model import Head, ImageModel, Replace, Residual
-from .stacked_modules import (
-    Folded,
-    SeedBatchNorm,
-    SeedConv,
-    SeedKimi,
-    SeedLayerNorm,
-    SeedLinear,
-    SeedLinformer,
-    SeedMLA,
-    SeedMoE,
-    SeedPerformer,
-    SeedPublishedLinformer,
-    SeedPublishedPerformer,
-    SeedResidual,
-    SeedRMSNorm,
-    SeedSparse,
-    beside,
-)
+from ..layers._stacking import beside, stacking_of, stacks
+from .image_model import ImageModel
+from .stacked_modules import FOLDED, TORCH, Folded, SeedBatchNorm
 
 
-def stack(seeds: Sequence[nn.Module]) -> nn.Module:
-    """The modules of S seeds -> one on (S·B, …). Their parameters become views of its own."""
+def stack(seeds: Sequence[nn.Module], *, folded: bool = False) -> nn.Module:
+    """The modules of S seeds -> one on (S·B, …). Their parameters become views of its own.
+
+    folded: within `Folded`, where the seeds lie beside each other in the channels.
+    """
     first = seeds[0]
-    form = FORMS.get(type(first))
-    if form is None or (form is type(first) and first._parameters) or not _alike(seeds):
-        return PerSeed(seeds)
+    form = _form(seeds, folded)
+    if isinstance(form, str):
+        return PerSeed(seeds, form)
     one = copy.copy(first)
     one.__class__ = form
     one.seeds = tuple(seeds)  # a tuple: no submodules
@@ -77,24 +58,29 @@ def stack(seeds: Sequence[nn.Module]) -> nn.Module:
             one._buffers[name] = _joined([m._buffers[name] for m in seeds])
             for m, part in zip(seeds, one._buffers[name], strict=True):
                 m._buffers[name] = part
+    beside_each_other = getattr(first, "folded", None)  # of a backbone: the name of a child
     one._modules = {
-        name: None if child is None else stack([m._modules[name] for m in seeds])
+        name: None if child is None else stack(
+            [m._modules[name] for m in seeds], folded=folded or name == beside_each_other
+        )
         for name, child in first._modules.items()
-    }
-    if isinstance(one, (CnnBackbone, Resnet9Backbone)):
-        one._modules["convolutions"] = Folded(one.convolutions, len(seeds))
+    }  # fmt: skip
+    if beside_each_other:
+        one._modules[beside_each_other] = Folded(one._modules[beside_each_other], len(seeds))
     return one
 
 
-def _alike(seeds: Sequence[nn.Module]) -> bool:
-    """Whether the module of the first seed can stand for all where it has no form of its own."""
-    first = seeds[0]
-    if isinstance(first, flex.FlexAttention) and first.score_mod is not None:
-        return False  # it may ask which image of the batch it sees
-    if FORMS[type(first)] is not type(first):
-        return True
+def _form(seeds: Sequence[nn.Module], folded: bool) -> type[nn.Module] | str:
+    """The class that runs all of them, or why there is none."""
+    first, kind = seeds[0], type(seeds[0])
+    known = {**TORCH, **FOLDED} if folded else TORCH
+    said = known[kind] if kind in known else stacking_of(first)
+    if said is not True:
+        return said
+    if first._parameters:
+        return "it has weights of its own, and no class that stacks them (@stacks)"
     same = (torch.equal(b, m._buffers[n]) for m in seeds for n, b in first._buffers.items())
-    return all(same)
+    return kind if all(same) else "its buffers are not the same for all seeds"
 
 
 def _leaf(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
@@ -121,11 +107,11 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 class PerSeed(nn.Module):
     """Each seed's own module on its own images, one after the other; each draws from torch's random
-    stream what it would draw alone."""
+    stream what it would draw alone. why: what keeps them from running as one."""
 
-    def __init__(self, seeds: Sequence[nn.Module]):
+    def __init__(self, seeds: Sequence[nn.Module], why: str):
         super().__init__()
-        self.seeds = nn.ModuleList(seeds)
+        self.seeds, self.why = nn.ModuleList(seeds), why
         self.reads_stream = getattr(seeds[0], "reads_stream", False)
         self.states: list[list[Tensor]] = []
 
@@ -159,6 +145,7 @@ class PerSeed(nn.Module):
         return [host, torch.cuda.get_rng_state(self.device)] if cuda else [host]
 
 
+@stacks(ImageModel)
 class SeedModel(ImageModel):
     """position (S, N, C). x (S·B, 3, 32, 32) -> logits (S·B, classes)"""
 
@@ -179,6 +166,11 @@ class SeedModel(ImageModel):
     def one_by_one(self) -> list[PerSeed]:
         return [module for module in self.modules() if isinstance(module, PerSeed)]
 
+    def statement(self) -> str:
+        """Which parts run seed by seed, and why; "" where all run as one."""
+        parts = {f"{type(each.seeds[0]).__name__}: {each.why}" for each in self.one_by_one()}
+        return f"runs one seed after the other: {'; '.join(sorted(parts))}" if parts else ""
+
     def train(self, mode: bool = True) -> SeedModel:
         for model in self.seeds:
             model.train(mode)
@@ -189,32 +181,3 @@ class SeedModel(ImageModel):
 
     def statistics(self) -> list[Tensor]:
         return [each for model in self.seeds for each in model.statistics()]
-
-
-OWN = {
-    nn.Linear: SeedLinear,
-    nn.LayerNorm: SeedLayerNorm,
-    nn.RMSNorm: SeedRMSNorm,
-    nn.Conv2d: SeedConv,
-    nn.BatchNorm2d: SeedBatchNorm,
-    Residual: SeedResidual,
-    LatentAttention: SeedMLA,
-    MoE: SeedMoE,
-    KimiK2: SeedKimi,
-    performer.PerformerAttention: SeedPerformer,
-    sparse.SparseAttention: SeedSparse,
-    published.PublishedPerformer: SeedPublishedPerformer,
-    ImageModel: SeedModel,
-    LinformerAttention: SeedLinformer,
-    published.PublishedLinformer: SeedPublishedLinformer,
-}
-AS_IT_IS = (
-    *(nn.Sequential, nn.ModuleList, nn.Identity, nn.ReLU, nn.MaxPool2d),
-    *(MlpBackbone, CnnBackbone, Resnet9Backbone, _Add, Head, Replace, Rope, SwiGLU),
-    *(basic.NoAttention, basic.SelfAttention, basic.MultiHeadAttention, DeepSeekMLA),
-    *(linear.LinearAttention, local.LocalAttention, flex.FlexAttention),
-    kv_compression.KVCompressionAttention,
-    *(published.PublishedMultiHead, published.PublishedKimi, published.PublishedLocal),
-    *(published.PublishedSparse, published.PublishedKVCompression, published.PublishedLinear),
-)
-FORMS: dict[type, type] = {**OWN, **{kind: kind for kind in AS_IT_IS}}

@@ -4,6 +4,7 @@ line's end."""
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ..layers import claimed_colours, known_layer
+
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#882255")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
-_ORDER = (
-    *("self", "multi_head", "linear", "performer", "linformer", "sparse", "local"),
-    *("kv_compression", "deepseek_mla", "kimi_k2", "flex"),
-)
 _SETTINGS = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,14 +36,24 @@ _SETTINGS = {
 
 
 def look(attention: str, others: list[str]) -> dict:
-    """Line keywords. The control is a thick black line; a mechanism from elsewhere takes the next
-    free place, in the order of `others` (all mechanisms of the comparison)."""
+    """Line keywords. The control is a thick black line; a mechanism whose layer claims no colour
+    takes the next free one, in the order of `others` (all mechanisms of the comparison)."""
     if attention == "none":
         return {"color": "#000000", "linestyle": "-", "linewidth": 2.4, "zorder": 5}
-    order = [*_ORDER, *(name for name in others if name not in ("none", *_ORDER))]
-    i = order.index(attention)
+    i = place(attention)
+    if i is None:
+        without = [name for name in others if name != "none" and place(name) is None]
+        claimed = claimed_colours()
+        free = (i for i in itertools.count() if i not in claimed)
+        i = dict(zip(without, free, strict=False))[attention]
     dash = _DASHES[i // len(_HUES) % len(_DASHES)]
     return {"color": _HUES[i % len(_HUES)], "linestyle": dash, "linewidth": 1.6, "zorder": 3}
+
+
+def place(attention: str) -> int | None:
+    """In the palette: one hue after the other, then again with the next dash."""
+    layer = known_layer(attention)
+    return layer and layer.colour
 
 
 @contextmanager

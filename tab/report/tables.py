@@ -12,31 +12,16 @@ from rich.table import Table
 from ..compare.csv_files import DISTURBED
 from ..compare.runs import Run
 from ..compare.verdicts import Verdict, verdicts
-from ..layers import control_names, get_attention
+from ..layers import known_layer
 from ..statistics import t_interval
 from .text import plain
 
-TITLES = {
-    "none": "Control",
-    "self": "Self-Attention",
-    "multi_head": "Multi-Head",
-    "linear": "Linear",
-    "performer": "Performer",
-    "linformer": "Linformer",
-    "sparse": "Sparse",
-    "local": "Local",
-    "kv_compression": "KV Compression",
-    "deepseek_mla": "DeepSeek MLA",
-    "kimi_k2": "Kimi K2",
-    "flex": "Flex",
-}
-
 
 def title(attention: str) -> str:
-    """The name to read; a mechanism from elsewhere keeps its own."""
-    if attention in TITLES:
-        return TITLES[attention]
-    return (attention in control_names() and get_attention(attention).title) or attention
+    """The name to read: the layer's title; a layer without one, or that is not installed here,
+    keeps the name that it was trained under."""
+    layer = known_layer(attention)
+    return (layer and layer.title) or attention
 
 
 def name(attention: str) -> str:

@@ -151,6 +151,8 @@ class _Group:
     def __init__(self, runs: list[TrainingRun]):
         self.runs, first = runs, runs[0]
         self.model: SeedModel = stack([run.model for run in runs])
+        if said := self.model.statement():
+            warnings.warn(f"{first.config.attention} {said}", stacklevel=2)
         count = first.config.train.epochs * len(first.batches)
         self.steps = SeedSteps(self.model, first.config.train, count, first.device)
         self.steps.join([run.steps for run in runs])

@@ -15,7 +15,8 @@ from tab.analysis.corruptions import OWN
 from tab.bench.results import environment, save
 from tab.bench.rows import Row
 from tab.compare.plan import Grid
-from tab.report import markdown, style
+from tab.layers import attention_names
+from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
 from tab.report.chart_data import Group, charts, looks
 from tab.report.html import LIMIT, answers, html
@@ -23,7 +24,7 @@ from tab.report.tables import ranking
 from tab.report.trials import Trial, trials_charts, trials_section
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-NAMES = ["none", *style._ORDER]
+NAMES = attention_names()
 NOTE = "drawn <script>document.title = 'broken'</script>"
 
 

@@ -130,15 +130,14 @@ def test_report_says_data_failures_and_pictures():
 
 
 def test_twelve_mechanisms_look_different():
-    names = [*attention_names(), *style._ORDER, "none", "theirs", "others"]
-    names = list(dict.fromkeys(names))
+    names = [*attention_names(), "theirs", "others"]
     looks = {(line["color"], line["linestyle"]) for line in (style.look(n, names) for n in names)}
     assert len(looks) == len(names) >= 14
 
 
 @pytest.mark.parametrize("at", [0.0, 0.5, 0.99])
 def test_labels_do_not_overlap_and_keep_the_order(at, tmp_path):
-    lines = [style.look(name, []) for name in style._ORDER]
+    lines = [style.look(name, []) for name in attention_names()[1:]]
     with style.figure(tmp_path / "labels.png", 1) as (_, (ax,)):
         ax.set_ylim(0, 1)
         ends = [(1.0, at + 1e-4 * i, f"line {i}", line) for i, line in enumerate(lines)]

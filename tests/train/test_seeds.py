@@ -293,7 +293,8 @@ def test_a_layer_of_others_runs_seed_by_seed(foreign, dataset, tmp_path):
     configs = configs_of("cnn", foreign)
     one = stack([build_model(config, 10) for config in configs])
     assert isinstance(one.attention, PerSeed) and len(one.one_by_one()) == 1
-    same_as_alone(configs, dataset, tmp_path)
+    with pytest.warns(UserWarning, match=r"^foreign runs one seed after the other: Foreign: .*say"):
+        same_as_alone(configs, dataset, tmp_path)
 
 
 # --- as a CUDA graph, with the capture stood in for -----------------------------------------------
