@@ -2,23 +2,33 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT := $(VENV)/.built
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: setup compare test lint bench kernels two-torch sanitize clean
 
+# What the tests need beside TAB itself, Ray among it.
 setup: $(READY)
 
 # torch comes first, so that the extensions are built against the one that runs them.
-$(READY): $(SOURCES)
+$(BUILT): $(SOURCES)
+	@echo "Setting up .venv, once: PyTorch (6 GB), then the CPU kernels; about 4 minutes on two cores."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch>=2.11" "torchvision>=0.26" "setuptools>=77" wheel pybind11 ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+$(READY): $(BUILT)
+	@echo "What the tests need: a minute."
+	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	    print(*extras['optional-dependencies']['test'], sep='\n')" > $(VENV)/test.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/test.txt
 	touch $@
 
 # The main job: twelve mechanisms × two models, trained, compared and reported.
-compare: setup
+compare: $(BUILT)
 	$(BIN)/tab compare --recipe quick --data shapes
 
 # Two files at a time, each on one thread: most of the time is many small tests.
