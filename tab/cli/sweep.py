@@ -229,15 +229,16 @@ def _what(plan) -> str:
 
 
 def _show(plan, out: Path) -> None:
-    from ..report.halving import halving_picture, importance_table, rungs_table
-    from ..sweep.driver import records, write_trials
+    from ..report.sweep import halving_picture, importance_table, rungs_table
+    from ..sweep.driver import records, write_results
 
+    rungs, heading = plan.budget.epochs, f"{out.resolve().name}: {_what(plan)}"
     with records(plan, out) as found:
-        wide().print(rungs_table(found, plan.budget, f"{out.resolve().name}: {_what(plan)}"))
-        if table := importance_table(found):
+        trials = write_results(out, found)
+        wide().print(rungs_table(trials, rungs, heading))
+        if table := importance_table({p: record.importance() for p, record in found.items()}):
             wide().print(table)
-        write_trials(out / "trials.csv", found)
-        halving_picture(out / "halving.png", found, plan.budget)
+    halving_picture(out / "halving.png", trials, rungs)
     say(f"Picture: {out / 'halving.png'}")
 
 

@@ -15,6 +15,7 @@ from ..compare.runs import Run, read_runs
 from ..data.load import Dataset
 from ..data.splits import splits
 from ..recipe.recipe import load_recipe
+from ..sweep.trials import read_trials
 from ..train.facts import made_with
 from ..train.loop import load_trained
 from . import markdown, pictures
@@ -24,8 +25,8 @@ from .html import html
 from .published import beside, published_charts, published_picture, published_section
 from .robustness import robustness_section, severity_picture
 from .same_function import identity_section
+from .sweep import sweep_charts, sweep_section, told
 from .tables import ranking
-from .trials import read_trials, told, trials_charts, trials_section
 from .weights import attention_picture, attention_weights, filters_picture
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -80,7 +81,7 @@ def write_report(
     sections = _sections(out, runs, grid, dataset)
     sections.append(robustness_section(runs, found, left))
     if trials:
-        sections.append(trials_section(trials, told(sweep)))
+        sections.append(sweep_section(trials, told(sweep)))
     path = out / "report.md"
     checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown, sections).encode())
     ranked = {model: ranking(runs, model) for model in grid.models}
@@ -88,7 +89,7 @@ def write_report(
     if pairs := beside(runs) if grid.recipe == "published" else {}:
         groups.insert(0, published_charts(pairs))
     if trials:
-        groups.append(trials_charts(trials))
+        groups.append(sweep_charts(trials))
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
     names = looks([*grid.attentions, *(attention for _, attention in trials)])
     words = markdown.report(runs, facts, grid, {}, sections)

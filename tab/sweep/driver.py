@@ -19,8 +19,6 @@ what is drawn, trained or chosen.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,11 +34,12 @@ from ..tasks.tasks import Executor, Shared, Task, run_tasks
 from ..train.facts import DISK, made_with
 from ..train.loop import train
 from ..train.training_run import Outcome
-from .halving import Bracket, brackets, promote
-from .plan import Pair, SweepPlan, name_of
+from .halving import Bracket, brackets, promote, winner
+from .plan import SweepPlan, name_of
 from .record import Ended, Entry, PairRecord, seed_of
 from .space import possible, with_chosen
 from .storage import opened
+from .trials import Pair, RungTrial, write_trials
 
 
 class SweepWatcher:
@@ -78,7 +77,7 @@ def sweep(
         for bracket in brackets(plan.budget, plan.brackets):
             driver.run(bracket)
         best = winners(found)
-        write_trials(out / "trials.csv", found)
+        write_results(out, found)
         write_toml(out / "winners.toml", recipe_of(plan, best, out).tables)
     return best
 
@@ -87,8 +86,10 @@ def sweep(
 def records(plan: SweepPlan, out: Path, *, mine: bool = False) -> Iterator[dict[Pair, PairRecord]]:
     """Each pair's record. mine: for the one that drives; others may only read."""
     name, path = name_of(out), out / "study.journal"
-    studies = [(f"{name}/{model}-{attention}", plan.space.axes(model, attention))
-               for model, attention in plan.pairs()]  # fmt: skip
+    studies = [
+        (f"{name}/{model}-{attention}", plan.space.axes(model, attention))
+        for model, attention in plan.pairs()
+    ]
     with opened(plan.storage, path, name, mine=mine) as storage:
         yield {
             pair: PairRecord.open(storage, *study, mine=mine)
@@ -97,13 +98,12 @@ def records(plan: SweepPlan, out: Path, *, mine: bool = False) -> Iterator[dict[
 
 
 def winners(found: dict[Pair, PairRecord]) -> dict[Pair, Ended]:
-    """Of each pair the best at the highest rung that any of its configurations reached."""
-    best = {}
-    for pair, record in found.items():
-        scored = [end for end in record.ended().values() if end.score is not None]
-        if scored:
-            best[pair] = max(scored, key=lambda e: (e.entry.rung, e.score, -e.entry.configuration))
-    return best
+    """Of each pair what `winner` takes; a pair of which nothing was scored is left out."""
+    ends = {pair: record.ended() for pair, record in found.items()}
+    best = {
+        pair: winner({key: end.score for key, end in ended.items()}) for pair, ended in ends.items()
+    }
+    return {pair: ends[pair][key] for pair, key in best.items() if key is not None}
 
 
 def recipe_of(plan: SweepPlan, best: dict[Pair, Ended], out: Path) -> Recipe:
@@ -116,22 +116,12 @@ def recipe_of(plan: SweepPlan, best: dict[Pair, Ended], out: Path) -> Recipe:
     return Recipe("winners", {**recipe.tables, "title": title})
 
 
-def write_trials(path: Path, found: dict[Pair, PairRecord]) -> None:
-    """One line for each configuration and rung that ended."""
-    chosen = dict.fromkeys(name for record in found.values() for name in record.axes)
-    columns = ["model", "attention", "configuration", "bracket", "rung", "epochs", "status"]
-    columns += ["validation_accuracy", "seconds", *chosen]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for (model, attention), record in found.items():
-        for _, end in sorted(record.ended().items()):
-            entry = end.entry
-            line = {"model": model, "attention": attention, "status": end.status}
-            line |= {k: getattr(entry, k) for k in ("configuration", "bracket", "rung", "epochs")}
-            line |= {"validation_accuracy": end.score, "seconds": round(end.seconds, 3)}
-            writer.writerow(line | entry.params)
-    write_text(path, text.getvalue())
+def write_results(out: Path, found: dict[Pair, PairRecord]) -> dict[Pair, list[RungTrial]]:
+    """trials.csv, as far as there are trials. -> these"""
+    trials = {pair: record.trials() for pair, record in found.items()}
+    drawn = dict.fromkeys(name for record in found.values() for name in record.axes)
+    write_trials(out / "trials.csv", trials, drawn)
+    return trials
 
 
 # --- the coordinator ------------------------------------------------------------------------------

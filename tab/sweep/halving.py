@@ -1,4 +1,5 @@
-"""Successive halving as arithmetic: how many configurations at which budget, and who goes on.
+"""Successive halving as arithmetic: how many configurations at which budget, and who goes on, and
+who wins.
 
 Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization",
 figure 3; brackets: Li et al. 2018, "Hyperband", algorithm 1. Nothing here reads, writes or draws.
@@ -82,6 +83,13 @@ def brackets(budget: Budget, count: int = 1) -> list[Bracket]:
         share = most / (most - first) * budget.eta**-first
         found.append(Bracket(first, math.ceil(budget.configurations * share - 1e-9), first))
     return found
+
+
+def winner(scores: Mapping[tuple[int, int], float | None]) -> tuple[int, int] | None:
+    """(configuration, rung) -> score: of the highest rung that was scored the best, of equal ones
+    the lower number; None if nothing was scored."""
+    scored = {key: score for key, score in scores.items() if score is not None}
+    return max(scored, key=lambda key: (key[1], scored[key], -key[0]), default=None)
 
 
 def promote(scores: Mapping[int, float | None], size: int) -> list[int]:

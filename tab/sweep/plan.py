@@ -21,8 +21,8 @@ from .halving import Budget, brackets
 from .record import SAMPLERS
 from .space import Space, load_space, tables_of, with_chosen
 from .storage import without_password
+from .trials import Pair
 
-Pair = tuple[str, str]  # (model, attention)
 WAY_OUT = "put a copy back, or start a new sweep"
 
 

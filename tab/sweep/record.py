@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 
 from .space import Axis, Range, size
 from .storage import optuna  # says what to install where it is missing
+from .trials import RungTrial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 FrozenTrial, Trial, TrialState = optuna.trial.FrozenTrial, optuna.Trial, optuna.trial.TrialState
@@ -127,6 +128,23 @@ class PairRecord:
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         trials = [t for t in self._trials(*states) if t.user_attrs.get("status") != "lost"]
         return {_key(trial): _ended(trial) for trial in trials if _key(trial) != (None, None)}
+
+    def trials(self) -> list[RungTrial]:
+        """What has ended, by configuration and rung, for trials.csv and pictures."""
+        return [
+            RungTrial(
+                configuration=number,
+                rung=rung,
+                epochs=end.entry.epochs,
+                status=end.status,
+                score=end.score,
+                params=end.entry.params,
+                bracket=end.entry.bracket,
+                seconds=end.seconds,
+                curve=end.curve,
+            )
+            for (number, rung), end in sorted(self.ended().items())
+        ]
 
     def draw(
         self, count: int, possible: Callable[[dict], bool], *, sampler: str, seed: int, step: Step

@@ -20,8 +20,9 @@ from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
 from tab.report.chart_data import Group, charts, looks
 from tab.report.html import LIMIT, answers, html
+from tab.report.sweep import sweep_charts, sweep_section
 from tab.report.tables import ranking
-from tab.report.trials import Trial, trials_charts, trials_section
+from tab.sweep.trials import RungTrial
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 NAMES = attention_names()
@@ -120,8 +121,9 @@ def test_a_large_comparison_stays_small(tmp_path, monkeypatch):
             {"epoch": e + 1, "train_loss": a, "test_accuracy": b, "cumulative_training_time": e + c}
             for e, (a, b, c) in enumerate(x)
         ]
+    params = {"lr": 0.001, "hidden": 256, "num_heads": 8}
     trials = {
-        (m, a): [Trial(n, 0, 3, noise.random(), {"lr": "0.001", "hidden": "256", "num_heads": "8"})
+        (m, a): [RungTrial(n, 0, 3, "done", noise.random(), params)
                  for n in range(20)]
         for m in ("mlp", "cnn") for a in NAMES
     }  # fmt: skip
@@ -133,8 +135,8 @@ def test_a_large_comparison_stays_small(tmp_path, monkeypatch):
     found = {r.id: measured(r) for r in runs}
     grid = Grid("fair", ["mlp", "cnn"], NAMES, 5, "shapes", "cpu")
     ranked = {model: ranking(runs, model) for model in grid.models}
-    text = markdown.report(runs, FACTS, grid, {}, [trials_section(trials, "")])
-    groups = [Group("Charts", BELOW, charts(runs, runs, "test", found)), trials_charts(trials)]
+    text = markdown.report(runs, FACTS, grid, {}, [sweep_section(trials, "")])
+    groups = [Group("Charts", BELOW, charts(runs, runs, "test", found)), sweep_charts(trials)]
     made = lambda: html(text, ranked, looks(grid.attentions), groups, files, None)  # noqa: E731
     whole = made()
     assert len(whole.encode()) < LIMIT and whole.count("<img") == 4

@@ -5,7 +5,8 @@ import tomllib
 import pytest
 from paths import ROOT
 
-from tab.report.trials import Trial, read_trials, told, trials_charts, trials_section, winner
+from tab.report.sweep import rungs_table, sweep_charts, sweep_section, told
+from tab.sweep.trials import RungTrial, read_trials, winner_of, write_trials
 
 EXAMPLE = ROOT / "results" / "examples" / "sweep"
 
@@ -13,16 +14,16 @@ EXAMPLE = ROOT / "results" / "examples" / "sweep"
 def test_trials_of_a_sweep(tmp_path):
     found = read_trials(EXAMPLE)
     assert len(found) == 24 and [m for m, _ in found] == ["mlp"] * 12 + ["cnn"] * 12
-    won = winner(found["mlp", "none"])
+    won = winner_of(found["mlp", "none"])
     assert (won.configuration, won.rung, won.score) == (5, 2, 0.348)
     chosen = tomllib.loads((EXAMPLE / "winners.toml").read_text())
     for pair, trials in found.items():  # the same as the sweep wrote
         rate = chosen["attention"][pair[1]][pair[0]]["lr"]
-        assert float(winner(trials).params["lr"]) == pytest.approx(rate, rel=5e-3)
-    text = trials_section(found, told(EXAMPLE))
+        assert float(winner_of(trials).params["lr"]) == pytest.approx(rate, rel=5e-3)
+    text = sweep_section(found, told(EXAMPLE))
     assert "JPEG copy of CIFAR-10" in text
     assert "| MLP | Control | 28.0 (of 6) | 30.8 (of 3) | 34.8 (of 1) | – | 34.8 | lr " in text
-    chart = trials_charts(found).charts[0]
+    chart = sweep_charts(found).charts[0]
     assert chart["title"] == "MLP Control: 34.8 %" and len(chart["series"]) == 6
     assert "winner" in chart["series"][-1]["look"]["name"]
     assert chart["series"][-1]["x"] == [1, 2, 4]
@@ -31,6 +32,19 @@ def test_trials_of_a_sweep(tmp_path):
     (tmp_path / "trials.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no record of a sweep"):
         read_trials(tmp_path)
-    lost = [Trial(0, 0, 1, None, {}), Trial(1, 0, 1, None, {})]
-    assert winner(lost) is None
-    assert "| – | 2 | – | – |" in trials_section({("mlp", "self"): lost}, "")
+    lost = [RungTrial(0, 0, 1, "failed", None, {}), RungTrial(1, 0, 1, "diverged", None, {})]
+    assert winner_of(lost) is None
+    assert "| – | 2 | – | – |" in sweep_section({("mlp", "self"): lost}, "")
+
+
+def test_what_is_read_is_written_again_and_shown_in_the_terminal(tmp_path):
+    found = read_trials(EXAMPLE)
+    drawn = (EXAMPLE / "trials.csv").read_text().splitlines()[0].split(",")[9:]
+    write_trials(tmp_path / "trials.csv", found, drawn)
+    assert read_trials(tmp_path) == found
+    table = rungs_table(found, (1, 2, 4), "a sweep")
+    cells = {
+        (m, a): list(column)
+        for m, a, *column in zip(*(c.cells for c in table.columns), strict=True)
+    }
+    assert cells["mlp", "Control"][:6] == ["6: 28.0%", "3: 30.8%", "1: 34.8%", "–", "–", "34.8%"]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tab.sweep.halving import BUDGETS, Bracket, Budget, brackets, named_budget, promote
+from tab.sweep.halving import BUDGETS, Bracket, Budget, brackets, named_budget, promote, winner
 
 PUBLISHED = BUDGETS["published"]
 
@@ -67,3 +67,9 @@ def test_a_budget_is_found_by_its_old_name_too():
     assert named_budget("seed") == named_budget("published") == PUBLISHED
     with pytest.raises(ValueError, match="did you mean 'published'"):
         named_budget("publised")
+
+
+def test_the_winner_is_the_best_of_the_highest_rung_that_was_scored():
+    scores = {(0, 0): 0.9, (1, 0): 0.5, (1, 1): 0.4, (2, 1): 0.6, (3, 1): 0.6, (3, 2): None}
+    assert winner(scores) == (2, 1)  # of equal ones the lower number
+    assert winner({(0, 0): None}) is None and winner({}) is None
