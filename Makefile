@@ -67,8 +67,7 @@ two-torch: setup
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 # Python is not built with them, so their libraries come first; what Python never frees is no leak.
 sanitize: setup
-	TAB_SANITIZE=1 TAB_CUDA=0 $(BIN)/python setup.py --quiet build \
-	    --build-lib build/sanitize --build-temp build/sanitize-objects
+	TAB_SANITIZE=1 TAB_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
