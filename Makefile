@@ -6,7 +6,7 @@ BUILT := $(VENV)/.built
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup compare test lint bench kernels two-torch sanitize clean
+.PHONY: setup compare test lint bench kernels oldest two-torch sanitize clean
 
 # What the tests need beside TAB itself, Ray among it.
 setup: $(READY)
@@ -31,9 +31,9 @@ $(READY): $(BUILT)
 compare: $(BUILT)
 	$(BIN)/tab compare --recipe quick --data shapes
 
-# Two files at a time, each on one thread: most of the time is many small tests.
+# Two at a time, each on one thread; who has done his half takes from the other's.
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
@@ -49,25 +49,32 @@ kernels: setup
 
 # One wheel, built on the installed torch, must pass the op tests on the oldest torch it is for; the
 # Triton that came with that one (3.6) must interpret and compile every kernel. Its interpreter turns
-# arrays into numbers in a way that NumPy has since dropped; it runs on one core, beside the rest.
+# arrays into numbers in a way that NumPy has since dropped.
 OLD := .venv-oldest
-two-torch: setup
-	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+OPS := tests/ops tests/layers/test_masks.py tests/layers/test_state.py tests/train/test_step.py
+
+oldest: $(OLD)/.ready
+
+$(OLD)/.ready: Makefile
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --upgrade pip
-	$(OLD)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" "numpy<2.3" pytest hypothesis expecttest
+	$(OLD)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" "numpy<2.3" \
+	    pytest pytest-xdist hypothesis expecttest
+	touch $@
+
+# PYTHONSAFEPATH: it is the installed wheel that is tested, not the folder where this runs.
+two-torch: setup oldest
+	rm -rf dist build/lib*
+	TAB_CPP=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(OLD)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OLD)/bin/python -m pip install --quiet dist/*.whl
-	$(OLD)/bin/python -P -m pytest tests/ops/test_triton.py -k interpreted & \
-	$(OLD)/bin/python -P -m pytest tests/ops tests/layers/test_masks.py tests/layers/test_state.py \
-	    tests/train/test_step.py -k "not interpreted"; \
-	status=$$?; wait $$! && exit $$status
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 \
+	    $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OPS)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 # Python is not built with them, so their libraries come first; what Python never frees is no leak.
 sanitize: setup
-	TAB_SANITIZE=1 TAB_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitize
+	TAB_SANITIZE=1 TAB_CPP=1 TAB_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
