@@ -1,7 +1,4 @@
-"""The two CSV files of a comparison, a function of config.toml and runs/ alone.
-
-The first columns are those of the published study, in its order.
-"""
+"""The two CSV files of a comparison, a function of config.toml and runs/ alone."""
 
 from __future__ import annotations
 
@@ -11,30 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import write_text
+from . import columns
 from .runs import ENDED, Run
-from .verdicts import COLUMNS, verdicts
+from .verdicts import verdicts
 
-NAMES = ["model_name", "architecture", "attention_type"]
-RESULTS = [
-    *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-    "cumulative_training_time",
-    *("seed", "validation_loss", "validation_accuracy", "seconds", "images_per_second"),
-    *("peak_memory_bytes", "learning_rate", "seeds_at_once"),
-]
-SUMMARY = [
-    *("final_test_accuracy", "max_test_accuracy", "final_train_accuracy", "final_train_loss"),
-    *("min_train_loss", "total_training_time", "num_epochs"),
-    *("seed", "status", "images_per_second", "parameters", "attention_parameters", "flops"),
-    *("peak_memory_bytes", "final_validation_accuracy", "error", "seeds_at_once"),
-    *COLUMNS,  # of the mechanism over its seeds: the same in the line of each
-    *("time_spread", "time_disturbed"),  # of the same: slowest over fastest; is that too much?
-    "load_average",  # of the machine over the last minute of the run
-]
 DISTURBED = 1.5  # a spread from which on other work, not the mechanism, decided the times
-MEASURED = {  # columns that differ between two equal runs: times, and what follows from them
-    *("cumulative_training_time", "total_training_time", "seconds", "images_per_second"),
-    *("peak_memory_bytes", "time_spread", "time_disturbed", "load_average"),
-}
 
 
 def attention_label(attention: str) -> str:
@@ -45,7 +23,9 @@ def attention_label(attention: str) -> str:
 def names(run: Run) -> dict[str, str]:
     """{"model_name": "CNN - multi_head", "architecture": "CNN", "attention_type": "multi_head"}"""
     architecture, attention = run.model.upper(), attention_label(run.attention)
-    return dict(zip(NAMES, (f"{architecture} - {attention}", architecture, attention), strict=True))
+    return dict(
+        zip(columns.NAMES, (f"{architecture} - {attention}", architecture, attention), strict=True)
+    )
 
 
 def write_csvs(out: Path, runs: list[Run]) -> None:
@@ -53,18 +33,17 @@ def write_csvs(out: Path, runs: list[Run]) -> None:
     ended, spreads = [run for run in runs if run.status in ENDED], time_spreads(runs)
     found = {model: verdicts(runs, model) for model in {run.model for run in runs}}
     lines = (names(run) | row | {"seed": run.seed} for run in runs for row in run.rows)
-    write_csv(out / "experiment_results.csv", NAMES + RESULTS, lines)
+    write_csv(out / "experiment_results.csv", columns.NAMES + columns.RESULTS, lines)
+    own = [column for column in columns.SUMMARY if not column.group]
     lines = (
         names(run)
-        | run.summary
-        | {"seed": run.seed, "status": run.status, "error": run.error.strip().split("\n")[-1]}
-        | {"final_validation_accuracy": last(run.rows, "validation_accuracy")}
+        | {column.name: column.of(run) for column in own}
         | (found[run.model][run.attention].columns() if run.scored else {})
         | _disturbance(spreads.get((run.model, run.attention)))
-        | {"load_average": run.load}
         for run in ended
     )
-    write_csv(out / "experiment_summary.csv", NAMES + SUMMARY, lines)
+    header = [column.name for column in columns.SUMMARY]
+    write_csv(out / "experiment_summary.csv", columns.NAMES + header, lines)
 
 
 def time_spreads(runs: list[Run]) -> dict[tuple[str, str], float]:
@@ -80,15 +59,10 @@ def _disturbance(spread: float | None) -> dict:
     return {} if spread is None else {"time_spread": spread, "time_disturbed": spread > DISTURBED}
 
 
-def last(rows: list[dict], key: str):
-    """The latest measured value of a column, or None."""
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
-
-
-def write_csv(path: Path, columns: list[str], lines: Iterable[dict]) -> None:
+def write_csv(path: Path, header: list[str], lines: Iterable[dict]) -> None:
     """None becomes an empty field; keys that are no column are left out."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, header, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_text(path, text.getvalue())

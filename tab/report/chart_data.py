@@ -118,9 +118,9 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
     quantities = {
         "accuracy": ("test accuracy (%)", True, lambda e: 100 * e.test.value),
         "time": ("training time (s)", False, lambda e: e.seconds.value),
-        "memory": ("peak memory (MiB)", False, lambda e: e.memory and e.memory / 2**20),
-        "parameters": ("parameters", False, lambda e: e.parameters),
-        "flops": ("FLOPs per image", False, lambda e: e.flops),
+        "memory": ("peak memory (MiB)", False, lambda e: _mebibytes(e.value("peak_memory_bytes"))),
+        "parameters": ("parameters", False, lambda e: e.value("parameters")),
+        "flops": ("FLOPs per image", False, lambda e: e.value("flops")),
         "noise": (
             *("mean accuracy under noise (%)", True),
             mean(lambda f: float(np.mean(f["noise"]["accuracy"][1:])) if "noise" in f else None),
@@ -146,6 +146,10 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
             "points": [{"key": a, "values": {k: v[k] for k in have}} for a, v in values.items()],
         }
     ]
+
+
+def _mebibytes(count: float | None) -> float | None:
+    return None if count is None else count / 2**20
 
 
 def _look(name: str, names: list[str]) -> dict:

@@ -210,8 +210,8 @@ def sizes(entries: list[Standing]) -> str:
         return ""
     said = []
     for what, key in (("parameters", "parameters"), ("FLOPs", "flops")):
-        here = [e for e in entries if getattr(e, key) and getattr(control, key)]
-        ratios = {e.attention: getattr(e, key) / getattr(control, key) for e in here}
+        base = control.value(key)
+        ratios = {e.attention: e.value(key) / base for e in entries if e.value(key) and base}
         off = {a: x for a, x in ratios.items() if abs(x - 1) > MATCHED}
         if len(ratios) < 2:
             continue

@@ -10,8 +10,9 @@ import numpy as np
 from ..analysis.attacks import EPSILON, STEPS
 from ..analysis.corruptions import OFFICIAL, OWN, SEVERITIES
 from ..compare.runs import Run
+from .averages import Mean
 from .pictures import curves
-from .tables import Mean, markdown_lines, title
+from .tables import markdown_lines, title
 from .text import code
 
 SETS = {"cifar10c": ("CIFAR-10-C", OFFICIAL), "own": ("corruptions (not CIFAR-10-C)", tuple(OWN))}

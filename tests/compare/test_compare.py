@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tab import checkpoint
-from tab.compare.csv_files import MEASURED, NAMES, RESULTS, SUMMARY
+from tab.compare.columns import MEASURED, NAMES, RESULTS, SUMMARY
 from tab.compare.driver import Watcher, compare
 from tab.compare.plan import Grid, Plan
 from tab.compare.runs import read_runs
@@ -80,7 +80,7 @@ def test_csv_files_begin_with_the_published_columns(unbroken):
     assert results[0].startswith(SEED_RESULTS + ",")
     assert summary[0].startswith(SEED_SUMMARY + ",")
     assert results[0].split(",") == NAMES + RESULTS
-    assert summary[0].split(",") == NAMES + SUMMARY
+    assert summary[0].split(",") == NAMES + [column.name for column in SUMMARY]
     assert len(results) == 1 + 2 * 2
     assert results[1].startswith("MLP - Control,MLP,Control,1,")
     assert summary[2].startswith("MLP - multi_head,MLP,multi_head,")

@@ -15,7 +15,7 @@ from paths import FIXTURES
 from typer.testing import CliRunner
 
 from tab.cli.main import app
-from tab.compare.csv_files import MEASURED
+from tab.compare.columns import MEASURED
 
 ARCHIVE = FIXTURES / "results-0.1.tar.xz"
 

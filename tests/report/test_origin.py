@@ -12,7 +12,8 @@ from tab.compare.runs import Run, read_runs
 from tab.data.load import load_dataset
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown
-from tab.report.tables import Median, ranking
+from tab.report.averages import Median
+from tab.report.tables import ranking
 from tab.train.facts import made_with
 
 

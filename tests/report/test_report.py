@@ -20,7 +20,8 @@ from tab.data.load import Split, statistics
 from tab.layers import attention_names
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
-from tab.report.tables import Mean, Median, count, markdown_table, ranking
+from tab.report.averages import Mean, Median, count
+from tab.report.tables import markdown_table, ranking
 
 # --- numbers --------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-from tab.compare.csv_files import MEASURED
+from tab.compare.columns import MEASURED
 from tab.compare.driver import compare
 from tab.compare.plan import Grid, Plan
 from tab.recipe.recipe import load_recipe

@@ -1,0 +1,60 @@
+"""A metric is one entry: what is added to the table of columns is found wherever it belongs."""
+
+import csv
+
+import pytest
+from rich.console import Console
+from small_report import FACTS, run
+
+from tab.compare import columns
+from tab.compare.columns import Column
+from tab.compare.csv_files import write_csvs
+from tab.compare.plan import Grid
+from tab.report import markdown
+from tab.report.html import html
+from tab.report.tables import ranked_columns, ranking, terminal_table
+
+RUNS = [
+    run(name, accuracy, seed=s) for s in (0, 1) for name, accuracy in (("none", 0.4), ("self", 0.5))
+]
+BEST = Column(
+    "best_epoch",
+    lambda run: max(run.rows, key=lambda row: row["test_accuracy"])["epoch"],
+    title="Best epoch",
+    over="median",
+)
+
+
+def test_a_metric_is_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "SUMMARY", [*columns.SUMMARY, BEST])
+    write_csvs(tmp_path, RUNS)
+    with (tmp_path / "experiment_summary.csv").open(newline="") as file:
+        assert [line["best_epoch"] for line in csv.DictReader(file)] == ["3"] * len(RUNS)
+    grid = Grid("fair", ["cnn"], ["none", "self"], 2, "shapes", "cpu")
+    text = markdown.report(RUNS, FACTS, grid, {})
+    table = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    place = table[0].index(" Best epoch ")
+    assert [line[place] for line in table[2:4]] == [" 3 (3–3) "] * 2
+    ranked = {"cnn": ranking(RUNS, "cnn")}
+    page = html(text, ranked, {}, [], {}, None)
+    assert "Best epoch</th>" in page and "3 (3–3)</td>" in page
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(terminal_table(ranked["cnn"], "CNN"))
+    assert "Best epoch" in said.get()
+
+
+def test_the_tables_have_the_columns_of_before():
+    assert [*ranked_columns()] == [
+        *("Rank", "Attention", "Test acc.", "Train acc.", "Train time", "vs control", "p (Holm)"),
+        *("Verdict", "Time ratio", "Images/s", "Parameters", "FLOPs/image", "Peak memory", "Note"),
+    ]
+    left_out = {"Images/s", "FLOPs/image", "Peak memory"}
+    assert set(ranked_columns()) - set(ranked_columns(terminal=True)) == left_out
+
+
+def test_an_unknown_unit_or_average_is_refused():
+    with pytest.raises(ValueError, match="column x: unit = 'miles': give one of percent, seconds"):
+        Column("x", unit="miles")
+    with pytest.raises(ValueError, match="over = 'mode': give one of mean, median, any"):
+        Column("x", over="mode")
