@@ -11,12 +11,13 @@ torch.func transforms. The backward op has no derivative of its own, and says so
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ._check import full_precision
 
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
-transforming = torch._C._are_functorch_transforms_active
 tracing = torch._C._get_tracing_state  # None, but inside torch.jit.trace
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know no TAB kernel."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def plain(reference: Callable, args: tuple):
@@ -35,32 +40,41 @@ def plain(reference: Callable, args: tuple):
         return reference(*args)
 
 
-def function(op: Op, gradients: Callable, constant: tuple[int, ...]) -> type[Function]:
-    """The autograd.Function of `op`; `Op.differentiable` says what the arguments are."""
-    n, count = op.tensors, len(op.overload._schema.arguments)
-    below, one = op.below, len(op.overload._schema.returns) == 1
+def function(op: Op, gradients: Callable, constant: int) -> Callable:
+    """`op` by its autograd.Function; `Op.differentiable` says what the arguments are."""
+    n, count, outputs = op.tensors, len(op.overload._schema.arguments), op.overload._schema.returns
+    below, one, keep = op.below, len(outputs) == 1, len(outputs) - constant
+    nothing = (None,) * count
 
-    def forward(ctx, backend, *args):
+    def forward(ctx, others, backend, *args):
         outs = below(backend, *args)
         ctx.save_for_backward(*args[:n], *((outs,) if one else outs))
-        ctx.backend, ctx.options = backend, args[n:]
-        if constant:
-            ctx.mark_non_differentiable(*[outs[i] for i in constant])
+        ctx.call = backend, args[n:]
         ctx.set_materialize_grads(False)
+        if constant:  # handed on past autograd: an output of a node costs two microseconds
+            others += outs[keep:]
+            return outs[:keep]
         return outs
 
     def backward(ctx, *grads):
-        saved, options = ctx.saved_tensors, ctx.options
+        saved, (backend, options) = ctx.saved_tensors, ctx.call
         if torch.is_grad_enabled():  # create_graph=True
-            got = _again(op, (*saved[:n], *options), grads, ctx.needs_input_grad[1:])
+            got = _again(op, (*saved[:n], *options), grads, ctx.needs_input_grad[2:])
         else:
-            got = gradients(ctx.backend, grads, *saved, *options)
-        return None, *got, *nothing[len(got) :]
+            got = gradients(backend, grads, *saved, *options)
+        return None, None, *got, *nothing[len(got) :]
 
-    nothing = (None,) * count
     name = "".join(word.capitalize() for word in op.name.removesuffix("_fwd").split("_"))
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (Function,), body)
+    apply = type(name, (Function,), body).apply
+    if not constant:
+        return functools.partial(apply, None)
+
+    def run(backend, *args):
+        others = []
+        return *apply(others, backend, *args), *others
+
+    return run
 
 
 def _again(op: Op, args: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple[Tensor | None]:
@@ -70,7 +84,7 @@ def _again(op: Op, args: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple
         args = tuple(x.view_as(x) if need else x for x, need in zip(args, needed, strict=True))
         outs = plain(op.reference, args)
         outs = (outs,) if isinstance(outs, Tensor) else outs
-    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
     wanted = [x for x, need in zip(args, needed, strict=True) if need]
     got = iter(
         torch.autograd.grad(

@@ -30,9 +30,9 @@ def operands(op: str, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The floating operands as they are computed with: dense, of a dtype that TAB takes, and under
     autocast cast to its type before anything is compared, as PyTorch's operators do. Like theirs,
     float64 stays float64."""
-    for name, x in tensors.items():
+    for x in tensors.values():
         if x is not None and (x.is_nested or x.dtype not in DTYPES):
-            _refuse(op, name, x)
+            _refuse(op, next(name for name, given in tensors.items() if given is x), x)
     return autocast(*tensors.values())
 
 
@@ -51,6 +51,8 @@ def _refuse(op: str, name: str, x: Tensor) -> None:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts float16, bfloat16 and float32 to the autocast type when it is on for their device."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type
     # is_autocast_available does not trace on torch 2.11, so meta is asked for by name.
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -128,10 +130,11 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
 
 def same(op: str, **tensors: Tensor | None) -> None:
     """One dtype and one device for all, or a ValueError that prints them."""
-    present = [x for x in tensors.values() if x is not None]
-    if len({x.device for x in present}) > 1 or len({x.dtype for x in present}) > 1:
+    first, *others = [x for x in tensors.values() if x is not None]
+    dtype, device = first.dtype, first.device
+    if any(x.dtype != dtype or x.device != device for x in others):
         raise ValueError(f"{op} wants one dtype and one device, got {shapes(**tensors)}")
-    if present[0].dtype not in DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(
             f"{op} wants float16, bfloat16, float32 or float64, got {shapes(**tensors)}"
         )

@@ -93,16 +93,17 @@ class Op:
         with below_autograd():
             return (self.cuda_overload if backend == "cuda" else self.overload)(*args)
 
-    def differentiable(self, gradients: Callable, by: Op, constant: tuple[int, ...] = ()) -> None:
+    def differentiable(self, gradients: Callable, by: Op, constant: int = 0) -> None:
         """Gives the op its gradients, on its Autograd key and in `apply`.
 
         gradients: (backend, gradients of the outputs, *tensors, *outputs, *options) -> those of the
             tensors, in the schema's order; None where there is none, the last Nones left out. It
             runs the op `by`, which is thereby closed to second derivatives. The gradient of an
             output that nothing depends on is None.
-        constant: the outputs that carry no gradient; the reference detaches them.
+        constant: how many outputs, the last ones, carry no gradient, and come with none; the
+            reference detaches them.
         """
-        self.run = function(self, gradients, constant).apply
+        self.run = function(self, gradients, constant)
         register(self, self.run)
         register(by, once_only(by, self.name).apply)
 
@@ -114,7 +115,11 @@ class Op:
             return plain(self.reference, args)
         if torch.compiler.is_dynamo_compiling() or tracing():
             return self(backend, *args)
-        return self.run(backend, *args)
+        if torch.is_grad_enabled():
+            for x in args[: self.tensors]:
+                if x is not None and x.requires_grad:
+                    return self.run(backend, *args)
+        return self.below(backend, *args)
 
     def why_not(self, backend: str) -> str | None:
         """None when this backend can run here, else the reason why it cannot."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._autograd import transforming
 from ._check import number
 
 
@@ -65,8 +66,8 @@ def weigh(p: Tensor, x: Tensor, allowed: Tensor | None) -> Tensor:
 
 def may_look(x: Tensor) -> bool:
     """Whether values can be looked at: on the CPU, at no cost, unless it is being traced."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
+    plain = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+    return plain and not (transforming() or torch.jit.is_tracing())
 
 
 def score_scale(op: str, scale: float | None, width: int) -> float:

@@ -216,7 +216,7 @@ h2o_attend_bwd = Op(
 def _gradients(backend, grads, q, k, v, chosen, key_mask, o, lse, *options):
     if grads[0] is None:
         return ()
-    return h2o_attend_bwd(backend, grads[0], q, k, v, o, lse, chosen, key_mask, *options)
+    return h2o_attend_bwd.below(backend, grads[0], q, k, v, o, lse, chosen, key_mask, *options)
 
 
-h2o_attend.differentiable(_gradients, by=h2o_attend_bwd, constant=(1,))
+h2o_attend.differentiable(_gradients, by=h2o_attend_bwd, constant=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._check import check_key_mask, check_qkv, operands, real, same, shapes, token_major
+from ._check import check_key_mask, check_qkv, operands, real, same, shapes
 from ._sdpa import sdpa
 from ._tile import score_scale
 
@@ -62,6 +62,6 @@ def linformer_attention(
         )
     scale = score_scale("linformer_attention", scale, q.shape[-1])
     q, k, v = real(key_mask, q, k, v)  # q too: its NaN would reach E, k and v in the backward pass
-    short_k = E[..., :n, :].mT @ k  # (B, H, K, D)
-    short_v = F[..., :n, :].mT @ v  # (B, H, K, Dv)
-    return token_major(sdpa(q, short_k, short_v, scale))
+    short_k = E.narrow(-2, 0, n).mT @ k  # (B, H, K, D)
+    short_v = F.narrow(-2, 0, n).mT @ v  # (B, H, K, Dv)
+    return sdpa(q, short_k, short_v, scale)

@@ -124,11 +124,11 @@ local_bwd = Op(
 
 
 def _gradients(backend, grads, q, k, v, o, lse, *options):
-    do, _ = grads
-    return () if do is None else local_bwd(backend, do, q, k, v, o, lse, *options)
+    (do,) = grads
+    return () if do is None else local_bwd.below(backend, do, q, k, v, o, lse, *options)
 
 
-local_fwd.differentiable(_gradients, by=local_bwd, constant=(1,))
+local_fwd.differentiable(_gradients, by=local_bwd, constant=1)
 
 # --- public ---------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ FORMS = ("auto", "fused", "expand", "absorb")
 # N 64 to 2048. Where Dn + Dr is not Dv, SDPA on a CPU has no flash kernel and writes N×N scores:
 # fused is 3.5 times as fast at N 8192, and taken at every N. On a GPU no bound is measured yet.
 FUSED_TOKENS = {"cpu": 8192, "cuda": 256}
+_NAMES = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
 
 # --- fused reference ------------------------------------------------------------------------------
 
@@ -130,12 +131,12 @@ mla_bwd = Op(
 
 def _gradients(backend, grads, *saved):
     *operands, key_mask, o, lse, _, scale, causal = saved
-    do, dlse, _ = grads
+    do, dlse = grads
     do = torch.zeros_like(o) if do is None else do
-    return mla_bwd(backend, do, dlse, *operands, o, lse, key_mask, scale, causal)
+    return mla_bwd.below(backend, do, dlse, *operands, o, lse, key_mask, scale, causal)
 
 
-mla_fwd.differentiable(_gradients, by=mla_bwd, constant=(2,))
+mla_fwd.differentiable(_gradients, by=mla_bwd, constant=1)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -198,7 +199,6 @@ def mla_attention(
         o, lse, peak = mla_fwd.apply(backend, *x, key_mask, scale, bool(causal))
     else:
         o, lse, peak = compose(form, x, scale, causal, key_mask, return_lse, return_max_logits)
-        o = token_major(o)
     extra = (*((lse,) if return_lse else ()), *((peak,) if return_max_logits else ()))
     return (o, *extra) if extra else o
 
@@ -231,28 +231,25 @@ def _choose_form(form: str, backend: str, x: list[Tensor], flash: bool) -> tuple
 
 def check(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False):
     """Ranks, sizes that belong together, one dtype, one device."""
-    names = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
-    tensors = dict(zip(names, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv), strict=True))
+    tensors = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
     rule = None
-    if [x.dim() for x in tensors.values()] != [4, 4, 3, 3, 3, 3]:
+    if [x.dim() for x in tensors] != [4, 4, 3, 3, 3, 3]:
         rule = (
             "q_nope (B, H, N, Dn), q_rope (B, H, N, Dr), c_kv (B, N, R), k_rope (B, N, Dr), "
             "w_uk (H, Dn, R), w_uv (H, Dv, R)"
         )
     else:
-        b, h, n, dn = q_nope.shape
-        dr, r, dv = q_rope.shape[-1], c_kv.shape[-1], w_uv.shape[1]
-        keys = c_kv.shape[1] if one_query else n
-        fit = (b, h, n, dn), (b, h, n, dr), (b, keys, r), (b, keys, dr), (h, dn, r), (h, dv, r)
-        wrong = [
-            f"{name} {size}"
-            for name, size in zip(names, fit, strict=True)
-            if tensors[name].shape != size
-        ]
-        if wrong:
+        given = [x.shape for x in tensors]
+        (b, h, n, dn), dr, r, dv = given[0], given[1][3], given[2][2], given[5][1]
+        keys = given[2][1] if one_query else n
+        fit = [(b, h, n, dn), (b, h, n, dr), (b, keys, r), (b, keys, dr), (h, dn, r), (h, dv, r)]
+        if given != fit:
+            every = zip(_NAMES, given, fit, strict=True)
+            wrong = [f"{name} {size}" for name, found, size in every if found != size]
             rule = f"{', '.join(wrong)} to fit the others"
-        elif 0 in (h, dn, r, dv):
+        elif not (h and dn and r and dv):
             rule = "no empty dimension but B, N and Dr"
+    named = dict(zip(_NAMES, tensors, strict=True))
     if rule:
-        raise ValueError(f"{op} wants {rule}; got {shapes(**tensors)}")
-    same(op, **tensors)
+        raise ValueError(f"{op} wants {rule}; got {shapes(**named)}")
+    same(op, **named)

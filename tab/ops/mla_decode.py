@@ -100,7 +100,7 @@ def _gradients(backend, grads, *saved):
     *operands, o, lse, scale = saved
     do, dlse = grads
     do = torch.zeros_like(o) if do is None else do
-    *first, duk, duv = mla_decode_bwd("auto", do, dlse, *operands, o, lse, scale)
+    *first, duk, duv = mla_decode_bwd.below("auto", do, dlse, *operands, o, lse, scale)
     return *first, None, duk, duv
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import accumulate, full_precision
+from ._check import accumulate, full_precision, token_major
 from ._op import Op
 from ._sdpa import sdpa, written
 
@@ -41,8 +41,8 @@ def _finite_where_masked(key_mask: Tensor, q: Tensor) -> Tensor:
 
 def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
     """-> q (B, H, N, Dn+Dr), k (B, H, N, Dn+Dr), v (B, H, N, Dv)"""
-    c = c_kv[:, None]  # (B, 1, N, R)
-    shared = k_rope[:, None].expand(-1, q_nope.shape[1], -1, -1)
+    c = c_kv.unsqueeze(1)  # (B, 1, N, R)
+    shared = k_rope.unsqueeze(1).expand(-1, q_nope.shape[1], -1, -1)
     q, k = torch.cat([q_nope, q_rope], -1), torch.cat([c @ w_uk.mT, shared], -1)
     return q, k, c @ w_uv.mT
 
@@ -50,7 +50,7 @@ def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
 def absorb(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
     """-> q (B, H, N, R+Dr), k (B, 1, N, R+Dr), v (B, 1, N, R): the latents are keys and values."""
     q = torch.cat([q_nope @ w_uk, q_rope], -1)
-    return q, torch.cat([c_kv, k_rope], -1)[:, None], c_kv[:, None]
+    return q, torch.cat([c_kv, k_rope], -1).unsqueeze(1), c_kv.unsqueeze(1)
 
 
 def compose(form: str, operands, scale, causal, key_mask, want_lse, want_peak):
@@ -76,10 +76,12 @@ def compose(form: str, operands, scale, causal, key_mask, want_lse, want_peak):
             if want_lse:
                 o, lse = written(q, k, v, scale, **options)
                 o = o if form == "expand" else o @ exact[5].mT
-                return o.to(dtype), lse, peak
+                return token_major(o.to(dtype)), lse, peak
     q, k, v = project(*operands)
-    o = sdpa(q, k, v, scale, **options)
-    return o if form == "expand" else o @ operands[5].mT, lse, peak
+    if form == "expand":
+        return sdpa(q, k, v, scale, **options), lse, peak
+    z = sdpa(q, k, v, scale, merged=False, **options)
+    return token_major(z @ operands[5].mT), lse, peak
 
 
 # --- the largest score ----------------------------------------------------------------------------

@@ -234,7 +234,9 @@ moe_grouped_outer = Op(
 
 def _gradients(backend, grads, x, w, counts, y):
     g = grads[0].contiguous()
-    return moe_grouped(backend, g, w.mT, counts), moe_grouped_outer(backend, g, x, counts)
+    return moe_grouped.below(backend, g, w.mT, counts), moe_grouped_outer.below(
+        backend, g, x, counts
+    )
 
 
 moe_grouped.differentiable(_gradients, by=moe_grouped_outer)

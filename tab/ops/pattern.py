@@ -112,6 +112,8 @@ class BlockPattern:
 
     def to(self, device: torch.device | str) -> BlockPattern:
         """The same pattern on another device; every copy is made once."""
+        if device == self.row_ptr.device:
+            return self
         key = str(device)
         if key not in self._copies:
             with torch.inference_mode(False):  # else training could not use it later

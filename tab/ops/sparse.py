@@ -144,12 +144,12 @@ sparse_bwd = Op(
 
 
 def _gradients(backend, grads, q, k, v, row_ptr, col, col_ptr, row, o, lse, *options):
-    do, _ = grads
+    (do,) = grads
     pattern = row_ptr, col, col_ptr, row
-    return () if do is None else sparse_bwd(backend, do, q, k, v, o, lse, *pattern, *options)
+    return () if do is None else sparse_bwd.below(backend, do, q, k, v, o, lse, *pattern, *options)
 
 
-sparse_fwd.differentiable(_gradients, by=sparse_bwd, constant=(1,))
+sparse_fwd.differentiable(_gradients, by=sparse_bwd, constant=1)
 
 # --- public ---------------------------------------------------------------------------------------
 
