@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..ops._sdpa import once
 from ._base import Attention, HeadsAttention
 from ._registry import register_attention
 
@@ -35,7 +35,7 @@ def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
 class _SoftmaxAttention(HeadsAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return once(q, k, v, seen=mask)
 
     weights = staticmethod(softmax_weights)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._check import accumulate, token_major
+from ..ops._sdpa import once
 from ._base import HeadsAttention
 from ._registry import register_attention
 from ._stacking import stacks
@@ -59,7 +60,7 @@ class LinformerAttention(HeadsAttention):
 
     def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         q, k, v = self.compressed(x)  # a masked token is 0, and so is its share in EᵀK and FᵀV
-        y = token_major(F.scaled_dot_product_attention(q, k, v))  # (B, H, N, D)
+        y = token_major(once(q, k, v))  # (B, H, N, D)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def compressed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

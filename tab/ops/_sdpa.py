@@ -5,8 +5,8 @@ for, they are taken of the formula with all its scores (B, H, N, N) written.
 
 On a CPU, PyTorch's flash kernel takes a query all of whose scores are NaN for one that sees
 nothing, and gives 0, wherever there are fewer keys than a vector register holds numbers
-(pytorch/pytorch issue 141128). And 0·NaN is NaN: in causal attention a value that is not finite
-reaches the queries before it. Both are mended here.
+(pytorch/pytorch issue 141128). And 0·NaN is NaN: in causal attention a NaN reaches the queries
+before it. Both are mended here.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def once(
     if not (q.is_cpu and seen is None) or _harmless(q, k, v, causal):
         return _kernel(q, k, v, seen, causal, scale)
     hidden = _nan(q, causal, own=True) + _nan(k, causal, own=False)  # (B, H, N, 1)
-    if causal and may_look(v):
+    if causal and may_look(v):  # what comes later is 0, and NaN from its own row on
         hidden, v = hidden + (v - v).detach().cumsum(-2), v.nan_to_num(0.0, 0.0, 0.0)
+        k = k.nan_to_num(0.0, torch.inf, -torch.inf)
     o = _kernel(q, k, v, seen, causal, scale)
     return o + hidden.to(o.dtype)
 
@@ -66,8 +67,11 @@ def _kernel(q, k, v, seen, causal, scale):
 def _harmless(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     """Whether the kernel does right as it is. Looking costs little; elsewhere sizes decide."""
     if may_look(q):
-        sums = q.detach().sum().item() + k.detach().sum().item() if k.shape[2] < FEW else 0.0
-        return math.isfinite(sums + v.detach().sum().item() if causal else sums)
+        few = k.shape[2] < FEW
+        total = q.detach().sum().item() if few else 0.0
+        total += k.detach().sum().item() if few or causal else 0.0
+        total += v.detach().sum().item() if causal else 0.0
+        return math.isfinite(total)
     if not torch.compiler.is_compiling():
         return k.shape[2] >= FEW
     from torch.fx.experimental.symbolic_shapes import statically_known_true

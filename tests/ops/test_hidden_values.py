@@ -69,10 +69,9 @@ def test_masked_latents(form, backend, lse, which, value):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("form", "backend"), where("fused"))
+@pytest.mark.parametrize(("form", "backend"), where("fused") + [(f, "") for f in FORMS[1:]])
 def test_later_latents(form, backend):
-    """Causal: whoever comes before a token that holds NaN. (The other forms run SDPA, which
-    multiplies hidden values by 0.)"""
+    """Causal: whoever comes before a token that holds NaN."""
     tensors, rows = latents(N), (slice(None), slice(None), slice(0, BAD))
     f = mla(form, backend, causal=True)
     o, _ = run(f, tensors, rows)
