@@ -109,8 +109,9 @@ class Op:
 
     def apply(self, backend: str, *args):
         """What a public function calls: the op with its gradients. Nothing to compute (B or N is 0)
-        and torch.func transforms are the reference's, so that no kernel meets them. Dynamo and
-        torch.jit.trace write the op into their graphs; its Autograd key gives the gradients."""
+        and torch.func transforms are the reference's, so that no kernel meets them (`choose` has
+        refused a named one). Dynamo and torch.jit.trace write the op into their graphs; its
+        Autograd key gives the gradients."""
         if transforming() or args[0].numel() == 0:
             return plain(self.reference, args)
         if torch.compiler.is_dynamo_compiling() or tracing():
@@ -135,7 +136,25 @@ if _default not in BACKENDS:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, ops called with backend="auto" use `name`. Process-wide."""
+    """Within the block, operators called with backend="auto" use `name`; process-wide. So does the
+    environment variable TAB_BACKEND.
+
+    "auto" takes the fastest kernel that is there for the device: Triton on a GPU, C++ on a CPU,
+    else "reference", the formula in PyTorch operators. "cpp", "triton" and "cuda" (CUDA C++) run
+    that kernel or raise a RuntimeError that says why not; they never fall back. Two things are the
+    reference's on every backend: derivatives of second and higher order, and empty tensors, where
+    there is nothing to compute. torch.func transforms and forward-mode derivatives go by the
+    reference too, and so refuse a named kernel.
+
+    Example:
+        >>> with tab.use_backend("reference"):
+        ...     o = tab.linear_attention(*torch.randn(3, 1, 4, 16, 8))
+        >>> o.shape
+        torch.Size([1, 4, 16, 8])
+
+    Raises:
+        ValueError: there is no such backend.
+    """
     global _default
     if name not in BACKENDS:
         raise ValueError(f"use_backend({name!r}): choose one of {', '.join(BACKENDS)}")
@@ -150,10 +169,13 @@ class Unavailable(RuntimeError):
     """An explicit backend does not run this; `reason` alone is for tables."""
 
     def __init__(self, backend: str, op: str, reason: str):
-        super().__init__(
-            f'backend={backend!r} of {op} is not available: {reason}; use backend="auto"'
-        )
+        super().__init__(f"backend={backend!r} of {op} is not available: {reason}; {_way_out()}")
         self.reason = reason
+
+
+def _way_out() -> str:
+    """Where a default is set, "auto" is that default."""
+    return f'use backend="{"auto" if _default == "auto" else "reference"}"'
 
 
 def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) -> str:
@@ -176,9 +198,11 @@ def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) 
     if _DEVICE[backend] != device:
         raise RuntimeError(
             f"backend={backend!r} of {op.name} runs on {_DEVICE[backend]} tensors, these are on "
-            f'{device}; move them, or use backend="auto"'
+            f"{device}; move them, or {_way_out()}"
         )
     reason = op.why_not(backend)
+    if transforming():
+        reason = "torch.func transforms and forward-mode derivatives are of the PyTorch reference"
     if reason is None and backend in op.limits:
         reason = op.limits[backend](x, *others)
     if reason:
