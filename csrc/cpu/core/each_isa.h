@@ -1,7 +1,7 @@
 // Compiles the file named by TAB_KERNEL once per instruction set, in tab::baseline, tab::avx2 and
-// tab::avx512, on top of simd.h and gemm.h. One binary then runs on any x86-64.
+// tab::avx512, on top of what one_isa.h lists. One binary then runs on any x86-64.
 //
-// To add a kernel x, in cpu/x/ (linear.cpp and linear_kernel.h are the model):
+// To add a kernel x, in cpu/x/ (linear/linear.cpp and linear_kernel.h are the model):
 //   x_kernel.h   no include guard, `namespace tab::TAB_ISA`; templates over the element type, and a
 //                table of function pointers `template <class T> constexpr XKernels x_kernels`
 //   x.cpp        arguments as a plain struct, then
@@ -14,20 +14,13 @@
 // Helpers are TAB_INLINE. Lambdas belong in the driver. Scratch rows are padded to whole vectors
 // with zeros (padded<A>(n)), so that gemm needs no masks; tensors are read by load_row and written
 // by store_row, which convert. Vectors never cross a function that is not inlined.
-#define TAB_INLINE static inline __attribute__((always_inline))
-
 #include "task.h"
 #include "types.h"
 
 #define TAB_ISA baseline
 #define TAB_VECTOR_BYTES 16
 #define TAB_TILE_ROWS 4
-#include "simd.h"
-#include "gemm.h"
-#include TAB_KERNEL
-#undef TAB_ISA
-#undef TAB_VECTOR_BYTES
-#undef TAB_TILE_ROWS
+#include "one_isa.h"
 
 #if TAB_WIDE
 #pragma GCC push_options
@@ -35,12 +28,7 @@
 #define TAB_ISA avx2
 #define TAB_VECTOR_BYTES 32
 #define TAB_TILE_ROWS 6
-#include "simd.h"
-#include "gemm.h"
-#include TAB_KERNEL
-#undef TAB_ISA
-#undef TAB_VECTOR_BYTES
-#undef TAB_TILE_ROWS
+#include "one_isa.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -48,11 +36,6 @@
 #define TAB_ISA avx512
 #define TAB_VECTOR_BYTES 64
 #define TAB_TILE_ROWS 8
-#include "simd.h"
-#include "gemm.h"
-#include TAB_KERNEL
-#undef TAB_ISA
-#undef TAB_VECTOR_BYTES
-#undef TAB_TILE_ROWS
+#include "one_isa.h"
 #pragma GCC pop_options
 #endif

@@ -85,14 +85,10 @@ void parallel(int64_t tasks, const F& f) {
 inline int64_t segments(int64_t rows, int64_t tiles) {
   const int64_t workers = threads();
   if (rows >= 4 * workers || rows % workers == 0) return 1;
-  const int64_t wanted = (4 * workers + rows - 1) / rows;
+  const int64_t wanted = ceiling(4 * workers, rows);
   const int64_t most = tiles / 4 > 1 ? tiles / 4 : 1;  // a segment shorter than 4 tiles costs more
   return wanted < most ? wanted : most;
 }
-
-/// Tokens above which the sum over a segment, tile by tile, is compensated: some 500 to 1000
-/// additions of equal terms stay within 4e-5, and cost nothing.
-constexpr int64_t LONG = int64_t{1} << 15;
 
 // --- scratch --------------------------------------------------------------------------------------
 
@@ -102,7 +98,7 @@ template <class A>
 struct Arena {
   A* next;
   /// How much of the buffer a piece of n elements uses up.
-  static constexpr int64_t cost(int64_t n) { return (n + 15) / 16 * 16 + 16; }
+  static constexpr int64_t cost(int64_t n) { return up(n, 16) + 16; }
   A* take(int64_t n) {
     A* piece = next;
     next += cost(n);

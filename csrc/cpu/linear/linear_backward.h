@@ -83,7 +83,7 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
   const int64_t d = fixed ? fixed : a.d, e = fixed ? fixed : a.e;
   const int64_t dp = padded<A>(d), ep = padded<A>(e);
   Arena<A> arena{static_cast<A*>(scratch)};
-  const int64_t tp = padded<A>(a.tile), tiles = (s.to - s.from + a.tile - 1) / a.tile;
+  const int64_t tp = padded<A>(a.tile), tiles = ceiling(s.to - s.from, a.tile);
   A *fq = arena.take(a.tile * dp), *fk = arena.take(a.tile * dp);
   A *v = arena.take(a.tile * ep), *g = arena.take(a.tile * ep);
   A *df = arena.take(a.tile * dp), *dv = arena.take(a.tile * ep);

@@ -24,8 +24,6 @@
 namespace tab {
 namespace {
 
-int64_t ceiling(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 /// How many parts of the batch, of the heads and of the queries; `each` is the size of one part.
 struct Cut {
   struct Axis {
@@ -104,20 +102,14 @@ struct Inputs {
     check_shape(op, "w_uv", uv, {a.h, a.dv, a.r});
     for (const Tensor* x : {&qr, &c, &kr, &uk, &uv})
       check_dtype(op, "an input", *x, qn.scalar_type());
-    if (mask_) {
-      check_shape(op, "key_mask", *mask_, {a.b, a.n});
-      check_dtype(op, "key_mask", *mask_, ScalarType::Bool);
-      mask = torch::stable::contiguous(*mask_);
-      a.mask = static_cast<const uint8_t*>(mask->data_ptr());
-    }
+    check_mask(op, mask_, a.b, a.n);
+    mask = contiguous(mask_), a.mask = mask_bytes(mask);
     a.qn = Rows(qn), a.qr = Rows(qr), a.c = by_batch(c), a.kr = by_batch(kr);
     a.uk = by_head(uk), a.uv = by_head(uv);
     // A strip of scores stays in the L2. Causal, short ones leave out more of the hidden keys.
     a.rows = std::clamp<int64_t>((int64_t(1) << 16) / a.n / 8 * 8, 8, causal ? 16 : 64);
   }
 };
-
-int64_t up(int64_t n, int64_t to) { return ceiling(n, to) * to; }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -164,19 +156,13 @@ Six backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tens
              bool causal) {
   Inputs in("mla_bwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
   Mla& a = in.a;
-  const ScalarType type = in.qn.scalar_type(), acc = accumulator(in.qn);
-  check_shape("mla_bwd", "do", grad, {a.b, a.h, a.n, a.dv});
-  check_shape("mla_bwd", "o", o, {a.b, a.h, a.n, a.dv});
-  check_shape("mla_bwd", "lse", lse, {a.b, a.h, a.n});
-  check_dtype("mla_bwd", "do", grad, type);
-  check_dtype("mla_bwd", "o", o, type);
-  check_dtype("mla_bwd", "lse", lse, acc);
+  const ScalarType acc = accumulator(in.qn);
+  check_output("mla_bwd", "do", grad, qn, a.dv);
+  check_output("mla_bwd", "o", o, qn, a.dv);
+  check_lse("mla_bwd", "lse", lse, qn);
+  if (dlse) check_lse("mla_bwd", "dlse", *dlse, qn);
   grad = unit_last(grad), o = unit_last(o), lse = torch::stable::contiguous(lse);
-  if (dlse) {
-    check_shape("mla_bwd", "dlse", *dlse, {a.b, a.h, a.n});
-    check_dtype("mla_bwd", "dlse", *dlse, acc);
-    dlse = torch::stable::contiguous(*dlse);
-  }
+  dlse = contiguous(dlse);
   const Tensor dqn = token_major(in.qn, a.b, a.h, a.n, a.dn);
   const Tensor dqr = token_major(in.qn, a.b, a.h, a.n, a.dr);
   const Tensor dc = empty(in.qn, {a.b, a.n, a.r});

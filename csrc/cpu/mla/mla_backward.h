@@ -118,7 +118,7 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
         transpose(s.dk, padded<A>(count), tile + s.dvp * KEYS, KEYS, k + t * s.dkp, s.dkp);
       }
       // From the last queries to the first: the last ones see every key, so they start the sums.
-      const int64_t blocks = (task.q1 - task.q0 + a.rows - 1) / a.rows;
+      const int64_t blocks = ceiling(task.q1 - task.q0, a.rows);
       for (int64_t block = blocks - 1; block >= 0; --block) {
         const int64_t i0 = task.q0 + block * a.rows, count = least(a.rows, task.q1 - i0);
         const int64_t columns = a.causal ? least(s.np, padded<A>(i0 + count)) : s.np;

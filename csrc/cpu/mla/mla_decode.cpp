@@ -92,9 +92,7 @@ std::tuple<Tensor, Tensor> decode(Tensor qn, Tensor qr, Tensor cache, Tensor seq
   return dispatch(op, qn, [&]<class T>() -> std::tuple<Tensor, Tensor> {
     using A = acc_t<T>;
     const DecodeKernels& kernels = TAB_SELECT(decode_kernels<T>);
-    const auto padded = [&](int64_t n) {
-      return (n + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-    };
+    const auto padded = [&](int64_t n) { return up(n, kernels.lanes); };
     const DecodeScratch work = kernels.scratch(a);
     const Tensor q = torch::stable::new_empty(
         qn, {a.b * a.h * (padded(a.r + a.dr) + kernels.lanes)}, acc);
@@ -104,8 +102,8 @@ std::tuple<Tensor, Tensor> decode(Tensor qn, Tensor qr, Tensor cache, Tensor seq
     const std::vector<int64_t> length = lengths(seqlens, cache.size(1));
     int64_t total = 0;
     for (int64_t n : length) total += n;
-    const int64_t share = (total + 4 * threads() - 1) / (4 * threads());
-    const int64_t run = std::max<int64_t>(256, (share + 63) / 64 * 64);  // shorter ones cost more
+    const int64_t share = ceiling(total, 4 * threads());
+    const int64_t run = std::max<int64_t>(256, up(share, 64));  // shorter ones cost more
     std::vector<DecodePiece> pieces;
     std::vector<int64_t> first{0};
     for (int64_t b = 0; b < a.b; ++b) {

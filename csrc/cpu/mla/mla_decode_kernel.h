@@ -9,8 +9,6 @@ namespace tab::TAB_ISA {
 
 constexpr int64_t KEYS = 64, DEPTH = 256;  // keys in a tile; numbers of a key multiplied in one go
 
-TAB_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
-
 template <class A>
 struct DecodeSizes {
   int64_t rp, dvp, dnp, hp, width, wide;  // width R+Dr, wide padded
@@ -49,7 +47,7 @@ static void absorb(const Decode& a, int64_t head, void* scratch) {
     A* to = static_cast<A*>(a.q) + (b * a.h + head) * (s.wide + W<A>);
     __builtin_memcpy(to, q + b * s.rp, s.rp * sizeof(A));
     if (a.dr > 0) load_row(row<T>(a.qr, b, head, 0), a.dr, to + a.r);
-    multiply(to, A(a.scale) * A(1.4426950408889634), s.wide);
+    multiply(to, A(a.scale) * LOG2E<A>, s.wide);
   }
 }
 
@@ -134,7 +132,7 @@ static void merge(const Decode& a, int64_t head, const int64_t* first, const voi
       add_scaled(z + b * s.rp, f, part + head * s.rp, s.rp);
     }
     multiply(z + b * s.rp, total == 0 ? A(0) : 1 / total, s.rp);
-    static_cast<A*>(a.lse)[b * a.h + head] = (top + log2(total)) * A(0.6931471805599453);
+    static_cast<A*>(a.lse)[b * a.h + head] = (top + log2(total)) * LN2<A>;
     for (int64_t i = a.r; i < s.rp; ++i) z[b * s.rp + i] = 0;  // k_r, or what a product left there
   }
   for (int64_t i = 0; i < a.dv; ++i) {

@@ -19,7 +19,7 @@ struct MlaSizes {
   TAB_INLINE MlaSizes of(const Mla& a) {
     MlaSizes s{};
     s.dk = a.dn + a.dr, s.dkp = padded<A>(s.dk), s.dvp = padded<A>(a.dv), s.rp = padded<A>(a.r);
-    s.drp = padded<A>(a.dr), s.np = padded<A>(a.n), s.tiles = (a.n + KEYS - 1) / KEYS;
+    s.drp = padded<A>(a.dr), s.np = padded<A>(a.n), s.tiles = ceiling(a.n, KEYS);
     s.strip = s.np + W<A>;  // rows of scores do not lie a power of two apart
     return s;
   }
@@ -35,13 +35,6 @@ struct Pieces {
     return at;
   }
 };
-
-template <class A>
-constexpr A LOG2E = A(1.4426950408889634);
-template <class A>
-constexpr A LN2 = A(0.6931471805599453);
-
-TAB_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
 // --- latents and queries --------------------------------------------------------------------------
 

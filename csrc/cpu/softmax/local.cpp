@@ -5,65 +5,66 @@
 //     grid:  W(i) = {j : -left ≤ row(j) - row(i) ≤ right, and the same for the columns}
 //
 // Beltagy et al. 2020, "Longformer", sec. 3.1; Ramachandran et al. 2019, eq. 2. The keys of a strip
-// of queries are one run with closed-form ends (on a grid: whole rows); see strip.h for the scheme.
+// of queries are one run with closed-form ends (on a grid: whole rows); see softmax.h for the scheme.
 
-#include "../../common.h"
-#include "strip.h"
+#include "softmax.h"
 
 namespace tab {
 
-struct Local : Strip {
+struct Local : Softmax {
   int64_t left, right, cols;  // cols 0: the tokens are a line
-  bool causal;
 };
 
 }  // namespace tab
 
 #define TAB_KERNEL "../softmax/local_kernel.h"
 #include "../core/each_isa.h"
-#include "strip_driver.h"
+#include "softmax_driver.h"
 
 namespace tab {
 namespace {
 
-Local local(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t left,
-            int64_t right, int64_t rows, int64_t cols, bool causal, double scale) {
-  check_heads(op, q, k, v);
-  const int64_t n = q.size(2);
-  STD_TORCH_CHECK(left >= 0 && right >= 0 && left <= n && right <= n, op,
+/// The window, once N is known.
+void prepare(const char* op, Local& a, int64_t left, int64_t right, int64_t rows, int64_t cols,
+             bool causal, double scale) {
+  STD_TORCH_CHECK(left >= 0 && right >= 0 && left <= a.n && right <= a.n, op,
                   ": 0 ≤ left, right ≤ N");
-  STD_TORCH_CHECK((rows == 0 && cols == 0) || (rows > 0 && cols > 0 && rows * cols == n), op,
+  STD_TORCH_CHECK((rows == 0 && cols == 0) || (rows > 0 && cols > 0 && rows * cols == a.n), op,
                   ": rows · cols = N, or both 0");
-  STD_TORCH_CHECK(n < int64_t(1) << 30, op, ": N < 2^30");
-  Local a{};
+  STD_TORCH_CHECK(a.n < int64_t(1) << 30, op, ": N < 2^30");
   a.left = left, a.right = right, a.cols = cols, a.causal = causal, a.scale = scale;
-  return a;
 }
+
+/// Pieces that a strip's list of keys can have.
+int64_t most_runs(const Local& a) { return a.n / 64 + 2; }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t left, int64_t right,
                                    int64_t rows, int64_t cols, bool causal, double scale) {
-  Local a = local("local_fwd", q, k, v, left, right, rows, cols, causal, scale);
-  q = unit_last(q), k = unit_last(k), v = unit_last(v);
-  return dispatch("local_fwd", q, [&]<class T>() {
-    return strips_forward<T>(a, TAB_SELECT(local_kernels<T>), q.size(2) / 64 + 2, q, k, v);
+  constexpr const char* op = "local_fwd";
+  Local a{};
+  const Inputs in(op, a, q, k, v);
+  prepare(op, a, left, right, rows, cols, causal, scale);
+  return dispatch(op, in.q, [&]<class T>() {
+    return softmax_forward<T>(a, TAB_SELECT(local_kernels<T>), most_runs(a), in);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o,
                                             Tensor lse, int64_t left, int64_t right, int64_t rows,
                                             int64_t cols, bool causal, double scale) {
-  Local a = local("local_bwd", q, k, v, left, right, rows, cols, causal, scale);
-  q = unit_last(q), k = unit_last(k), v = unit_last(v);
-  const BackwardInputs in("local_bwd", a, grad, q, v, o, lse);
+  constexpr const char* op = "local_bwd";
+  Local a{};
+  const Inputs in(op, a, q, k, v);
+  prepare(op, a, left, right, rows, cols, causal, scale);
+  const Cotangents given(op, a, grad, q, o, lse);
   const baseline::Window<float, false> line{a, 0, 0, 1, {}, {}, {}};
   const baseline::Window<float, true> grid{a, 0, 0, cols, {}, {}, {}};
   const auto keys = [&](int64_t i0, int64_t i1) -> std::pair<int64_t, int64_t> {
     if (cols > 0) return {grid.from(i0), grid.to(i1 - 1)};
     return {line.from(i0), line.to(i1 - 1)};
   };
-  return dispatch("local_bwd", q, [&]<class T>() {
-    return strips_backward<T>(a, TAB_SELECT(local_kernels<T>), q.size(2) / 64 + 2, false, keys, q,
-                              k, v);
+  return dispatch(op, in.q, [&]<class T>() {
+    return softmax_backward<T>(a, TAB_SELECT(local_kernels<T>), most_runs(a), false, keys, in);
   });
 }
 

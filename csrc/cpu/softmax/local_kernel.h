@@ -1,8 +1,8 @@
-// Local attention, the arithmetic (formulas: local.cpp, strip_kernel.h, strip_backward.h). Included
+// Local attention, the arithmetic (formulas: local.cpp, softmax_kernel.h, softmax_backward.h). Included
 // once per instruction set.
 
-#include "strip_kernel.h"
-#include "strip_backward.h"
+#include "softmax_kernel.h"
+#include "softmax_backward.h"
 
 namespace tab::TAB_ISA {
 
@@ -95,6 +95,6 @@ static void window(const Local& a, const Part& part, const Sums* sums, Run* runs
 }
 
 template <class T>
-constexpr StripKernels<Local> local_kernels = {W<acc_t<T>>, window<T>, finish<T, Local>};
+constexpr SoftmaxKernels<Local> local_kernels = {W<acc_t<T>>, window<T>, finish<T, Local>};
 
 }  // namespace tab::TAB_ISA

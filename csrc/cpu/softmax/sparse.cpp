@@ -4,84 +4,83 @@
 //     A(i) = {j : block ⌊j/b⌋ is listed for block ⌊i/b⌋ of this head}, causal: and j ≤ i
 //
 // Zaheer et al. 2020, "Big Bird", sec. 2 and appendix D. The keys of a strip of queries are those of
-// all blocks that one of its block rows lists; see strip.h for the scheme. A long (global) block row
+// all blocks that one of its block rows lists; see softmax.h for the scheme. A long (global) block row
 // is several strips, so threads share it. The transposed pattern (col_ptr, row) is not needed.
 
-#include "../../common.h"
-#include "strip.h"
+#include "softmax.h"
 
 namespace tab {
 
-struct Sparse : Strip {
+struct Sparse : Softmax {
   const int32_t *row_ptr, *col;
   int64_t patterns;  // 1: the heads share the rows, else H
   int64_t block, blocks;
-  bool causal;
 };
 
 }  // namespace tab
 
 #define TAB_KERNEL "../softmax/sparse_kernel.h"
 #include "../core/each_isa.h"
-#include "strip_driver.h"
+#include "softmax_driver.h"
 
 namespace tab {
 namespace {
 
-/// The pattern, checked down to each entry: the kernels follow it into memory.
-Sparse sparse(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& row_ptr, const Tensor& col, int64_t block_size, bool causal,
-              double scale) {
-  check_heads(op, q, k, v);
-  const int64_t h = q.size(1), n = q.size(2);
-  STD_TORCH_CHECK(block_size > 0 && n < int64_t(1) << 30, op, ": block_size > 0, N < 2^30");
-  Sparse a{};
-  a.block = block_size, a.blocks = (n + block_size - 1) / block_size;
-  STD_TORCH_CHECK(row_ptr.dim() == 2 && (row_ptr.size(0) == 1 || row_ptr.size(0) == h), op,
-                  ": row_ptr is (1 or H, nb + 1)");
-  a.patterns = row_ptr.size(0);
-  check_shape(op, "row_ptr", row_ptr, {a.patterns, a.blocks + 1});
-  check_shape(op, "col", col, {col.numel()});
-  check_dtype(op, "row_ptr", row_ptr, ScalarType::Int);
-  check_dtype(op, "col", col, ScalarType::Int);
-  a.row_ptr = static_cast<const int32_t*>(row_ptr.data_ptr());
-  a.col = static_cast<const int32_t*>(col.data_ptr());
-  bool inside = true;
-  for (int64_t p = 0; p < a.patterns; ++p)
-    for (int64_t i = 0; i < a.blocks; ++i) {
-      const int32_t* x = a.row_ptr + p * (a.blocks + 1) + i;
-      inside = inside && 0 <= x[0] && x[0] <= x[1] && x[1] <= col.numel();
-    }
-  for (int64_t i = 0; i < col.numel(); ++i) inside = inside && 0 <= a.col[i] && a.col[i] < a.blocks;
-  STD_TORCH_CHECK(inside, op, ": row_ptr and col point outside the pattern");
-  a.causal = causal, a.scale = scale;
-  return a;
-}
+/// The pattern, once N is known, checked down to each entry: the kernels follow it into memory.
+struct Pattern {
+  Tensor row_ptr, col;
+
+  Pattern(const char* op, Sparse& a, const Tensor& row_ptr_, const Tensor& col_, int64_t block,
+          bool causal, double scale)
+      : row_ptr(torch::stable::contiguous(row_ptr_)), col(torch::stable::contiguous(col_)) {
+    STD_TORCH_CHECK(block > 0 && a.n < int64_t(1) << 30, op, ": block_size > 0, N < 2^30");
+    a.block = block, a.blocks = ceiling(a.n, block), a.causal = causal, a.scale = scale;
+    STD_TORCH_CHECK(row_ptr.dim() == 2 && (row_ptr.size(0) == 1 || row_ptr.size(0) == a.h), op,
+                    ": row_ptr is (1 or H, nb + 1)");
+    a.patterns = row_ptr.size(0);
+    check_shape(op, "row_ptr", row_ptr, {a.patterns, a.blocks + 1});
+    check_shape(op, "col", col, {col.numel()});
+    check_dtype(op, "row_ptr", row_ptr, ScalarType::Int);
+    check_dtype(op, "col", col, ScalarType::Int);
+    a.row_ptr = static_cast<const int32_t*>(row_ptr.data_ptr());
+    a.col = static_cast<const int32_t*>(col.data_ptr());
+    const int64_t entries = col.numel();
+    bool inside = true;
+    for (int64_t p = 0; p < a.patterns; ++p)
+      for (int64_t i = 0; i < a.blocks; ++i) {
+        const int32_t* x = a.row_ptr + p * (a.blocks + 1) + i;
+        inside = inside && 0 <= x[0] && x[0] <= x[1] && x[1] <= entries;
+      }
+    for (int64_t i = 0; i < entries; ++i) inside = inside && 0 <= a.col[i] && a.col[i] < a.blocks;
+    STD_TORCH_CHECK(inside, op, ": row_ptr and col point outside the pattern");
+  }
+};
 
 /// Pieces that a strip's list of keys can have.
-int64_t most_runs(const Sparse& a, const Tensor& q) { return a.blocks + q.size(2) / 64 + 2; }
+int64_t most_runs(const Sparse& a) { return a.blocks + a.n / 64 + 2; }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col,
                                    Tensor, Tensor, int64_t block_size, bool causal, double scale) {
-  row_ptr = torch::stable::contiguous(row_ptr), col = torch::stable::contiguous(col);
-  Sparse a = sparse("sparse_fwd", q, k, v, row_ptr, col, block_size, causal, scale);
-  q = unit_last(q), k = unit_last(k), v = unit_last(v);
-  return dispatch("sparse_fwd", q, [&]<class T>() {
-    return strips_forward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a, q), q, k, v);
+  constexpr const char* op = "sparse_fwd";
+  Sparse a{};
+  const Inputs in(op, a, q, k, v);
+  const Pattern pattern(op, a, row_ptr, col, block_size, causal, scale);
+  return dispatch(op, in.q, [&]<class T>() {
+    return softmax_forward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a), in);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o,
                                             Tensor lse, Tensor row_ptr, Tensor col, Tensor, Tensor,
                                             int64_t block_size, bool causal, double scale) {
-  row_ptr = torch::stable::contiguous(row_ptr), col = torch::stable::contiguous(col);
-  Sparse a = sparse("sparse_bwd", q, k, v, row_ptr, col, block_size, causal, scale);
-  q = unit_last(q), k = unit_last(k), v = unit_last(v);
-  const BackwardInputs in("sparse_bwd", a, grad, q, v, o, lse);
+  constexpr const char* op = "sparse_bwd";
+  Sparse a{};
+  const Inputs in(op, a, q, k, v);
+  const Pattern pattern(op, a, row_ptr, col, block_size, causal, scale);
+  const Cotangents given(op, a, grad, q, o, lse);
   const auto all = [&](int64_t, int64_t) { return std::pair<int64_t, int64_t>(0, a.n); };
-  return dispatch("sparse_bwd", q, [&]<class T>() {
-    return strips_backward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a, q), true, all, q, k,
-                              v);
+  return dispatch(op, in.q, [&]<class T>() {
+    return softmax_backward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a), true, all, in);
   });
 }
 

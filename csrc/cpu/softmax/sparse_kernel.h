@@ -1,8 +1,8 @@
-// Block-sparse attention, the arithmetic (formulas: sparse.cpp, strip_kernel.h, strip_backward.h).
+// Block-sparse attention, the arithmetic (formulas: sparse.cpp, softmax_kernel.h, softmax_backward.h).
 // Included once per instruction set.
 
-#include "strip_kernel.h"
-#include "strip_backward.h"
+#include "softmax_kernel.h"
+#include "softmax_backward.h"
 
 namespace tab::TAB_ISA {
 
@@ -84,6 +84,6 @@ static void strips(const Sparse& a, const Part& part, const Sums* sums, Run* run
 }
 
 template <class T>
-constexpr StripKernels<Sparse> sparse_kernels = {W<acc_t<T>>, strips<T>, finish<T, Sparse>};
+constexpr SoftmaxKernels<Sparse> sparse_kernels = {W<acc_t<T>>, strips<T>, finish<T, Sparse>};
 
 }  // namespace tab::TAB_ISA

@@ -9,71 +9,54 @@
 #include <algorithm>
 #include <vector>
 
-#include "strip.h"
 #include "../core/task.h"
 #include "../core/types.h"
+#include "softmax.h"
 
 namespace tab {
 
-inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, op, ": q, k, v are (B, H, N, D)");
-  const int64_t b = q.size(0), h = q.size(1), n = q.size(2);
-  check_shape(op, "k", k, {b, h, n, q.size(3)});
-  check_shape(op, "v", v, {b, h, n, v.size(3)});
-  check_dtype(op, "k", k, q.scalar_type());
-  check_dtype(op, "v", v, q.scalar_type());
-}
-
 /// do, o and lse of a backward pass, checked, pointed to by `a`, and kept alive.
-struct BackwardInputs {
+struct Cotangents {
   Tensor grad, o, lse;
 
-  BackwardInputs(const char* op, Strip& a, const Tensor& grad_, const Tensor& q, const Tensor& v,
-                 const Tensor& o_, const Tensor& lse_)
+  Cotangents(const char* op, Softmax& a, const Tensor& grad_, const Tensor& q, const Tensor& o_,
+             const Tensor& lse_)
       : grad(unit_last(grad_)), o(unit_last(o_)), lse(torch::stable::contiguous(lse_)) {
-    const int64_t b = q.size(0), h = q.size(1), n = q.size(2);
-    check_shape(op, "do", grad, {b, h, n, v.size(3)});
-    check_shape(op, "o", o, {b, h, n, v.size(3)});
-    check_shape(op, "lse", lse, {b, h, n});
-    check_dtype(op, "do", grad, q.scalar_type());
-    check_dtype(op, "o", o, q.scalar_type());
-    check_dtype(op, "lse", lse, accumulator(q));
+    check_output(op, "do", grad, q, a.e);
+    check_output(op, "o", o, q, a.e);
+    check_lse(op, "lse", lse, q);
     a.grad = Rows(grad), a.o = Rows(o), a.lse = lse.data_ptr();
   }
 };
 
-/// The common part of the arguments; q, k, v have unit last strides.
+/// How much is held at once.
 template <class T>
-void prepare(Strip& a, int64_t lanes, const Tensor& q, const Tensor& k, const Tensor& v) {
-  a.b = q.size(0), a.h = q.size(1), a.n = q.size(2), a.d = q.size(3), a.e = v.size(3);
-  a.q = Rows(q), a.k = Rows(k), a.v = Rows(v);
+void prepare(Softmax& a, int64_t lanes) {
   a.copy = !std::is_same_v<T, acc_t<T>> || a.d % lanes != 0 || a.e % lanes != 0;
   // Scores, and K and V when they are copied, fit the L2 together.
   a.chunk = std::clamp<int64_t>(65536 / (a.d + a.e) / 8 * 8, 64, 512);
 }
 
 /// Scratch of one strip, in elements: every piece that the kernels take.
-inline int64_t strip_scratch(const Strip& a, int64_t lanes) {
+inline int64_t softmax_scratch(const Softmax& a, int64_t lanes) {
   using P = Arena<float>;
-  const auto up = [lanes](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
-  const int64_t queries = 2 * lanes, dp = up(a.d), ep = up(a.e);
+  const int64_t queries = 2 * lanes, dp = up(a.d, lanes), ep = up(a.e, lanes);
   return P::cost(a.d * queries) + P::cost(a.e * queries) + 2 * P::cost(queries * dp) +
          2 * P::cost(queries * ep) + 2 * P::cost(a.chunk * queries) + P::cost(a.chunk * dp) +
          P::cost(a.chunk * ep);
 }
 
 template <class T, class Args>
-std::tuple<Tensor, Tensor> strips_forward(Args& a, const StripKernels<Args>& kernels,
-                                          int64_t most_runs, const Tensor& q, const Tensor& k,
-                                          const Tensor& v) {
-  prepare<T>(a, kernels.lanes, q, k, v);
-  Tensor o = token_major(v, a.b, a.h, a.n, a.e);
-  Tensor lse = torch::stable::new_empty(q, {a.b, a.h, a.n}, accumulator(q));
+std::tuple<Tensor, Tensor> softmax_forward(Args& a, const SoftmaxKernels<Args>& kernels,
+                                           int64_t most_runs, const Inputs& in) {
+  prepare<T>(a, kernels.lanes);
+  const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
+  const Tensor lse = torch::stable::new_empty(in.q, {a.b, a.h, a.n}, accumulator(in.q));
   a.o = Rows(o), a.lse = lse.data_ptr();
-  const int64_t queries = 2 * kernels.lanes, strips = (a.n + queries - 1) / queries;
-  const int64_t heads = a.b * a.h, work = strip_scratch(a, kernels.lanes);
+  const int64_t queries = 2 * kernels.lanes, strips = ceiling(a.n, queries);
+  const int64_t heads = a.b * a.h, work = softmax_scratch(a, kernels.lanes);
   const int64_t group = std::clamp<int64_t>(heads * strips / (8 * threads()), 1, 16);
-  const int64_t groups = (strips + group - 1) / group;
+  const int64_t groups = ceiling(strips, group);
   parallel(heads * groups, [&](int64_t task) {
     // First, last, second, …: BigBird's long rows are at both ends and must not come last.
     const int64_t t = task % groups, g = t % 2 == 0 ? t / 2 : groups - 1 - t / 2;
@@ -87,21 +70,17 @@ std::tuple<Tensor, Tensor> strips_forward(Args& a, const StripKernels<Args>& ker
 /// keys(i0, i1) are the bounds of the keys that the queries i0 … i1 see. `deal`: strips go to the
 /// segments in turns, since they differ in length; else a segment is one stretch of them.
 template <class T, class Args, class Bounds>
-std::tuple<Tensor, Tensor, Tensor> strips_backward(Args& a, const StripKernels<Args>& kernels,
-                                                   int64_t most_runs, bool deal, const Bounds& keys,
-                                                   const Tensor& q, const Tensor& k,
-                                                   const Tensor& v) {
+std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernels<Args>& kernels,
+                                                    int64_t most_runs, bool deal,
+                                                    const Bounds& keys, const Inputs& in) {
   using A = acc_t<T>;
   const int64_t lanes = kernels.lanes;
-  prepare<T>(a, lanes, q, k, v);
-  Tensor dq = token_major(q, a.b, a.h, a.n, a.d), dk = token_major(k, a.b, a.h, a.n, a.d);
-  Tensor dv = token_major(v, a.b, a.h, a.n, a.e);
-  a.dq = Rows(dq), a.dk = Rows(dk), a.dv = Rows(dv);
-  const auto up = [lanes](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
-  const int64_t queries = 2 * lanes, strips = (a.n + queries - 1) / queries;
-  const int64_t heads = a.b * a.h, work = strip_scratch(a, lanes), dp = up(a.d), ep = up(a.e);
-  const int64_t wanted = segments(heads, strips), length = (strips + wanted - 1) / wanted;
-  const int64_t count = (strips + length - 1) / length;
+  prepare<T>(a, lanes);
+  const Gradients out(a, in);
+  const int64_t queries = 2 * lanes, strips = ceiling(a.n, queries);
+  const int64_t heads = a.b * a.h, work = softmax_scratch(a, lanes);
+  const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes);
+  const int64_t length = ceiling(strips, segments(heads, strips)), count = ceiling(strips, length);
   const auto run = [&](const Part& part, const Sums& sums, A* scratch) {
     kernels.strips(a, part, &sums, arena<Run>(most_runs).next, arena<Stretch>(most_runs).next,
                    scratch);
@@ -110,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> strips_backward(Args& a, const StripKernels<A
   if (count == 1) {
     const int64_t rows = a.copy ? a.n * (dp + ep) : 0;
     parallel(heads, [&](int64_t head) {
-      A *scratch = arena<A>(rows + work).next, *out = scratch;
-      Sums sums{out, out + a.n * dp, dp, ep, 0, a.n};
+      A* scratch = arena<A>(rows + work).next;
+      Sums sums{scratch, scratch + a.n * dp, dp, ep, 0, a.n};
       if (!a.copy) {  // the outputs themselves
         const int64_t b = head / a.h, h = head % a.h;
         A* x = static_cast<A*>(a.dk.data) + b * a.dk.b + h * a.dk.h;
@@ -126,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> strips_backward(Args& a, const StripKernels<A
       run({head, 0, strips, 1}, sums, scratch + rows);
       if (a.copy) kernels.finish(a, head, 0, a.n, &sums, 1, scratch + rows);
     });
-    return {dq, dk, dv};
+    return {out.dq, out.dk, out.dv};
   }
 
   std::vector<Sums> parts(heads * count);
@@ -139,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> strips_backward(Args& a, const StripKernels<A
     parts[task] = {nullptr, nullptr, dp, ep, from, to};
     size += (to - from) * (dp + ep);
   }
-  Tensor buffer = empty(q, {size}, accumulator(q));
+  Tensor buffer = empty(in.q, {size}, accumulator(in.q));
   A* next = static_cast<A*>(buffer.data_ptr());
   for (Sums& s : parts) {
     s.dk = next, next += (s.last - s.first) * dp;
@@ -154,13 +133,13 @@ std::tuple<Tensor, Tensor, Tensor> strips_backward(Args& a, const StripKernels<A
     run(deal ? dealt : block, sums, arena<A>(work).next);
   });
   constexpr int64_t rows = 256;
-  const int64_t blocks = (a.n + rows - 1) / rows;
+  const int64_t blocks = ceiling(a.n, rows);
   parallel(heads * blocks, [&](int64_t task) {
     const int64_t head = task / blocks, j = task % blocks * rows;
     kernels.finish(a, head, j, std::min(j + rows, a.n), &parts[head * count], count,
                    arena<A>(work).next);
   });
-  return {dq, dk, dv};
+  return {out.dq, out.dk, out.dv};
 }
 
 }  // namespace tab

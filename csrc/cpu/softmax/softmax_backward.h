@@ -1,4 +1,4 @@
-// One strip backward (the scheme: strip.h). Included once per instruction set, after strip_kernel.h.
+// One strip backward (the scheme: softmax.h). Included once per instruction set, after softmax_kernel.h.
 //
 //     P = exp(S - L),  Δ = Σ dO∘O,  dV = PᵀdO,  dS = scale·P∘(dO Vᵀ - Δ),  dQ = dS K,  dK = dSᵀQ
 //
@@ -52,7 +52,7 @@ static void differentiate(const Rule& rule, const Run* run, const Run* end, A sc
 /// dq of the queries i0 … of one head; their part of dK and dV goes into `sums`. A q or do that is
 /// not finite must reach no key beyond its window, nor such a key dq: then pair by pair.
 template <class T, class Rule>
-static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64_t i0,
+static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int64_t i0,
                            const Run* first, const Run* end, Stretch* stretch, const Sums& sums,
                            Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
@@ -65,11 +65,10 @@ static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
   Keys<T> keys{a, b, h, k, v, stretch};
   A l[Q<A>], delta[Q<A>];
-  constexpr A log2e = A(1.4426950408889634);
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
   load_rows<T>(row<T>(a.grad, b, h, i0), a.grad.n, count, a.e, g);
-  turn(count, a.d, q, A(a.scale) * log2e, qt);
+  turn(count, a.d, q, A(a.scale) * LOG2E<A>, qt);
   turn(count, a.e, g, A(1), gt);
   clear(l, Q<A>);
   clear(delta, Q<A>);
@@ -78,7 +77,7 @@ static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64
   for (int64_t i = 0; i < count; ++i) {
     load_row(row<T>(a.o, b, h, i0 + i), a.e, o);
     delta[i] = dot(g + i * ep, o, ep);
-    l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * log2e;
+    l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * LOG2E<A>;
   }
   A *dk = static_cast<A*>(sums.dk), *dv = static_cast<A*>(sums.dv);
   for (bool again = false;; again = true) {  // the second time for dq alone
@@ -108,7 +107,7 @@ static void strip_backward(const Strip& a, const Rule& rule, int64_t head, int64
 }
 
 template <class T>
-static void add_parts(const Rows& out, int64_t width, const Strip& a, int64_t head, int64_t j,
+static void add_parts(const Rows& out, int64_t width, const Softmax& a, int64_t head, int64_t j,
                       bool values, const Sums* parts, int64_t count, acc_t<T>* total) {
   using A = acc_t<T>;
   clear(total, padded<A>(width));

@@ -1,4 +1,4 @@
-// One strip forward, and what the backward pass shares with it (the scheme: strip.h). Included once
+// One strip forward, and what the backward pass shares with it (the scheme: softmax.h). Included once
 // per instruction set.
 //
 //     o_i = Σ_j exp(s_ij - L_i) v_j,  s_ij = scale·q_iᵀk_j,  L_i = log Σ_j exp s_ij
@@ -33,7 +33,7 @@ static void turn(int64_t count, int64_t width, const A* x, A scale, A* y) {
 template <class T>
 struct Keys {
   using A = acc_t<T>;
-  const Strip& a;
+  const Softmax& a;
   int64_t b, h;
   A *k, *v;           // copies of the chunk's rows, padded; unused when they are read in place
   Stretch* stretch;
@@ -191,7 +191,7 @@ static void rescale(int64_t count, int64_t width, const A* old, const A* top, A*
 
 /// o and lse of the queries i0 … of one head, which may see the keys of `runs`.
 template <class T, class Rule>
-static void strip_forward(const Strip& a, const Rule& rule, int64_t head, int64_t i0,
+static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int64_t i0,
                           const Run* first, const Run* end, Stretch* stretch,
                           Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
@@ -202,10 +202,9 @@ static void strip_forward(const Strip& a, const Rule& rule, int64_t head, int64_
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
   Keys<T> keys{a, b, h, k, v, stretch};
   A top[Q<A>], old[Q<A>], total[Q<A>];
-  constexpr A log2e = A(1.4426950408889634), ln2 = A(0.6931471805599453);
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
-  turn(count, a.d, q, A(a.scale) * log2e, qt);
+  turn(count, a.d, q, A(a.scale) * LOG2E<A>, qt);
   for (bool paired = false;; paired = true) {
     clear(o, count * ep);
     clear(total, Q<A>);
@@ -227,7 +226,7 @@ static void strip_forward(const Strip& a, const Rule& rule, int64_t head, int64_
   A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
   for (int64_t i = 0; i < count; ++i) {
     store_row(row<T>(a.o, b, h, i0 + i), a.e, o + i * ep, total[i] == 0 ? A(0) : 1 / total[i]);
-    lse[i] = (top[i] + log2(total[i])) * ln2;
+    lse[i] = (top[i] + log2(total[i])) * LN2<A>;
   }
 }
 

@@ -1,5 +1,5 @@
 // Softmax attention over chosen keys, the plain data: what local.cpp and sparse.cpp share with their
-// kernels (strip_kernel.h, strip_backward.h) and with the drivers (strip_driver.h).
+// kernels (softmax_kernel.h, softmax_backward.h) and with the drivers (softmax_driver.h).
 //
 // A strip is two vectors of queries (32 floats on AVX-512) of one (b, h) against a list of runs of
 // keys. Its scores are kept transposed, Sᵀ (keys, queries):
@@ -10,16 +10,15 @@
 // rescaling of Milakov & Gimelshein 2018.
 #pragma once
 
-#include "../../common.h"
+#include "../core/attention.h"
 
 namespace tab {
 
-struct Strip {
-  int64_t b, h, n, d, e;  // e is Dv
-  int64_t chunk;          // keys whose scores are held at once
-  bool copy;              // K and V go through scratch: to convert them or to pad their rows
+struct Softmax : Attention {
+  int64_t chunk;  // keys whose scores are held at once
+  bool copy;      // K and V go through scratch: to convert them or to pad their rows
+  bool causal;
   double scale;
-  Rows q, k, v, o, grad, dq, dk, dv;
   void* lse;  // (B, H, N) in the accumulation type
 };
 
@@ -47,7 +46,7 @@ struct Part {
 /// `strips` runs forward without sums, else backward. `finish` writes the gradients of the keys
 /// j0 … j1 of one head as the sum of the parts that hold them.
 template <class Args>
-struct StripKernels {
+struct SoftmaxKernels {
   int64_t lanes;
   void (*strips)(const Args&, const Part&, const Sums*, Run*, Stretch*, void* scratch);
   void (*finish)(const Args&, int64_t head, int64_t j0, int64_t j1, const Sums* parts,
