@@ -61,13 +61,18 @@ def cases(ops, sizes, causal=(False,), dtype=torch.float32, device="cpu") -> lis
         if _measured(benchmark(op), size == "decode", flag, first=flag == causal[0])
     ]
     if not found:
-        every = benchmarks().items()
+        every = benchmarks()
         raise ValueError(
-            f"{', '.join(ops)}: nothing to measure; size decode is for "
-            f"{', '.join(name for name, b in every if b.decode)}, and "
-            f"{', '.join(name for name, b in every if True not in b.causal)} has no causal form"
+            f"{', '.join(ops)}: nothing to measure. The size decode is for "
+            f"{_listed(n for n, b in every.items() if b.decode)}; without a causal form is "
+            f"{_listed(n for n, b in every.items() if True not in b.causal)}; with that form alone "
+            f"is {_listed(n for n, b in every.items() if False not in b.causal)}"
         )
     return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _measured(b: Benchmark, decode: bool, causal: bool, *, first: bool) -> bool:

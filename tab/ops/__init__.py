@@ -1,7 +1,8 @@
 """The operators, one a file. Importing this package defines them all and loads their kernels."""
 
 from . import batches
-from ._op import BACKENDS, OPS, load_kernels, use_backend
+from ._check import accumulate, check_key_mask, check_qkv, token_major
+from ._op import BACKENDS, OPS, Op, choose, load_kernels, use_backend
 from .h2o import h2o_attention
 from .h2o_cache import H2OCache
 from .linear import linear_attention
@@ -39,7 +40,12 @@ __all__ = [
     "OPS",
     "BlockPattern",
     "H2OCache",
+    "Op",
+    "accumulate",
     "batches",
+    "check_key_mask",
+    "check_qkv",
+    "choose",
     "h2o_attention",
     "linear_attention",
     "linformer_attention",
@@ -51,5 +57,6 @@ __all__ = [
     "orthogonal_projection",
     "performer_attention",
     "sparse_attention",
+    "token_major",
     "use_backend",
 ]

@@ -57,7 +57,7 @@ class Op:
 
     def __init__(self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int]):
         self.name, self.reference, self.flops = name, reference, flops
-        self.reasons: dict[str, str | None] = {}  # backend -> why not; load_kernels fills it
+        self.reasons: dict[str, str | None] = {}  # backend -> why not; find_kernels fills it
         # backend -> why its kernel does not take these operands (those that `choose` is given), or
         # None; the kernel's file fills it.
         self.limits: dict[str, Callable[..., str | None]] = {}
@@ -76,6 +76,8 @@ class Op:
         if not all(kinds[: self.tensors]):
             raise ValueError(f"{name}: tensors come first in the schema, got {schema}")
         OPS[name] = self
+        if _loaded:  # an op from outside, which may have kernels registered later
+            self.find_kernels()
 
     def __call__(self, backend: str, *args):
         """One kernel."""
@@ -121,6 +123,11 @@ class Op:
                 if x is not None and x.requires_grad:
                     return self.run(backend, *args)
         return self.below(backend, *args)
+
+    def find_kernels(self) -> None:
+        """Notes which backends have a kernel: once, for torch.compile cannot trace what the
+        dispatcher answers. An op from outside that loads a library of kernels calls it again."""
+        self.reasons = {backend: _why_not(self.name, backend) for backend in BACKENDS}
 
     def why_not(self, backend: str) -> str | None:
         """None when this backend can run here, else the reason why it cannot."""
@@ -213,6 +220,7 @@ def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) 
 # --- loading --------------------------------------------------------------------------------------
 
 _missing: dict[str, str] = {}  # extension -> why it is not there
+_loaded = False  # whether the kernels of this package are there
 
 
 def _load(extension: str) -> None:
@@ -227,6 +235,7 @@ def _load(extension: str) -> None:
 
 def load_kernels(triton_modules: tuple[str, ...]) -> None:
     """Called once by tab.ops, after every op is defined."""
+    global _loaded
     _load("_C")
     if "_C" in _missing:
         warnings.warn(
@@ -243,8 +252,9 @@ def load_kernels(triton_modules: tuple[str, ...]) -> None:
         else:
             for module in triton_modules:
                 importlib.import_module(f"tab.kernels.{module}")
-    for op in OPS.values():  # asked once: torch.compile cannot trace the dispatcher's answer
-        op.reasons = {backend: _why_not(op.name, backend) for backend in BACKENDS}
+    for op in OPS.values():
+        op.find_kernels()
+    _loaded = True
 
 
 def _why_not(op: str, backend: str) -> str | None:
