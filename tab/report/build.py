@@ -14,6 +14,7 @@ from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
 from ..data.load import Dataset
 from ..data.splits import splits
+from ..layers import known_layer
 from ..recipe.recipe import load_recipe
 from ..sweep.trials import read_trials
 from ..train.facts import made_with
@@ -146,18 +147,24 @@ def _from_weights(folder: Path, runs: list[Run], dataset: Dataset) -> dict[str, 
     for the first test image."""
     maps, filters, model_name = {}, {}, runs[0].model
     first = {run.attention: run for run in reversed(runs)}
-    for run in (first[attention] for attention in dict.fromkeys(r.attention for r in runs)):
+    absent = [attention for attention in first if known_layer(attention) is None]
+    for attention in dict.fromkeys(r.attention for r in runs if r.attention not in absent):
+        run = first[attention]
         model, config = load_trained(run.path)
         x, _ = next(iter(splits(config, dataset, torch.device("cpu"))[2].epoch(0)))
         maps[run.attention] = attention_weights(model, x[:1])
         filters[run.attention] = model.filters()
+    if not maps:
+        return {}
     label = dataset.classes[dataset.test.labels[0]]
     what = f"{model_name.upper()}: attention of token j (column) in output i (row), one image"
     image = dataset.test.images[0]
     attention_picture(folder / f"attention_{model_name}.png", maps, image, f"{what} ({label})")
     heading = f"{model_name.upper()}: filters of the first layer, the strongest"
     filters_picture(folder / f"filters_{model_name}.png", filters, heading)
+    left_out = f"; not installed here, and so not drawn: {', '.join(absent)}" if absent else ""
+    strongest = min(24, len(next(iter(filters.values()))))
     return {
-        f"attention_{model_name}": f"{what}; up to four heads, square-root scale",
-        f"filters_{model_name}": f"{heading} {min(24, len(next(iter(filters.values()))))}",
+        f"attention_{model_name}": f"{what}; up to four heads, square-root scale{left_out}",
+        f"filters_{model_name}": f"{heading} {strongest}{left_out}",
     }

@@ -15,6 +15,7 @@ from .. import checkpoint
 from ..checkpoint import Corrupt
 from ..data.load import Dataset
 from ..files import reading
+from ..layers import get_attention
 from ..models.image_model import ImageModel, build_model
 from ..run_config import RunConfig
 from .run_files import RunFile, again, read_rows, read_run_file
@@ -86,6 +87,8 @@ def load_trained(
         if path != out and about["config"] != read_run_file(out)["config"]:
             raise ValueError("it is of another run")
         config = RunConfig.from_dict(about["config"])
+    get_attention(config.attention)  # where its package is not installed the file is not to blame
+    with reading(path, way_out):
         model = build_model(config, len(about["classes"]))
         model.load_state_dict(weights)
     return place(model, torch.device(device)).eval(), config

@@ -74,6 +74,7 @@ def test_it_is_trained_compared_and_reported(package, tmp_path):
     assert "| Retention |" in report
     # Without the package it is known by the name it was trained under.
     run(tmp_path, tmp_path, "-m", "tab", "report", "results")
+    assert "not drawn: retention" in (tmp_path / "results/report.md").read_text()
     assert "| retention |" in (tmp_path / "results/report.md").read_text()
 
 
