@@ -7,8 +7,9 @@ reads each from where the move puts it. Nothing is staged: the images are bytes,
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from ._common import launch
+from ._launch import launch, meta_tensor, register, whole
 
 BLOCK = 1024
 
@@ -35,17 +36,28 @@ def assemble_images(
     tl.store(out + b * (3 * H * W) + at, tl.where(covered, value, 0.0), mask=here)
 
 
+# --- launcher -------------------------------------------------------------------------------------
+
+
 def assemble(images, index, moves, mean, scale):
     """tab::assemble"""
     h, w = images.shape[1:3]
     out = torch.empty(len(index), h, w, 3, device=images.device)
     if len(index):
-        inputs = (x.contiguous() for x in (images, index, moves, mean, scale))
         launch(
-            assemble_images, (len(index), triton.cdiv(3 * h * w, BLOCK)), *inputs, out,
-            H=h, W=w, BLOCK=BLOCK, num_warps=4,
+            assemble_images, (len(index), cdiv(3 * h * w, BLOCK)),
+            *whole(images, index, moves, mean, scale), out, H=h, W=w, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
 
-torch.library.impl("tab::assemble", "CUDA", assemble)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    images = meta_tensor(50000, 32, 32, 3, dtype=torch.uint8)
+    index, moves = meta_tensor(512, dtype=torch.int64), meta_tensor(512, 3, dtype=torch.int8)
+    yield images, index, moves, meta_tensor(3), meta_tensor(3)
+
+
+register("assemble", assemble, cases=cases)

@@ -3,17 +3,28 @@
 One program per (batch, head) walks over the blocks with the cache on chip: a table of slots, each a
 token number, its position among the real tokens, and its score A. A block's tokens take the free
 slots, its queries credit all slots, and the least leave. Keys are read where they are.
-
-float64, and more than MAX_SLOTS slots, run the reference.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.h2o_choice import choose_reference
-
-from ._common import PRECISION, dot, head, launch, precision, rows, tile
+from ._launch import (
+    block as tile_length,
+)
+from ._launch import (
+    launch,
+    mask_bytes,
+    meta_heads,
+    meta_tensor,
+    outside,
+    precision,
+    register,
+    rows,
+    strided,
+)
+from ._tiles import dot, finite, head, tile
 
 MAX_SLOTS = 512  # a row of scores over all slots stays in registers
 ROWS = 16  # queries at once, the least that tl.dot takes
@@ -46,9 +57,7 @@ def credit(
         if CAUSAL:
             visible = visible & (token[None, :] <= i[:, None])
         s = tl.where(visible, s * scale, float("-inf"))
-        top = tl.max(s, 1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp(s - top[:, None])
+        p = tl.exp(s - finite(tl.max(s, 1))[:, None])
         weight = tl.sum(p, 1)
         total += tl.sum(p / tl.where(weight == 0, 1.0, weight)[:, None], 0)
     return total
@@ -102,22 +111,40 @@ def h2o_scan(
 # --- launcher -------------------------------------------------------------------------------------
 
 
+def slots(q, heavy: int, recent: int, block: int) -> int:
+    """How many the cache needs at most."""
+    return max(16, triton.next_power_of_2(min(q.shape[2], heavy + recent + block)))
+
+
+def takes(q, k, key_mask, heavy, recent, causal, block, scale) -> str | None:
+    most = slots(q, heavy, recent, block)
+    return outside(q) or (
+        f"it takes up to {MAX_SLOTS} slots, got {most}" if most > MAX_SLOTS else None
+    )
+
+
 def choose(q, k, key_mask, heavy, recent, causal, block, scale):
     """tab::h2o_choose"""
-    (b, h, n, d), budget = q.shape, heavy + recent
-    slots = max(16, triton.next_power_of_2(min(n, budget + block)))
-    if q.dtype not in PRECISION or slots > MAX_SLOTS:
-        return choose_reference(q, k, key_mask, heavy, recent, causal, block, scale)
-    q, k, blocks, width = rows(q), rows(k), -(-n // block), min(budget, n)
-    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    (b, h, n, d), budget, most = q.shape, heavy + recent, slots(q, heavy, recent, block)
+    q, k, blocks, width = rows(q), rows(k), cdiv(n, block), min(budget, n)
     chosen = torch.full((b, h, blocks, width), -1, dtype=torch.int64, device=q.device)
     launch(
-        h2o_scan, (b * h,), q, *q.stride()[:3], k, *k.stride()[:3], mask, chosen, n, h, blocks,
-        block, width, budget, recent, float(scale), CAUSAL=causal, D=d, BS=slots, BR=ROWS,
-        BD=16 if slots > 256 else min(64, max(16, triton.next_power_of_2(d))),
-        PRECISION=precision(q), num_warps=max(4, slots // 64), num_stages=2,
+        h2o_scan, (b * h,), *strided(q, k), mask_bytes(key_mask), chosen, n, h, blocks, block,
+        width, budget, recent, float(scale), CAUSAL=causal, D=d, BS=most, BR=ROWS,
+        BD=16 if most > 256 else tile_length(d), PRECISION=precision(q),
+        num_warps=max(4, most // 64), num_stages=2,
     )  # fmt: skip
     return chosen
 
 
-torch.library.impl("tab::h2o_choose", "CUDA", choose)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    for n, half, block in ((64, 16, 16), (8192, 224, 64)):  # few slots and many
+        for dtype in (torch.float32, torch.bfloat16):
+            q = meta_heads(2, 8, n, 64, dtype)
+            yield q, q, meta_tensor(2, n, dtype=torch.bool), half, half, True, block, 0.1
+
+
+register("h2o_choose", choose, takes=takes, cases=cases)

@@ -11,11 +11,13 @@ dq, dk and dv; inside a token's own segment they use scores, as the forward does
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.linear import backward_reference
-
-from ._common import dot, head, hide, launch, put, rows, tile, token_major_empty
-from .linear import features, fits_fused, inverse, limit, mask_bytes, meta, scanned, segments
+from . import linear
+from ._launch import hide, launch, mask_bytes, register, rows, strided, token_major_empty, whole
+from ._linear import features, inverse, scanned, slope
+from ._segments import meta, one_launch, segments, takes
+from ._tiles import dot, head, put, tile
 
 FUSED_SIZE = 64  # S and dS are both in registers
 
@@ -23,18 +25,7 @@ FUSED_SIZE = 64  # S and dS are both in registers
 
 
 @triton.jit
-def slope(x, MAP: tl.constexpr):
-    """φ'(x)"""
-    if MAP == 0:
-        return tl.where(x > 0, 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
-    elif MAP == 1:
-        return tl.where(x > 0, 1.0, 0.0)
-    else:
-        return tl.full(x.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def scalars(
+def linear_scalars(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n, mask,
     z, z_bh, t_seg, inv, r, N, H, segment, eps,
     MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -67,7 +58,7 @@ def scalars(
 
 
 @triton.jit
-def grad_q(
+def linear_grad_q(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, mask, inv, r,
     s, z, s_bh, z_bh, t_seg, dq, dq_b, dq_h, dq_n, N, H, segment,
     MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -103,7 +94,7 @@ def grad_q(
 
 
 @triton.jit
-def grad_k(
+def linear_grad_k(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, mask, inv, r,
     s, z, s_bh, z_bh, t_seg, dk, dk_b, dk_h, dk_n, N, H, segment,
     MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -142,7 +133,7 @@ def grad_k(
 
 
 @triton.jit
-def grad_v(
+def linear_grad_v(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, do, g_b, g_h, g_n, mask, inv,
     s, s_bh, t_seg, dv, dv_b, dv_h, dv_n, N, H, segment,
     MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -175,7 +166,7 @@ def grad_v(
 
 
 @triton.jit
-def fused_backward(
+def linear_fused_backward(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n,
     mask, s0, z0, ds, dz, dq, dq_b, dq_h, dq_n, dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n,
     ds0, dz0, N, H, eps,
@@ -239,52 +230,53 @@ def fused_backward(
 
 def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_bwd"""
-    if limit(q, k, v):
-        return backward_reference(
-            do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps
-        )
     k, v = hide(key_mask, k, v)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
-    s0, z0 = (None, None) if s0 is None else (s0.contiguous(), z0.contiguous())
-    ds, dz = (None, None) if ds is None else (ds.contiguous(), dz.contiguous())
+    s0, z0, ds, dz = whole(s0, z0, ds, dz)
     b, h, n, d = q.shape
-    dim_v, m = v.shape[-1], meta(q, v, feature_map)
+    dim_v, m = v.shape[-1], {"MAP": feature_map, **meta(q, v)}
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
-    to_q, to_k, to_v = ((x, *x.stride()[:3]) for x in (dq, dk, dv))
-    q_, k_, v_, do_, o_ = ((x, *x.stride()[:3]) for x in (q, k, v, do, o))
-    if fits_fused(q, v, causal, FUSED_SIZE):
+    if one_launch(q, causal) and max(d, dim_v) <= FUSED_SIZE:
         ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
         dz0 = ds0.new_empty(b, h, d)
         m |= {"BN": 32, "num_warps": 8}  # S and dS crowd the registers
         launch(
-            fused_backward, (b * h,), *q_, *k_, *v_, *do_, *o_, mask, s0, z0, ds, dz, *to_q, *to_k,
-            *to_v, ds0, dz0, n, h, eps, **m,
+            linear_fused_backward, (b * h,), *strided(q, k, v, do, o), mask, s0, z0, ds, dz,
+            *strided(dq, dk, dv), ds0, dz0, n, h, eps, **m,
         )  # fmt: skip
         return dq, dk, dv, ds0, dz0
-    size, count = segments(q, v, causal)
-    tiles, nd, nv = -(-n // m["BN"]), -(-d // m["BD"]), -(-dim_v // m["BV"])
+    size, count = segments(q, v, d, causal)
+    tiles, across, across_v = cdiv(n, m["BN"]), cdiv(d, m["BD"]), cdiv(dim_v, m["BV"])
     m_out = {"CAUSAL": causal, **m}
     _, _, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     inv = q.new_empty(b * h, n, dtype=torch.float32)
     r = torch.empty_like(inv)
     launch(
-        scalars, (b * h, tiles), *q_, *k_, *do_, *o_, mask, seen[1], seen[3], seen[4], inv, r,
+        linear_scalars, (b * h, tiles), *strided(q, k, do, o), mask, seen[1], *seen[3:], inv, r,
         n, h, size, eps, **m_out,
     )  # fmt: skip
     launch(
-        grad_q, (b * h, tiles, nd), *q_, *k_, *v_, *do_, mask, inv, r, *seen, *to_q, n, h, size,
-        **m_out,
+        linear_grad_q, (b * h, tiles, across), *strided(q, k, v, do), mask, inv, r, *seen,
+        *strided(dq), n, h, size, **m_out,
     )  # fmt: skip
     ds0, dz0, seen = scanned(q, do, None, inv, r, ds, dz, size, count, causal, True, m)
     launch(
-        grad_k, (b * h, tiles, nd), *q_, *k_, *v_, *do_, mask, inv, r, *seen, *to_k, n, h, size,
-        **m_out,
+        linear_grad_k, (b * h, tiles, across), *strided(q, k, v, do), mask, inv, r, *seen,
+        *strided(dk), n, h, size, **m_out,
     )  # fmt: skip
     launch(
-        grad_v, (b * h, tiles, nv), *q_, *k_, *do_, mask, inv, seen[0], seen[2], seen[4], *to_v,
-        n, h, size, **m_out,
+        linear_grad_v, (b * h, tiles, across_v), *strided(q, k, do), mask, inv, seen[0], seen[2],
+        seen[4], *strided(dv), n, h, size, **m_out,
     )  # fmt: skip
     return dq, dk, dv, ds0, dz0
 
 
-torch.library.impl("tab::linear_bwd", "CUDA", backward)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    for q, k, v, mask, s, z, *options in linear.cases():
+        yield v, s, z, q, k, v, v, s, z, mask, s, z, *options
+
+
+register("linear_bwd", backward, takes=lambda do, ds, dz, *x: takes(*x), cases=cases)

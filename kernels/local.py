@@ -1,30 +1,18 @@
-"""tab::local_fwd and tab::local_bwd for CUDA in Triton (formulas: tab/ops/local.py, _softmax.py).
+"""tab::local_fwd for CUDA in Triton (formulas: tab/ops/local.py, _softmax.py).
 
 One program owns a tile of queries and walks over the keys that any of them sees. On a line the walk
 has three parts: keys that only some see (masked), that all see, that only some see. On a grid it is
-the band of whole rows of the image, masked. dq goes the same way, dk and dv own a tile of keys and
-walk over the queries that see it: nothing is atomic, the same input gives the same bits.
+the band of whole rows of the image, masked. Nothing is atomic: the same input gives the same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.local import backward_reference, forward_reference, local_fwd
-
-from ._common import head, launch, put, rows, tile, token_major_empty
-from ._softmax import (
-    finish,
-    forward_tile,
-    grad_kv_tile,
-    grad_q_tile,
-    limit,
-    meta,
-    pieces,
-    row_sums,
-    strided,
-    tokens,
-)
+from ._launch import launch, register, rows, strided, token_major_empty
+from ._softmax import finish, forward_tile, heads, meta, takes, tokens
+from ._tiles import head, put, tile
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -114,111 +102,7 @@ def local_forward(
         tl.store(lse + bh.to(tl.int64) * N + i, top, mask=i < N)
 
 
-@triton.jit
-def grad_q_part(
-    dq, x, g, top, delta, q, q_n, do, do_n, i, k, k_n, v, v_n, d0, lo, hi, left, right, cols, N,
-    scale,
-    MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    for start in range(lo, hi, BN):
-        j = start + tl.arange(0, BN)
-        seen = None
-        if MASKED:
-            seen = visible(i[:, None], j[None, :], left, right, cols, N, GRID, CAUSAL)
-        dq = grad_q_tile(
-            dq, x, g, top, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, j, N, d0, seen, scale,
-            D, DV, BD, BV, PRECISION,
-        )  # fmt: skip
-    return dq
-
-
-@triton.jit
-def local_grad_q(
-    do, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n,
-    dq, dq_b, dq_h, dq_n, lse, delta, N, H, left, right, height, cols, scale,
-    GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq of BN queries, BD of its columns; delta (B·H, N) for the next kernel."""
-    tiles = tl.cdiv(N, BN)
-    bh, start, d0 = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BN, tl.program_id(1) * BD
-    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
-    do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
-    i = start + tl.arange(0, BN)
-    lo, a, b, hi = walk(start, left, right, height, cols, N, GRID, BN, BN)
-    if CAUSAL:
-        hi = tl.minimum(hi, start + BN)
-        a, b = hi, hi
-    sums = row_sums(do, g_n, o, o_n, i, N, DV, BV)
-    if d0 == 0:
-        tl.store(delta + bh.to(tl.int64) * N + i, sums, mask=i < N)
-    top = tl.load(lse + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
-    x, g = tile(q, q_n, i, N, 0, D, BD), tile(do, g_n, i, N, 0, DV, BV)
-    y = tl.zeros((BN, BD), tl.float32)
-    for part in tl.static_range(3 if not GRID else 1):
-        y = grad_q_part(
-            y, x, g, top, sums, q, q_n, do, g_n, i, k, k_n, v, v_n, d0,
-            lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, scale, part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
-        )  # fmt: skip
-    put(head(dq, bh, H, dq_b, dq_h), dq_n, i, N, d0, y * scale, D, BD)
-
-
-@triton.jit
-def grad_kv_part(
-    dk, dv, y, z, lse, delta, q, q_n, do, do_n, k, k_n, v, v_n, j, d0, v0, lo, hi,
-    left, right, cols, N, scale,
-    MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    for start in range(lo, hi, BN):
-        i = start + tl.arange(0, BN)
-        seen = None
-        if MASKED:
-            seen = visible(i[None, :], j[:, None], left, right, cols, N, GRID, CAUSAL)
-        dk, dv = grad_kv_tile(
-            dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, j, N, d0, v0, seen,
-            scale, D, DV, BD, BV, PRECISION,
-        )  # fmt: skip
-    return dk, dv
-
-
-@triton.jit
-def local_grad_kv(
-    do, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n,
-    dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n, lse, delta,
-    N, H, left, right, height, cols, scale,
-    GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of BN keys, BD and BV of their columns; j is seen from j − right to j + left."""
-    tiles = tl.cdiv(N, BN)
-    bh, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BN
-    d0, v0 = tl.program_id(1) * BD, tl.program_id(1) * BV
-    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
-    do = head(do, bh, H, g_b, g_h)
-    lse += bh.to(tl.int64) * N
-    delta += bh.to(tl.int64) * N
-    j = start + tl.arange(0, BN)
-    lo, a, b, hi = walk(start, right, left, height, cols, N, GRID, BN, BN)
-    if CAUSAL:
-        lo = tl.maximum(lo, start)
-    y, z = tile(k, k_n, j, N, 0, D, BD), tile(v, v_n, j, N, 0, DV, BV)
-    x, w = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BV), tl.float32)
-    for part in tl.static_range(3 if not GRID else 1):
-        x, w = grad_kv_part(
-            x, w, y, z, lse, delta, q, q_n, do, g_n, k, k_n, v, v_n, j, d0, v0,
-            lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, scale, part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
-        )  # fmt: skip
-    put(head(dk, bh, H, dk_b, dk_h), dk_n, j, N, d0, x * scale, D, BD)
-    put(head(dv, bh, H, dv_b, dv_h), dv_n, j, N, v0, w, DV, BV)
-
-
-# --- launchers ------------------------------------------------------------------------------------
+# --- launcher -------------------------------------------------------------------------------------
 
 
 def window(q, v, left, right, height, cols, causal, scale, backward=False):
@@ -227,44 +111,29 @@ def window(q, v, left, right, height, cols, causal, scale, backward=False):
     if causal and not cols:  # on a line no mask is needed for that
         right, causal = 0, False
     m = {"GRID": cols > 0, "CAUSAL": causal, "BN": tokens(q, n), **meta(q, v, backward)}
-    return (n, h, left, right, height, cols, scale), m, b * h * pieces(n, m["BN"])
+    return (n, h, left, right, height, cols, scale), m, b * h * cdiv(n, m["BN"])
 
 
 def forward(q, k, v, left, right, height, cols, causal, scale):
     """tab::local_fwd"""
-    if limit(q):
-        return forward_reference(q, k, v, left, right, height, cols, causal, scale)
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     rest, m, tiles = window(q, v, left, right, height, cols, causal, scale)
     launch(
-        local_forward, (tiles, pieces(v.shape[-1], m["BV"])),
-        *strided(q), *strided(k), *strided(v), *strided(o), lse, *rest, **m,
+        local_forward, (tiles, cdiv(v.shape[-1], m["BV"])),
+        *strided(q, k, v, o), lse, *rest, **m,
     )  # fmt: skip
     return o, lse
 
 
-def backward(do, q, k, v, o, lse, left, right, height, cols, causal, scale):
-    """tab::local_bwd"""
-    if limit(q):
-        options = left, right, height, cols, causal, scale
-        return backward_reference(do, q, k, v, o, lse, *options)
-    do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
-    dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
-    delta = torch.empty_like(lse)
-    rest, m, tiles = window(q, v, left, right, height, cols, causal, scale, backward=True)
-    inputs = *strided(do), *strided(q), *strided(k), *strided(v)
-    across = pieces(q.shape[-1], m["BD"])
-    launch(
-        local_grad_q, (tiles, across), *inputs, *strided(o), *strided(dq), lse, delta, *rest, **m
-    )
-    across = max(across, pieces(v.shape[-1], m["BV"]))
-    launch(
-        local_grad_kv, (tiles, across), *inputs, *strided(dk), *strided(dv), lse, delta, *rest, **m
-    )
-    return dq, dk, dv
+# --- compiled ahead -------------------------------------------------------------------------------
 
 
-torch.library.impl("tab::local_fwd", "CUDA", forward)
-local_fwd.limits["triton"] = limit
-torch.library.impl("tab::local_bwd", "CUDA", backward)
+def cases():
+    for first, q in enumerate(heads()):
+        yield q, q, q, 64, 64, 0, 0, False, 0.1
+        if first == 0:
+            yield q, q, q, 64, 64, 128, 64, True, 0.1  # causal grid
+
+
+register("local_fwd", forward, takes=takes, cases=cases)

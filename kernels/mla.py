@@ -7,33 +7,32 @@ the latents tile by tile, R in chunks, and never writes them; the softmax is onl
 one entry run side by side and share its latents in L2. With N in one tile (the study's 64 tokens)
 each key is expanded once; beyond, once for each tile of queries, which is why the public function
 comes here for short N only. Any N and R are right. Deterministic, nothing is atomic.
-float64, Dr above 128, and Dn or Dv above 256 (float32: 128, tf32x3 outgrows the registers) run the
-reference.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.mla import forward_reference, mla_fwd  # defined before this module is loaded
-
-from ._common import (
+from ._launch import (
     block,
-    dot,
-    head,
     hide,
     launch,
+    mask_bytes,
+    meta_tensor,
     outside,
     precision,
-    put,
+    register,
     rows,
-    tile,
+    strided,
     token_major_empty,
 )
+from ._softmax import LN2, LOG2E, finish, merge
+from ._tiles import dot, head, put, tile
 
-MAX_SIZE = {"bf16": 256, "tf32": 256, "tf32x3": 128}  # Dn and Dv, by precision
+# Dn and Dv, by precision: tf32x3 outgrows the registers.
+MAX_SIZE = {"bf16": 256, "tf32": 256, "tf32x3": 128}
 MAX_ROTARY = 128
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ def scores(
 
 
 @triton.jit
-def latent_forward(
+def mla_forward(
     qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
     uk, uk_h, uk_d, uv, uv_h, uv_d, mask, o, o_b, o_h, o_n, lse, peak, N, H, scale,
     CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
@@ -95,17 +94,12 @@ def latent_forward(
         k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)  # (BN, BK)
         rotary = tile(kr, kr_n, j, N, 0, DR, BP)
         s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
-        higher = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
-        p, fade = tl.exp2(s - base[:, None]), tl.exp2(top - base)
-        total = total * fade + tl.sum(p, 1)
+        p, z, top, total = merge(z, top, total, s)
         v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)  # (BN, BV)
-        z = z * fade[:, None] + dot(p, v, PRECISION)
-        top = higher
-    z *= tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[:, None]
+        z += dot(p, v, PRECISION)
+    z, log = finish(z, top, total)
     put(head(o, bh, H, o_b, o_h), o_n, i, N, 0, z, DV, BV)
-    log = tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
-    tl.store(lse + bh.to(tl.int64) * N + i, log * LN2, mask=i < N)
+    tl.store(lse + bh.to(tl.int64) * N + i, log, mask=i < N)
     # The maximum passes over a NaN score, the sum does not; ∞ makes it NaN too.
     top = tl.where((total != total) & (top != float("inf")), total, top)
     if mask is not None:  # a token that is not real does not count as a query either
@@ -119,7 +113,7 @@ def latent_forward(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def limit(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv) -> str | None:
+def takes(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *_) -> str | None:
     sizes = {"Dn": q_nope.shape[-1], "Dv": w_uv.shape[1]}
     return outside(q_nope, MAX_ROTARY, Dr=q_rope.shape[-1]) or outside(
         q_nope, MAX_SIZE[precision(q_nope)], **sizes
@@ -143,29 +137,37 @@ def meta(q_nope, q_rope, w_uv, causal, backward: bool = False) -> dict:
 def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask) -> tuple:
     """The operands, with the strides that the kernels take; one copy where rows are not whole."""
     c_kv, k_rope = hide(key_mask, c_kv, k_rope)
-    qn, qr, c, kr, uk, uv = (rows(x) for x in (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
-    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    four = (y for x in (qn, qr) for y in (x, *x.stride()[:3]))
-    three = (y for x in (c, kr, uk, uv) for y in (x, *x.stride()[:2]))
-    return *four, *three, mask
+    operands = map(rows, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
+    return *strided(*operands), mask_bytes(key_mask)
 
 
 def forward(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
     """tab::mla_fwd"""
-    operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-    if limit(*operands):
-        return forward_reference(*operands, key_mask, scale, causal)
     (b, h, n, _), m = q_nope.shape, meta(q_nope, q_rope, w_uv, causal)
-    tiles = triton.cdiv(n, m["BN"])
+    tiles = cdiv(n, m["BN"])
     o = token_major_empty(q_nope[..., :1].expand(b, h, n, w_uv.shape[1]))
     lse = q_nope.new_empty(b, h, n, dtype=torch.float32)
     peak = q_nope.new_empty(b, h, tiles, dtype=torch.float32)
-    launch(
-        latent_forward, (b * h, tiles), *arguments(*operands, key_mask), o, *o.stride()[:3],
-        lse, peak, n, h, scale, **m,
-    )  # fmt: skip
+    given = arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
+    launch(mla_forward, (b * h, tiles), *given, *strided(o), lse, peak, n, h, scale, **m)
     return o, lse, peak[..., 0] if tiles == 1 else peak.amax(-1)
 
 
-torch.library.impl("tab::mla_fwd", "CUDA", forward)
-mla_fwd.limits["triton"] = limit
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    both, half = (torch.float32, torch.bfloat16), (torch.bfloat16,)
+    for b, h, n, dn, dr, r, dv, causal, types in (
+        (512, 8, 64, 48, 16, 128, 64, False, both),  # bfloat16: one tile
+        (1, 128, 256, 128, 64, 512, 128, True, half),  # DeepSeek-V3
+        (1, 8, 256, 128, 64, 512, 128, True, (torch.float32,)),  # float32's widest
+        (1, 8, 256, 256, 128, 512, 256, True, (torch.float16, *half)),  # and the halves'
+    ):
+        shapes = (b, h, n, dn), (b, h, n, dr), (b, n, r), (b, n, dr), (h, dn, r), (h, dv, r)
+        for dtype in types:
+            x = (meta_tensor(*shape, dtype=dtype) for shape in shapes)
+            yield *x, meta_tensor(b, n, dtype=torch.bool), 0.1, causal
+
+
+register("mla_fwd", forward, takes=takes, cases=cases)

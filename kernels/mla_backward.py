@@ -14,11 +14,13 @@ has all of dS and writes dq too, one launch; beyond, a second one goes over tile
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.mla import backward_reference
-
-from ._common import dot, head, launch, put, rows, tile, token_major_empty
-from .mla import LOG2E, arguments, expanded, limit, meta, scores
+from . import mla
+from ._launch import launch, register, rows, strided, token_major_empty, whole
+from ._softmax import LOG2E
+from ._tiles import dot, finite, head, put, tile
+from .mla import arguments, expanded, meta, scores, takes
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -30,7 +32,7 @@ def slopes(
 ):  # fmt: skip
     """P, dS and the tile do (BN, BV) of queries i"""
     log = tl.load(lse + i, mask=i < N, other=0.0)
-    p = tl.exp2(s - tl.where(log == float("-inf"), 0.0, log * LOG2E)[:, None])
+    p = tl.exp2(s - finite(log * LOG2E)[:, None])
     g = tile(do, g_n, i, N, 0, DV, BV)
     delta = tl.sum(g * tile(o, o_n, i, N, 0, DV, BV), 1)
     if dlse is not None:
@@ -40,7 +42,7 @@ def slopes(
 
 
 @triton.jit
-def latent_grad_kv(
+def mla_grad_kv(
     qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
     uk, uk_h, uk_d, uv, uv_h, uv_d, mask, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
     dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, dkv, dkr, N, H, scale,
@@ -92,7 +94,7 @@ def latent_grad_kv(
 
 
 @triton.jit
-def latent_grad_q(
+def mla_grad_q(
     qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
     uk, uk_h, uk_d, uv, uv_h, uv_d, mask, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
     dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, N, H, scale,
@@ -135,25 +137,19 @@ def latent_grad_q(
 
 def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal):
     """tab::mla_bwd"""
-    operands = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-    if limit(*operands):
-        return backward_reference(do, dlse, *operands, o, lse, key_mask, scale, causal)
-    do, o, lse = rows(do), rows(o), lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    do, o = rows(do), rows(o)
+    lse, dlse = whole(lse, dlse)
     (b, h, n, dn), dr, (dv, r) = q_nope.shape, q_rope.shape[-1], w_uv.shape[1:]
     m = meta(q_nope, q_rope, w_uv, causal, backward=True)
-    tiles = triton.cdiv(n, m["BN"])
+    tiles = cdiv(n, m["BN"])
     dqn, dqr = token_major_empty(q_nope), token_major_empty(q_rope)
     dkv = q_nope.new_empty(b, n, h, dn + dv)
     dkr = q_nope.new_empty(b, h, n, dr, dtype=torch.float32)
-    gradients = (y for x in (do, o) for y in (x, *x.stride()[:3]))
-    to_q = [y for x in (dqn, dqr) for y in (x, *x.stride()[:3])]
-    given = *arguments(*operands, key_mask), *gradients, lse, dlse, *to_q
-    launch(
-        latent_grad_kv, (b * h, tiles), *given, dkv, dkr, n, h, scale, WITH_Q=tiles == 1, **m
-    )  # fmt: skip
+    given = arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
+    given += *strided(do, o), lse, dlse, *strided(dqn, dqr)
+    launch(mla_grad_kv, (b * h, tiles), *given, dkv, dkr, n, h, scale, WITH_Q=tiles == 1, **m)
     if tiles > 1:
-        launch(latent_grad_q, (b * h, tiles), *given, n, h, scale, **m)
+        launch(mla_grad_q, (b * h, tiles), *given, n, h, scale, **m)
     dkv, c = dkv.view(b * n, -1), c_kv.reshape(b * n, r)  # (B·N, H·(Dn+Dv)), (B·N, R)
     dc = (dkv @ torch.cat([w_uk, w_uv], 1).flatten(0, 1)).view(b, n, r)
     dw = (dkv.mT @ c).view(h, dn + dv, r)
@@ -161,4 +157,15 @@ def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mas
     return dqn, dqr, dc, dkr.sum(1).to(q_nope.dtype), dw_uk, dw_uv
 
 
-torch.library.impl("tab::mla_bwd", "CUDA", backward)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    for *operands, mask, scale, causal in mla.cases():
+        (b, h, n, _), (_, dv, _) = operands[0].shape, operands[-1].shape
+        o = operands[0].new_empty(b, h, n, dv)
+        lse = o.new_empty(b, h, n, dtype=torch.float32)
+        yield o, lse, *operands, o, lse, mask, scale, causal
+
+
+register("mla_bwd", backward, takes=lambda do, dlse, *x: takes(*x), cases=cases)

@@ -6,34 +6,44 @@ q̃ and o are batched matrix products, PyTorch's. Between them:
 
     split   a block of heads over a part of one sequence: rows of heads share each tile of latents,
             which serves as keys and as values; 16 heads at least, fewer are padded
-    merge   z = Σ_s z_s·exp(lse_s − lse) over the parts; empty parts are not read
+    combine z = Σ_s z_s·exp(lse_s − lse) over the parts; empty parts are not read
 
 A sequence is divided by its own length, read on the device: ragged lengths stay balanced and
 nothing synchronises. One tile serves both products where it fits on chip: bfloat16, R up to 512.
-Elsewhere the scores go over R in chunks, and above 512 programs share out the columns of z.
-float64 and Dr above 128 run the reference. The order of every sum is fixed by shapes and lengths:
-same input, same bits.
+Elsewhere the scores go over R in chunks, and above 512 programs share out the columns of z. The
+order of every sum is fixed by shapes and lengths: same input, same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.mla_decode import decode_reference, mla_decode_op
-
-from ._common import block, dot, launch, outside, precision, processors, put, rounded, rows, tile
-from .mla import LN2, LOG2E, MAX_ROTARY
+from ._launch import (
+    block,
+    launch,
+    meta_tensor,
+    outside,
+    precision,
+    processors,
+    register,
+    rows,
+    strided,
+)
+from ._softmax import LOG2E, finish, fold, merge
+from ._tiles import dot, put, tile
+from .mla import MAX_ROTARY
 
 WHOLE = 512  # largest rank whose z one program holds
 CHUNK = 32  # of R, for the scores where a tile does not serve whole
 PART = 256  # tokens below which a sequence is not divided further
-COLUMNS = 256  # of z in one program of merge
+COLUMNS = 256  # of z in one program of combine
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def latent_split(
+def mla_decode_split(
     q, q_b, q_h, qr, qr_b, qr_h, cache, c_b, c_n, seqlens, z, z_s, z_b, z_h, lse, Nmax, H, scale,
     DR: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,14 +76,9 @@ def latent_split(
         if DR > 0:
             s += dot(rotary, tl.trans(tile(cache + R, c_n, j, n, 0, DR, BP)), PRECISION)
         s = tl.where((j < n)[None, :], s * (scale * LOG2E), float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))  # finite: the first token of a tile is in the part
-        p, fade = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
-        total = total * fade + tl.sum(p, 1)
-        out = out * fade[:, None] + dot(p, c, PRECISION)
-        top = higher
-    seen = total != 0  # NaN passes through
-    out *= tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None]
-    log = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+        p, out, top, total = merge(out, top, total, s)
+        out += dot(p, c, PRECISION)
+    out, log = finish(out, top, total)
     if v0 == 0:
         at = (part.to(tl.int64) * tl.num_programs(0) + b) * H + h
         tl.store(lse + at, log, mask=h < H)
@@ -82,72 +87,32 @@ def latent_split(
 
 
 @triton.jit
-def latent_merge(
-    parts_z, parts_lse, z, z_b, z_h, lse, parts, H,
-    R: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def mla_decode_combine(
+    parts_z, parts_lse, z, z_b, z_h, lse, parts, H, R: tl.constexpr, BLOCK: tl.constexpr
+):
     """z (B, H, R) and lse (B, H) of one (b, h) from parts_z (parts, B, H, R), float32."""
     bh, BH = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    each = tl.arange(0, PARTS)
-    log = tl.load(parts_lse + each * BH + bh, mask=each < parts, other=float("-inf"))
-    top = tl.max(log, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2((log - base) * LOG2E), 0)
-    all_of_it = tl.where(total != 0, base + tl.log2(tl.where(total != 0, total, 1.0)) * LN2, top)
-    if tl.program_id(1) == 0:
-        tl.store(lse + bh, all_of_it)
-    base = tl.where(total != 0, all_of_it, 0.0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.zeros((BLOCK,), tl.float32)
-    for s in range(parts):
-        at = s * BH + bh
-        log_s = tl.load(parts_lse + at)
-        if log_s != float("-inf"):
-            x += tl.exp2((log_s - base) * LOG2E) * tl.load(
-                parts_z + at * R + column, mask=column < R, other=0.0
-            )
-    if z.dtype.element_ty == tl.bfloat16:
-        x = rounded(x)
-    z += bh // H * z_b + bh % H * z_h
-    tl.store(z + column, x.to(z.dtype.element_ty), mask=column < R)
+    v0, row = tl.program_id(1) * BLOCK, tl.arange(0, 1)
+    out = tl.zeros((1, BLOCK), tl.float32)
+    top = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    for part in range(parts):
+        at = part * BH + bh + row
+        log = tl.load(parts_lse + at)
+        filled = (log != float("-inf")).to(tl.int32)  # rows of this part that were written
+        x = tile(parts_z + (part * BH + bh) * R, R, row, filled, v0, R, BLOCK)
+        out, top, total = fold(out, top, total, x, log)
+    out, log = finish(out, top, total)
+    if v0 == 0:
+        tl.store(lse + bh + row, log)
+    put(z + bh // H * z_b + bh % H * z_h, 0, row, 1, v0, out, R, BLOCK)
 
 
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def limit(q_nope, q_rope) -> str | None:
+def takes(q_nope, q_rope, *_) -> str | None:
     return outside(q_nope, MAX_ROTARY, Dr=q_rope.shape[-1])
-
-
-def decode(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
-    """tab::mla_decode"""
-    if limit(q_nope, q_rope):
-        return decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
-    (b, h, _), n, r = q_nope.shape, cache.shape[1], w_uk.shape[-1]
-    q = torch.bmm(q_nope.transpose(0, 1), w_uk)  # (H, B, R)
-    q_rope, cache, seqlens = rows(q_rope), rows(cache), seqlens.contiguous()
-    m = meta(h, r, q_rope.shape[-1], precision(cache[:, None]))
-    programs = b * triton.cdiv(h, m["BH"]) * triton.cdiv(r, m["BV"])
-    parts = max(1, min(2 * processors(cache.device) // programs, triton.cdiv(n, PART)))
-    z = torch.empty_like(q)  # (H, B, R)
-    lse = q.new_empty(b, h, dtype=torch.float32)
-    to = z, 0, r, b * r, lse
-    if parts > 1:
-        parts_z = q.new_empty(parts, b, h, r, dtype=torch.float32)
-        parts_lse = parts_z.new_empty(parts, b, h)
-        to = parts_z, b * h * r, h * r, r, parts_lse
-    launch(
-        latent_split, (b, programs // b, parts), q, r, b * r, q_rope, *q_rope.stride()[:2],
-        cache, *cache.stride()[:2], seqlens, *to, n, h, scale, **m,
-    )  # fmt: skip
-    if parts > 1:
-        launch(
-            latent_merge, (b * h, triton.cdiv(r, COLUMNS)), parts_z, parts_lse, z, r, b * r, lse,
-            parts, h, R=r, PARTS=triton.next_power_of_2(parts), BLOCK=block(r, COLUMNS),
-        )  # fmt: skip
-    o = q.new_empty(b, h, w_uv.shape[1])
-    torch.bmm(z, w_uv.mT, out=o.transpose(0, 1))
-    return o, lse
 
 
 def meta(h: int, r: int, dr: int, how: str) -> dict:
@@ -161,5 +126,46 @@ def meta(h: int, r: int, dr: int, how: str) -> dict:
     }  # fmt: skip
 
 
-torch.library.impl("tab::mla_decode", "CUDA", decode)
-mla_decode_op.limits["triton"] = limit
+def decode(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
+    """tab::mla_decode"""
+    (b, h, _), n, r = q_nope.shape, cache.shape[1], w_uk.shape[-1]
+    q = torch.bmm(q_nope.transpose(0, 1), w_uk)  # (H, B, R)
+    q_rope, cache, seqlens = rows(q_rope), rows(cache), seqlens.contiguous()
+    m = meta(h, r, q_rope.shape[-1], precision(cache[:, None]))
+    programs = b * cdiv(h, m["BH"]) * cdiv(r, m["BV"])
+    parts = max(1, min(2 * processors(cache.device) // programs, cdiv(n, PART)))
+    z = torch.empty_like(q)  # (H, B, R)
+    lse = q.new_empty(b, h, dtype=torch.float32)
+    to = z, 0, r, b * r, lse
+    if parts > 1:
+        parts_z = q.new_empty(parts, b, h, r, dtype=torch.float32)
+        parts_lse = parts_z.new_empty(parts, b, h)
+        to = parts_z, b * h * r, h * r, r, parts_lse
+    launch(
+        mla_decode_split, (b, programs // b, parts), q, r, b * r,
+        *strided(q_rope, cache), seqlens, *to, n, h, scale, **m,
+    )  # fmt: skip
+    if parts > 1:
+        launch(
+            mla_decode_combine, (b * h, cdiv(r, COLUMNS)), parts_z, parts_lse, z, r, b * r, lse,
+            parts, h, R=r, BLOCK=block(r, COLUMNS),
+        )  # fmt: skip
+    o = q.new_empty(b, h, w_uv.shape[1])
+    torch.bmm(z, w_uv.mT, out=o.transpose(0, 1))
+    return o, lse
+
+
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    both, half = (torch.float32, torch.bfloat16), (torch.bfloat16,)
+    for h, r, types in ((128, 512, both), (16, 64, half), (128, 576, both)):
+        for dtype in types:
+            shapes = (1, h, 128), (1, h, 64), (1, 8192, r + 64), (h, 128, r), (h, 128, r)
+            q, q_rope, cache, w_uk, w_uv = (meta_tensor(*shape, dtype=dtype) for shape in shapes)
+            lengths = meta_tensor(1, dtype=torch.int32)
+            yield q, q_rope, cache, lengths, w_uk, w_uv, 0.1
+
+
+register("mla_decode", decode, takes=takes, cases=cases)

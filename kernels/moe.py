@@ -5,18 +5,28 @@
 
 The sizes of the groups stay on the device: each program finds its group itself, among as many tiles
 as any sizes could need. Every order of summation is fixed, nothing is atomic. Where PyTorch has a
-grouped product that does not ask the device either, that one runs (bfloat16 on sm_90 and sm_100);
-float64, and more than MAX_GROUPS experts, run the reference.
+grouped product that does not ask the device either, that one runs (bfloat16 on sm_90 and sm_100).
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.moe import grouped_outer_reference, grouped_reference
-from tab.ops.moe import native as native_on_gpu
+from tab.ops import moe as op
 
-from ._common import PRECISION, block, dot, launch, processors, put, rows, tile
+from ._launch import (
+    PRECISION,
+    block,
+    launch,
+    meta_tensor,
+    outside,
+    processors,
+    register,
+    rows,
+    strided,
+)
+from ._tiles import dot, put, tile
 
 MAX_GROUPS = 1024  # their sizes are one vector of a program
 SPLITS = 16  # parts, at most, that the rows of a group are summed in
@@ -34,7 +44,7 @@ def moe_rows(
     part, o0 = tl.program_id(0), tl.program_id(1) * BO
     e = tl.arange(0, BE)
     size = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
-    tiles = (size + BM - 1) // BM
+    tiles = tl.cdiv(size, BM)
     group = tl.sum((tl.cumsum(tiles, 0) <= part).to(tl.int32), 0)
     if group < E:
         before = e < group
@@ -65,7 +75,7 @@ def moe_outer(
     size = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
     first = tl.sum(tl.where(e < group, size, 0), 0)
     own = tl.sum(tl.where(e == group, size, 0), 0)
-    length = (own + SPLIT - 1) // SPLIT
+    length = tl.cdiv(own, SPLIT)
     end = first + tl.minimum(own, (split + 1) * length)
     acc = tl.zeros((BO, BI), tl.float32)
     for row in range(first + split * length, end, BM):
@@ -79,13 +89,15 @@ def moe_outer(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def takes(x, counts) -> bool:
-    return x.dtype in PRECISION and len(counts) <= MAX_GROUPS and x.numel() > 0
-
-
-def native(*tensors) -> bool:
-    """PyTorch's own grouped product takes them; never where there is no GPU."""
-    return tensors[0].is_cuda and native_on_gpu(*tensors)
+def takes(x, y, counts) -> str | None:
+    """Of both launchers; y is w or x."""
+    if len(counts) > MAX_GROUPS:
+        return f"it takes up to {MAX_GROUPS} groups, got {len(counts)}"
+    if x.numel() == 0:
+        return "it takes rows, got none"
+    if x.is_cuda and op.native(x, y):
+        return "PyTorch's own grouped product takes these"
+    return outside(x)
 
 
 def meta(x, counts, o: int, i: int) -> dict:
@@ -100,16 +112,14 @@ def meta(x, counts, o: int, i: int) -> dict:
 
 def grouped(x, w, counts):
     """tab::moe_grouped"""
-    if not takes(x, counts) or native(x, w):
-        return grouped_reference(x, w, counts)
     x, m = rows(x), meta(x, counts, *w.shape[1:])
     m["BI"] = block(m["I"], m.pop("step"))
-    m["BM"] = block(-(-x.shape[0] // m["E"]))  # a group of the mean size is one tile, if it can
+    m["BM"] = block(cdiv(x.shape[0], m["E"]))  # a group of the mean size is one tile, if it can
     y = x.new_empty(x.shape[0], m["O"])
     # Group e takes ⌈size/BM⌉ tiles: together at most M/BM + E.
-    tiles = -(-x.shape[0] // m["BM"]) + m["E"]
+    tiles = cdiv(x.shape[0], m["BM"]) + m["E"]
     launch(
-        moe_rows, (tiles, triton.cdiv(m["O"], m["BO"])), x, x.stride(0), w, *w.stride(),
+        moe_rows, (tiles, cdiv(m["O"], m["BO"])), *strided(x), w, *w.stride(),
         counts, y, **m,
     )  # fmt: skip
     return y
@@ -117,20 +127,43 @@ def grouped(x, w, counts):
 
 def grouped_outer(g, x, counts):
     """tab::moe_grouped_outer"""
-    if not takes(x, counts) or native(x, g):
-        return grouped_outer_reference(g, x, counts)
     g, x, m = rows(g), rows(x), meta(x, counts, g.shape[1], x.shape[1])
     m["BM"], m["BI"] = m.pop("step"), block(m["I"])
-    tiles = triton.cdiv(m["O"], m["BO"]), triton.cdiv(m["I"], m["BI"])
+    tiles = cdiv(m["O"], m["BO"]), cdiv(m["I"], m["BI"])
     programs, steps = m["E"] * tiles[0] * tiles[1], x.shape[0] // (m["E"] * 4 * m["BM"])
     m["SPLIT"] = max(1, min(SPLITS, 2 * processors(x.device) // programs, steps))
     kind = x.dtype if m["SPLIT"] == 1 else torch.float32
     dw = x.new_empty(m["SPLIT"], m["E"], m["O"], m["I"], dtype=kind)
-    launch(
-        moe_outer, (m["E"] * m["SPLIT"], *tiles), g, g.stride(0), x, x.stride(0), counts, dw, **m
-    )
+    launch(moe_outer, (m["E"] * m["SPLIT"], *tiles), *strided(g, x), counts, dw, **m)
     return dw[0] if m["SPLIT"] == 1 else dw.sum(0).to(x.dtype)
 
 
-torch.library.impl("tab::moe_grouped", "CUDA", grouped)
-torch.library.impl("tab::moe_grouped_outer", "CUDA", grouped_outer)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def rows_and_weights():
+    """x (M, C), w (E, C, C), counts (E,)"""
+    counts = meta_tensor(8, dtype=torch.int64)
+    for n, c, dtype in (
+        (65536, 256, torch.float32),
+        (65536, 256, torch.float16),
+        (65536, 256, torch.bfloat16),
+        (4096, 32, torch.bfloat16),
+    ):
+        yield meta_tensor(n, c, dtype=dtype), meta_tensor(8, c, c, dtype=dtype), counts
+
+
+def cases():
+    for x, w, counts in rows_and_weights():
+        yield x, w, counts
+        yield x, w.mT, counts  # weights lie both ways
+
+
+def outer_cases():
+    """Sums in one part and in several."""
+    for x, _, counts in rows_and_weights():
+        yield x, x, counts
+
+
+register("moe_grouped", grouped, takes=takes, cases=cases)
+register("moe_grouped_outer", grouped_outer, takes=takes, cases=outer_cases)

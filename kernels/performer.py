@@ -10,34 +10,34 @@ Bidirectional: one launch does both sums when N is small or heads fill the GPU, 
     outputs  φ(q)ᵀT, and when causal the pairs inside the token's own segment
 
 The features, N·M numbers, never leave the chip. Every order of summation is fixed, nothing is
-atomic: the same input gives the same bits. Any M; float64, and D or Dv above 256, run the
-reference, unless Triton was asked for by name.
+atomic: the same input gives the same bits. Any M.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.performer import forward_reference, performer_fwd
-
-from ._common import (
-    OLD,
+from . import _segments
+from ._launch import (
     block,
-    head,
     hide,
     launch,
-    outside,
-    precision,
-    processors,
+    mask_bytes,
+    meta_heads,
+    meta_tensor,
+    register,
     rows,
+    strided,
     token_major_empty,
+    whole,
 )
-from ._favor import NOTHING, factor, output, state
+from ._performer import NOTHING, factor, output, state
+from ._segments import SCAN, each_state, one_launch, one_state, segments, takes
+from ._tiles import head
 
-SEGMENT = 256  # tokens whose causal pairs are computed directly: less state traffic, more FLOPs
-FUSED_TOKENS = 256  # not measured yet: up to here one launch is expected to win
-MAX_SIZE = 256
-SCAN = 1024  # elements of T one scan program walks
+# Triton 3.6 fails on causal tiles of 64 tokens for sm_100; 3.8 compiles them.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def performer_scan(
 @triton.jit
 def performer_outputs(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, w, mask,
-    s, z, c, s_bh, z_bh, c_bh, t_seg, c_seg, o, o_b, o_h, o_n, lse, N, H, segment, eps,
+    s, z, s_bh, z_bh, t_seg, c, c_bh, c_seg, o, o_b, o_h, o_n, lse, N, H, segment, eps,
     KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,111 +159,91 @@ def performer_fused(
             )  # fmt: skip
 
 
-# --- launchers ------------------------------------------------------------------------------------
-
-
-def limit(q, k, v, projection) -> str | None:
-    return outside(q, MAX_SIZE, D=q.shape[-1], Dv=v.shape[-1])
-
-
-def fits_fused(q, causal) -> bool:
-    b, h, n, _ = q.shape
-    return not causal and (n <= FUSED_TOKENS or b * h >= 2 * processors(q.device))
-
-
-def mask_bytes(key_mask):
-    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+# --- launcher -------------------------------------------------------------------------------------
 
 
 def meta(q, v, w, kernel, causal) -> dict:
     """The compile-time arguments of every tiled kernel."""
-    d, dv, m = q.shape[-1], v.shape[-1], w.shape[0]
-    # tf32x3 holds three times the operands: fewer tokens, more threads.
-    few = q.dtype == torch.float32
-    tokens, warps = (32 if few or (causal and OLD) else 64), (8 if few else 4)
-    return {
-        "KERNEL": kernel, "D": d, "DV": dv, "M": m,
-        "BN": tokens, "BM": block(m), "BD": block(d), "BV": block(dv),
-        # Exponents want more than bfloat16's 8 bits; features lie in [0, 1] and add up.
-        "EXACT": "tf32x3" if q.dtype == torch.float32 else "tf32", "PRECISION": precision(q),
-        "num_warps": warps, "num_stages": 2,
-    }  # fmt: skip
-
-
-def segments(q, v, w, causal) -> tuple[int, int]:
-    """(tokens in a segment, segments): enough programs to fill the GPU, fixed when causal."""
-    b, h, n, _ = q.shape
-    size = SEGMENT
-    if not causal:
-        tiles = -(-w.shape[0] // block(w.shape[0])) * -(-v.shape[-1] // block(v.shape[-1]))
-        splits = max(1, 4 * processors(q.device) // (b * h * tiles))
-        size = max(SEGMENT, -(-n // splits // 64) * 64)
-    return size, -(-n // size)
+    m = {"KERNEL": kernel, "M": w.shape[0], "BM": block(w.shape[0]), **_segments.meta(q, v)}
+    # Exponents want more than bfloat16's 8 bits; features lie in [0, 1] and add up.
+    m["EXACT"] = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    return m | ({"BN": 32} if causal and OLD else {})
 
 
 def scanned(k, v, w, mask, s0, z0, c0, size, count, causal, m):
-    """Launches the states and their scan. -> final S, z, c; the arguments s, z, c, strides with
-    which a kernel finds the state that a segment sees; the running shifts when causal."""
+    """Launches the states of the segments and their scan. -> final S, z and c; what each segment
+    sees, at which shift; the running shift (B·H, segments + 1, M), only when causal."""
     b, h, n, _ = k.shape
-    dv, features, bh = m["DV"], m["M"], b * h
+    (features, dv), bh = (m["M"], m["DV"]), b * h
     t = w.new_empty(bh, count, features * dv + features)
     own = w.new_empty(bh, count, features)
+    running = w.new_empty(bh, count + 1, features) if causal else None
     s, z = w.new_empty(b, h, features, dv), w.new_empty(b, h, features)
-    c, running = torch.empty_like(z), w.new_empty(bh, count + 1, features) if causal else None
-    tiles = -(-features // m["BM"]) * -(-dv // m["BV"])
+    c = torch.empty_like(z)
+    tiles = cdiv(features, m["BM"]) * cdiv(dv, m["BV"])
     launch(
-        performer_states, (bh, count, tiles), k, *k.stride()[:3], v, *v.stride()[:3], w, mask,
-        t, own, n, h, size, **m,
+        performer_states, (bh, count, tiles), *strided(k, v), w, mask, t, own, n, h, size, **m
     )  # fmt: skip
     launch(
-        performer_scan, (bh, -(-t.shape[-1] // SCAN)), t, own, s0, z0, c0, s, z, c, running, count,
+        performer_scan, (bh, cdiv(t.shape[-1], SCAN)), t, own, s0, z0, c0, s, z, c, running, count,
         KERNEL=m["KERNEL"], CAUSAL=causal, DV=dv, M=features, BLOCK=SCAN,
     )  # fmt: skip
-    return (s, z, c), seen(t, running) if causal else once(s, z, c), running
+    if causal:
+        return (s, z, c), (*each_state(t, features), *each_shift(running)), running
+    return (s, z, c), (*one_state(s, z), *one_shift(c)), None
 
 
-def seen(t, running, after: int = 0):
-    """The states t (B·H, segments, M·Dv + M) that each segment sees, at their running shifts."""
-    _, count, size = t.shape
-    features = running.shape[-1]
-    z, c = t.flatten()[size - features :], running.flatten()[after * features :]
-    return t, z, c, count * size, count * size, (count + 1) * features, size, features
+def each_shift(running, after: int = 0) -> tuple:
+    """The shift before each segment, or `after` it: its first element, strides of (batch, head) and
+    segment."""
+    _, count, features = running.shape
+    return running.flatten()[after * features :], count * features, features
 
 
-def once(s, z, c):
-    """One state s (B, H, M, Dv) that all see."""
-    features, dv = s.shape[2:]
-    return s, z, c, features * dv, features, features, 0, 0
+def one_shift(c) -> tuple:
+    """The shift c (B, H, M) of a state that all see."""
+    return c, c.shape[-1], 0
 
 
 def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     """tab::performer_fwd"""
-    if limit(q, k, v, projection):
-        return forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps)
     k, v = hide(key_mask, k, v)
-    q, k, v, w, mask = rows(q), rows(k), rows(v), projection.contiguous(), mask_bytes(key_mask)
-    if s0 is not None:
-        s0, z0, c0 = s0.contiguous(), z0.contiguous(), c0.contiguous()
+    q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
+    w, s0, z0, c0 = whole(projection, s0, z0, c0)
     b, h, n, _ = q.shape
     m, o = meta(q, v, w, kernel, causal), token_major_empty(v)
     lse = w.new_empty(b, h, n)
-    strides = q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3]
-    if fits_fused(q, causal):
+    if one_launch(q, causal):
         s, z = w.new_empty(b, h, m["M"], m["DV"]), w.new_empty(b, h, m["M"])
         c = torch.empty_like(z)
         launch(
-            performer_fused, (b * h,), *strides, w, mask, s0, z0, c0, o, *o.stride()[:3], s, z, c,
+            performer_fused, (b * h,), *strided(q, k, v), w, mask, s0, z0, c0, *strided(o), s, z, c,
             lse, n, h, eps, **m,
         )  # fmt: skip
         return o, s, z, c, lse
-    size, count = segments(q, v, w, causal)
-    final, state_, _ = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, m)
+    size, count = segments(q, v, m["M"], causal)
+    final, seen, _ = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, m)
     launch(
-        performer_outputs, (b * h, -(-n // m["BN"]), -(-m["DV"] // m["BV"])), *strides, w, mask,
-        *state_, o, *o.stride()[:3], lse, n, h, size, eps, CAUSAL=causal, **m,
+        performer_outputs, (b * h, cdiv(n, m["BN"]), cdiv(m["DV"], m["BV"])), *strided(q, k, v), w,
+        mask, *seen, *strided(o), lse, n, h, size, eps, CAUSAL=causal, **m,
     )  # fmt: skip
     return o, *final, lse
 
 
-torch.library.impl("tab::performer_fwd", "CUDA", forward)
-performer_fwd.limits["triton"] = limit
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    half, full = torch.bfloat16, torch.float32
+    for b, h, n, d, features, causal, dtype in (
+        (512, 8, 64, 64, 256, False, half),  # one launch
+        (512, 8, 64, 64, 256, False, full),
+        (1, 8, 8192, 64, 256, True, half),  # segments
+        (1, 8, 8192, 256, 512, True, full),  # several tiles of everything
+    ):
+        q, w = meta_heads(b, h, n, d, dtype), meta_tensor(features, d)
+        mask, z0 = meta_tensor(b, n, dtype=torch.bool), meta_tensor(b, h, features)
+        yield q, q, q, w, mask, meta_tensor(b, h, features, d), z0, z0, 0, causal, 0.0
+
+
+register("performer_fwd", forward, takes=takes, cases=cases)

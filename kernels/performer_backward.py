@@ -14,13 +14,25 @@ inside a token's own segment uses pairs, as the forward does.
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.performer import backward_reference
-
-from ._common import block, head, hide, launch, put, rows, token_major_empty
-from ._favor import NOTHING, factor, vector
-from ._favor_gradients import keys, pulled, queries
-from .performer import SCAN, fits_fused, limit, mask_bytes, meta, once, scanned, seen, segments
+from . import performer
+from ._launch import (
+    block,
+    hide,
+    launch,
+    mask_bytes,
+    register,
+    rows,
+    strided,
+    token_major_empty,
+    whole,
+)
+from ._performer import NOTHING, factor, vector
+from ._performer_backward import keys, pulled, queries
+from ._segments import SCAN, each_state, one_launch, one_state, segments, takes
+from ._tiles import head, put
+from .performer import each_shift, meta, one_shift, scanned
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -28,7 +40,7 @@ from .performer import SCAN, fits_fused, limit, mask_bytes, meta, once, scanned,
 @triton.jit
 def performer_queries(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n,
-    w, mask, s, z, c, s_bh, z_bh, c_bh, t_seg, c_seg, lse, r, dq, dq_b, dq_h, dq_n, N, H, segment,
+    w, mask, s, z, s_bh, z_bh, t_seg, c, c_bh, c_seg, lse, r, dq, dq_b, dq_h, dq_n, N, H, segment,
     KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BX: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,7 +123,7 @@ def performer_unwind(
 @triton.jit
 def performer_keys(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, w, mask,
-    ds, dz, c, s_bh, z_bh, c_bh, t_seg, c_seg, before, lse, r,
+    ds, dz, s_bh, z_bh, t_seg, c, c_bh, c_seg, before, lse, r,
     dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n, N, H, segment,
     KERNEL: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -196,16 +208,9 @@ def backward(
     do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
 ):
     """tab::performer_bwd"""
-    if limit(q, k, v, projection):
-        return backward_reference(
-            do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
-        )
     k, v = hide(key_mask, k, v)
-    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
-    w, mask = projection.contiguous(), mask_bytes(key_mask)
-    s, z, c, lse = s.contiguous(), z.contiguous(), c.contiguous(), lse.contiguous()
-    s0, z0, c0 = (None if x is None else x.contiguous() for x in (s0, z0, c0))
-    ds, dz = (None, None) if ds is None else (ds.contiguous(), dz.contiguous())
+    do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
+    w, s, z, c, lse, s0, z0, c0, ds, dz = whole(projection, s, z, c, lse, s0, z0, c0, ds, dz)
     b, h, n, d = q.shape
     forward_m = meta(q, v, w, kernel, causal)
     m = {**forward_m, "BM": block(w.shape[0], 32)}  # two sums crowd the registers
@@ -213,46 +218,53 @@ def backward(
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
     ds0, dz0 = (x.new_empty(0) if s0 is None else torch.empty_like(x) for x in (s, z))
     r = torch.empty_like(lse)
-    q_, k_, v_, do_, o_ = ((x, *x.stride()[:3]) for x in (q, k, v, do, o))
-    to_q, to_k, to_v = ((x, *x.stride()[:3]) for x in (dq, dk, dv))
+    inputs = *strided(q, k, v, do, o), w, mask
     wide = {**m, "BX": block(max(d, dim_v))}
-    if fits_fused(q, causal):
+    if one_launch(q, causal):
         t = w.new_empty(b * h, 1, features * dim_v + features)
         launch(
-            performer_fused_backward, (b * h,), *q_, *k_, *v_, *do_, *o_, w, mask, s, z, c, c0,
-            ds, dz, lse, r, t, *to_q, *to_k, *to_v, ds0, dz0, n, h, **wide,
+            performer_fused_backward, (b * h,), *inputs, s, z, c, c0, ds, dz, lse, r, t,
+            *strided(dq, dk, dv), ds0, dz0, n, h, **wide,
         )  # fmt: skip
         return dq, dk, dv, ds0, dz0
-    size, count = segments(q, v, w, causal)
-    tiles, columns = -(-n // m["BN"]), wide["BX"]
-    state, running = once(s, z, c), None
+    size, count = segments(q, v, features, causal)
+    tiles, columns = cdiv(n, m["BN"]), wide["BX"]
+    seen, running = (*one_state(s, z), *one_shift(c)), None
     if causal:
-        _, state, running = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, forward_m)
+        _, seen, running = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, forward_m)
+    shift = seen[5:]
     launch(
-        performer_queries, (b * h, tiles, -(-d // columns)), *q_, *k_, *v_, *do_, *o_, w, mask,
-        *state, lse, r, *to_q, n, h, size, CAUSAL=causal, **wide,
+        performer_queries, (b * h, tiles, cdiv(d, columns)), *inputs, *seen, lse, r, *strided(dq),
+        n, h, size, CAUSAL=causal, **wide,
     )  # fmt: skip
     t = w.new_empty(b * h, count, features * dim_v + features)
-    c_bh, c_seg = state[5], state[7]
     launch(
-        performer_pulled, (b * h, count, -(-features // m["BM"]) * -(-dim_v // m["BV"])), *q_,
-        *do_, w, lse, r, state[2], c_bh, c_seg, t, n, h, size, **m,
+        performer_pulled, (b * h, count, cdiv(features, m["BM"]) * cdiv(dim_v, m["BV"])),
+        *strided(q, do), w, lse, r, *shift, t, n, h, size, **m,
     )  # fmt: skip
     launch(
-        performer_unwind, (b * h, -(-t.shape[-1] // SCAN)), t, ds, dz, c0, c, running, ds0, dz0,
+        performer_unwind, (b * h, cdiv(t.shape[-1], SCAN)), t, ds, dz, c0, c, running, ds0, dz0,
         count, KERNEL=kernel, CAUSAL=causal, DV=dim_v, M=features, BLOCK=SCAN,
     )  # fmt: skip
     if causal:
-        after = seen(t, running, after=1)
+        after = *each_state(t, features), *each_shift(running, after=1)
     else:  # the sum lies in the first segment's place
-        after = (t, t.flatten()[features * dim_v :], c, count * t.shape[-1], count * t.shape[-1])
-        after += (features, 0, 0)
+        after = *each_state(t, features)[:4], 0, *one_shift(c)
     launch(
-        performer_keys, (b * h, tiles, -(-max(d, dim_v) // columns)), *q_, *k_, *v_, *do_, w, mask,
-        *after, state[2], lse, r, *to_k, *to_v, n, h, size, CAUSAL=causal,
+        performer_keys, (b * h, tiles, cdiv(max(d, dim_v), columns)), *strided(q, k, v, do), w,
+        mask, *after, shift[0], lse, r, *strided(dk, dv), n, h, size, CAUSAL=causal,
         **wide | {"num_stages": 1},
     )  # fmt: skip
     return dq, dk, dv, ds0, dz0
 
 
-torch.library.impl("tab::performer_bwd", "CUDA", backward)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    for q, k, v, w, mask, s, z, c, kernel, causal, _ in performer.cases():
+        lse = z.new_empty(q.shape[:3])
+        yield v, s, z, q, k, v, w, v, s, z, c, lse, mask, s, z, c, kernel, causal
+
+
+register("performer_bwd", backward, takes=lambda do, ds, dz, *x: takes(*x), cases=cases)

@@ -12,18 +12,18 @@ not depend on the pattern's values, only on shapes, or the host would wait for t
     the others        one for each inner multiple of CUT in `col` (nnz is a shape): the columns from
                       there, if they belong to a long row; else nothing
 
-Parts of a row go to slots that `combine` merges in the order of the columns: nothing is atomic, the
-same input gives the same bits. Where nb ≤ CUT no row is long and the grid is the rows.
+Parts of a row go to slots that `sparse_combine` merges in the order of the columns: nothing is
+atomic, the same input gives the same bits. Where nb ≤ CUT no row is long and the grid is the rows.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.sparse import forward_reference, sparse_fwd
-
-from ._common import head, launch, put, rows, tile, token_major_empty
-from ._softmax import LOG2E, finish, finite, forward_tile, limit, meta, pieces, strided, tokens
+from ._launch import launch, meta_tensor, register, rows, strided, token_major_empty
+from ._softmax import finish, fold, forward_tile, heads, meta, takes, tokens
+from ._tiles import head, put, tile
 
 CUT = 32  # listed blocks; not measured yet
 
@@ -166,7 +166,7 @@ def sparse_forward(
 
 
 @triton.jit
-def combine(
+def sparse_combine(
     o, o_b, o_h, o_n, lse, part_o, part_lse, ptr, N, H, nb, b, lists, items, slots,
     CUT: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -183,13 +183,9 @@ def combine(
     total = tl.zeros((BN,), tl.float32)
     for part in range(count):
         at = (group.to(tl.int64) * slots + slot_of(first, part)) * b
-        s = LOG2E * tl.load(part_lse + at + i, mask=i < b, other=float("-inf"))
-        new = tl.maximum(top, s)
-        shrink, weight = tl.exp2(top - finite(new)), tl.exp2(s - finite(new))
+        log = tl.load(part_lse + at + i, mask=i < b, other=float("-inf"))
         x = tile(part_o + at * DV, DV, i, b, v0, DV, BV)
-        y = y * shrink[:, None] + x * weight[:, None]
-        total = total * shrink + weight
-        top = new
+        y, top, total = fold(y, top, total, x, log)
     y, top = finish(y, top, total)
     stop = tl.minimum((r + 1) * b, N)
     put(head(o, bh, H, o_b, o_h), o_n, r * b + i, stop, v0, y, DV, BV)
@@ -212,7 +208,7 @@ def plan(q, v, ptr, entries, block_size, causal, backward=False) -> tuple[dict, 
     }  # fmt: skip
     bn = tokens(q, block_size)
     m = {
-        "CUT": CUT, "SUB": pieces(block_size, bn), "CAUSAL": causal, "PADDED": block_size % bn != 0,
+        "CUT": CUT, "SUB": cdiv(block_size, bn), "CAUSAL": causal, "PADDED": block_size % bn != 0,
         "BN": bn, **meta(q, v, backward),
     }  # fmt: skip
     return sizes, b * h // hp, cuts, m
@@ -225,26 +221,34 @@ def partial(x, groups: int, sizes: dict, *size: int):
 
 def forward(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
     """tab::sparse_fwd"""
-    if limit(q):
-        return forward_reference(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale)
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     sizes, groups, cuts, m = plan(q, v, row_ptr, col, block_size, causal)
-    dv, across = v.shape[-1], (m["SUB"], pieces(v.shape[-1], m["BV"]))
+    dv, across = v.shape[-1], (m["SUB"], cdiv(v.shape[-1], m["BV"]))
     part_o, part_lse = partial(q, groups, sizes, dv), partial(q, groups, sizes)
     out = *strided(o), lse, part_o, part_lse
     launch(
         sparse_forward, (groups * sizes["items"], *across),
-        *strided(q), *strided(k), *strided(v), *out, row_ptr, col, *sizes.values(), scale, **m,
+        *strided(q, k, v), *out, row_ptr, col, *sizes.values(), scale, **m,
     )  # fmt: skip
     if cuts:
         sizes["items"] = cuts
         launch(
-            combine, (groups * cuts, *across), *out, row_ptr, *sizes.values(),
+            sparse_combine, (groups * cuts, *across), *out, row_ptr, *sizes.values(),
             CUT=CUT, DV=dv, BN=m["BN"], BV=m["BV"],
         )  # fmt: skip
     return o, lse
 
 
-torch.library.impl("tab::sparse_fwd", "CUDA", forward)
-sparse_fwd.limits["triton"] = limit
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    """Causal, with long rows."""
+    ptr = meta_tensor(8, 129, dtype=torch.int32)
+    entries = meta_tensor(9999, dtype=torch.int32)
+    for q in heads():
+        yield q, q, q, ptr, entries, ptr, entries, 64, True, 0.1
+
+
+register("sparse_fwd", forward, takes=takes, cases=cases)

@@ -1,4 +1,4 @@
-"""tab::sparse_bwd for CUDA in Triton (formulas: tab/ops/sparse.py, _softmax.py).
+"""tab::sparse_bwd for CUDA in Triton (formulas: tab/ops/sparse.py, _softmax_backward.py).
 
 dq walks over the rows' lists as the forward does. dk and dv walk over the transpose: a program owns
 BN keys of a block column and visits the block rows that see it; causal's diagonal comes first.
@@ -8,11 +8,13 @@ Parts of long lists are summed in order: nothing is atomic.
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
-from tab.ops.sparse import backward_reference
-
-from ._common import head, launch, put, rows, tile, token_major_empty
-from ._softmax import grad_kv_tile, grad_q_tile, limit, pieces, row_sums, strided
+from . import sparse
+from ._launch import launch, register, rows, strided, token_major_empty
+from ._softmax import takes
+from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
+from ._tiles import head, put, tile
 from .sparse import batch_head, below, partial, parts, plan, slot_of, work
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def sparse_grad_kv(
 
 
 @triton.jit
-def add_parts(
+def sparse_add_parts(
     x, x_b, x_h, x_n, part_x, ptr, N, H, nb, b, lists, items, slots,
     CUT: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -151,25 +153,22 @@ def add_parts(
 
 def backward(do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal, scale):
     """tab::sparse_bwd"""
-    if limit(q):
-        pattern = row_ptr, col, col_ptr, row
-        return backward_reference(do, q, k, v, o, lse, *pattern, block_size, causal, scale)
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
     delta = torch.empty_like(lse)
     sizes, groups, cuts, m = plan(q, v, row_ptr, col, block_size, causal, backward=True)
     part_q, part_k = (partial(q, groups, sizes, q.shape[-1]) for _ in range(2))
     part_v = partial(q, groups, sizes, v.shape[-1])
-    across_d, across_v = pieces(q.shape[-1], m["BD"]), pieces(v.shape[-1], m["BV"])
-    inputs = *strided(do), *strided(q), *strided(k), *strided(v)
+    across_d, across_v = cdiv(q.shape[-1], m["BD"]), cdiv(v.shape[-1], m["BV"])
+    inputs = strided(do, q, k, v)
     programs, sub = groups * sizes["items"], m["SUB"]
     launch(
-        sparse_grad_q, (programs, sub, across_d), *inputs, *strided(o), *strided(dq), lse, delta,
+        sparse_grad_q, (programs, sub, across_d), *inputs, *strided(o, dq), lse, delta,
         part_q, row_ptr, col, *sizes.values(), scale, **m,
     )  # fmt: skip
     launch(
-        sparse_grad_kv, (programs, sub, max(across_d, across_v)), *inputs, *strided(dk),
-        *strided(dv), lse, delta, part_k, part_v, col_ptr, row, *sizes.values(), scale, **m,
+        sparse_grad_kv, (programs, sub, max(across_d, across_v)), *inputs, *strided(dk, dv),
+        lse, delta, part_k, part_v, col_ptr, row, *sizes.values(), scale, **m,
     )  # fmt: skip
     if cuts:
         sizes["items"] = cuts
@@ -179,10 +178,18 @@ def backward(do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal
             (dv, part_v, col_ptr, m["BV"], across_v),
         ):
             launch(
-                add_parts, (groups * cuts, sub, across), *strided(x), part, ptr, *sizes.values(),
-                CUT=m["CUT"], SIZE=x.shape[-1], BN=m["BN"], BLOCK=block,
+                sparse_add_parts, (groups * cuts, sub, across), *strided(x), part, ptr,
+                *sizes.values(), CUT=m["CUT"], SIZE=x.shape[-1], BN=m["BN"], BLOCK=block,
             )  # fmt: skip
     return dq, dk, dv
 
 
-torch.library.impl("tab::sparse_bwd", "CUDA", backward)
+# --- compiled ahead -------------------------------------------------------------------------------
+
+
+def cases():
+    for q, k, v, *options in sparse.cases():
+        yield v, q, k, v, v, q.new_empty(q.shape[:3], dtype=torch.float32), *options
+
+
+register("sparse_bwd", backward, takes=lambda do, *x: takes(*x), cases=cases)

@@ -3,7 +3,8 @@
 Triton: the launchers are called on meta tensors, and each launch they would make is compiled ahead
 of time for each architecture instead. CUDA C++: read from the built library. Neither needs a GPU.
 
-    python -m tab.kernel_report
+    tab doctor --kernels
+    python -m tab.doctor.kernel_report linear local    # of these ops only
 """
 
 from __future__ import annotations
@@ -12,103 +13,71 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from .kernel_launches import LAUNCHERS
+from .kernel_launches import Launch, launches
 
 # Compute capability -> bytes of shared memory that one block may ask for (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPTIONS = ("num_warps", "num_stages")
 
-# --- Triton: which launches -----------------------------------------------------------------------
+# --- Triton ---------------------------------------------------------------------------------------
 
 
-def launches(op: str) -> list[tuple]:
-    """The distinct launches of an op: (kernel, positional arguments, options)."""
-    from ..kernels import _common
-
-    seen: dict[str, tuple] = {}
-
-    def record(kernel, grid, *args, **options):
-        key = f"{kernel.__name__} {[_type(x) for x in args]} {sorted(options.items())}"
-        seen.setdefault(key, (kernel, args, options))
-
-    with _common.recording(record):
-        LAUNCHERS[op]()
-    return list(seen.values())
-
-
-def _type(x) -> str:
-    """Triton's name of an argument's type; None and 1 are compiled in."""
-    if isinstance(x, torch.Tensor):
-        short = {
-            "float32": "fp32",
-            "float16": "fp16",
-            "bfloat16": "bf16",
-            "uint8": "u8",
-            "int8": "i8",
-            "int32": "i32",
-            "int64": "i64",
-        }
-        return "*" + short[str(x.dtype).removeprefix("torch.")]
-    if x is None or (x == 1 and isinstance(x, int)):
-        return "constexpr"
-    return "fp32" if isinstance(x, float) else "i32" if abs(x) < 2**31 else "i64"
-
-
-# --- Triton: compiling ----------------------------------------------------------------------------
-
-
-def _compile(op: str, kernel, args: tuple, options: dict, arch: int) -> dict:
+def compiled(op: str, launch: Launch, arch: int) -> dict:
+    """One row of the report."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel, args, options = launch
     constants = {name: value for name, value in options.items() if name not in OPTIONS}
     signature, aligned = {}, {}
     for i, (name, x) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        signature[name] = _type(x)
+        signature[name] = launch.types[i]
         if signature[name] == "constexpr":
             constants[name] = x
         elif isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
             aligned[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
-    compiled = triton.compile(
+    code = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", arch, 32),
         options={name: options[name] for name in OPTIONS if name in options},
     )
-    kind = next((_type(x)[1:] for x in args if isinstance(x, torch.Tensor)), "")
+    kind = next(x for x in launch.types if x.startswith("*"))[1:]
     config = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("MAP", "REVERSE"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(code.asm["cubin"])
         file.flush()
         usage = next(iter(_usage(Path(file.name)).values()))
     return {
         "op": op, "kernel": kernel.__name__, "config": f"{kind} {config}", "arch": arch,
         "registers": usage["registers"], "spilled": usage["spilled"],
-        "shared": compiled.metadata.shared, "limit": SHARED_LIMIT[arch],
+        "shared": code.metadata.shared, "limit": SHARED_LIMIT[arch],
     }  # fmt: skip
 
 
-def _compile_in_thread(*launch) -> dict:
+def _compiled_in_thread(*work) -> dict:
     """Python 3.11 counts the depth of ast.parse for all threads together, and raises SystemError
     when two of them parse at once (python/cpython#106905): then it is simply tried again."""
     for _ in range(20):
         try:
-            return _compile(*launch)
+            return compiled(*work)
         except Exception as error:
             cause: BaseException | None = error  # Triton raises its own error from it
             while cause and "recursion depth mismatch" not in str(cause):
                 cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
-    return _compile(*launch)
+    return compiled(*work)
 
 
 def _cuobjdump() -> str:
@@ -168,16 +137,26 @@ def built() -> list[dict]:
 # --- public ---------------------------------------------------------------------------------------
 
 
-def kernel_report(archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[dict]:
+def kernel_report(
+    archs: tuple[int, ...] = tuple(SHARED_LIMIT), ops: Set[str] | None = None
+) -> list[dict]:
     """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
     (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block).
 
     Compiles what Triton's cache does not hold; minutes when it holds nothing and cores are few.
+    ops: only these, by the names of their files in kernels/.
     """
-    work = [(op, *launch, arch) for op in LAUNCHERS for launch in launches(op) for arch in archs]
+    work = [
+        (op, launch, arch)
+        for op, found in launches().items()
+        if ops is None or op in ops
+        for launch in found
+        for arch in archs
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(lambda item: _compile_in_thread(*item), work))
-    return rows + [row for row in built() if row["arch"] in archs]
+        rows = list(pool.map(lambda item: _compiled_in_thread(*item), work))
+    both = [row for row in built() if row["arch"] in archs]
+    return rows + [row for row in both if ops is None or not ops.isdisjoint(row["op"].split())]
 
 
 def print_kernel_report(rows: list[dict] | None = None) -> None:
@@ -192,4 +171,4 @@ def print_kernel_report(rows: list[dict] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    print_kernel_report()
+    print_kernel_report(kernel_report(ops=set(sys.argv[1:]) or None))

@@ -16,24 +16,7 @@ from .performer import performer_attention
 from .projection import orthogonal_projection
 from .sparse import sparse_attention
 
-# Files of kernels/ that register ops.
-TRITON_MODULES: tuple[str, ...] = (
-    "batches",
-    "h2o",
-    "linear",
-    "linear_backward",
-    "mla",
-    "mla_backward",
-    "mla_decode",
-    "moe",
-    "performer",
-    "performer_backward",
-    "local",
-    "sparse",
-    "sparse_backward",
-)
-
-load_kernels(TRITON_MODULES)
+load_kernels()
 
 __all__ = [
     "BACKENDS",

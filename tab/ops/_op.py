@@ -5,7 +5,7 @@ their CompositeExplicitAutograd kernel: fallback, fake kernel (it runs on meta t
 oracle in one. Faster kernels register themselves for a device:
 
     cpp      C++      tab::x_fwd        "CPU"    from tab._C
-    triton   Triton   tab::x_fwd        "CUDA"   from tab.kernels.x
+    triton   Triton   tab::x_fwd        "CUDA"   from tab.kernels.x, by Op.implement
     cuda     CUDA C++ tab_cuda::x_fwd   "CUDA"   from tab._C_cuda (same schema, own namespace)
 """
 
@@ -58,9 +58,10 @@ class Op:
     def __init__(self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int]):
         self.name, self.reference, self.flops = name, reference, flops
         self.reasons: dict[str, str | None] = {}  # backend -> why not; find_kernels fills it
-        # backend -> why its kernel does not take these operands (those that `choose` is given), or
-        # None; the kernel's file fills it.
-        self.limits: dict[str, Callable[..., str | None]] = {}
+        # backend -> why its kernel does not take these tensors, or None; a backend that is not here
+        # takes all. `implement` fills it.
+        self.takes: dict[str, Callable[..., str | None]] = {}
+        self.kernels: dict[str, Callable] = {}  # backend -> what `implement` registered
         self.run: Callable = self  # (backend, *args) -> the outputs, in eager use
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
@@ -94,6 +95,27 @@ class Op:
             return plain(self.reference, args)
         with below_autograd():
             return (self.cuda_overload if backend == "cuda" else self.overload)(*args)
+
+    def implement(
+        self, backend: str, kernel: Callable, takes: Callable[..., str | None] | None = None
+    ) -> None:
+        """Registers a kernel that is launched from Python, for the device of this backend.
+
+        takes: (*tensors, …) -> why the kernel does not take them, or None. It gets the op's
+            arguments, or of those only the leading tensors, which `choose` is given. What the
+            kernel does not take, the reference computes where nobody asked for the backend by name;
+            `choose` refuses who does.
+        """
+        reference = _without_autocast(self.reference)
+
+        def run(*args):
+            return kernel(*args) if takes is None or takes(*args) is None else reference(*args)
+
+        self.kernels[backend] = run
+        if takes is not None:
+            self.takes[backend] = takes
+        namespace = "tab_cuda" if backend == "cuda" else "tab"
+        torch.library.impl(f"{namespace}::{self.name}", _DEVICE[backend].upper(), run)
 
     def differentiable(self, gradients: Callable, by: Op, constant: int = 0) -> None:
         """Gives the op its gradients, on its Autograd key and in `apply`.
@@ -210,8 +232,8 @@ def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) 
     reason = op.why_not(backend)
     if transforming():
         reason = "torch.func transforms and forward-mode derivatives are of the PyTorch reference"
-    if reason is None and backend in op.limits:
-        reason = op.limits[backend](x, *others)
+    if reason is None and backend in op.takes:
+        reason = op.takes[backend](x, *others)
     if reason:
         raise Unavailable(backend, op.name, reason)
     return backend
@@ -233,7 +255,7 @@ def _load(extension: str) -> None:
     torch.ops.load_library(str(found[0]))
 
 
-def load_kernels(triton_modules: tuple[str, ...]) -> None:
+def load_kernels() -> None:
     """Called once by tab.ops, after every op is defined."""
     global _loaded
     _load("_C")
@@ -250,8 +272,7 @@ def load_kernels(triton_modules: tuple[str, ...]) -> None:
         if importlib.util.find_spec("triton") is None:
             _missing["triton"] = "triton is not installed"
         else:
-            for module in triton_modules:
-                importlib.import_module(f"tab.kernels.{module}")
+            importlib.import_module("tab.kernels").load()
     for op in OPS.values():
         op.find_kernels()
     _loaded = True

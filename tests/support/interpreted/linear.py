@@ -5,18 +5,13 @@ tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INT
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
 
-from tab.kernels import linear as kernels
-from tab.kernels import linear_backward
+from tab.kernels import _segments
 from tab.ops.linear import backward_reference, forward_reference, linear_fwd
 
-assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
-
-# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
-torch.library.impl("tab_cuda::linear_fwd", "CPU", kernels.forward)
-torch.library.impl("tab_cuda::linear_bwd", "CPU", linear_backward.backward)
+forward, backward = interpreted("linear_fwd", "linear_bwd")
 
 NAMES = "o S z dq dk dv dS0 dz0"
 SIZES = [(1, 3, 3), (5, 16, 24), (63, 24, 16), (65, 64, 64), (130, 80, 72)]
@@ -27,9 +22,9 @@ CASES += [(dtype, *size) for dtype in (torch.bfloat16, torch.float16) for size i
 @pytest.fixture(params=["fused", "split", "causal"])
 def path(request, monkeypatch):
     """Every way the launchers go; segments of one tile, so that few tokens make several."""
-    monkeypatch.setattr(kernels, "SEGMENT", 64)
+    monkeypatch.setattr(_segments, "SEGMENT", 64)
     if request.param == "split":
-        monkeypatch.setattr(kernels, "FUSED_TOKENS", 0)
+        monkeypatch.setattr(_segments, "FUSED_TOKENS", 0)
     return request.param
 
 
@@ -95,10 +90,8 @@ def test_layouts(path, how, generator):
     causal = path == "causal"
     results = []
     for q, k, v, do in (x, [t.contiguous() for t in x]):
-        o, s, z = kernels.forward(q, k, v, None, None, None, 0, causal, 0.0)
-        grads = linear_backward.backward(
-            do, None, None, q, k, v, o, s, z, None, None, None, 0, causal, 0.0
-        )
+        o, s, z = forward(q, k, v, None, None, None, 0, causal, 0.0)
+        grads = backward(do, None, None, q, k, v, o, s, z, None, None, None, 0, causal, 0.0)
         results.append((o, s, z, *grads))
     for strided, plain in zip(*results, strict=True):
         assert torch.equal(strided, plain)
@@ -114,10 +107,10 @@ def test_like_the_reference_outside_its_range(path, generator):
     cases += [((torch.ones(1, 1, 3, 257),) * 2 + (torch.ones(1, 1, 3, 2),), 0)]
     for (q, k, v), feature_map in cases:
         options = feature_map, causal, 0.0
-        given = kernels.forward(q, k, v, None, None, None, *options)
+        given = forward(q, k, v, None, None, None, *options)
         wanted = forward_reference(q, k, v, None, None, None, *options)
         tail = (torch.ones_like(v), None, None, q, k, v, *wanted, None, None, None, *options)
-        given += linear_backward.backward(*tail)
+        given += backward(*tail)
         wanted += backward_reference(*tail)
         for x, y in zip(given, wanted, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

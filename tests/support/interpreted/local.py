@@ -5,17 +5,12 @@ tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INT
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
 
-from tab.kernels import local as kernels
 from tab.ops.local import backward_reference, forward_reference, local_fwd
 
-assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
-
-# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
-torch.library.impl("tab_cuda::local_fwd", "CPU", kernels.forward)
-torch.library.impl("tab_cuda::local_bwd", "CPU", kernels.backward)
+forward, backward = interpreted("local_fwd", "local_bwd")
 
 NAMES = "o dq dk dv"
 
@@ -90,8 +85,8 @@ def test_layouts(how, generator):
     x, results = [layout(t, how) for t in (q, k, v, do)], []
     options = 4, 2, 5, 7, True, 0.3
     for q, k, v, do in (x, [t.contiguous() for t in x]):
-        o, lse = kernels.forward(q, k, v, *options)
-        results.append((o, lse, *kernels.backward(do, q, k, v, o, lse, *options)))
+        o, lse = forward(q, k, v, *options)
+        results.append((o, lse, *backward(do, q, k, v, o, lse, *options)))
     for strided, plain in zip(*results, strict=True):
         assert torch.equal(strided, plain)
         assert strided.stride() == plain.stride()
@@ -103,8 +98,8 @@ def test_like_the_reference(dtype, rows, cols, generator):
     """lse, strides and types too, causal on a line too; float64 is the reference's."""
     q, k, v, do = (torch.randn(1, 2, 36, 8, generator=generator).to(dtype) for _ in range(4))
     options = 3, 1, rows, cols, True, 0.3
-    given, wanted = kernels.forward(q, k, v, *options), forward_reference(q, k, v, *options)
-    given += kernels.backward(do, q, k, v, *wanted, *options)
+    given, wanted = forward(q, k, v, *options), forward_reference(q, k, v, *options)
+    given += backward(do, q, k, v, *wanted, *options)
     wanted += backward_reference(do, q, k, v, *wanted, *options)
     for x, y in zip(given, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

@@ -6,17 +6,14 @@ tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INT
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 from proof import assert_accurate, poisoned
 
 from tab.kernels import moe as kernels
 from tab.ops.moe import grouped_outer_reference, grouped_reference, moe_grouped
 
-assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
-
-# The launchers take the place of the loop over slices, in this process only.
-torch.library.impl("tab::moe_grouped", "CPU", kernels.grouped)
-torch.library.impl("tab::moe_grouped_outer", "CPU", kernels.grouped_outer)
+# In the place of the loop over slices.
+grouped, grouped_outer = interpreted("moe_grouped", "moe_grouped_outer", instead_of="tab")
 
 SIZES = [[5], [0, 0, 7], [3, 0, 90, 1], [1] * 8, [0, 40, 0, 1, 2], [0] * 6 + [2], [130, 70, 0]]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,7 +67,7 @@ def test_rows_of_a_group_in_parts(dtype, generator, monkeypatch):
 
     monkeypatch.setattr(kernels, "launch", recorded)
     with poisoned():
-        dw, again = (kernels.grouped_outer(g, x, counts) for _ in range(2))
+        dw, again = (grouped_outer(g, x, counts) for _ in range(2))
     assert seen == [2, 2] and torch.equal(dw, again)
     exact = grouped_outer_reference(g.double(), x.double(), counts)
     assert (dw.double() - exact).abs().max() <= torch.finfo(dtype).eps * 4 * exact.abs().max()
@@ -80,8 +77,8 @@ def test_strides_and_limits(generator):
     sizes = [4, 6]
     x, w = inputs(sizes, 8, 8, generator)
     counts = torch.tensor(sizes)
-    plain = kernels.grouped(x, w.mT.contiguous(), counts)
-    assert torch.equal(kernels.grouped(torch.cat([x, x], 1)[:, :8], w.mT, counts), plain)
-    assert torch.equal(kernels.grouped(x.T.contiguous().T, w.mT, counts), plain)
-    wide = kernels.grouped(x.double(), w.double(), counts)  # the reference's
+    plain = grouped(x, w.mT.contiguous(), counts)
+    assert torch.equal(grouped(torch.cat([x, x], 1)[:, :8], w.mT, counts), plain)
+    assert torch.equal(grouped(x.T.contiguous().T, w.mT, counts), plain)
+    wide = grouped(x.double(), w.double(), counts)  # the reference's
     assert torch.equal(wide, grouped_reference(x.double(), w.double(), counts))

@@ -3,36 +3,18 @@
 tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
-import importlib
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 
 from tab import orthogonal_projection
-from tab.kernels import (
-    linear,
-    linear_backward,
-    mla,
-    mla_backward,
-    performer,
-    performer_backward,
-)
 from tab.ops import OPS
 from tab.ops._op import choose
 
-for name in ("local", "mla_decode", "sparse"):  # importing them registers their limits
-    importlib.import_module(f"tab.kernels.{name}")
-
-assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
-
-# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
-LAUNCHERS = {"linear": (linear, linear_backward), "performer": (performer, performer_backward)}
-for name, (forward, backward) in {**LAUNCHERS, "mla": (mla, mla_backward)}.items():
-    torch.library.impl(f"tab_cuda::{name}_fwd", "CPU", forward.forward)
-    torch.library.impl(f"tab_cuda::{name}_bwd", "CPU", backward.backward)
+interpreted(*(f"{op}_{way}" for op in ("linear", "performer", "mla") for way in ("fwd", "bwd")))
 
 B, H, N, D = 2, 1, 40, 16
 W = orthogonal_projection(16, D, generator=torch.Generator().manual_seed(0))

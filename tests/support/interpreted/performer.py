@@ -5,19 +5,14 @@ tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INT
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 from textbook.performer import draw, naive
 
-from tab.kernels import performer as kernels
-from tab.kernels import performer_backward
+from tab.kernels import _segments
 from tab.ops.performer import backward_reference, forward_reference, performer_fwd
 
-assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
-
-# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
-torch.library.impl("tab_cuda::performer_fwd", "CPU", kernels.forward)
-torch.library.impl("tab_cuda::performer_bwd", "CPU", performer_backward.backward)
+forward, backward = interpreted("performer_fwd", "performer_bwd")
 
 NAMES = "o S z dq dk dv dS0 dz0"
 CASES = [  # type, N, D, Dv, M: one token; two segments, one ragged; several tiles of everything
@@ -33,9 +28,9 @@ CASES = [  # type, N, D, Dv, M: one token; two segments, one ragged; several til
 @pytest.fixture(params=["fused", "split", "causal"])
 def path(request, monkeypatch):
     """Every way the launchers go; segments of 64 tokens, so that few tokens make several."""
-    monkeypatch.setattr(kernels, "SEGMENT", 64)
+    monkeypatch.setattr(_segments, "SEGMENT", 64)
     if request.param == "split":
-        monkeypatch.setattr(kernels, "FUSED_TOKENS", 0)
+        monkeypatch.setattr(_segments, "FUSED_TOKENS", 0)
     return request.param
 
 
@@ -106,8 +101,8 @@ def test_layouts(path, generator):
     x = [layout(t, how) for t, how in zip((q, k, v, do), LAYOUTS[1:] + LAYOUTS[1:2], strict=True)]
     options, results = (None, None, None, 0, path == "causal"), []
     for q, k, v, do in (x, [t.contiguous() for t in x]):
-        out = kernels.forward(q, k, v, w, None, *options, 0.0)
-        grads = performer_backward.backward(do, None, None, q, k, v, w, *out, None, *options)
+        out = forward(q, k, v, w, None, *options, 0.0)
+        grads = backward(do, None, None, q, k, v, w, *out, None, *options)
         results.append((*out, *grads))
     for strided, plain in zip(*results, strict=True):
         assert torch.equal(strided, plain)
@@ -126,10 +121,10 @@ def test_like_the_reference_outside_its_range(path, generator):
     for (q, k, v), w, kernel, mask in cases:
         w = w.expand(-1, 257) if q.shape[-1] == 257 else w
         state = (None,) * 3
-        given = kernels.forward(q, k, v, w, mask, *state, kernel, causal, 0.0)
+        given = forward(q, k, v, w, mask, *state, kernel, causal, 0.0)
         wanted = forward_reference(q, k, v, w, mask, *state, kernel, causal, 0.0)
         tail = (torch.ones_like(v), None, None, q, k, v, w, *wanted, mask, *state, kernel, causal)
-        given += performer_backward.backward(*tail)
+        given += backward(*tail)
         wanted += backward_reference(*tail)
         for x, y in zip(given, wanted, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

@@ -5,19 +5,14 @@ tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INT
 
 import pytest
 import torch
-import triton
+from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
 
 from tab import BlockPattern
 from tab.kernels import sparse as kernels
-from tab.kernels import sparse_backward
 from tab.ops.sparse import backward_reference, forward_reference, sparse_fwd
 
-assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
-
-# The launchers take the place of the CUDA C++ ops for CPU tensors, in this process only.
-torch.library.impl("tab_cuda::sparse_fwd", "CPU", kernels.forward)
-torch.library.impl("tab_cuda::sparse_bwd", "CPU", sparse_backward.backward)
+forward, backward = interpreted("sparse_fwd", "sparse_bwd")
 
 NAMES = "o dq dk dv"
 
@@ -91,8 +86,8 @@ def test_layouts(how, generator):
     x, results = [layout(t, how) for t in (q, k, v, do)], []
     options = *pattern.tensors, 8, True, 0.3
     for q, k, v, do in (x, [t.contiguous() for t in x]):
-        o, lse = kernels.forward(q, k, v, *options)
-        results.append((o, lse, *sparse_backward.backward(do, q, k, v, o, lse, *options)))
+        o, lse = forward(q, k, v, *options)
+        results.append((o, lse, *backward(do, q, k, v, o, lse, *options)))
     for strided, plain in zip(*results, strict=True):
         assert torch.equal(strided, plain)
         assert strided.stride() == plain.stride()
@@ -106,8 +101,8 @@ def test_like_the_reference(dtype, empty, generator, monkeypatch):
     pattern = random_pattern(36, 8, 2, 0.0 if empty else 0.6, generator)
     q, k, v, do = (torch.randn(1, 2, 36, 8, generator=generator).to(dtype) for _ in range(4))
     options = *pattern.tensors, 8, True, 0.3
-    given, wanted = kernels.forward(q, k, v, *options), forward_reference(q, k, v, *options)
-    given += sparse_backward.backward(do, q, k, v, *wanted, *options)
+    given, wanted = forward(q, k, v, *options), forward_reference(q, k, v, *options)
+    given += backward(do, q, k, v, *wanted, *options)
     wanted += backward_reference(do, q, k, v, *wanted, *options)
     for x, y in zip(given, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

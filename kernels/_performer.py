@@ -13,7 +13,7 @@ that meets itself can be far.
 import triton
 import triton.language as tl
 
-from ._common import dot, put, tile
+from ._tiles import dot, finite, put, tile
 
 FAR = tl.constexpr(60.0)
 NOTHING = tl.constexpr(float("-inf"))
@@ -25,12 +25,6 @@ NOTHING = tl.constexpr(float("-inf"))
 def exponential(x):
     """e^x, here only: one place to tune."""
     return tl.exp(x)
-
-
-@triton.jit
-def finite(shift):
-    """The shift of nothing, -inf, as 0"""
-    return tl.where(shift == NOTHING, 0.0, shift)
 
 
 @triton.jit

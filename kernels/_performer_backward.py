@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._common import dot, put, tile
-from ._favor import (
+from ._performer import (
     NOTHING,
     exponential,
     is_far,
@@ -19,6 +18,7 @@ from ._favor import (
     shifts,
     vector,
 )
+from ._tiles import dot, put, tile
 
 # --- pairs of tokens, causal ----------------------------------------------------------------------
 

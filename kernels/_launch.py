@@ -1,0 +1,144 @@
+"""What all launchers share: registering, launching, the operands as kernels take them."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from tab.ops import OPS
+
+# How tl.dot multiplies, by input type. float32: three tf32 products of split factors. float16 goes
+# through tf32: as many mantissa bits, and sums over many tokens do not overflow.
+PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "bf16"}
+SHORT = 16  # tokens up to which bfloat16 takes tf32 too: rounding errors do not average out yet
+
+# --- registering ----------------------------------------------------------------------------------
+
+
+class Launcher(NamedTuple):
+    run: Callable
+    cases: Callable[[], Iterable[tuple]]  # -> arguments of `run`, on meta tensors
+
+
+LAUNCHERS: dict[str, Launcher] = {}  # by the name of the op; each file of this folder adds its own
+
+
+def register(
+    op: str,
+    run: Callable,
+    *,
+    takes: Callable[..., str | None] | None = None,
+    cases: Callable[[], Iterable[tuple]],
+) -> None:
+    """Makes `run` the Triton kernel of tab::op, for what it takes (see `Op.implement`).
+
+    cases: the problems for which `tab doctor --kernels` compiles ahead what `run` would launch:
+        each way that it goes, with each kind of kernel that it chooses there.
+    """
+    OPS[op].implement("triton", run, takes)
+    LAUNCHERS[op] = Launcher(run, cases)
+
+
+def outside(x: Tensor, most: int | None = None, **sizes: int) -> str | None:
+    """Why a kernel that takes sizes up to `most` does not take x's dtype or `sizes`, or None."""
+    if x.dtype not in PRECISION:
+        return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
+    wide = {name: size for name, size in sizes.items() if size > most}
+    return next((f"it takes {name} up to {most}, got {wide[name]}" for name in wide), None)
+
+
+def meta_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For `cases`: a tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_heads(b: int, h: int, n: int, size: int, dtype: torch.dtype) -> Tensor:
+    """The same, (B, H, N, size), laid out as (B, N, H, size)."""
+    return meta_tensor(b, n, h, size, dtype=dtype).transpose(1, 2)
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+_recorder = None
+
+
+@contextlib.contextmanager
+def recording(recorder):
+    """Within the block, launches call recorder(kernel, grid, *args, **options) and run nothing."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """kernel[grid](*args) on the device of the first tensor. One place, so that
+    tab.doctor.kernel_launches can write down what would run."""
+    if _recorder is not None:
+        return _recorder(kernel, grid, *args, **options)
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)
+
+
+def block(size: int, most: int = 64) -> int:
+    """The tile length for a dimension: a power of two from 16, the least that tl.dot takes."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; without a GPU (interpreter, compiling ahead) a Hopper's 132."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def precision(x: Tensor) -> str:
+    """How products with x (B, H, N, D) are computed."""
+    short = x.dtype == torch.bfloat16 and x.shape[2] <= SHORT
+    return "tf32" if short else PRECISION[x.dtype]
+
+
+# --- operands -------------------------------------------------------------------------------------
+
+
+def hide(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """k and v (B, H, N, ·), or latents (B, N, ·), with 0 where a token is masked: its weight of 0
+    would not hide a NaN."""
+    if key_mask is None:
+        return tensors
+    masks = {3: ~key_mask[:, :, None], 4: ~key_mask[:, None, :, None]}
+    return tuple(x.masked_fill(masks[x.dim()], 0.0) for x in tensors)
+
+
+def mask_bytes(key_mask: Tensor | None) -> Tensor | None:
+    """(B, N) bool as kernels take it: bytes, whole rows."""
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with unit stride in its last dimension: itself, else one copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def whole(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each contiguous, or None as it is."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def strided(*tensors: Tensor) -> list:
+    """Tensors with unit stride in the last dimension as kernels take them: each its first element,
+    then its strides but the last."""
+    return [y for x in tensors for y in (x, *x.stride()[:-1])]
+
+
+def token_major_empty(like: Tensor) -> Tensor:
+    """Uninitialised (B, H, N, D), laid out as (B, N, H, D)."""
+    return like.new_empty([like.shape[i] for i in (0, 2, 1, 3)]).transpose(1, 2)
