@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import math
+import operator
 import types
 import typing
 from collections.abc import Iterable
@@ -45,10 +48,25 @@ def check_type(where: str, value: object, hint: object) -> object:
     raise ValueError(f"{where} = {value!r}: give {wanted}")
 
 
+def check_option(where: str, value: object, hint: object, default: object) -> None:
+    """A ValueError if `value`, from a file, is no option of a layer with this annotation and
+    default: it has that type, as far as files have it, and a number is finite."""
+    files = (bool, int, float, str)
+    choices = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    kinds = [k for k in choices if k in files or typing.get_origin(k) is Literal]
+    if not kinds and type(default) in files:  # without an annotation
+        kinds = [type(default)]
+    if kinds:
+        value = check_type(where, value, functools.reduce(operator.or_, kinds))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} = {value!r}: give a finite number")
+
+
 def positive(section: object, where: str, *keys: str) -> None:
     for key in keys:
-        if not getattr(section, key) > 0:
-            raise ValueError(f"{where}.{key} = {getattr(section, key)!r}: must be above 0")
+        if not 0 < getattr(section, key) < math.inf:
+            given = getattr(section, key)
+            raise ValueError(f"{where}.{key} = {given!r}: must be above 0 and finite")
 
 
 def between(section: object, where: str, key: str, low: float, high: float) -> None:

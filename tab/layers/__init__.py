@@ -24,6 +24,7 @@ from ._registry import (
     get_attention,
     known_layer,
     layer_names,
+    option_types,
     register_attention,
 )
 from ._stacking import stacks
@@ -39,6 +40,7 @@ __all__ = [
     "get_attention",
     "known_layer",
     "layer_names",
+    "option_types",
     "register_attention",
     "stacks",
 ]

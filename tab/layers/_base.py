@@ -110,8 +110,8 @@ class Attention(nn.Module):
     def after_step(self, group: ProcessGroup | None = None) -> None:
         """Called after each optimizer step (router balance, QK-Clip). Most layers need nothing.
 
-        Where torch.distributed is initialised every rank of `group` has to call it, by default
-        all: what the ranks saw is put together, so that their layers stay the same.
+        Under DDP or FSDP2 every rank calls after_step(): what the ranks of `group` (by default all)
+        saw is put together, so that their layers stay the same.
         """
 
     def auxiliary_loss(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import typing
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -118,6 +119,14 @@ def attention_options(name: str, *, published: bool = False) -> dict[str, object
     return {
         p.name: p.default for p in parameters if p.name not in common and p.kind != p.VAR_KEYWORD
     }
+
+
+def option_types(name: str) -> dict[str, object]:
+    """The annotations of these options, as far as they can be read."""
+    try:
+        return typing.get_type_hints(get_attention(name).__init__)
+    except NameError:  # names that only a type checker imports
+        return {}
 
 
 def build_attention(

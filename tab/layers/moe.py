@@ -8,6 +8,8 @@ after each optimizer step b += γ·sign(mean(count) − count), with the counts 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,6 +67,11 @@ class MoE(Stateful):
                 f"the mixture of experts wants num_experts ≥ 1 and expert_dim ≥ 1, "
                 f"got {num_experts} and {width}"
             )
+        if not 0 < route_scale < math.inf:
+            raise ValueError(f"route_scale={route_scale}: must be above 0 and finite")
+        for name, value in (("balance_alpha", balance_alpha), ("bias_speed", bias_speed)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be 0 or more, and finite")
         self.route = {
             "top_k": top_k,
             "n_group": n_group,
@@ -145,7 +152,9 @@ class MoE(Stateful):
 
     @torch.no_grad()
     def after_step(self, group=None) -> None:
-        """b += γ·sign(mean(count) − count), over all tokens of all ranks since the last call."""
+        """b += γ·sign(mean(count) − count), over all tokens of all ranks since the last call.
+
+        Under DDP or FSDP2 every rank calls after_step()."""
         load = self.counter("load", self.bias.device)
         seen = over_ranks(load, "SUM", group).double()
         self.bias += self.bias_speed * (seen.mean() - seen).sign().to(self.bias.dtype)

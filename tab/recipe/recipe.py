@@ -19,9 +19,9 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checks import check_keys, check_type
+from ..checks import check_keys, check_option, check_type
 from ..files import read_toml, toml
-from ..layers import attention_names, attention_options, layer_names
+from ..layers import attention_names, attention_options, layer_names, option_types
 from ..run_config import MODELS, SECTIONS, RunConfig, model_class, options
 from .published import published_attentions
 from .size_matching import check_match, matched, reference_of
@@ -177,22 +177,21 @@ def _check(where: str, layer: dict) -> None:
 
 
 def _check_attention(where: str, table: dict, name: str) -> None:
-    known = attention_options(name)
+    """Names and types; the layer checks the values itself."""
+    known, hints = attention_options(name), option_types(name)
+
+    def check(where: str, option: str, value: object) -> None:
+        check_option(f"{where}.{option}", value, hints.get(option), known[option])
+
     check_keys(where, table, [*known, *MODELS])
     for key, value in table.items():
         if key not in MODELS:
-            _check_option(f"{where}.{key}", value, known[key])
+            check(where, key, value)
             continue
         pair = check_type(f"{where}.{key}", value, dict)
         check_keys(f"{where}.{key}", pair, [*known, *_fields(MODELS[key]), *PAIR_TRAIN])
         for option in set(pair) & set(known):
-            _check_option(f"{where}.{key}.{option}", pair[option], known[option])
-
-
-def _check_option(where: str, value: object, default: object) -> None:
-    """An option of a layer has the type of its default; the layer checks the value itself."""
-    if type(default) in (bool, int, float, str):
-        check_type(where, value, type(default))
+            check(f"{where}.{key}", option, pair[option])
 
 
 def _fields(kind: type) -> list[str]:

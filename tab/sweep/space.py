@@ -159,6 +159,9 @@ def _table(where: str, table: object, known) -> dict[str, Axis]:
 def _axis(where: str, value: object) -> Axis:
     if isinstance(value, list):
         plain = all(type(x) in (bool, int, float, str) for x in value)
+        for x in value:
+            if type(x) is float and not math.isfinite(x):
+                raise ValueError(f"{where} = {value!r}: give finite numbers")
         if not value or not plain or len(set(map(repr, value))) < len(value):
             raise ValueError(f"{where} = {value!r}: give each value once, and at least one")
         return value

@@ -1,12 +1,15 @@
 """Recipes: what the shipped ones say, layers of a recipe, and errors that name the way out."""
 
+import math
+import typing
+
 import pytest
 
-from tab.layers import attention_names, layer_names
+from tab.layers import attention_names, attention_options, layer_names, option_types
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model, model_names, parameter_count
 from tab.recipe.recipe import load_recipe, parse_override, recipe_names
-from tab.run_config import RunConfig
+from tab.run_config import MODELS, SECTIONS, RunConfig
 
 
 def write(folder, text, name="mine.toml"):
@@ -89,11 +92,44 @@ def test_toml_comes_back_as_it_is(tmp_path, name):
         ({"attention.linear.num_heads": "two"}, "give int"),
         ({"train": 3}, "give dict"),
         ({"data.translate": 32}, "from 0 to 31"),
+        ({"train.lr": math.inf}, r"train\.lr = inf: must be above 0 and finite"),
+        ({"attention.linear.inner_dim": 8.0}, "inner_dim = 8.0: give int"),
     ],
 )
 def test_mistakes_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("fair", overrides)
+
+
+def numbers() -> list[tuple[str, str]]:
+    """(attention, key) of each number that a recipe can hold, but for the seeds."""
+    tables = load_recipe("fair").tables
+    keys = [("none", f"{part}.{key}") for part in SECTIONS for key in number_keys(tables[part])]
+    for model in MODELS:
+        keys += [("none", f"model.{model}.{key}") for key in number_keys(tables["model"][model])]
+    for name in layer_names():
+        options, hints = attention_options(name), option_types(name)
+        known = [k for k in options if {int, float} & {hints[k], *typing.get_args(hints[k])}]
+        keys += [(name, f"attention.{name}.mlp.{key}") for key in known]
+    return [(name, key) for name, key in keys if "seed" not in key.split(".")[-1]]
+
+
+def number_keys(table: dict) -> list[str]:
+    return [key for key, value in table.items() if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize(("attention", "key"), numbers())
+def test_no_number_of_a_recipe_may_be_infinite_nan_or_negative(attention, key):
+    *_, option = key.split(".")
+    small = {"model.mlp.match": "", "model.mlp.hidden": 16, "model.mlp.tokens": 4}
+    small |= {"model.cnn.match": "", "model.resnet9.match": ""}
+    if attention == "kimi_k2":
+        small["attention.kimi_k2.mlp.attention"] = "mla"  # which has more options
+    for value in (math.inf, math.nan, -1):
+        with pytest.raises(ValueError, match=option) as error:
+            recipe = load_recipe("fair", {**small, key: value})
+            build_model(recipe.run_config("mlp", attention, 0), 10)
+        assert str(value) in str(error.value)
 
 
 def test_files_that_are_no_recipes(tmp_path):

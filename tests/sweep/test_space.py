@@ -170,6 +170,12 @@ def test_the_published_winners_are_the_documents():
     )
 
 
+def test_a_space_holds_no_number_that_cannot_be_trained_with(tmp_path):
+    (tmp_path / "mine.toml").write_text("[train]\nlr = [0.1, inf]\n")
+    with pytest.raises(ValueError, match=r"train\.lr = .*give finite numbers"):
+        load_space(tmp_path / "mine.toml")
+
+
 def test_names_of_before_are_still_read(tmp_path):
     assert load_space("seed").tables == load_space("published").tables
     old, new = load_recipe("seed_winners"), load_recipe("published_winners")
