@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from backends import reference_and_cpp
 from torch.autograd import gradcheck, gradgradcheck
 
 from tab import linear_attention, orthogonal_projection, performer_attention
-from tab.ops import OPS
 from tab.ops.linear import linear_bwd, linear_fwd
 
-needs_cpp = pytest.mark.skipif(
-    OPS["linear_fwd"].why_not("cpp") is not None, reason=str(OPS["linear_fwd"].why_not("cpp"))
-)
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
+BACKENDS = reference_and_cpp("linear_fwd")
 KEEP = torch.tensor([[True, True, False, True, True]])
 
 

@@ -5,16 +5,13 @@ import math
 
 import pytest
 import torch
+from backends import reference_and_cpp
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from tab import linear_attention, orthogonal_projection, performer_attention
-from tab.ops import OPS
 
-needs_cpp = pytest.mark.skipif(
-    OPS["linear_fwd"].why_not("cpp") is not None, reason=str(OPS["linear_fwd"].why_not("cpp"))
-)
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
+BACKENDS = reference_and_cpp("linear_fwd")
 M, D = 12, 8
 
 

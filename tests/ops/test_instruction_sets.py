@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from backends import needs_cpp
 from paths import SUPPORT
 
-from tab.ops.linear import linear_fwd
-
-pytestmark = pytest.mark.skipif(
-    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
-)
+pytestmark = needs_cpp("linear_fwd")
 
 
 def run(isa: str, *words: object) -> subprocess.CompletedProcess:

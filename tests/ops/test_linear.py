@@ -1,11 +1,15 @@
 """Linear attention: reference and kernels against the textbook formula in float64."""
 
+from functools import partial
+
 import pytest
 import torch
+from backends import needs_cpp, reference_and_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients, poisoned
 from tasks import threads
+from textbook.linear import draw, naive
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -13,37 +17,7 @@ from tab.functional import linear_attention
 from tab.ops.linear import linear_bwd, linear_fwd
 
 NAMES = "o S z dq dk dv dS₀ dz₀"
-PHI = {"elu1": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
-needs_cpp = pytest.mark.skipif(
-    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
-)
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
-
-
-def textbook(q, k, v, s0=None, z0=None, *, feature_map="elu1", causal=False, key_mask=None, eps=0):
-    """The N×N weights φ(q)φ(k)ᵀ, written down."""
-    q, k = PHI[feature_map](q), PHI[feature_map](k)  # (B, H, N, D)
-    if key_mask is not None:
-        k = k * key_mask[:, None, :, None]
-    weights = q @ k.mT  # (B, H, N, N)
-    if causal:
-        weights = weights.tril()
-    total, den = weights @ v, weights.sum(-1, keepdim=True)
-    s, z = k.mT @ v, k.sum(-2)
-    if s0 is not None:
-        total, den = total + q @ s0, den + q @ z0[..., None]
-        s, z = s + s0, z + z0
-    return total / (den + eps), s, z
-
-
-def inputs(generator, b=2, h=3, n=65, d=20, dv=28, state=False, dtype=torch.float32):
-    def make(*shape, of=dtype):
-        return torch.randn(*shape, generator=generator).to(of)
-
-    acc = torch.promote_types(dtype, torch.float32)
-    x = [make(b, h, n, d), make(b, h, n, d), make(b, h, n, dv)]
-    # A denominator far from 0: the state is positive, as any sum of elu + 1 is.
-    return x + [make(b, h, d, dv, of=acc), make(b, h, d, of=acc).abs()] * state
+BACKENDS = reference_and_cpp("linear_fwd")
 
 
 def mask(generator, b, n):
@@ -64,12 +38,9 @@ def call(backend, **options):
 
 
 def check(backend, x, *, floor=2e-6, **options):
-    def naive(*args):
-        o, s, z = textbook(*args, **options)
-        acc = torch.promote_types(args[0].dtype, torch.float32)
-        return o, s.to(acc), z.to(acc)
-
-    assert_accurate(call(backend, **options), naive, x, floor=floor, names=NAMES)
+    assert_accurate(
+        call(backend, **options), partial(naive, **options), x, floor=floor, names=NAMES
+    )
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -81,8 +52,8 @@ def check(backend, x, *, floor=2e-6, **options):
 @pytest.mark.parametrize("state", (False, True))
 def test_outputs_and_gradients(backend, causal, feature_map, state, generator):
     options = {"causal": causal, "feature_map": feature_map, "eps": 0.5}
-    check(backend, inputs(generator, state=state), **options)
-    check(backend, inputs(generator, state=state), key_mask=mask(generator, 2, 65), **options)
+    check(backend, draw(generator, state=state), **options)
+    check(backend, draw(generator, state=state), key_mask=mask(generator, 2, 65), **options)
 
 
 @pytest.mark.each_isa
@@ -101,14 +72,14 @@ def test_outputs_and_gradients(backend, causal, feature_map, state, generator):
     ],
 )
 def test_shapes(backend, causal, b, h, n, d, dv, generator):
-    check(backend, inputs(generator, b, h, n, d, dv, state=True), causal=causal)
+    check(backend, draw(generator, b, h, n, d, dv, state=True), causal=causal)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("causal", (False, True))
 def test_layouts_in_token_major_out(backend, how, causal, generator):
-    x = [layout(t, how) for t in inputs(generator)]
+    x = [layout(t, how) for t in draw(generator)]
     check(backend, x, causal=causal)
     o, s, z, dq, dk, dv = outputs_and_gradients(call(backend, causal=causal), x)
     rest = None, None, None, 0, causal, 0.0
@@ -119,7 +90,7 @@ def test_layouts_in_token_major_out(backend, how, causal, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_last_stride_not_one(backend, generator):
-    x = [t.mT.contiguous().mT for t in inputs(generator)]
+    x = [t.mT.contiguous().mT for t in draw(generator)]
     assert x[0].stride(-1) != 1
     check(backend, x)
 
@@ -129,21 +100,21 @@ def test_last_stride_not_one(backend, generator):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 @pytest.mark.parametrize("causal", (False, True))
 def test_dtypes(backend, dtype, causal, generator):
-    x = inputs(generator, 1, 2, 65, 19, 12, state=True, dtype=dtype)
+    x = draw(generator, 1, 2, 65, 19, 12, state=True, dtype=dtype)
     o, s, z = call(backend, causal=causal)(*x)
     acc = torch.promote_types(dtype, torch.float32)
     assert (o.dtype, s.dtype, z.dtype) == (dtype, acc, acc)
     floor = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-13}[dtype]
 
-    def naive(q, k, v, s0, z0):  # in the accumulation type, so that the state keeps its own
+    def widened(q, k, v, s0, z0):  # in the accumulation type, so that the state keeps its own
         wide = torch.promote_types(q.dtype, torch.float32)
-        o, s, z = textbook(*(t.to(wide) for t in (q, k, v)), s0, z0, causal=causal)
+        o, s, z = naive(*(t.to(wide) for t in (q, k, v)), s0, z0, causal=causal)
         return o.to(q.dtype), s, z
 
-    assert_accurate(call(backend, causal=causal), naive, x, floor=floor, names=NAMES)
+    assert_accurate(call(backend, causal=causal), widened, x, floor=floor, names=NAMES)
 
 
-@needs_cpp
+@needs_cpp("linear_fwd")
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 3, 200, 70, 70))),
@@ -154,7 +125,7 @@ def test_dtypes(backend, dtype, causal, generator):
 )
 def test_any_shape(sizes, how, causal, state, masked):
     generator = torch.Generator().manual_seed(sum(sizes))
-    x = inputs(generator, *sizes, state=state)
+    x = draw(generator, *sizes, state=state)
     x = [layout(t, how) for t in x[:3]] + x[3:]
     keep = mask(generator, sizes[0], sizes[2]) if masked else None
     check("cpp", x, floor=5e-6, causal=causal, key_mask=keep, eps=0.1)
@@ -162,7 +133,7 @@ def test_any_shape(sizes, how, causal, state, masked):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softmax_features(backend, generator):
-    q, k, v = inputs(generator)
+    q, k, v = draw(generator)
     keep = mask(generator, 2, 65)
     weights = k.masked_fill(~keep[:, None, :, None], -torch.inf).softmax(-2)
     truth = q.softmax(-1) @ (weights.mT @ v)  # rows of both sum to one: the denominator is 1
@@ -176,7 +147,7 @@ def test_softmax_features(backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_causal_sees_nothing_later(backend, generator):
-    q, k, v = inputs(generator, n=150)
+    q, k, v = draw(generator, n=150)
     before = linear_attention(q, k, v, causal=True, backend=backend)
     k, v = k.clone(), v.clone()
     k[:, :, 100:], v[:, :, 100:] = 7, -7
@@ -187,7 +158,7 @@ def test_causal_sees_nothing_later(backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_changes_nothing(backend, generator):
-    q, k, v = inputs(generator, n=50)
+    q, k, v = draw(generator, n=50)
     padded = [F.pad(x, (0, 0, 0, 30), value=3.0) for x in (q, k, v)]
     keep = (torch.arange(80) < 50).expand(2, 80)
     given = linear_attention(*padded, key_mask=keep, backend=backend)[:, :, :50]
@@ -196,7 +167,7 @@ def test_padding_changes_nothing(backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_row_gives_zero(backend, generator):
-    q, k, v = (x.requires_grad_() for x in inputs(generator, n=10))
+    q, k, v = (x.requires_grad_() for x in draw(generator, n=10))
     keep = torch.zeros(2, 10, dtype=torch.bool)
     with poisoned():
         o = linear_attention(q, k, v, key_mask=keep, backend=backend)
@@ -207,7 +178,7 @@ def test_masked_row_gives_zero(backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_split_and_resume(backend, generator):
-    q, k, v = inputs(generator, n=150)
+    q, k, v = draw(generator, n=150)
     whole, end = linear_attention(q, k, v, causal=True, return_state=True, backend=backend)
     parts, state = [], None
     for at in (slice(0, 70), slice(70, 71), slice(71, 150)):
@@ -223,10 +194,10 @@ def test_split_and_resume(backend, generator):
     assert_close(state, end)
 
 
-@needs_cpp
+@needs_cpp("linear_fwd")
 @pytest.mark.parametrize("causal", (False, True))
 def test_threads_change_little(causal, generator):
-    x = inputs(generator, 1, 1, 900, 32, 32)  # one sequence: cut into segments by two threads
+    x = draw(generator, 1, 1, 900, 32, 32)  # one sequence: cut into segments by two threads
     with threads(1):
         one = outputs_and_gradients(call("cpp", causal=causal), x)
     with threads(3):
@@ -241,7 +212,7 @@ def test_threads_change_little(causal, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", (False, True))
 def test_gradcheck(backend, causal, generator):
-    x = inputs(generator, 1, 2, 5, 3, 4, state=True, dtype=torch.float64)
+    x = draw(generator, 1, 2, 5, 3, 4, state=True, dtype=torch.float64)
     f = call(backend, causal=causal, key_mask=torch.tensor([[True, True, False, True, True]]))
     assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in x])
 
@@ -249,7 +220,7 @@ def test_gradcheck(backend, causal, generator):
 @pytest.mark.parametrize("state", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
 def test_opcheck(causal, state, generator):
-    q, k, v, *s = inputs(generator, state=state)
+    q, k, v, *s = draw(generator, state=state)
     s = s or (None, None)
     keep = mask(generator, 2, 65)
     torch.library.opcheck(linear_fwd.overload, (q, k, v, keep, *s, 0, causal, 0.0))
@@ -261,20 +232,20 @@ def test_opcheck(causal, state, generator):
 @pytest.mark.parametrize("causal", (False, True))
 def test_compiles_whole(causal, generator):
     f = call("auto", causal=causal)
-    x = inputs(generator, state=True)
+    x = draw(generator, state=True)
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), x)
     assert_close(compiled, outputs_and_gradients(f, x))
 
 
 def test_meta(generator):
-    x = [t.to("meta") for t in inputs(generator, state=True)]
+    x = [t.to("meta") for t in draw(generator, state=True)]
     o, s, z = call("auto")(*x)
     assert (o.shape, s.shape, z.shape) == ((2, 3, 65, 28), (2, 3, 20, 28), (2, 3, 20))
     assert o.device.type == "meta" and o.transpose(1, 2).is_contiguous()
 
 
 def test_autocast(generator):
-    q, k, v = inputs(generator)
+    q, k, v = draw(generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o, (s, _) = linear_attention(q, k, v, return_state=True)
     assert (o.dtype, s.dtype) == (torch.bfloat16, torch.float32)
@@ -298,14 +269,14 @@ def test_autocast(generator):
     ],
 )
 def test_bad_input(change, words, generator):
-    q, k, v = inputs(generator)
+    q, k, v = draw(generator)
     with pytest.raises(ValueError, match=words):
         linear_attention(**{"q": q, "k": k, "v": v, **change})
 
 
-@needs_cpp
+@needs_cpp("linear_fwd")
 def test_op_guards_its_memory(generator):
-    q, k, v = inputs(generator)
+    q, k, v = draw(generator)
     with pytest.raises(RuntimeError, match="wrong shape"):
         linear_fwd.overload(q, k[:, :, :3], v, None, None, None, 0, False, 0.0)
     with pytest.raises(RuntimeError, match="wrong dtype"):
@@ -321,7 +292,7 @@ def test_op_guards_its_memory(generator):
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n", (1, 63, 65, 300))
 def test_gpu(causal, n, generator):
-    x = [t.cuda() for t in inputs(generator, n=n, state=True)]
+    x = [t.cuda() for t in draw(generator, n=n, state=True)]
     check("triton", x, floor=1e-5, causal=causal)
     if n <= 64:  # what CUDA C++ takes
         check("cuda", x, floor=1e-5, causal=causal)

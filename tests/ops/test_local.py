@@ -1,44 +1,20 @@
-"""local_attention against its formula with a dense mask, and the layer "local"."""
+"""local_attention against its formula with a dense mask."""
 
 import pytest
 import torch
+from backends import needs_cpp, reference_and_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 from tasks import threads
+from textbook.softmax import draw, in_window, naive
 
 from tab import local_attention
-from tab.layers import build_attention
 from tab.ops import OPS
 
 DOUBLE = {"dtype": torch.float64}
 NAMES = "o dq dk dv"
-needs_cpp = pytest.mark.skipif(
-    OPS["local_fwd"].why_not("cpp") is not None, reason=str(OPS["local_fwd"].why_not("cpp"))
-)
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
-
-
-def dense_mask(n, left, right, causal=False, cols=0):
-    """Who sees whom, (N, N), from the coordinates of every pair of tokens."""
-    tokens = [divmod(i, cols) for i in range(n)] if cols else [(i,) for i in range(n)]
-    place = torch.tensor(tokens)  # (N, axes)
-    step = place[None] - place[:, None]
-    seen = ((step >= -left) & (step <= right)).all(-1)
-    return seen.tril() if causal else seen
-
-
-def naive(mask, scale=None):
-    def attention(q, k, v):
-        s = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        return s.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-    return attention
-
-
-def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(b, h, n, w, generator=g, **kwargs) for w in (d, d, dv or d)]
+BACKENDS = reference_and_cpp("local_fwd")
 
 
 @pytest.mark.parametrize("n", [1, 63, 65, 150])
@@ -49,8 +25,8 @@ def test_line(n, window, causal, backend):
     left, right = (window, window) if isinstance(window, int) else window
     assert_accurate(
         lambda *x: local_attention(*x, window=window, causal=causal, backend=backend),
-        naive(dense_mask(n, left, right, causal)),
-        qkv(2, 3, n, 8, 12),
+        naive(in_window(n, left, right, causal)),
+        draw(2, 3, n, 8, 12),
         names=NAMES,
     )
 
@@ -64,8 +40,8 @@ def test_grid(grid, window, causal, backend):
     n = grid[0] * grid[1]
     assert_accurate(
         lambda *x: local_attention(*x, window=window, causal=causal, grid=grid, backend=backend),
-        naive(dense_mask(n, left, right, causal, grid[1])),
-        qkv(1, 2, n, 4),
+        naive(in_window(n, left, right, causal, grid[1])),
+        draw(1, 2, n, 4),
         names=NAMES,
     )
 
@@ -75,8 +51,8 @@ def test_grid(grid, window, causal, backend):
 @pytest.mark.parametrize("d", [4, 16])  # whole vectors are read where they lie, others are copied
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts(how, heads, d, backend):
-    inputs = [layout(x, how) for x in qkv(2, heads, 65, d)]
-    attend = naive(dense_mask(65, 3, 3))
+    inputs = [layout(x, how) for x in draw(2, heads, 65, d)]
+    attend = naive(in_window(65, 3, 3))
 
     def local(*x):
         return local_attention(*x, window=3, backend=backend)
@@ -89,8 +65,8 @@ def test_layouts(how, heads, d, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_last_stride_not_one(backend):
-    inputs = [x.mT.contiguous().mT for x in qkv(1, 2, 40, 16)]
-    attend = naive(dense_mask(40, 5, 5))
+    inputs = [x.mT.contiguous().mT for x in draw(1, 2, 40, 16)]
+    attend = naive(in_window(40, 5, 5))
     assert_accurate(lambda *x: local_attention(*x, window=5, backend=backend), attend, inputs)
 
 
@@ -99,13 +75,13 @@ def test_last_stride_not_one(backend):
 @pytest.mark.parametrize("d", [8, 32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(dtype, d, backend):
-    inputs = [x.to(dtype) for x in qkv(1, 2, 66, d)]
+    inputs = [x.to(dtype) for x in draw(1, 2, 66, d)]
     out = local_attention(*inputs, window=2, backend=backend)
     assert out.dtype == dtype
     assert out.transpose(1, 2).is_contiguous()
     assert_accurate(
         lambda *x: local_attention(*x, window=2, backend=backend),
-        naive(dense_mask(66, 2, 2)),
+        naive(in_window(66, 2, 2)),
         inputs,
         names=NAMES,
     )
@@ -124,34 +100,34 @@ SHAPES = [  # B, H, N, D, Dv, window, causal
 
 
 @pytest.mark.each_isa
-@needs_cpp
+@needs_cpp("local_fwd")
 @pytest.mark.parametrize(("b", "h", "n", "d", "dv", "window", "causal"), SHAPES)
 def test_shapes(b, h, n, d, dv, window, causal):
     left, right = (window, window) if isinstance(window, int) else window
     assert_accurate(
         lambda *x: local_attention(*x, window=window, causal=causal, backend="cpp"),
-        naive(dense_mask(n, left, right, causal)),
-        qkv(b, h, n, d, dv),
+        naive(in_window(n, left, right, causal)),
+        draw(b, h, n, d, dv),
         names=NAMES,
     )
 
 
 @pytest.mark.each_isa
-@needs_cpp
+@needs_cpp("local_fwd")
 @pytest.mark.parametrize("grid", [(20, 32), (40, 9)], ids=str)
 def test_large_grid(grid):
     n = grid[0] * grid[1]
     assert_accurate(
         lambda *x: local_attention(*x, window=(3, 2), grid=grid, backend="cpp"),
-        naive(dense_mask(n, 3, 2, cols=grid[1])),
-        qkv(1, 1, n, 16),
+        naive(in_window(n, 3, 2, cols=grid[1])),
+        draw(1, 1, n, 16),
         names=NAMES,
     )
 
 
-@needs_cpp
+@needs_cpp("local_fwd")
 def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
-    inputs = qkv(1, 1, 900, 16)
+    inputs = draw(1, 1, 900, 16)
 
     def results():
         return outputs_and_gradients(lambda *x: local_attention(*x, window=40), inputs)
@@ -165,9 +141,9 @@ def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
         torch.testing.assert_close(x, y)
 
 
-@needs_cpp
+@needs_cpp("local_fwd")
 def test_nan_stays_in_its_window():
-    q, k, v = qkv(1, 1, 100, 16)
+    q, k, v = draw(1, 1, 100, 16)
     k[0, 0, 50, 3] = torch.nan
     out = local_attention(q, k, v, window=4, backend="cpp")
     assert torch.equal(out[0, 0].isnan().all(-1).nonzero().flatten(), torch.arange(46, 55))
@@ -183,31 +159,31 @@ def test_nan_stays_in_its_window():
 def test_any_shape(b, h, n, d, dv, left, right, causal, scale, seed):
     assert_accurate(
         lambda *x: local_attention(*x, window=(left, right), causal=causal, scale=scale),
-        naive(dense_mask(n, left, right, causal), scale),
-        qkv(b, h, n, d, dv, seed),
+        naive(in_window(n, left, right, causal), scale),
+        draw(b, h, n, d, dv, seed),
         names=NAMES,
     )
 
 
 def test_large_scores_do_not_overflow():
-    q, k, v = qkv(1, 1, 65, 8)
-    inputs, mask = [q, k + 200, v], dense_mask(65, 4, 4)  # scores of some hundreds: exp is inf
+    q, k, v = draw(1, 1, 65, 8)
+    inputs, mask = [q, k + 200, v], in_window(65, 4, 4)  # scores of some hundreds: exp is inf
     assert_accurate(lambda *x: local_attention(*x, window=4), naive(mask), inputs, names=NAMES)
 
 
 @pytest.mark.parametrize("grid", [None, (11, 7)])
 def test_gradcheck(grid, monkeypatch):
     monkeypatch.setattr("tab.ops.local.CHUNK", 16)
-    inputs = [x.requires_grad_() for x in qkv(1, 2, 77, 2, 3, **DOUBLE)]
+    inputs = [x.requires_grad_() for x in draw(1, 2, 77, 2, 3, **DOUBLE)]
     assert torch.autograd.gradcheck(
         lambda *x: local_attention(*x, window=(2, 1), grid=grid), inputs, fast_mode=True
     )
 
 
 def test_lse():
-    q, k, v = qkv(1, 2, 65, 4)
+    q, k, v = draw(1, 2, 65, 4)
     o, lse = OPS["local_fwd"]("reference", q, k, v, 5, 2, 0, 0, False, 0.5)
-    scores = (q @ k.mT * 0.5).masked_fill(~dense_mask(65, 5, 2), -torch.inf)
+    scores = (q @ k.mT * 0.5).masked_fill(~in_window(65, 5, 2), -torch.inf)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     torch.testing.assert_close(o, (scores - lse[..., None]).exp() @ v)
@@ -215,7 +191,7 @@ def test_lse():
 
 @pytest.mark.parametrize("grid", [None, (10, 10)])
 def test_causal_never_looks_ahead(grid):
-    q, k, v = qkv(1, 2, 100, 4)
+    q, k, v = draw(1, 2, 100, 4)
     before = local_attention(q, k, v, window=30, causal=True, grid=grid)
     for x in (q, k, v):
         x[:, :, 67:] += 5
@@ -226,17 +202,17 @@ def test_causal_never_looks_ahead(grid):
 
 def test_scores_are_never_n_by_n():
     """At N = 4,096 they would take 64 MB; no allocation is over 1 MB."""
-    q, k, v = qkv(1, 1, 4096, 2)
+    q, k, v = draw(1, 1, 4096, 2)
     with torch.profiler.profile(profile_memory=True) as profile:
         out = local_attention(q, k, v, window=4)
     assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
-    torch.testing.assert_close(out[:, :, :60], naive(dense_mask(64, 4, 4))(
+    torch.testing.assert_close(out[:, :, :60], naive(in_window(64, 4, 4))(
         q[:, :, :64], k[:, :, :64], v[:, :, :64])[:, :, :60])  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [(3, 2, 0, 0, False), (1, 1, 5, 13, True)])
 def test_opcheck(options):
-    q, k, v = qkv(2, 2, 65, 4)
+    q, k, v = draw(2, 2, 65, 4)
     args = (q, k, v, *options, 0.5)
     o, lse = OPS["local_fwd"]("auto", *args)
     tests = ("test_schema", "test_faketensor")
@@ -251,18 +227,18 @@ def test_compile(dynamic):
         return local_attention(q, k, v, window=(3, 1), causal=True).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    inputs = [x.requires_grad_() for x in qkv(1, 2, 65, 4)]
+    inputs = [x.requires_grad_() for x in draw(1, 2, 65, 4)]
     eager = torch.autograd.grad(loss(*inputs), inputs)
     for x, y in zip(eager, torch.autograd.grad(compiled(*inputs), inputs), strict=True):
         torch.testing.assert_close(x, y)
 
 
 def test_meta_and_autocast():
-    q, k, v = (x.to("meta").requires_grad_() for x in qkv(2, 3, 70, 4, 6))
+    q, k, v = (x.to("meta").requires_grad_() for x in draw(2, 3, 70, 4, 6))
     out = local_attention(q, k, v, window=2)
     out.sum().backward()
     assert (out.shape, out.device.type, q.grad.shape) == ((2, 3, 70, 6), "meta", q.shape)
-    inputs = qkv(1, 1, 9, 4)
+    inputs = draw(1, 1, 9, 4)
     half = [x.bfloat16() for x in inputs]
     for backend in ("auto", "reference"):  # only the inputs are cast: sums stay in float32
         with torch.autocast("cpu", torch.bfloat16):
@@ -284,12 +260,12 @@ def test_meta_and_autocast():
 )
 def test_bad_options(change, message):
     with pytest.raises(ValueError, match=message):
-        local_attention(*qkv(1, 2, 12, 4), **{"window": 1, **change})
+        local_attention(*draw(1, 2, 12, 4), **{"window": 1, **change})
 
 
-@needs_cpp
+@needs_cpp("local_fwd")
 def test_op_guards_its_memory():
-    q, k, v = qkv(1, 2, 12, 4)
+    q, k, v = draw(1, 2, 12, 4)
     forward, backward = OPS["local_fwd"].overload, OPS["local_bwd"].overload
     o, lse = forward(q, k, v, 1, 1, 0, 0, False, 0.5)
     for bad, message in (
@@ -305,42 +281,8 @@ def test_op_guards_its_memory():
 
 
 def test_bad_tensors():
-    q, k, v = qkv(1, 2, 12, 4)
+    q, k, v = draw(1, 2, 12, 4)
     for bad in ((q[0], k, v), (q, k[:, :1], v), (q, k, v[:, :, :5]), (q, k, v.double()),
                 (q, k, v.to("meta")), (q.long(), k.long(), v.long())):  # fmt: skip
         with pytest.raises(ValueError, match=r"local_attention wants .*\(1, 2, 12, 4\)|2, 12, 4"):
             local_attention(*bad, window=1)
-
-
-# --- layer ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("two_dimensional", [False, True])
-def test_layer_is_its_attention_matrix(two_dimensional, generator):
-    layer = build_attention("local", 12, seq_len=30, grid=(5, 6), num_heads=3, window_size=4,
-                            two_dimensional=two_dimensional)  # fmt: skip
-    x = torch.randn(2, 30, 12, generator=generator)
-    matrix = layer.attention_matrix(x)  # (B, H, N, N)
-    assert torch.equal(matrix[0, 0] > 0, dense_mask(30, 2, 2, cols=6 * two_dimensional))
-    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, 30))
-    _, _, v = layer.project(x)
-    torch.testing.assert_close(layer(x), layer.out((matrix @ v).transpose(1, 2).flatten(2)))
-
-
-def test_layer_obeys_a_key_mask(generator):
-    """Padding is invisible: the real tokens come out as if they were alone."""
-    layer = build_attention("local", 8, seq_len=20, num_heads=2, window_size=6)
-    x = torch.randn(2, 20, 8, generator=generator, requires_grad=True)
-    mask = torch.arange(20).expand(2, 20) < 13
-    out = layer(x, mask)
-    torch.testing.assert_close(out[:, :13], layer(x[:, :13]))
-    assert not out[:, 13:].any()
-    (grad,) = torch.autograd.grad(out[:, :13].sum(), x)
-    assert grad[:, 13:].abs().max() == 0
-
-
-def test_layer_errors():
-    with pytest.raises(ValueError, match="window_size=-1 must be ≥ 0"):
-        build_attention("local", 8, seq_len=4, window_size=-1)
-    with pytest.raises(ValueError, match="two_dimensional=True needs tokens on a grid"):
-        build_attention("local", 8, seq_len=4, two_dimensional=True)

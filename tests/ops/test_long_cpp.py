@@ -5,13 +5,11 @@ Equal keys are the worst case: added one after the other, all are rounded the sa
 
 import pytest
 import torch
+from backends import needs_cpp
 
 import tab
-from tab.ops.linear import linear_fwd
 
-pytestmark = pytest.mark.skipif(
-    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
-)
+pytestmark = needs_cpp("linear_fwd")
 W = tab.orthogonal_projection(8, 4, generator=torch.Generator().manual_seed(0))
 OPS = {
     "linear": lambda q, k, v, **o: tab.linear_attention(q, k, v, **o),

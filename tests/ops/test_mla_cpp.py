@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from backends import needs_cpp
 from proof import assert_accurate, outputs_and_gradients, poisoned
 from tasks import threads
-from textbook.mla import NAMES, needs_cpp, operands, ours, textbook
+from textbook.mla import NAMES, operands, ours, textbook
 
 from tab.functional import mla_attention, mla_decode
 from tab.ops.mla import mla_bwd, mla_fwd
 from tab.ops.mla_decode import mla_decode_op
 
-pytestmark = needs_cpp
+pytestmark = needs_cpp("mla_fwd")
 
 
 @pytest.fixture

@@ -7,13 +7,11 @@ import math
 
 import pytest
 import torch
+from backends import needs_cpp
 
 import tab
-from tab.ops.linear import linear_fwd
 
-pytestmark = pytest.mark.skipif(
-    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
-)
+pytestmark = needs_cpp("linear_fwd")
 B, H, D = 2, 2, 8
 PATTERN = {
     n: tab.BlockPattern.bigbird(n, heads=H, block_size=4, window=1, num_global=0, num_random=0)

@@ -8,13 +8,11 @@ import sys
 
 import pytest
 import torch
+from backends import needs_cpp
 
 import tab
-from tab.ops.linear import linear_fwd
 
-pytestmark = pytest.mark.skipif(
-    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
-)
+pytestmark = needs_cpp("linear_fwd")
 
 Q = torch.randn(1, 1, 16384, 64)  # an output of 4 MiB
 

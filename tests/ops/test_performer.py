@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import reference_and_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
@@ -11,10 +12,7 @@ from torch.testing import assert_close
 from tab import orthogonal_projection, performer_attention
 from tab.ops import OPS, use_backend
 
-needs_cpp = pytest.mark.skipif(
-    OPS["performer_fwd"].why_not("cpp") is not None, reason=str(OPS["performer_fwd"].why_not("cpp"))
-)
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
+BACKENDS = reference_and_cpp("performer_fwd")
 each_backend = pytest.mark.usefixtures("backend")
 
 

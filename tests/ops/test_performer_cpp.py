@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import needs_cpp
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 from tasks import threads
 from textbook.performer import KERNELS, call, draw, exact, naive
@@ -10,9 +11,7 @@ from torch.testing import assert_close
 from tab import performer_attention
 from tab.ops import OPS
 
-pytestmark = pytest.mark.skipif(
-    OPS["performer_fwd"].why_not("cpp") is not None, reason=str(OPS["performer_fwd"].why_not("cpp"))
-)
+pytestmark = needs_cpp("performer_fwd")
 NAMES = "o S z dq dk dv dS₀ dz₀"
 
 

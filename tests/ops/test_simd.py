@@ -5,12 +5,11 @@
 
 import pytest
 import torch
+from backends import needs_cpp
 
 from tab.ops.linear import linear_fwd
 
-pytestmark = pytest.mark.skipif(
-    linear_fwd.why_not("cpp") is not None, reason=str(linear_fwd.why_not("cpp"))
-)
+pytestmark = needs_cpp("linear_fwd")
 ELU1, IDENTITY = 0, 2
 HALVES = (torch.float16, torch.bfloat16)
 

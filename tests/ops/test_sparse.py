@@ -1,43 +1,18 @@
-"""sparse_attention against its formula with a dense mask, and the layer "sparse"."""
+"""sparse_attention against its formula with a dense mask."""
 
 import pytest
 import torch
+from backends import needs_cpp, reference_and_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from textbook.softmax import blocks, draw, naive
 
 from tab import BlockPattern, sparse_attention
-from tab.layers import build_attention
-from tab.layers.sparse import _pattern
 from tab.ops import OPS
 
 NAMES = "o dq dk dv"
-needs_cpp = pytest.mark.skipif(
-    OPS["sparse_fwd"].why_not("cpp") is not None, reason=str(OPS["sparse_fwd"].why_not("cpp"))
-)
-BACKENDS = ("reference", pytest.param("cpp", marks=needs_cpp))
-
-
-def naive(pattern, causal=False, scale=None):
-    """The formula with a dense mask; a row that sees nothing gives 0."""
-    mask = pattern.to_dense()  # (Hp, N, N)
-    mask = mask.tril() if causal else mask
-    empty = ~mask.any(-1, keepdim=True)
-
-    def attention(q, k, v):
-        s = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        p = s.masked_fill(~mask & ~empty, -torch.inf).softmax(-1)
-        return p.masked_fill(empty, 0.0) @ v
-
-    return attention
-
-
-def qkv(b, h, n, d, dv=None, seed=0, **kwargs):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(b, h, n, w, generator=g, **kwargs) for w in (d, d, dv or d)]
-
-
-# --- op -------------------------------------------------------------------------------------------
+BACKENDS = reference_and_cpp("sparse_fwd")
 
 
 @pytest.mark.each_isa
@@ -49,8 +24,8 @@ def test_bigbird(n, block_size, causal, backend):
     pattern = BlockPattern.bigbird(n, heads=3, block_size=block_size, num_random=2)
     assert_accurate(
         lambda *x: sparse_attention(*x, pattern, causal=causal, backend=backend),
-        naive(pattern, causal),
-        qkv(2, 3, n, 8, 12),
+        naive(blocks(pattern, causal)),
+        draw(2, 3, n, 8, 12),
         names=NAMES,
     )
 
@@ -61,12 +36,12 @@ def test_bigbird(n, block_size, causal, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts(how, heads, d, backend):
     pattern = BlockPattern.bigbird(65, heads=heads, block_size=8)
-    inputs = [layout(x, how) for x in qkv(2, heads, 65, d)]
+    inputs = [layout(x, how) for x in draw(2, heads, 65, d)]
 
     def sparse(*x):
         return sparse_attention(*x, pattern, backend=backend)
 
-    assert_accurate(sparse, naive(pattern), inputs, names=NAMES)
+    assert_accurate(sparse, naive(blocks(pattern)), inputs, names=NAMES)
     o, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, 8, False, 0.5)
     grads = OPS["sparse_bwd"](backend, o, *inputs, o, lse, *pattern.tensors, 8, False, 0.5)
     assert all(x.transpose(1, 2).is_contiguous() for x in (o, *grads))
@@ -78,13 +53,13 @@ def test_layouts(how, heads, d, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(dtype, d, backend):
     pattern = BlockPattern.bigbird(67, heads=2, block_size=8, num_random=1)
-    inputs = [x.to(dtype) for x in qkv(1, 2, 67, d)]
+    inputs = [x.to(dtype) for x in draw(1, 2, 67, d)]
     out = sparse_attention(*inputs, pattern, backend=backend)
     assert out.dtype == dtype
     assert out.transpose(1, 2).is_contiguous()
     assert_accurate(
         lambda *x: sparse_attention(*x, pattern, backend=backend),
-        naive(pattern),
+        naive(blocks(pattern)),
         inputs,
         names=NAMES,
     )
@@ -101,21 +76,21 @@ SHAPES = [  # B, H, N, D, Dv, block_size, causal
 
 
 @pytest.mark.each_isa
-@needs_cpp
+@needs_cpp("sparse_fwd")
 @pytest.mark.parametrize(("b", "h", "n", "d", "dv", "block_size", "causal"), SHAPES)
 def test_shapes(b, h, n, d, dv, block_size, causal):
     pattern = BlockPattern.bigbird(n, heads=h, block_size=block_size, num_random=2)
     assert_accurate(
         lambda *x: sparse_attention(*x, pattern, causal=causal, backend="cpp"),
-        naive(pattern, causal),
-        qkv(b, h, n, d, dv),
+        naive(blocks(pattern, causal)),
+        draw(b, h, n, d, dv),
         names=NAMES,
     )
 
 
-@needs_cpp
+@needs_cpp("sparse_fwd")
 def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
-    inputs = qkv(1, 1, 900, 16)
+    inputs = draw(1, 1, 900, 16)
     pattern = BlockPattern.bigbird(900, heads=1, block_size=16)
 
     def results():
@@ -134,9 +109,9 @@ def test_same_bits_every_time_and_nearly_the_same_on_other_threads():
         torch.testing.assert_close(x, y)
 
 
-@needs_cpp
+@needs_cpp("sparse_fwd")
 def test_op_guards_its_memory():
-    q, k, v = qkv(1, 2, 12, 4)
+    q, k, v = draw(1, 2, 12, 4)
     pattern = BlockPattern.bigbird(12, heads=2, block_size=4)
     row_ptr, col, col_ptr, row = pattern.tensors
     forward = OPS["sparse_fwd"].overload
@@ -166,8 +141,8 @@ def test_any_mask(b, h, n, d, dv, block_size, shared, p, causal, scale, seed):
     pattern = BlockPattern.from_blocks(mask, block_size, n)
     assert_accurate(
         lambda *x: sparse_attention(*x, pattern, causal=causal, scale=scale),
-        naive(pattern, causal, scale),
-        qkv(b, h, n, d, dv, seed),
+        naive(blocks(pattern, causal), scale),
+        draw(b, h, n, d, dv, seed),
         names=NAMES,
     )
 
@@ -177,7 +152,7 @@ def test_rows_that_see_nothing(backend):
     """Block row 0 sees only block 1: causally that is nothing. Block row 2 lists no block."""
     mask = torch.tensor([[0, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
     pattern = BlockPattern.from_blocks(mask, 4, 11)
-    inputs = [x.requires_grad_() for x in qkv(1, 2, 11, 4)]
+    inputs = [x.requires_grad_() for x in draw(1, 2, 11, 4)]
     out = sparse_attention(*inputs, pattern, causal=True, backend=backend)
     dq, dk, dv = torch.autograd.grad(out.sum(), inputs)
     nothing = torch.tensor([0, 1, 2, 3, 8, 9, 10])
@@ -188,7 +163,7 @@ def test_rows_that_see_nothing(backend):
 
 
 def test_lse_and_large_scores():
-    q, k, v = qkv(1, 2, 65, 4)
+    q, k, v = draw(1, 2, 65, 4)
     pattern = BlockPattern.bigbird(65, heads=2, block_size=8, num_random=1)
     k = k + 200  # scores of some hundreds: exp is inf
     o, lse = OPS["sparse_fwd"]("reference", q, k, v, *pattern.tensors, 8, False, 0.5)
@@ -201,14 +176,14 @@ def test_lse_and_large_scores():
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal):
     pattern = BlockPattern.bigbird(33, heads=2, block_size=4, num_random=1)
-    inputs = [x.requires_grad_() for x in qkv(1, 2, 33, 2, 3, dtype=torch.float64)]
+    inputs = [x.requires_grad_() for x in draw(1, 2, 33, 2, 3, dtype=torch.float64)]
     assert torch.autograd.gradcheck(
         lambda *x: sparse_attention(*x, pattern, causal=causal), inputs, fast_mode=True
     )
 
 
 def test_causal_never_looks_ahead():
-    q, k, v = qkv(1, 2, 100, 4)
+    q, k, v = draw(1, 2, 100, 4)
     pattern = BlockPattern.bigbird(100, heads=2, block_size=8)
     before = sparse_attention(q, k, v, pattern, causal=True)
     for x in (q, k, v):
@@ -220,7 +195,7 @@ def test_causal_never_looks_ahead():
 
 def test_scores_are_never_n_by_n():
     """At N = 16,384 they would take 1 GB."""
-    q, k, v = qkv(1, 1, 16_384, 2)
+    q, k, v = draw(1, 1, 16_384, 2)
     pattern = BlockPattern.bigbird(16_384, heads=1, block_size=32, num_random=1)
     with torch.profiler.profile(profile_memory=True) as profile:
         sparse_attention(q, k, v, pattern)
@@ -229,7 +204,7 @@ def test_scores_are_never_n_by_n():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(shared):
-    q, k, v = qkv(2, 2, 65, 4)
+    q, k, v = draw(2, 2, 65, 4)
     mask = BlockPattern.bigbird(65, heads=2, block_size=8).to_blocks()
     pattern = BlockPattern.from_blocks(mask[0] if shared else mask, 8, 65)
     args = (*pattern.tensors, 8, True, 0.5)
@@ -242,11 +217,11 @@ def test_opcheck(shared):
 
 def test_meta_and_autocast():
     pattern = BlockPattern.bigbird(70, heads=3, block_size=8)
-    q, k, v = (x.to("meta").requires_grad_() for x in qkv(2, 3, 70, 4, 6))
+    q, k, v = (x.to("meta").requires_grad_() for x in draw(2, 3, 70, 4, 6))
     out = sparse_attention(q, k, v, pattern)
     out.sum().backward()
     assert (out.shape, out.device.type, q.grad.shape) == ((2, 3, 70, 6), "meta", q.shape)
-    inputs = qkv(1, 3, 70, 4)
+    inputs = draw(1, 3, 70, 4)
     half = [x.bfloat16() for x in inputs]
     for backend in ("auto", "reference"):  # only the inputs are cast: sums stay in float32
         with torch.autocast("cpu", torch.bfloat16):
@@ -255,7 +230,7 @@ def test_meta_and_autocast():
 
 
 def test_bad_input():
-    q, k, v = qkv(1, 2, 12, 4)
+    q, k, v = draw(1, 2, 12, 4)
     pattern = BlockPattern.bigbird(12, heads=2, block_size=1, num_random=1)
     for other, message in (
         (BlockPattern.bigbird(13, heads=2, block_size=4), "N = 13, H = 2 .* N = 12, H = 2"),
@@ -270,76 +245,3 @@ def test_bad_input():
             sparse_attention(*bad, pattern)
     with pytest.raises(ValueError, match="choose one of"):
         sparse_attention(q, k, v, pattern, backend="fast")
-
-
-# --- layer ----------------------------------------------------------------------------------------
-
-
-def test_layer_is_its_attention_matrix(generator):
-    layer = build_attention("sparse", 12, seq_len=50, num_heads=3, block_size=4, num_random=2)
-    for n in (50, 37):
-        x = torch.randn(2, n, 12, generator=generator)
-        matrix = layer.attention_matrix(x)  # (B, H, N, N)
-        assert torch.equal(matrix[0] > 0, layer.pattern(n).to_dense())
-        torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, n))
-        _, _, v = layer.project(x)
-        torch.testing.assert_close(layer(x), layer.out((matrix @ v).transpose(1, 2).flatten(2)))
-        assert torch.equal(layer(x), layer.eval()(x))  # the same pattern in training and after
-
-
-def test_layer_trains_after_inference_mode(generator):
-    layer = build_attention("sparse", 4, seq_len=9, num_heads=1, block_size=2)
-    x = torch.randn(1, 7, 4, generator=generator)  # not seq_len: its pattern is made on demand
-    with torch.inference_mode():
-        layer(x)
-    layer(x).sum().backward()
-    assert layer.qkv.weight.grad.isfinite().all()
-
-
-def test_layer_makes_a_pattern_once(generator):
-    layer = build_attention("sparse", 4, seq_len=20, num_heads=1, block_size=2, seed=1234)
-    before = _pattern.cache_info().misses
-    for n in (*range(1, 20), *range(1, 20)):
-        layer(torch.randn(1, n, 4, generator=generator))
-    assert _pattern.cache_info().misses == before + 19
-
-
-def test_layer_obeys_a_key_mask(generator):
-    layer = build_attention("sparse", 8, seq_len=40, num_heads=2, block_size=4, num_random=1)
-    x = torch.randn(1, 40, 8, generator=generator, requires_grad=True)
-    mask = torch.arange(40)[None] < 33
-    out = layer(x, mask)
-    weights = layer.attention_matrix(x) * mask[:, None, None, :]
-    weights = weights / weights.sum(-1, keepdim=True)
-    expected = layer.out((weights @ layer.project(x)[2]).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(out, expected * mask[..., None])
-    (grad,) = torch.autograd.grad(out[:, :33].sum(), x)
-    assert grad[:, 33:].abs().max() == 0
-
-
-def test_layer_compiles_and_runs_on_meta(generator):
-    layer = build_attention("sparse", 8, seq_len=40, num_heads=2, block_size=4)
-    x = torch.randn(2, 40, 8, generator=generator)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
-    given = torch.autograd.grad(compiled(x).square().sum(), layer.parameters())
-    for a, b in zip(given, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    with torch.device("meta"):
-        skeleton = build_attention("sparse", 8, seq_len=40, num_heads=2, block_size=4)
-    assert skeleton(x.to("meta")).shape == x.shape
-    assert torch.equal(skeleton.pattern(40).col, layer.pattern(40).col)
-
-
-def test_layer_with_one_block_is_full_attention(generator):
-    layer = build_attention("sparse", 8, seq_len=5, num_heads=2, block_size=32)
-    x = torch.randn(2, 5, 8, generator=generator)
-    full = torch.nn.functional.scaled_dot_product_attention(*layer.project(x))
-    torch.testing.assert_close(layer(x), layer.out(full.transpose(1, 2).flatten(2)))
-
-
-def test_layer_errors():
-    with pytest.raises(ValueError, match="block_size ≥ 1; got 64 and 0"):
-        build_attention("sparse", 8, seq_len=64, block_size=0)
-    with pytest.raises(ValueError, match=r"window is odd.* got 4; nearest: 3 or 5"):
-        build_attention("sparse", 8, seq_len=64, window=4)

@@ -5,6 +5,7 @@ What needs no GPU is in test_triton.py."""
 import pytest
 import torch
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from textbook.softmax import naive
 
 from tab import BlockPattern, local_attention, sparse_attention
 from tab.ops import OPS
@@ -50,18 +51,6 @@ def attention(options):
     return lambda *x: f(*x, backend="triton", **options)
 
 
-def naive(mask):
-    """The textbook with a dense mask; a token that sees nothing gives 0."""
-
-    def f(q, k, v):
-        seen = mask.to(q.device)
-        empty = ~seen.any(-1, keepdim=True)
-        s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen & ~empty, -torch.inf)
-        return s.softmax(-1).masked_fill(empty, 0.0) @ v
-
-    return f
-
-
 def inputs(generator, n, d, dv, dtype=torch.float32):
     shapes = [(3, 2, n, d), (3, 2, n, d), (3, 2, n, dv)]
     return [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
@@ -89,7 +78,7 @@ def all_there():
 def test_sizes(case, n, d, dv, dtype, generator):
     options, mask = case(n)
     x = inputs(generator, n, d, dv, dtype)
-    assert_accurate(attention(options), naive(mask), x, names=NAMES)
+    assert_accurate(attention(options), naive(mask.cuda()), x, names=NAMES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,15 +1,10 @@
 """MLA as the paper has it, inputs for it, and the operator called alike."""
 
-import pytest
 import torch
 from proof import layout
 
 from tab.functional import mla_attention
-from tab.ops.mla import mla_fwd
 
-needs_cpp = pytest.mark.skipif(
-    mla_fwd.why_not("cpp") is not None, reason=str(mla_fwd.why_not("cpp"))
-)
 NAMES = "o lse dq_nope dq_rope dc_kv dk_rope dw_uk dw_uv"
 
 
