@@ -1,4 +1,4 @@
-"""tab::moe_grouped and tab::moe_grouped_outer for CUDA in Triton (formula: tab/ops/moe.py).
+"""tab::moe_grouped and tab::moe_grouped_outer for CUDA in Triton (formula: tab/ops/grouped.py).
 
     y_m = W_e x_m           for the rows m of group e, which lie together
     dW_e = Σ_m∈e g_m x_mᵀ
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from tab.ops import moe as op
+from tab.ops import grouped as op
 
 from ._launch import (
     PRECISION,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.linear import FEATURE_MAPS, feature, linear_attention
+from ..ops.linear import FEATURE_MAPS, linear_attention
+from ..ops.linear_reference import feature
 from ._base import HeadsAttention
 from ._registry import register_attention
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..ops._autograd import exporting
 from ..ops._check import accumulate, full_precision
-from ..ops.moe import expert_counts, moe_experts, noaux_tc_gate
+from ..ops.moe import moe_experts
+from ..ops.router import expert_counts, noaux_tc_gate
 from ._stacking import Products, stacks
 from ._state import Stateful, over_ranks, recomputing
 

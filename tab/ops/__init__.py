@@ -10,10 +10,11 @@ from .linformer import linformer_attention
 from .local import local_attention
 from .mla import mla_attention
 from .mla_decode import mla_decode
-from .moe import moe_experts, noaux_tc_gate
+from .moe import moe_experts
 from .pattern import BlockPattern
 from .performer import performer_attention
 from .projection import orthogonal_projection
+from .router import noaux_tc_gate
 from .sparse import sparse_attention
 
 load_kernels()

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from ._autograd import transforming
 from ._check import accumulate, token_major
-from ._tile import may_look, tile_forward
+from ._softmax import may_look, softmax_forward
 
-FEW = 16  # float32 in the widest register, AVX-512's
+LANES = 16  # float32 in the widest register, AVX-512's
 
 
 def sdpa(
@@ -67,16 +67,16 @@ def _kernel(q, k, v, seen, causal, scale):
 def _harmless(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     """Whether the kernel does right as it is. Looking costs little; elsewhere sizes decide."""
     if may_look(q):
-        few = k.shape[2] < FEW
+        few = k.shape[2] < LANES
         total = q.detach().sum().item() if few else 0.0
         total += k.detach().sum().item() if few or causal else 0.0
         total += v.detach().sum().item() if causal else 0.0
         return math.isfinite(total)
     if not torch.compiler.is_compiling():
-        return k.shape[2] >= FEW
+        return k.shape[2] >= LANES
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(k.shape[2] >= FEW)  # a guard would cost a compilation
+    return statically_known_true(k.shape[2] >= LANES)  # a guard would cost a compilation
 
 
 def _nan(x: Tensor, causal: bool, own: bool) -> Tensor:
@@ -97,7 +97,7 @@ def written(
     if causal:
         seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     acc = accumulate(q)
-    o, lse, _ = tile_forward(q.to(acc), k.to(acc), v.to(acc), seen, scale)
+    o, lse, _ = softmax_forward(q.to(acc), k.to(acc), v.to(acc), seen, scale)
     return o.to(q.dtype), lse
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._check import check_key_mask, check_qkv, real
-from ._tile import score_scale
+from ._softmax import score_scale
 from .h2o_attend import h2o_attend
 from .h2o_cache import check_budget
 from .h2o_choice import h2o_choose, h2o_choose_exact

@@ -1,10 +1,10 @@
 """Attention to the tokens that H2O chose, for all queries at once (formula: tab/ops/h2o.py).
 
 Queries come in blocks. Those of block t attend the tokens chosen for it and, where `own` says so,
-their own block; inside such a tile it is softmax attention (tab/ops/_tile.py). Several blocks are
-worked on together, as many as keep the copies of chosen keys about as large as k itself: (budget +
-block)/block rounds or so, whatever N is. Where N is hardly more than the budget and a block, one
-tile of all tokens, under a mask, takes no more.
+their own block; inside such a tile it is softmax attention (tab/ops/_softmax.py). Several blocks
+are worked on together, as many as keep the copies of chosen keys about as large as k itself:
+(budget + block)/block rounds or so, whatever N is. Where N is hardly more than the budget and a
+block, one tile of all tokens, under a mask, takes no more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from torch.nn import functional as F
 
 from ._check import accumulate, token_major
 from ._op import Op
-from ._tile import empty_heads, empty_outputs, may_look, row_sums, tile_backward, tile_forward
+from ._softmax import (
+    empty_heads,
+    empty_outputs,
+    may_look,
+    row_sums,
+    softmax_backward,
+    softmax_forward,
+)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -31,7 +38,7 @@ def _tokens(x: Tensor, n: int) -> Tensor:
     return x.flatten(2, 3)[:, :, :n]
 
 
-def _few(chosen: Tensor, n: int, own: bool, block: int) -> bool:
+def _one_tile(chosen: Tensor, n: int, own: bool, block: int) -> bool:
     """Whether one tile of all tokens costs no more than copies of the chosen."""
     return n <= 2 * (chosen.shape[3] + block * own)
 
@@ -84,9 +91,9 @@ def _allowed(
 
 
 def _tile(q, k, v, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `tile_forward`: -> o, lse"""
+    """As `softmax_forward`: -> o, lse"""
     if (found := _weights(q, k, allowed, scale, v)) is None:
-        return tile_forward(q, k, v, allowed, scale)[:2]
+        return softmax_forward(q, k, v, allowed, scale)[:2]
     p, s = found
     top = p.detach().amax(-1)
     lse = (s.detach().amax(-1) - top.log()).masked_fill(top == 0, -torch.inf)
@@ -94,9 +101,9 @@ def _tile(q, k, v, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _tile_backward(do, q, k, v, lse, delta, allowed: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """As `tile_backward`: -> dq, dk, dv"""
+    """As `softmax_backward`: -> dq, dk, dv"""
     if (found := _weights(q, k, allowed, scale, v, do)) is None:
-        return tile_backward(do, q, k, v, lse, delta, allowed, scale)
+        return softmax_backward(do, q, k, v, lse, delta, allowed, scale)
     p, _ = found
     ds = p * (do @ v.mT - delta[..., None]) * scale
     return ds @ k, ds.mT @ q, p.mT @ do
@@ -124,10 +131,10 @@ def attend_reference(q, k, v, chosen, key_mask, own, causal, block, scale):
     if q.is_meta:
         return empty_outputs(q, v, acc)
     if n == 0:
-        o, lse, _ = tile_forward(q, k, v, None, scale)
+        o, lse, _ = softmax_forward(q, k, v, None, scale)
         return token_major(o), lse.to(acc).detach()
     parts, (qa, ka, va) = [], (x.to(acc) for x in (q, k, v))
-    if _few(chosen, n, own, block):
+    if _one_tile(chosen, n, own, block):
         mask = _mask(chosen, key_mask, n, own, causal, block)
         o, lse = _tile(qa, ka, va, mask, scale)
         return token_major(o.to(v.dtype)), lse.detach()
@@ -147,7 +154,7 @@ def attend_bwd_reference(do, q, k, v, o, lse, chosen, key_mask, own, causal, blo
     acc, n = accumulate(q), q.shape[2]
     doa, qa, ka, va = (x.to(acc) for x in (do, q, k, v))
     delta = row_sums(doa, o.to(acc))  # (B, H, N)
-    if _few(chosen, n, own, block):
+    if _one_tile(chosen, n, own, block):
         mask = _mask(chosen, key_mask, n, own, causal, block)
         grads = _tile_backward(doa, qa, ka, va, lse, delta, mask, scale)
         return tuple(token_major(x.to(q.dtype)) for x in grads)

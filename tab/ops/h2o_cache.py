@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._check import accumulate, check_key_mask, check_qkv, number, real, shapes, token_major
-from ._tile import weigh
+from ._softmax import weigh
 
 
 def check_budget(heavy: int, recent: int) -> None:

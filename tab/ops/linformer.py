@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._check import check_key_mask, check_qkv, operands, real, same, shapes
 from ._sdpa import sdpa
-from ._tile import score_scale
+from ._softmax import score_scale
 
 
 def linformer_attention(

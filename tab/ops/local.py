@@ -22,7 +22,14 @@ from torch import Tensor
 
 from ._check import accumulate, check_qkv, token_major
 from ._op import Op, choose
-from ._tile import empty_heads, empty_outputs, row_sums, score_scale, tile_backward, tile_forward
+from ._softmax import (
+    empty_heads,
+    empty_outputs,
+    row_sums,
+    score_scale,
+    softmax_backward,
+    softmax_forward,
+)
 
 CHUNK = 64  # queries whose scores the reference holds at once
 
@@ -61,7 +68,7 @@ def forward_reference(q, k, v, left, right, rows, cols, causal, scale):
         return empty_outputs(q, v, acc)
     parts, (q, k, v), dtype = [], (x.to(acc) for x in (q, k, v)), q.dtype
     for i, j, seen in tiles(q, left, right, cols, causal):
-        parts.append(tile_forward(q[:, :, i], k[:, :, j], v[:, :, j], seen, scale)[:2])
+        parts.append(softmax_forward(q[:, :, i], k[:, :, j], v[:, :, j], seen, scale)[:2])
     o, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return token_major(o.to(dtype)), lse.detach()
 
@@ -76,7 +83,7 @@ def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, sca
     dq, dk, dv = [], do.new_zeros(k.shape), do.new_zeros(v.shape)
     for i, j, seen in tiles(q, left, right, cols, causal):
         tile = do[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], lse[:, :, i], delta[:, :, i]
-        dq_tile, dk_tile, dv_tile = tile_backward(*tile, seen, scale)
+        dq_tile, dk_tile, dv_tile = softmax_backward(*tile, seen, scale)
         dq.append(dq_tile)
         dk[:, :, j] += dk_tile
         dv[:, :, j] += dv_tile

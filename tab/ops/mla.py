@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._check import accumulate, check_key_mask, operands, same, shapes, token_major
 from ._op import Op, choose
-from ._tile import row_sums, score_scale, tile_backward, tile_forward
+from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
 from .mla_forms import compose, real_tokens, visible
 
 FORMS = ("auto", "fused", "expand", "absorb")
@@ -56,7 +56,7 @@ def forward_reference(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale,
     """
     q, *shared = _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
     seen = visible(key_mask, q.shape[2], causal, q.device)
-    heads = [tile_forward(q[:, h], *_keys(h, *shared), seen, scale) for h in range(q.shape[1])]
+    heads = [softmax_forward(q[:, h], *_keys(h, *shared), seen, scale) for h in range(q.shape[1])]
     o, lse, peak = (torch.stack(x, 1) for x in zip(*heads, strict=True))
     if key_mask is not None:
         peak = peak.masked_fill(~key_mask[:, None], -torch.inf)
@@ -82,7 +82,7 @@ def backward_reference(
     dqn, dqr, duk, duv, dc, dkr = [], [], [], [], 0, 0
     for h in range(q.shape[1]):
         tile = do[:, h], q[:, h], *_keys(h, *shared), lse[:, h], delta[:, h]
-        dq, dk, dv = tile_backward(*tile, seen, scale)
+        dq, dk, dv = softmax_backward(*tile, seen, scale)
         dk, dkr_h = dk[..., :dn], dk[..., dn:]
         dqn.append(dq[..., :dn])
         dqr.append(dq[..., dn:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._check import accumulate, operands, shapes
 from ._op import Op, choose
-from ._tile import row_sums, score_scale, tile_backward, tile_forward
+from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
 from .mla import check
 
 # --- reference ------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def _tile(q_nope, q_rope, cache, seqlens, w_uk):
 def decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
     """-> o (B, H, Dv), lse (B, H). One query per sequence over its first `seqlens` cache rows."""
     q, cached, seen = _tile(q_nope, q_rope, cache, seqlens, w_uk)
-    z, lse, _ = tile_forward(q, cached, cached[..., : w_uk.shape[-1]], seen, scale)  # (B, H, R)
+    z, lse, _ = softmax_forward(q, cached, cached[..., : w_uk.shape[-1]], seen, scale)  # (B, H, R)
     o = torch.einsum("bhr,hvr->bhv", z, w_uv.to(z.dtype))
     return o.to(q_nope.dtype).contiguous(), lse  # one layout from every backend
 
@@ -40,7 +40,7 @@ def decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
 def decode_backward_reference(
     do, dlse, q_nope, q_rope, cache, seqlens, w_uk, w_uv, o, lse, scale
 ):  # fmt: skip
-    """-> dq_n, dq_r, dcache, dW_uk, dW_uv: the gradients of `_tile.py`, led through both matrices.
+    """-> dq_n, dq_r, dcache, dW_uk, dW_uv: those of `_softmax.py`, led through both matrices.
 
     dz_h = W_uv,hᵀ do_h,  Δ = Σ dz·z − dlse = Σ do·o − dlse
     """
@@ -51,8 +51,8 @@ def decode_backward_reference(
     delta = delta if dlse is None else delta - dlse
     c = cached[..., :r]
     dz = torch.einsum("bhv,hvr->bhr", do, uv)
-    dq, dk, dc = tile_backward(dz, q, cached, c, lse, delta, seen, scale)
-    z, _, _ = tile_forward(q, cached, c, seen, scale)
+    dq, dk, dc = softmax_backward(dz, q, cached, c, lse, delta, seen, scale)
+    z, _, _ = softmax_forward(q, cached, c, seen, scale)
     dcache = torch.cat([dk[..., :r] + dc, dk[..., r:]], -1)
     grads = (
         torch.einsum("bhr,hdr->bhd", dq[..., :r], uk),

@@ -19,7 +19,14 @@ from torch.nn import functional as F
 
 from ._check import accumulate, check_qkv, token_major
 from ._op import Op, choose
-from ._tile import empty_heads, empty_outputs, row_sums, score_scale, tile_backward, tile_forward
+from ._softmax import (
+    empty_heads,
+    empty_outputs,
+    row_sums,
+    score_scale,
+    softmax_backward,
+    softmax_forward,
+)
 from .pattern import BlockPattern
 
 # --- reference ------------------------------------------------------------------------------------
@@ -70,13 +77,13 @@ def forward_reference(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, s
     if q.is_meta:  # the pattern has no values to walk over
         return empty_outputs(q, v, acc)
     if n == 0:
-        o, lse, _ = tile_forward(q, k, v, None, scale)
+        o, lse, _ = softmax_forward(q, k, v, None, scale)
         return token_major(o), lse.to(acc).detach()
     qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (q, k, v))
     o = qb.new_zeros(*qb.shape[:3], v.shape[-1])
     lse = qb.new_full(qb.shape[:3], -torch.inf)
     for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
-        tile = tile_forward(qb[:, rows], gather(kb, seen), gather(vb, seen), allowed, scale)
+        tile = softmax_forward(qb[:, rows], gather(kb, seen), gather(vb, seen), allowed, scale)
         o, lse = o.index_copy(1, rows, tile[0]), lse.index_copy(1, rows, tile[1])
     o, lse = from_blocks(o, h, n).to(v.dtype), from_blocks(lse, h, n)
     return token_major(o), lse.contiguous().detach()
@@ -95,7 +102,7 @@ def backward_reference(
     dq, dk, dv = (dob.new_zeros(x.shape) for x in (qb, kb, vb))
     for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
         keys = gather(kb, seen), gather(vb, seen)
-        dq[:, rows], dk_seen, dv_seen = tile_backward(
+        dq[:, rows], dk_seen, dv_seen = softmax_backward(
             dob[:, rows], qb[:, rows], *keys, lb[:, rows], db[:, rows], allowed, scale
         )
         dk.index_add_(1, seen.flatten(), dk_seen.unflatten(2, (-1, block_size)).flatten(1, 2))

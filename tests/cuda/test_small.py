@@ -8,7 +8,7 @@ from proof import assert_accurate
 
 import tab
 from tab.ops import BlockPattern
-from tab.ops._tile import tile_forward
+from tab.ops._softmax import softmax_forward
 from tab.ops.local import in_window
 
 # --- local and sparse: softmax with 64 bits a row -------------------------------------------------
@@ -49,7 +49,7 @@ def check_softmax(x, sees, allowed, scale=0.3):
 
     def naive(q, k, v):
         acc = torch.promote_types(q.dtype, torch.float32)
-        return tile_forward(q.to(acc), k.to(acc), v.to(acc), allowed, scale)[0].to(q.dtype)
+        return softmax_forward(q.to(acc), k.to(acc), v.to(acc), allowed, scale)[0].to(q.dtype)
 
     def given(q, k, v):
         return Softmax.apply(q, k, v, sees, scale)

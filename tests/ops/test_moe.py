@@ -6,13 +6,13 @@ from proof import assert_accurate, outputs_and_gradients
 from torch.nn import functional as F
 
 from tab.functional import moe_experts, noaux_tc_gate
-from tab.ops.moe import (
-    expert_counts,
+from tab.ops.grouped import (
     grouped_in_blocks,
     grouped_outer_in_blocks,
     moe_grouped,
     moe_grouped_outer,
 )
+from tab.ops.router import expert_counts
 
 # --- router ---------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 import tab
 from tab.layers import get_attention
-from tab.ops._sdpa import FEW, once, sdpa, written
+from tab.ops._sdpa import LANES, once, sdpa, written
 
-SIZES = (1, 3, FEW - 1, FEW, FEW + 3)
+SIZES = (1, 3, LANES - 1, LANES, LANES + 3)
 
 
 def draw(n: int, dtype: torch.dtype = torch.float32, wide: int = 8) -> list[torch.Tensor]:
@@ -78,7 +78,7 @@ def test_compiled(causal, dynamic):
         lambda q, k, v: once(q, k, v, causal=causal), backend="eager", fullgraph=True,
         dynamic=dynamic,
     )  # fmt: skip
-    for n in (3, 9, FEW, 40) if dynamic else (3,):
+    for n in (3, 9, LANES, 40) if dynamic else (3,):
         for which in range(2):
             x = spoiled(n, which, n // 2)
             seen = rows(f(*x))

@@ -1,6 +1,6 @@
 // Softmax attention of one (batch, head) with N ≤ 64 tokens, all on chip: local and sparse.
 //
-//   S = scale·QKᵀ (−∞ where not seen),  L = log Σ_j exp S_j,  O = exp(S − L) V   (tab/ops/_tile.py)
+//   S = scale·QKᵀ (−∞ where not seen),  L = log Σ_j exp S_j,  O = exp(S − L) V   (tab/ops/_softmax.py)
 //   P = exp(S − L),  Δ = Σ_j P∘(dO Vᵀ),  dS = P∘(dO Vᵀ − Δ),  dV = PᵀdO,  dQ = scale·dS K,
 //   dK = scale·dSᵀQ
 //

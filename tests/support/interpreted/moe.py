@@ -10,7 +10,7 @@ from interpreter import interpreted
 from proof import assert_accurate, poisoned
 
 from tab.kernels import moe as kernels
-from tab.ops.moe import grouped_outer_reference, grouped_reference, moe_grouped
+from tab.ops.grouped import grouped_outer_reference, grouped_reference, moe_grouped
 
 # In the place of the loop over slices.
 grouped, grouped_outer = interpreted("moe_grouped", "moe_grouped_outer", instead_of="tab")

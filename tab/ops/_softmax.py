@@ -21,7 +21,7 @@ from ._autograd import transforming
 from ._check import number
 
 
-def tile_forward(
+def softmax_forward(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (…, n, D), k (…, m, D), v (…, m, Dv), allowed (…, n, m), None for all -> O (…, n, Dv),
@@ -36,11 +36,11 @@ def tile_forward(
     return weigh(p, v, allowed) / total[..., None], lse, peak
 
 
-def tile_backward(
+def softmax_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
     allowed: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """do (…, n, Dv), lse and Δ (…, n), the rest as in `tile_forward` -> dq, dk, dv.
+    """do (…, n, Dv), lse and Δ (…, n), the rest as in `softmax_forward` -> dq, dk, dv.
 
     A query whose output nobody used passes no gradient, whatever it holds.
     """
