@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._check import accumulate, shapes
+from ._repr import Shown
 from .rope import Rope
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 NOT_SAID = "its class does not say how it runs for several seeds at once (tab/layers/_stacking.py)"
 
 
-class Attention(nn.Module):
+class Attention(Shown):
     """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options) and write
     `compute`; one that writes `forward` instead has to keep the rule for masks itself.
+
+    dim: C, the width of the tokens. seq_len: the most tokens N it will meet. grid: (rows, cols)
+    where the tokens are the cells of an image. In the examples of the layers x is (2, 64, 32).
 
     The rule: a masked token takes part in nothing; what x holds there, NaN included, reaches no
     other output and no gradient, and the output there is 0. So nothing of a batch entry whose

@@ -12,7 +12,11 @@ from ._registry import register_attention
 
 @register_attention("none")
 class NoAttention(Attention):
-    """The control: y = x."""
+    """The control: y = x.
+
+    >>> torch.equal(build_attention("none", 32, seq_len=64)(x), x)
+    True
+    """
 
     is_attention, title, stacking = False, "Control", True
 
@@ -45,6 +49,9 @@ class SelfAttention(_SoftmaxAttention):
     """One head over the whole width, softmax(QKᵀ/√D)V, no output projection.
 
     inner_dim: D, the width of Q and K, `dim` if None; V is as wide as the tokens.
+
+    >>> build_attention("self", 32, seq_len=64)(x).shape
+    torch.Size([2, 64, 32])
     """
 
     title, colour, stacking = "Self-Attention", 0, True
@@ -71,6 +78,13 @@ class SelfAttention(_SoftmaxAttention):
 
 @register_attention("multi_head")
 class MultiHeadAttention(_SoftmaxAttention):
-    """H heads of softmax(QKᵀ/√D)V, concatenated and projected (Vaswani et al. 2017, eq. 1)."""
+    """H heads of softmax(QKᵀ/√D)V, concatenated and projected (Vaswani et al. 2017, eq. 1).
+
+    num_heads: H, which divides the width (else a ValueError names the nearest that do).
+    rope: rotate q and k by position.
+
+    >>> build_attention("multi_head", 32, seq_len=64, num_heads=8)(x).shape
+    torch.Size([2, 64, 32])
+    """
 
     title, colour, stacking = "Multi-Head", 1, True

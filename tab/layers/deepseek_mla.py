@@ -11,6 +11,7 @@ from ..ops._check import accumulate
 from ..ops.mla import mla_attention
 from ._base import Attention, check_heads
 from ._registry import register_attention
+from ._repr import Shown
 from ._stacking import stacks
 from .moe import MoE
 from .rope import Rope
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EPS = 1e-6  # of every RMSNorm, as in DeepSeek's own code
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Shown):
     """MLA (DeepSeek-V2 2024, eq. 9-19), x (B, N, C) -> (B, N, C).
 
         c_q = RMSNorm(W_dq x), q_h = [q_n | RoPE(q_r)] = W_uq,h c_q     (no W_dq where q_rank is 0)
@@ -64,12 +65,8 @@ class LatentAttention(nn.Module):
                 f"kv_rank={kv_rank}, nope_dim={nope_dim}, v_dim={v_dim}, q_rank={q_rank}, "
                 f"rope_dim={rope_dim}"
             )
-        self.num_heads, self.kv_rank, self.nope_dim, self.rope_dim = (
-            num_heads,
-            kv_rank,
-            nope_dim,
-            rope_dim,
-        )
+        self.num_heads, self.inner_dim, self.kv_rank = num_heads, inner, kv_rank
+        self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
         self.rope = Rope(rope_dim, seq_len, grid=grid, theta=theta)
         self.q_down = nn.Linear(dim, q_rank, bias=False) if q_rank else nn.Identity()
         self.q_norm = nn.RMSNorm(q_rank, eps=EPS) if q_rank else nn.Identity()
@@ -132,9 +129,10 @@ class StackedLatentAttention(LatentAttention):
 class LatentMoE(Attention):
     """a = attention(x), y = a + MoE(RMSNorm(s + a)), s the residual stream.
 
-    Both residuals of the transformer block of the paper, h = s + attention(norm(s)) and
-    h + MoE(RMSNorm(h)), are then s + y, with x = norm(s): a block that norms the tokens before the
-    layer gives it s too (`stream`), and adds s around it. By itself the layer takes x for s.
+    A transformer block of the paper has two residuals: the attention's, h = s + attention(norm(s)),
+    and the experts', h + MoE(RMSNorm(h)). With x = norm(s) the second is s + y: a block that norms
+    the tokens before the layer gives it s too (`stream`), and adds s around it. By itself the layer
+    takes x for s, so that the attention's residual is x + a, inside, and the experts' is a + MoE.
     With num_experts = 0 there is the attention alone, y = a.
     Subclasses set `attention`, and call `add_experts`.
     """
@@ -189,6 +187,13 @@ class DeepSeekMLA(LatentMoE):
     and `MoE` (num_experts, 0: attention alone; top_k, n_group, topk_group, route_scale, expert_dim,
     balance_alpha, bias_speed).
     Positions are rotary, in two dimensions when a grid is given.
+
+    Raises ValueError: sizes below 1, heads that do not divide the width, or a router that cannot
+    choose (top_k above num_experts, groups that do not divide them).
+
+    >>> layer = build_attention("deepseek_mla", 32, seq_len=64, num_experts=4)
+    >>> layer(x).shape, layer.statistics()[0].sum()  # 2 · 64 tokens, two experts each
+    (torch.Size([2, 64, 32]), tensor(256))
     """
 
     title, colour, stacking = "DeepSeek MLA", 8, True

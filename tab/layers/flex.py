@@ -37,6 +37,12 @@ class FlexAttention(HeadsAttention):
     score_mod(score, b, h, i, j) -> score: within it.
     Both are pointwise in their indices, as FlexAttention asks, and may read captured tensors.
     A token that sees nothing gives 0.
+
+    Raises ValueError: another pattern, or a negative window_size.
+
+    >>> layer = build_attention("flex", 32, seq_len=64, mask_mod=lambda b, h, i, j: i >= j)
+    >>> layer.attention_matrix(x)[0, 0, 0, :3].tolist()  # the first token sees itself alone
+    [1.0, 0.0, 0.0]
     """
 
     title, colour, stacking = "Flex", 10, True

@@ -41,6 +41,12 @@ class KimiK2(Stateful, LatentMoE):
     kv_rank, q_rank, nope_dim, rope_dim, v_dim: of `LatentAttention`, used by "mla" only.
     num_experts (0: attention alone), top_k, route_scale, expert_dim, balance_alpha, bias_speed: of
     `MoE`.
+
+    Raises ValueError: another attention, a tau that is not above 0, and what its parts refuse.
+
+    >>> layer = build_attention("kimi_k2", 32, seq_len=64, attention="mla", tau=50.0)
+    >>> layer(x).shape, layer.peak.shape  # the largest score of each head
+    (torch.Size([2, 64, 32]), torch.Size([4]))
     """
 
     title, colour = "Kimi K2", 9

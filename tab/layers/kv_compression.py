@@ -23,6 +23,13 @@ class KVCompressionAttention(HeadsAttention):
         scores of full attention choose for all (see `tab.h2o_attention`).
     block: tokens per step of "streaming"; by default ⌈N/4⌉ and at most 64, so that short sequences
         (64 tokens of an image) meet the cache too: one block of N tokens would be full attention.
+
+    Raises ValueError: a ratio outside of (0, 1], numbers that keep nothing, another mode, or a
+    block below 1.
+
+    >>> layer = build_attention("kv_compression", 32, seq_len=64, compression_ratio=0.25)
+    >>> layer(x).shape, layer.split(64)
+    (torch.Size([2, 64, 32]), (8, 8))
     """
 
     title, colour, stacking = "KV Compression", 7, True

@@ -17,6 +17,12 @@ class LinearAttention(HeadsAttention):
 
     feature_map "learned": φ(x) = elu(W x) + 1 with W (kernel_size, D) trained, one for q and k;
     kernel_size is only used there. Or "elu1", "relu", "softmax".
+
+    Raises ValueError: another feature map, or a kernel_size below 1.
+
+    >>> layer = build_attention("linear", 32, seq_len=64, feature_map="elu1")
+    >>> layer(x).shape, layer.attention_matrix(x).shape
+    (torch.Size([2, 64, 32]), torch.Size([2, 4, 64, 64]))
     """
 
     title, colour, stacking = "Linear", 2, True

@@ -21,6 +21,13 @@ class LinformerAttention(HeadsAttention):
     k: rows that K and V are projected to; by default a quarter of max_seq_len, at least 1.
     max_seq_len: N_max, by default seq_len; fewer tokens use the first rows.
     share_kv: F = E. share_heads: one E (and F) for all heads, else one each.
+
+    Raises ValueError: k outside of 1 … max_seq_len, max_seq_len below seq_len, or more tokens than
+    that in `forward`.
+
+    >>> layer = build_attention("linformer", 32, seq_len=64, k=8)
+    >>> layer(x).shape, layer.E.shape
+    (torch.Size([2, 64, 32]), torch.Size([1, 64, 8]))
     """
 
     title, colour = "Linformer", 4
@@ -51,7 +58,7 @@ class LinformerAttention(HeadsAttention):
                 f"k={k}: Linformer projects max_seq_len={longest} tokens to 1 ≤ k ≤ {longest} "
                 f"rows; nearest choice: k={min(max(k, 1), longest)}"
             )
-        self.max_seq_len = longest
+        self.k, self.max_seq_len = k, longest
         self.E = nn.Parameter(torch.empty(1 if share_heads else num_heads, longest, k))
         self.F = None if share_kv else nn.Parameter(torch.empty_like(self.E))
         for p in (self.E, self.F):

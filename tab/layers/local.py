@@ -35,6 +35,13 @@ class LocalAttention(HeadsAttention):
     window_size w: the token itself and w // 2 tokens to either side.
     two_dimensional: the window is a square of cells of the grid (Ramachandran et al. 2019). Off by
     default: the tokens are a line in raster order, which is the published configuration.
+
+    Raises ValueError: a negative window_size, or two_dimensional without a grid.
+
+    >>> options = {"window_size": 3, "two_dimensional": True}
+    >>> layer = build_attention("local", 32, seq_len=64, grid=(8, 8), **options)
+    >>> (layer.attention_matrix(x)[0, 0, 0] > 0).sum()  # the corner sees 2 × 2 cells
+    tensor(4)
     """
 
     title, colour, stacking = "Local", 6, True

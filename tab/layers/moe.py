@@ -18,11 +18,12 @@ from ..ops._autograd import exporting
 from ..ops._check import accumulate, full_precision
 from ..ops.moe import moe_experts
 from ..ops.router import expert_counts, noaux_tc_gate
+from ._repr import Shown
 from ._stacking import Products, stacks
 from ._state import Stateful, over_ranks, recomputing
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Shown):
     """W2(silu(W1 x) ∘ W3 x) (Shazeer 2020), the shared expert."""
 
     stacking = True
@@ -37,7 +38,7 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
-class MoE(Stateful):
+class MoE(Shown, Stateful):
     """One shared expert and top_k of num_experts routed ones, x (B, N, C) -> (B, N, C).
 
     expert_dim: the width F of each expert, dim // 2 when None: with one shared and two routed
@@ -79,7 +80,7 @@ class MoE(Stateful):
             "topk_group": topk_group,
             "route_scale": route_scale,
         }
-        self.balance_alpha, self.bias_speed = balance_alpha, bias_speed
+        self.expert_dim, self.balance_alpha, self.bias_speed = width, balance_alpha, bias_speed
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.shared = SwiGLU(dim, width)
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * width, dim))

@@ -27,6 +27,12 @@ class PerformerAttention(Stateful, HeadsAttention):
     redraw_interval: a new W every so many optimizer steps (never in eval); 0 keeps the first.
     W is a function of (seed, number of redraws); both, and the steps, are buffers, so a resumed
     run draws what an unbroken one would have drawn, and all ranks have the first one's.
+
+    Raises ValueError: another kernel, num_features below 1, or a negative redraw_interval.
+
+    >>> layer = build_attention("performer", 32, seq_len=64, num_features=16, redraw_interval=100)
+    >>> layer(x).shape, layer.projection.shape
+    (torch.Size([2, 64, 32]), torch.Size([16, 8]))
     """
 
     title, colour = "Performer", 3

@@ -7,12 +7,13 @@ the pairs turns with the row, the second with the column (axial; Heo et al. 2024
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops._check import accumulate
+from ._repr import Shown
 
 
-class Rope(nn.Module):
+class Rope(Shown):
     """Rotates x (…, N, D) by its position, N ≤ seq_len. D is even, on a grid a multiple of 4.
 
     The tables are float32, or float64 after `double()`; never rounded to a half type, and made

@@ -29,6 +29,12 @@ class SparseAttention(HeadsAttention):
     With few blocks nothing is left out: 64 tokens in blocks of 32, the published configuration, are
     two global blocks, and the layer is multi-head attention; so it is when a block is longer than
     the sequence.
+
+    Raises ValueError: what `tab.BlockPattern.bigbird` does not take, such as an even window.
+
+    >>> layer = build_attention("sparse", 32, seq_len=64, block_size=4, num_random=1)
+    >>> layer(x).shape, layer.pattern(64).density < 1
+    (torch.Size([2, 64, 32]), True)
     """
 
     title, colour = "Sparse", 5
