@@ -5,6 +5,7 @@ import torch
 from retention.op import retention, retention_bwd, retention_fwd
 
 from tab.layers import build_attention
+from tab.ops import Op, choose, no_flops
 
 H, GAMMA = 3, [0.5, 0.9, 1.0]
 LENGTHS = [1, 63, 64, 65, 200]  # around a chunk, and several
@@ -83,6 +84,16 @@ def test_errors_say_what_was_given():
         retention(*qkv(4), gamma=[0.5])
     with pytest.raises(RuntimeError, match="retention_fwd has no cpp kernel"):
         retention(*qkv(4), backend="cpp")
+
+
+def test_a_kernel_that_is_registered_later_is_found():
+    op, x = Op("twice", "(Tensor x) -> Tensor", lambda x: 2 * x, flops=no_flops), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="twice has no cpp kernel"):
+        choose("cpp", op, x)
+    op.implement("cpp", lambda x: x + x, lambda x: None if len(x) < 9 else "only 8 rows")
+    assert choose("cpp", op, x) == "cpp"
+    with pytest.raises(RuntimeError, match="only 8 rows"):
+        choose("cpp", op, torch.ones(9, 3))
 
 
 def test_the_layer_keeps_the_rule_for_masks():

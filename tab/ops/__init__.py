@@ -2,7 +2,7 @@
 
 from . import batches
 from ._check import accumulate, check_key_mask, check_qkv, token_major
-from ._op import BACKENDS, OPS, Op, choose, load_kernels, use_backend
+from ._op import BACKENDS, OPS, Op, choose, load_kernels, no_flops, use_backend
 from .h2o import h2o_attention
 from .h2o_cache import H2OCache
 from .linear import linear_attention
@@ -37,6 +37,7 @@ __all__ = [
     "mla_attention",
     "mla_decode",
     "moe_experts",
+    "no_flops",
     "noaux_tc_gate",
     "orthogonal_projection",
     "performer_attention",

@@ -116,6 +116,8 @@ class Op:
             self.takes[backend] = takes
         namespace = "tab_cuda" if backend == "cuda" else "tab"
         torch.library.impl(f"{namespace}::{self.name}", _DEVICE[backend].upper(), run)
+        if _loaded:
+            self.find_kernels()
 
     def differentiable(self, gradients: Callable, by: Op, constant: int = 0) -> None:
         """Gives the op its gradients, on its Autograd key and in `apply`.
@@ -148,7 +150,8 @@ class Op:
 
     def find_kernels(self) -> None:
         """Notes which backends have a kernel: once, for torch.compile cannot trace what the
-        dispatcher answers. An op from outside that loads a library of kernels calls it again."""
+        dispatcher answers. An op from outside that loads its own library of C++ kernels calls it
+        again."""
         self.reasons = {backend: _why_not(self.name, backend) for backend in BACKENDS}
 
     def why_not(self, backend: str) -> str | None:
