@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import checkpoint
+from .. import files
 from ..data.batches import Batches
 from ..data.load import Dataset, Split
 from ..data.splits import splits
-from ..files import check, read_json, reading, write_json
+from ..formats import check, read_json, reading, write_json
 from ..train.loop import load_trained, model_of
 from ..train.run_files import read_run_file
 from .attacks import ALPHA, EPSILON, LARGE, STEPS, attacked
@@ -98,7 +98,7 @@ def measure(
     sections = [(s, {**of, "model": model_is}, f) for s, of, f in _sections(dataset, options)]
     if not _missing(read(run), sections):
         return read(run)
-    with checkpoint.locked(run):
+    with files.locked(run):
         model, config = load_trained(run, device)
         model.requires_grad_(False)  # attacks want gradients of images alone
         test = splits(config, dataset, torch.device(device))[2]
@@ -127,10 +127,10 @@ def differing(settings: dict, other: dict) -> list[str]:
 
 def weights_of(run: Path) -> str:
     """The sum of a finished run's weights."""
-    return checkpoint.digest(model_of(run))
+    return files.digest(model_of(run))
 
 
-official_sum = functools.cache(checkpoint.digest)  # of two gigabytes, in one process once
+official_sum = functools.cache(files.digest)  # of two gigabytes, in one process once
 
 
 def read(run: Path) -> dict:
@@ -161,8 +161,8 @@ def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:
         check_cifar10c(options.cifar10c, dataset)
         folder = options.cifar10c
         for name in OFFICIAL:
-            files = {"files": official_sum(folder / f"{name}.npy", folder / "labels.npy")}
-            yield f"cifar10c/{name}", files, partial(_severities, partial(cifar10c, folder, name))
+            made_of = {"files": official_sum(folder / f"{name}.npy", folder / "labels.npy")}
+            yield f"cifar10c/{name}", made_of, partial(_severities, partial(cifar10c, folder, name))
     else:
         for kind, (_, levels) in OWN.items():
             made = partial(_own, dataset.test, kind)
@@ -171,8 +171,8 @@ def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:
     if options.cifar101:
         version, split = cifar101(options.cifar101, dataset)
         parts = (f"cifar10.1_{version}_{part}.npy" for part in ("data", "labels"))
-        files = {"files": official_sum(*(options.cifar101 / part for part in parts))}
-        yield "cifar10.1", {"version": version, **files}, partial(_on, split)
+        made_of = {"files": official_sum(*(options.cifar101 / part for part in parts))}
+        yield "cifar10.1", {"version": version, **made_of}, partial(_on, split)
 
 
 def _own(test: Split, kind: str, severity: int) -> Split:

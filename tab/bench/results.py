@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from .. import __version__
-from ..files import check, read_json, reading, write_json
+from ..formats import check, read_json, reading, write_json
 from .peak_memory import growth, tokens
 from .roofline import Roofline
 from .rows import DIRECTIONS, Row, percentiles, row_speedup

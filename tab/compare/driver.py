@@ -11,9 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from .. import checkpoint
 from ..data.load import Dataset, share
-from ..files import write_text
+from ..files import locked, write_text
 from ..run_config import RunConfig
 from ..tasks.tasks import Executor, InProcess, Shared, Task, run_tasks
 from ..train.facts import DISK, made_with, noted
@@ -61,7 +60,7 @@ def compare(
     watcher, plan = watcher or Watcher(), plan.for_classes(Grid.load(out).classes)
     watcher.start(len(plan.configs()), plan.recipe.tables["train"]["epochs"])
     shared = share(dataset, plan.grid.data)
-    with checkpoint.locked(out), noted(out):
+    with locked(out), noted(out):
         books, old, new = _Books(out, plan.grid), [], []
         for cells in plan.grid.groups():
             ended = all(books.runs[cell].status in ("done", "diverged") for cell in cells)

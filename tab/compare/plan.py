@@ -15,18 +15,10 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
 from ..data.load import Dataset
 from ..data.splits import splits
-from ..files import (
-    begun,
-    check,
-    read_toml,
-    reading,
-    toml,
-    write_json,
-    write_toml,
-)
+from ..files import begun, locked
+from ..formats import check, read_toml, reading, toml, write_json, write_toml
 from ..layers import get_attention
 from ..recipe.recipe import Recipe, load_recipe
 from ..run_config import RunConfig
@@ -120,7 +112,7 @@ class Plan:
     def moved(self, out: Path, dataset: Dataset) -> None:
         """Keeps where the data of the comparison in `out` is now; a ValueError if it is other."""
         made_with(out, dataset)
-        with checkpoint.locked(out):
+        with locked(out):
             write_toml(out / "config.toml", self.table())
 
     @classmethod

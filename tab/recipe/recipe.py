@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checks import check_keys, check_option, check_type
-from ..files import read_toml, toml
+from ..formats import read_toml, toml
 from ..layers import attention_names, attention_options, layer_names, option_types
 from ..run_config import MODELS, SECTIONS, RunConfig, model_class, options
 from .published import published_attentions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
+from .. import files
 from ..analysis.robustness import measure, weights_of
 from ..analysis.same_function import identity
 from ..compare.plan import Grid
@@ -84,7 +84,7 @@ def write_report(
     if trials:
         sections.append(sweep_section(trials, told(sweep)))
     path = out / "report.md"
-    checkpoint.write_bytes(path, markdown.report(runs, facts, grid, shown, sections).encode())
+    files.write(path, markdown.report(runs, facts, grid, shown, sections).encode())
     ranked = {model: ranking(runs, model) for model in grid.models}
     groups = [Group("Charts", NOTE, charts(runs, curves, _part(curves), found))] if curves else []
     if pairs := beside(runs) if grid.recipe == "published" else {}:
@@ -95,7 +95,7 @@ def write_report(
     names = looks([*grid.attentions, *(attention for _, attention in trials)])
     words = markdown.report(runs, facts, grid, {}, sections)
     text = html(words, ranked, names, groups, embedded, bench)
-    checkpoint.write_bytes(out / "report.html", text.encode())
+    files.write(out / "report.html", text.encode())
     return path
 
 

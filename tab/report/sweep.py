@@ -11,7 +11,7 @@ from typing import TypedDict
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from ..files import read_toml
+from ..formats import read_toml
 from ..sweep.trials import WAY_OUT, Pair, RungTrial, winner_of
 from .chart_data import Group
 from .style import figure, look

@@ -25,9 +25,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .. import checkpoint
 from ..data.load import Dataset, share
-from ..files import shown, write_text, write_toml
+from ..files import locked, shown, write_text
+from ..formats import write_toml
 from ..recipe.recipe import Recipe
 from ..run_config import RunConfig
 from ..tasks.tasks import Executor, Shared, Task, run_tasks
@@ -70,7 +70,7 @@ def sweep(
     """
     made_with(out, dataset)
     plan = replace(plan, classes=SweepPlan.load(out).classes)
-    with checkpoint.locked(out), records(plan, out, mine=True) as found:
+    with locked(out), records(plan, out, mine=True) as found:
         for record in found.values():
             record.recover()
         driver = _Driver(plan, out, found, share(dataset, plan.data), watcher, executor)

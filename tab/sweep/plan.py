@@ -9,10 +9,10 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from ..checkpoint import locked
 from ..data.load import Dataset
 from ..data.splits import splits
-from ..files import begun, read_toml, reading, shown, toml, write_json, write_toml
+from ..files import begun, locked, shown
+from ..formats import read_toml, reading, toml, write_json, write_toml
 from ..layers import get_attention
 from ..recipe.recipe import Recipe, load_recipe
 from ..run_config import RunConfig

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import reading
+from ..formats import reading
 
 try:
     import optuna

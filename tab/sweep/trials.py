@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import reading, write_text
+from ..files import write_text
+from ..formats import reading
 from .halving import winner
 
 COLUMNS = ("model", "attention", "configuration", "rung", "epochs", "status", "validation_accuracy")

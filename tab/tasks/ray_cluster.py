@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 
-from .. import checkpoint
+from ..files import LOCK, PART, write
 from .processes import cores
 from .tasks import ATTEMPTS, Done, OnEvent, Shared, T, Task, attempt, died, log, portable
 
@@ -160,7 +160,7 @@ class _Message:
         for name, content in self.files.items():
             path = task.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_bytes(path, content)
+            write(path, content)
         for name in _Files(task).names() - self.names:
             (task.folder / name).unlink()
 
@@ -177,7 +177,7 @@ class _Files:
             path.relative_to(self.folder).as_posix()
             for root in self.roots
             for path in root.rglob("*")
-            if path.is_file() and path.name != checkpoint.LOCK and path.suffix != checkpoint.PART
+            if path.is_file() and path.name != LOCK and path.suffix != PART
         }
 
     def changed(self) -> dict[str, bytes]:

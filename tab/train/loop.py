@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
-from ..checkpoint import Corrupt
 from ..data.load import Dataset
-from ..files import reading
+from ..files import Corrupt, locked
+from ..formats import reading
 from ..layers import get_attention
 from ..models.image_model import ImageModel, build_model
 from ..run_config import RunConfig
+from . import checkpoint
 from .run_files import RunFile, again, read_rows, read_run_file
 from .training_run import Outcome, TrainingRun, place
 from .weights import FILE, load_weights
@@ -41,7 +41,7 @@ def train(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.locked(out):
+    with locked(out):
         found = found_run(config, dataset, out, resume)
         if found and found["status"] != "running":
             return Outcome(config, read_rows(out, found), found["status"], found["summary"])

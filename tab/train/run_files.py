@@ -6,8 +6,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, NotRequired, TypedDict
 
-from ..checkpoint import Corrupt
-from ..files import read_json, read_lines, reading
+from ..files import Corrupt
+from ..formats import read_json, read_lines, reading
 from .facts import DataFacts, Machine
 
 

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checkpoint
+from .. import files
 from ..data.load import Dataset
 from ..data.splits import splits
-from ..files import reading
+from ..formats import reading
 from ..models.stacked import SeedModel, stack
 from ..run_config import RunConfig, Train
+from . import checkpoint
 from .loop import found_run
 from .run_files import read_rows
 from .steps import Batch, Steps
@@ -57,7 +58,7 @@ def train_seeds(
     with contextlib.ExitStack() as stay:
         for out in outs:
             out.mkdir(parents=True, exist_ok=True)
-            stay.enter_context(checkpoint.locked(out))
+            stay.enter_context(files.locked(out))
         pairs = list(zip(configs, outs, strict=True))
         found = [found_run(c, dataset, out, resume, together) for c, out in pairs]
         ended = {
@@ -136,7 +137,7 @@ def _restore(runs: dict[int, TrainingRun], path: Path) -> None:
     with reading(path, "remove it, and these runs start again from their first epoch"):
         try:
             states = checkpoint.load(path, next(iter(runs.values())).device)
-        except checkpoint.Corrupt as error:
+        except files.Corrupt as error:
             warnings.warn(f"{error}; these runs start again from their first epoch", stacklevel=4)
             return
         for run in runs.values():

@@ -22,15 +22,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import checkpoint
+from .. import files
 from ..data.batches import Batches
 from ..data.load import Dataset
 from ..data.splits import splits
-from ..files import reading, write_json, write_text
+from ..files import write_text
+from ..formats import reading, write_json
 from ..machine import environment, keep_freed_memory, peak_memory
 from ..models.flops import forward_flops
 from ..models.image_model import build_model, parameter_count
 from ..run_config import RunConfig, Train
+from . import checkpoint
 from .steps import Steps
 from .weights import FILE, save_weights
 
@@ -170,7 +172,7 @@ class TrainingRun:
             predicted=self.steps.predict(self.test.epoch(0)).numpy().astype(kind),
             label=self.test.labels.cpu().numpy().astype(kind),
         )
-        checkpoint.write_bytes(self.out / ANSWERS, file.getvalue())
+        files.write(self.out / ANSWERS, file.getvalue())
 
     def restore(self) -> None:
         """Back to the last complete epoch; to the start if there is none, or it is damaged."""
@@ -181,7 +183,7 @@ class TrainingRun:
         with reading(path, way_out):
             try:
                 state = checkpoint.load(path, self.device)
-            except checkpoint.Corrupt as error:
+            except files.Corrupt as error:
                 warnings.warn(f"{error}; this run starts again from its first epoch", stacklevel=3)
                 return
             self.load(state)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import write_bytes
-from ..files import check, reading
+from ..files import write
+from ..formats import check, reading
 
 FILE = "model.safetensors"
 Weights = dict[str, Tensor]
@@ -45,7 +45,7 @@ def save_weights(path: Path, weights: Weights, about: dict) -> None:
     about = {"tab": __version__, **about}
     about["sha256"] = _digest(about, weights)
     # In one entry, as the order of several is not the same from one time to the next.
-    write_bytes(path, safetensors.torch.save(weights, {"tab": json.dumps(about)}))
+    write(path, safetensors.torch.save(weights, {"tab": json.dumps(about)}))
 
 
 def load_weights(path: Path, way_out: str) -> tuple[Weights, About]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tab import checkpoint
+from tab import files
 from tab.compare.columns import MEASURED, NAMES, RESULTS, SUMMARY
 from tab.compare.driver import Watcher, compare
 from tab.compare.plan import Grid, Plan
@@ -199,7 +199,7 @@ def test_a_directory_in_use_or_of_something_else_is_refused(unbroken, dataset, t
 
 
 def test_two_processes_do_not_share_a_directory(unbroken, dataset):
-    with checkpoint.locked(unbroken), pytest.raises(ValueError, match="in use"):
+    with files.locked(unbroken), pytest.raises(ValueError, match="in use"):
         compare(plan(), dataset, unbroken)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from paths import ROOT
 
 FLOORS = (
-    ("checkpoint", "checks", "machine", "ops", "statistics", "web"),
-    ("files", "kernels", "layers", "run_config", "tasks"),
+    ("checks", "files", "machine", "ops", "statistics", "web"),
+    ("formats", "kernels", "layers", "run_config", "tasks"),
     ("data", "doctor", "models"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),

@@ -11,7 +11,6 @@ from paths import ROOT
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from tab import checkpoint
 from tab.compare.driver import compare
 from tab.compare.plan import Grid, Plan
 from tab.compare.runs import Run
@@ -23,6 +22,7 @@ from tab.recipe.published import EPOCHS, curves, published_attentions
 from tab.recipe.recipe import load_recipe
 from tab.recipe.size_matching import parameters_of
 from tab.report.published import beside, published_charts, published_picture, published_section
+from tab.train import checkpoint
 from tab.train.loop import train
 from tab.train.steps import Steps
 

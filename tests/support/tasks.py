@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tab import checkpoint
+from tab import files
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def count(steps: int, *, folder: Path, emit) -> int:
     """Counts in its folder, and goes on from there."""
     path = folder / "count"
     while (done := int(path.read_text()) if path.exists() else 0) < steps:
-        checkpoint.write_bytes(path, str(done + 1).encode())
+        files.write(path, str(done + 1).encode())
         emit(done + 1)
     return done
 

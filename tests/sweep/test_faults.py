@@ -34,7 +34,7 @@ from kill_sweep import DATA, plan, result
 from small_sweep import SELF, Count, begin, kills, read, whole
 
 import tab.sweep.driver
-from tab import checkpoint
+from tab import files
 from tab.data.load import load_dataset
 from tab.sweep.driver import records, sweep
 from tab.sweep.halving import Budget
@@ -164,7 +164,7 @@ def test_a_full_disk_stops_the_sweep_which_goes_on_with_room(done, dataset, tmp_
 
 def test_two_drivers_do_not_share_a_sweep(done, dataset):
     out, _ = done
-    with checkpoint.locked(out), pytest.raises(ValueError, match="in use by process"):
+    with files.locked(out), pytest.raises(ValueError, match="in use by process"):
         sweep(SweepPlan.load(out), dataset, out)
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from small_training import SMALL, TIMES, split
 
-from tab import checkpoint
+from tab import files
 from tab.data.load import Dataset
 from tab.layers.basic import NoAttention
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model
 from tab.ops._op import OPS
 from tab.recipe.recipe import load_recipe
+from tab.train import checkpoint
 from tab.train.loop import load_trained, train
 from tab.train.training_run import ANSWERS, ROW
 
@@ -135,7 +136,7 @@ def test_a_damaged_checkpoint_starts_the_run_again(damage, dataset, tmp_path):
     raw[len(raw) // 2] ^= 1
     cut = {"truncate": raw[: len(raw) // 2], "flip": raw, "empty": b""}[damage]
     path.write_bytes(cut)
-    with pytest.raises(checkpoint.Corrupt, match="truncated or altered"):
+    with pytest.raises(files.Corrupt, match="truncated or altered"):
         checkpoint.load(path)
     with pytest.warns(UserWarning, match="starts again"):
         outcome = train(config, dataset, tmp_path / "run", resume=True)
@@ -163,7 +164,7 @@ def test_a_directory_holds_one_run(dataset, tmp_path):
     other = dataclasses.replace(dataset, name="other", fingerprint="4567")
     with pytest.raises(ValueError, match=r"trained on tiny \(0123\), not on other \(4567\)"):
         train(config_of(), other, tmp_path, resume=True)
-    with checkpoint.locked(tmp_path), pytest.raises(ValueError, match="in use by process"):
+    with files.locked(tmp_path), pytest.raises(ValueError, match="in use by process"):
         train(config_of(), dataset, tmp_path, resume=True)
     with pytest.raises(ValueError, match="is running"):
         load_trained(tmp_path)

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tab
-from tab import checkpoint
-from tab.checkpoint import Corrupt
 from tab.data.load import load_dataset
+from tab.files import Corrupt
 from tab.recipe.recipe import load_recipe
+from tab.train import checkpoint
 from tab.train.loop import load_trained, train
 from tab.train.training_run import ANSWERS
 
