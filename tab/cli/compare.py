@@ -22,6 +22,25 @@ def command(
         int | None,
         typer.Option(min=1, metavar="N", help="Number of runs of each variant; by default 1."),
     ] = None,
+    control_seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of runs of the control, to which every row is compared: √k times --seeds "
+            "for k rows is best; by default --seeds.",
+        ),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Number of configurations (learning rate, weight decay, rate of the gates) that "
+            "are tried for every row, the same for all, before the comparison; 0 (the default) "
+            "trains every row as the recipe says.",
+        ),
+    ] = None,
     recipe: options.RecipeName = None,
     data: options.Data = None,
     epochs: options.Epochs = None,
@@ -48,6 +67,7 @@ def command(
         summary_writer()
     given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
     given |= {"device": device, "batch_seeds": batch_seeds}
+    given |= {"control_seeds": control_seeds, "tune": tune}
     given = {key: value for key, value in given.items() if value is not None}
     if resume and out:
         raise ValueError("--resume continues in its own directory: drop --out")
@@ -71,6 +91,8 @@ def command(
     say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
     again = f"tab compare --resume {shlex.quote(str(out))}{' --tensorboard' * tensorboard}"
     with or_resume(again):
+        if plan.grid.tune:
+            plan = _tuned(plan, dataset, out, executor)
         with _watcher() as watcher:
             if tensorboard:
                 watcher = Board(out / "tensorboard", watcher)
@@ -98,13 +120,27 @@ def _grid(given: dict, recipe, ray: str | None):
         data=place_of(given.get("data", "cifar10")),
         device=device_of(given.get("device"), ray=ray),
         batch_seeds=given.get("batch_seeds", 1),
+        control_seeds=given.get("control_seeds", 0),
+        tune=given.get("tune", 0),
     )
+
+
+def _tuned(plan, dataset, out: Path, executor):
+    """The comparison with the configuration that won for each row."""
+    from ..study.tuned import FOLDER, sweep_of, tuned
+    from . import sweep
+
+    search = sweep_of(plan, dataset)
+    say(f"{out / FOLDER}: {sweep.what(search)}")
+    with sweep.watching(search) as watcher:
+        return tuned(plan, dataset, out, watcher=watcher, executor=executor)
 
 
 def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, ray: str | None):
     """The stored plan; an option that says otherwise is an error that names both values. The data
     may lie elsewhere now: whether it is the same is seen when it has been read."""
     from ..compare.plan import Plan
+    from ..study.tuned import FOLDER, begun_with
 
     plan = Plan.load(resume)
     was = vars(plan.grid)
@@ -118,8 +154,11 @@ def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, ray: 
     if recipe and Path(recipe).stem != plan.recipe.name:
         differ.append(f"--recipe: was {plan.recipe.name!r}, now {recipe!r}")
     elif recipe or any(changes.values()):
-        other = read_recipe(recipe or str((resume / "config.toml").resolve()), **changes)
-        if dataclasses.replace(other, name=plan.recipe.name) != plan.recipe:
+        was = begun_with(resume, plan)
+        stored = resume / FOLDER / "recipe.toml"
+        stored = stored if stored.exists() else resume / "config.toml"
+        other = read_recipe(recipe or str(stored.resolve()), **changes)
+        if dataclasses.replace(other, name=was.name) != was:
             differ.append("--recipe, --epochs, --set or --compile: the recipe is then another one")
     if differ:
         raise ValueError(

@@ -127,8 +127,8 @@ def command(
         plan.moved(out, dataset)
     if not resume:
         out = plan.save(out or now("results", prefix="sweep_"), dataset, new=out is None)
-    say(f"{out}: {_what(plan)} on {dataset.note}")
-    with or_resume(f"tab sweep --resume {shlex.quote(str(out))}"), _watcher(plan) as watcher:
+    say(f"{out}: {what(plan)} on {dataset.note}")
+    with or_resume(f"tab sweep --resume {shlex.quote(str(out))}"), watching(plan) as watcher:
         best = sweep(plan, dataset, out, watcher=watcher, executor=where)
     _show(plan, out)
     if lost := ["-".join(pair) for pair in plan.pairs() if pair not in best]:
@@ -218,7 +218,7 @@ def _with_storage(plan, storage: str | None):
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def _what(plan) -> str:
+def what(plan) -> str:
     budget = plan.budget
     epochs = "/".join(map(str, budget.epochs))
     kind = f", {plan.brackets} brackets" if plan.brackets > 1 else ""
@@ -232,7 +232,7 @@ def _show(plan, out: Path) -> None:
     from ..report.sweep import halving_picture, importance_table, rungs_table
     from ..sweep.driver import records, write_results
 
-    rungs, heading = plan.budget.epochs, f"{out.resolve().name}: {_what(plan)}"
+    rungs, heading = plan.budget.epochs, f"{out.resolve().name}: {what(plan)}"
     with records(plan, out) as found:
         trials = write_results(out, found)
         wide().print(rungs_table(trials, rungs, heading))
@@ -243,7 +243,7 @@ def _show(plan, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _watcher(plan):
+def watching(plan):
     """A line for each configuration's rung; on a terminal a bar over the epochs of the step too."""
     from .sweep_progress import RungLines
 

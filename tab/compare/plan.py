@@ -37,17 +37,23 @@ class Grid:
     device: str
     batch_seeds: int = 1  # seeds of a variant trained at once, as one stacked model
     classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
+    tune: int = 0  # configurations tried for each model and mechanism before (tab/study/tuned.py)
+    control_seeds: int = 0  # of `none`, where it has more than the others
+
+    def seeds_of(self, attention: str) -> int:
+        return max(self.seeds, self.control_seeds) if attention == "none" else self.seeds
 
     def cells(self) -> list[tuple[str, str, int]]:
         """(model, attention, seed) in the order of work: a whole table after each seed."""
-        seeds = range(self.seeds)
-        return [(m, a, s) for s in seeds for a in self.attentions for m in self.models]
+        most = max(map(self.seeds_of, self.attentions))
+        order = [(m, a, s) for s in range(most) for a in self.attentions for m in self.models]
+        return [(m, a, s) for m, a, s in order if s < self.seeds_of(a)]
 
     def groups(self) -> list[list[tuple[str, str, int]]]:
         """The cells that are trained at once, in the order of work."""
         n = self.batch_seeds
         starts = [(m, a, s) for m, a, s in self.cells() if s % n == 0]
-        return [[(m, a, i) for i in range(s, min(s + n, self.seeds))] for m, a, s in starts]
+        return [[(m, a, i) for i in range(s, min(s + n, self.seeds_of(a)))] for m, a, s in starts]
 
     @classmethod
     def load(cls, out: Path) -> Grid:
@@ -72,6 +78,11 @@ class Plan:
         """All runs, resolved and checked, in the order of work."""
         if self.grid.seeds < 1:
             raise ValueError(f"seeds = {self.grid.seeds}: a comparison needs at least one")
+        if self.grid.tune < 0 or self.grid.control_seeds < 0:
+            raise ValueError(
+                f"tune = {self.grid.tune}, control_seeds = {self.grid.control_seeds}: give a "
+                "number from 0 on"
+            )
         if self.grid.batch_seeds < 1:
             raise ValueError(f"batch_seeds = {self.grid.batch_seeds}: 1 is one run at a time")
         for key in ("models", "attentions"):

@@ -28,6 +28,7 @@ from .robustness import robustness_section, severity_picture
 from .same_function import identity_section
 from .sweep import sweep_charts, sweep_section, told
 from .tables import ranking
+from .tuning import tuning_section
 from .weights import attention_picture, attention_weights, filters_picture
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -51,9 +52,11 @@ def write_report(
     what `tab robustness` measured beside it is shown too. bench: a folder with the JSON of
     `tab bench`, whose tables report.html then holds. sweep: the directory of a sweep, shown too.
     """
-    trials = read_trials(sweep) if sweep else {}
     facts = made_with(out, dataset)
     grid = Grid.load(out)
+    if sweep is None and grid.tune and (out / "tuning" / "trials.csv").exists():
+        sweep = out / "tuning"
+    trials = read_trials(sweep) if sweep else {}
     runs = read_runs(out, grid)
     done = [run for run in runs if run.status == "done"]
     folder = out / "pictures"
@@ -81,6 +84,8 @@ def write_report(
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     sections = _sections(out, runs, grid, dataset)
     sections.append(robustness_section(runs, found, left))
+    if grid.tune and trials:
+        sections.append(tuning_section(trials, grid))
     if trials:
         sections.append(sweep_section(trials, told(sweep)))
     path = out / "report.md"

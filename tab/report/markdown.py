@@ -11,6 +11,7 @@ from ..compare.runs import Run
 from ..statistics import LEVEL, MARGIN, SEEDS, least_images
 from .tables import Standing, markdown_table, name, ranking, statistics_table
 from .text import code, plain
+from .tuning import tuned_or_not
 
 MATCHED = 0.02  # sizes this near to the control's count as the same
 
@@ -28,6 +29,7 @@ def report(
         f"{machine(facts, runs)}, torch {facts['torch']}, "
         f"Python {facts['python']}, TAB {facts['tab']}"
         + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
+        tuned_or_not(grid),
         *origin(facts, runs),
         *(summary(model, entries) for model, entries in ranked.items()),
         *unfinished(runs),

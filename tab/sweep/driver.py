@@ -159,7 +159,7 @@ class _Driver:
                     count,
                     lambda chosen, pair=pair: possible(self.plan.config(pair, chosen)),
                     sampler=sampler,
-                    seed=seed_of(self.plan.seed, *pair, bracket.number, step),
+                    seed=seed_of(self.plan.seed, *self._whose(pair), bracket.number, step),
                     step=(bracket.number, step),
                 )
                 if not new and not self.count[pair]:
@@ -189,6 +189,10 @@ class _Driver:
                 going = {entry.configuration for other, entry in entries if other == pair}
                 for n in set(params) - going:  # large, and nothing will continue from it
                     (self.out / self._folder(pair, n) / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _whose(self, pair: Pair) -> Pair | tuple[()]:
+        """Whose draws they are; common ones are nobody's."""
+        return () if self.plan.draws == "common" else pair
 
     def _step(self, bracket: Bracket, rung: int, entries: list[tuple[Pair, Entry]]) -> None:
         """Trains what of `entries` has not ended, and tells each end."""

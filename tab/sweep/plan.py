@@ -23,6 +23,7 @@ from .space import Space, load_space, tables_of, with_chosen
 from .storage import without_password
 from .trials import Pair
 
+DRAWS = ("own", "common")
 WAY_OUT = "put a copy back, or start a new sweep"
 
 
@@ -42,6 +43,7 @@ class SweepFile(TypedDict):
     brackets: NotRequired[int]
     storage: NotRequired[str]
     classes: NotRequired[int]
+    draws: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class SweepPlan:
     brackets: int = 1
     storage: str = ""  # "": the journal file
     classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
+    draws: str = "own"  # of each pair; or "common": configuration i is one and the same for all
 
     def pairs(self) -> list[Pair]:
         return [(model, attention) for attention in self.attentions for model in self.models]
@@ -88,6 +91,14 @@ class SweepPlan:
         brackets(self.budget, self.brackets)
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler = {self.sampler!r}: choose {' or '.join(SAMPLERS)}")
+        if self.draws not in DRAWS:
+            raise ValueError(f"draws = {self.draws!r}: choose {' or '.join(DRAWS)}")
+        spaces = [self.space.axes(*pair) for pair in self.pairs()]
+        if self.draws == "common" and any(axes != spaces[0] for axes in spaces):
+            raise ValueError(
+                f"draws = 'common' needs a space that is the same for all, and {self.space.name} "
+                "is not: it names options of a model or of a mechanism"
+            )
         if self.storage:
             without_password(self.storage)  # raises what is wrong with it
 
@@ -110,6 +121,7 @@ class SweepPlan:
             name += f"-{uuid.uuid4().hex[:6]}"
         table = {"name": name, "recipe": self.recipe.name, "space": self.space.name}
         keys = ("models", "attentions", "data", "device", "seed", "sampler", "brackets", "classes")
+        keys += ("draws",)
         table |= {key: getattr(self, key) for key in keys}
         # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.
         table["storage"] = without_password(self.storage) if self.storage else ""

@@ -17,7 +17,7 @@ FLOORS = (
     ("data", "doctor", "models"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),
-    ("report",),
+    ("report", "study"),
     ("cli",),
     ("__main__",),
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from tab.layers import attention_names, attention_options
-from tab.recipe.recipe import load_recipe
+from tab.recipe.recipe import PAIR_TRAIN, load_recipe
 from tab.run_config import MODELS
 from tab.sweep.space import Range, load_space, possible, size, space_names, with_chosen
 
@@ -51,7 +51,7 @@ def test_every_option_is_one_of_its_mechanism_and_the_file_reads_back(name, tmp_
     it = load_space(name)
     for model in MODELS:
         for attention in attention_names():
-            options = set(it.axes(model, attention)) - {"lr", "hidden"}
+            options = set(it.axes(model, attention)) - {*PAIR_TRAIN, "hidden"}
             assert options <= set(attention_options(attention))
     path = tmp_path / f"{name}.toml"
     path.write_text(it.to_toml())

@@ -1,0 +1,1 @@
+"""Whole studies: what a comparison and a sweep are together."""
