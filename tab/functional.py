@@ -1,33 +1,17 @@
-"""The attention mechanisms as functions on (B, H, N, D) tensors."""
+"""The attention mechanisms as functions on (B, H, N, D) tensors: what `tab` offers, one a line."""
 
-from .ops import (
-    BlockPattern,
-    H2OCache,
-    h2o_attention,
-    linear_attention,
-    linformer_attention,
-    local_attention,
-    mla_attention,
-    mla_decode,
-    moe_experts,
-    noaux_tc_gate,
-    orthogonal_projection,
-    performer_attention,
-    sparse_attention,
-)
+from .ops import BlockPattern as BlockPattern
+from .ops import H2OCache as H2OCache
+from .ops import h2o_attention as h2o_attention
+from .ops import linear_attention as linear_attention
+from .ops import linformer_attention as linformer_attention
+from .ops import local_attention as local_attention
+from .ops import mla_attention as mla_attention
+from .ops import mla_decode as mla_decode
+from .ops import moe_experts as moe_experts
+from .ops import noaux_tc_gate as noaux_tc_gate
+from .ops import orthogonal_projection as orthogonal_projection
+from .ops import performer_attention as performer_attention
+from .ops import sparse_attention as sparse_attention
 
-__all__ = [
-    "BlockPattern",
-    "H2OCache",
-    "h2o_attention",
-    "linear_attention",
-    "linformer_attention",
-    "local_attention",
-    "mla_attention",
-    "mla_decode",
-    "moe_experts",
-    "noaux_tc_gate",
-    "orthogonal_projection",
-    "performer_attention",
-    "sparse_attention",
-]
+__all__ = [name for name in dir() if not name.startswith("_")]

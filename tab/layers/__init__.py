@@ -1,5 +1,8 @@
 """The twelve attention layers and the controls beside them. Importing this package registers them,
-in this order."""
+in this order, and after them what else lies in this folder."""
+
+import importlib
+import pkgutil
 
 from . import basic  # none, self, multi_head
 from . import linear
@@ -44,3 +47,6 @@ __all__ = [
     "register_attention",
     "stacks",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

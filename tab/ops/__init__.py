@@ -1,47 +1,29 @@
 """The operators, one a file. Importing this package defines them all and loads their kernels."""
 
-from . import batches
-from ._check import accumulate, check_key_mask, check_qkv, token_major
-from ._op import BACKENDS, OPS, Op, choose, load_kernels, no_flops, use_backend
-from .h2o import h2o_attention
-from .h2o_cache import H2OCache
-from .linear import linear_attention
-from .linformer import linformer_attention
-from .local import local_attention
-from .mla import mla_attention
-from .mla_decode import mla_decode
-from .moe import moe_experts
-from .pattern import BlockPattern
-from .performer import performer_attention
-from .projection import orthogonal_projection
-from .router import noaux_tc_gate
-from .sparse import sparse_attention
+from . import batches as batches
+from ._check import accumulate as accumulate
+from ._check import check_key_mask as check_key_mask
+from ._check import check_qkv as check_qkv
+from ._check import token_major as token_major
+from ._op import BACKENDS as BACKENDS
+from ._op import OPS as OPS
+from ._op import Op as Op
+from ._op import choose as choose
+from ._op import load_kernels
+from ._op import no_flops as no_flops
+from ._op import use_backend as use_backend
+from .h2o import h2o_attention as h2o_attention
+from .h2o_cache import H2OCache as H2OCache
+from .linear import linear_attention as linear_attention
+from .linformer import linformer_attention as linformer_attention
+from .local import local_attention as local_attention
+from .mla import mla_attention as mla_attention
+from .mla_decode import mla_decode as mla_decode
+from .moe import moe_experts as moe_experts
+from .pattern import BlockPattern as BlockPattern
+from .performer import performer_attention as performer_attention
+from .projection import orthogonal_projection as orthogonal_projection
+from .router import noaux_tc_gate as noaux_tc_gate
+from .sparse import sparse_attention as sparse_attention
 
 load_kernels()
-
-__all__ = [
-    "BACKENDS",
-    "OPS",
-    "BlockPattern",
-    "H2OCache",
-    "Op",
-    "accumulate",
-    "batches",
-    "check_key_mask",
-    "check_qkv",
-    "choose",
-    "h2o_attention",
-    "linear_attention",
-    "linformer_attention",
-    "local_attention",
-    "mla_attention",
-    "mla_decode",
-    "moe_experts",
-    "no_flops",
-    "noaux_tc_gate",
-    "orthogonal_projection",
-    "performer_attention",
-    "sparse_attention",
-    "token_major",
-    "use_backend",
-]
