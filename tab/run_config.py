@@ -1,6 +1,7 @@
 """What one run is: the options of a recipe, resolved and checked; see tab/recipe/recipes.
 
-No option has a default here: a recipe states each one, or inherits it from its `base`.
+A recipe states each option, or inherits it from its `base`. One that has a default here came later
+than others: recipes and results from before it mean the default.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 from .checks import between, check_keys, check_type, positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     epochs: int
     batch_size: int
@@ -26,9 +27,12 @@ class Train:
     amp: bool  # bfloat16 autocast, on a GPU only: CPUs often emulate it
     compile: bool  # the model through torch.compile
     graph: bool  # a step as a CUDA graph, on a GPU only
+    # what weight decay shrinks; weights: no norm, bias, gate, position or embedding
+    decay: Literal["all", "weights"] = "all"
+    gate_lr_ratio: float = 1.0  # the gates γ of residual branches learn at lr times this
 
     def __post_init__(self):
-        positive(self, "train", "epochs", "batch_size", "lr")
+        positive(self, "train", "epochs", "batch_size", "lr", "gate_lr_ratio")
         between(self, "train", "label_smoothing", 0, 0.999)
         between(self, "train", "weight_decay", 0, 1)
 
@@ -58,33 +62,52 @@ class Evaluate:
         positive(self, "evaluate", "batch_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mlp:
     hidden: int  # C, the width of a token
     forms: Literal["library", "published"]  # of each attention; see tab/layers/published.py
-    match: str  # whose size the others get, by their `hidden` (size_matching.py); "": as given
+    match: str  # whose size the others get, and by what (size_matching.py); "": as given
     tokens: int  # the Linear's outputs are split into this many tokens
-    block: Literal["replace", "residual"]  # y = A(x), or y = x + γ·A(norm(x)) with γ = 0 at first
-    position: Literal["none", "learned", "rope"]
+    # replace: y = A(x). residual: y = x + γ·A(norm(x)) with γ = 0 at first.
+    # pre_norm: a transformer block, see tab/models/transformer.py
+    block: Literal["replace", "residual", "pre_norm"]
+    # learned, sincos: a table added to the tokens; rope: q and k are rotated
+    position: Literal["none", "learned", "rope", "sincos"]
     head_layers: int  # hidden layers between the attention and the logits
+    # Of "pre_norm" alone:
+    ffn_ratio: float = 0.0  # the width of the FFN behind the attention, times C; 0: no FFN
+    layer_scale: float = 1.0  # γ, the gate of each branch, at first
+    depth: int = 1  # blocks
 
     def __post_init__(self):
-        positive(self, "model", "hidden", *(["tokens"] if self.tokens != "grid" else []))
+        positive(self, "model", "hidden", "depth", *(["tokens"] if self.tokens != "grid" else []))
         between(self, "model", "head_layers", 0, 16)
+        between(self, "model", "ffn_ratio", 0, 64)
+        between(self, "model", "layer_scale", 0, 10)
+        default = {f.name: f.default for f in dataclasses.fields(Mlp)}
+        for name in ("ffn_ratio", "layer_scale", "depth"):
+            if self.block != "pre_norm" and getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"model.{name} = {getattr(self, name)} is an option of transformer blocks, but "
+                    f'block = "{self.block}"; give block = "pre_norm", or leave it at '
+                    f"{default[name]}"
+                )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cnn(Mlp):
     tokens: int | Literal["grid"]  # "grid": one token a cell of the last feature map
     stem: Literal["pool", "stride"]  # conv-BN-ReLU-maxpool twice, or two convolutions of stride 2
     channels: int  # of the first convolution; the second has C on the grid, else twice as many
+    convolutions: int = 2  # those after the second keep the size of the last feature map
 
     def __post_init__(self):
         super().__post_init__()
         positive(self, "model", "channels")
+        between(self, "model", "convolutions", 2, 16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resnet9(Mlp):
     tokens: Literal["grid"]
     channels: int  # of the first convolution; then 2×, 4×, and C
@@ -95,7 +118,16 @@ class Resnet9(Mlp):
         positive(self, "model", "channels")
 
 
-MODELS: dict[str, type[Mlp]] = {"mlp": Mlp, "cnn": Cnn, "resnet9": Resnet9}
+@dataclass(frozen=True, kw_only=True)
+class Vit(Mlp):
+    tokens: Literal["grid"]
+    patch: Literal[1, 2, 4, 8]  # rows and columns of pixels that are one token
+    # What the head reads: the mean over the tokens, or one more token in front of them. With that,
+    # the tokens are a line and not a grid.
+    pool: Literal["mean", "class"]
+
+
+MODELS: dict[str, type[Mlp]] = {"mlp": Mlp, "cnn": Cnn, "resnet9": Resnet9, "vit": Vit}
 SECTIONS = {"train": Train, "data": Data, "evaluate": Evaluate}
 
 
@@ -142,6 +174,17 @@ def model_class(name: str) -> type[Mlp]:
 
 def options(kind: type, where: str, given: dict):
     """`kind(**given)` after checking names, types and completeness."""
-    hints = typing.get_type_hints(kind)
+    hints, given = typing.get_type_hints(kind), {**later_options(kind), **given}
     check_keys(where, given, hints, complete=True)
     return kind(**{key: check_type(f"{where}.{key}", given[key], hints[key]) for key in hints})
+
+
+def later_options(kind: type) -> dict[str, object]:
+    """What recipes and results mean that are older than these options."""
+    fields = dataclasses.fields(kind)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
+def as_known_now(config: dict) -> dict:
+    """`config`, as a run's file has it, with the options that came later."""
+    return RunConfig.from_dict(config).to_dict()

@@ -158,7 +158,10 @@ def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, ray: 
         stored = resume / FOLDER / "recipe.toml"
         stored = stored if stored.exists() else resume / "config.toml"
         other = read_recipe(recipe or str(stored.resolve()), **changes)
-        if dataclasses.replace(other, name=was.name) != was:
+        other = dataclasses.replace(other, name=was.name)
+        # By its runs: a recipe has since got models and options that this comparison has none of.
+        runs, others = (dataclasses.replace(plan, recipe=x).configs() for x in (was, other))
+        if runs != others:
             differ.append("--recipe, --epochs, --set or --compile: the recipe is then another one")
     if differ:
         raise ValueError(

@@ -33,6 +33,7 @@ def command(
 ) -> None:
     """Train one model with one attention."""
     from ..files import fresh
+    from ..run_config import as_known_now
     from ..train.loop import train
     from ..train.run_files import read_run_file
     from .progress import accuracies
@@ -51,7 +52,7 @@ def command(
     dataset = load_data(data or "cifar10")
     config = found.run_config(model, attention, seed, classes=len(dataset.classes))
     # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
-    if resume and (read_run_file(out) or {}).get("config") == for_ten.to_dict():
+    if resume and (was := read_run_file(out)) and as_known_now(was["config"]) == for_ten.to_dict():
         config = for_ten
     out = out or fresh(now("runs", suffix=f"_{config.id}"))
     say(f"{out}: {config.id} on {dataset.note}")

@@ -83,7 +83,12 @@ SUMMARY = [
     ),
     Column("parameters", title="Parameters", unit="count", over="any"),
     Column("attention_parameters"),
+    Column("block_parameters", title="In blocks", unit="count", over="any", terminal=False),
     Column("flops", title="FLOPs/image", unit="count", over="any", terminal=False),
+    # How far the residual branches got: ‖branch‖/‖stream‖ and the mean |γ| (tab/models/parts.py).
+    Column("branch_share", title="Branch share", unit="percent", terminal=False),
+    Column("branch_gate"),
+    Column("ffn_share", title="FFN share", unit="percent", terminal=False),
     Column(
         "peak_memory_bytes",
         title="Peak memory",

@@ -40,6 +40,7 @@ class Attention(Shown):
     (tab/layers/_stacking.py). These three are a class's own: a subclass does not inherit them.
     is_attention: False for a control (tab/layers/controls.py): no token weighs the others by what
     they hold. The statistics compare attentions with the best of these too.
+    mixes_tokens: False where no output depends on another token's input.
     fine_size: the name of an option, a whole number ≥ 1, with which the layer grows in finer steps
     than with `dim`; recipes that match widths choose it (tab/recipe/size_matching.py).
     size_options: names of options, whole numbers ≥ 1, with which it grows while `dim` stays;
@@ -52,6 +53,7 @@ class Attention(Shown):
     colour: int | None = None
     stacking: bool | str | type[nn.Module] = NOT_SAID
     is_attention: bool = True
+    mixes_tokens: bool = True
     fine_size: str = ""
     size_options: tuple[str, ...] = ()
     reads_stream: bool = False

@@ -18,7 +18,8 @@ class NoAttention(Attention):
     True
     """
 
-    is_attention, title, stacking = False, "Control", True
+    is_attention, mixes_tokens = False, False
+    title, stacking = "Control", True
 
     def __init__(self, dim: int, *, seq_len: int, grid: tuple[int, int] | None = None):
         super().__init__()

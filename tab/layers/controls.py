@@ -54,8 +54,8 @@ class FeedForward(Attention):
     width: of the hidden layer, 2·dim by default: as many weights as multi-head attention has.
     """
 
-    is_attention, size_options = False, ("width",)
-    title, stacking = "Token-wise FFN", True
+    is_attention, mixes_tokens = False, False
+    size_options, title, stacking = ("width",), "Token-wise FFN", True
 
     def __init__(
         self,
@@ -162,8 +162,9 @@ class LearnedMix(_MatrixMix):
     """y_i = W_o · Σ_j M_ij W_v x_j with learned M, one for each head: a linear, static MLP-Mixer
     (Tolstikhin et al. 2021).
 
-    rank: M = A·B with A (N, rank), B (rank, N); 0: M is free. Long sequences need it, as N² weights
-    of a free M are more than a whole block has.
+    rank: M = A·B with A (N, rank), B (rank, N); 0: M is free. Long sequences need a rank, as a free
+    M has more weights than a whole block. None: free where that takes at most 2·dim² weights in
+    all, half of what multi-head attention has; else the largest rank that does, at least 1.
     """
 
     title = "Learned mix"
@@ -175,10 +176,13 @@ class LearnedMix(_MatrixMix):
         seq_len: int,
         grid: tuple[int, int] | None = None,
         num_heads: int = 4,
-        rank: int = 0,
+        rank: int | None = None,
         inner_dim: int | None = None,
     ):
         super().__init__(dim, seq_len, num_heads, inner_dim)
+        if rank is None:
+            free = num_heads * seq_len**2 <= 2 * dim**2 or seq_len == 1
+            rank = 0 if free else min(max(1, dim**2 // (num_heads * seq_len)), seq_len - 1)
         if not 0 <= rank < seq_len:
             raise ValueError(
                 f"mixer: rank={rank}: 0 for a free matrix, or 1 to {seq_len - 1} for {seq_len} "

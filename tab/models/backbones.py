@@ -1,52 +1,77 @@
 """What makes tokens (B, N, C) of images x (B, 3, 32, 32). Each backbone has:
 
-grid(options)  (rows, cols) if its tokens are the cells of a feature map, else None
-pool           how the head then makes one vector of them
-filters()      the first layer's weights as pictures, (F, 3, rows, cols)
+grid(options)    (rows, cols) if its tokens are the cells of a feature map, else None
+tokens(options)  their number N
+pool(options)    how the head makes one vector of them
+filters()        the first layer's weights as pictures, (F, 3, rows, cols)
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from ..run_config import Cnn, Mlp, Resnet9
+from ..run_config import Cnn, Mlp, Resnet9, Vit
 
 IMAGE = 32  # rows and columns
 CELLS = (IMAGE // 4, IMAGE // 4)  # of the CNN's last feature map
 
 
-class MlpBackbone(nn.Module):
+class Backbone(nn.Module):
+    """Where the tokens are no grid, the recipe says how many there are; the head takes them side by
+    side."""
+
+    undecayed: tuple[str, ...] = ()  # parameters that weight decay leaves alone
+
+    @classmethod
+    def grid(cls, options: Mlp) -> tuple[int, int] | None:
+        return None
+
+    @classmethod
+    def cells(cls, options: Mlp) -> tuple[int, int] | None:
+        """The grid that fixed positions are of, also where other tokens stand in front of it."""
+        return cls.grid(options)
+
+    @classmethod
+    def tokens(cls, options: Mlp) -> int:
+        grid = cls.grid(options)
+        return grid[0] * grid[1] if grid else options.tokens
+
+    @classmethod
+    def pool(cls, options: Mlp) -> str:
+        return "mean" if cls.grid(options) else "flatten"
+
+    def filters(self) -> Tensor:
+        raise NotImplementedError
+
+
+class MlpBackbone(Backbone):
     """Linear(3072 → N·C), ReLU. Pixels are flattened as 32×32×3, the order in memory."""
 
     stacking = True  # tab/layers/_stacking.py
 
-    @staticmethod
-    def grid(options: Mlp) -> None:
-        return None
-
     def __init__(self, options: Mlp):
         super().__init__()
-        self.tokens = options.tokens
+        self.count = options.tokens
         self.linear = nn.Linear(3 * IMAGE * IMAGE, options.tokens * options.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.permute(0, 2, 3, 1).flatten(1)  # (B, 3072)
-        return self.linear(flat).relu().unflatten(1, (self.tokens, -1))
+        return self.linear(flat).relu().unflatten(1, (self.count, -1))
 
     def filters(self) -> Tensor:
         return self.linear.weight.unflatten(1, (IMAGE, IMAGE, 3)).permute(0, 3, 1, 2)
 
 
-class CnnBackbone(nn.Module):
-    """Two convolutions to 8×8 cells; the cells are the tokens, or flatten → Linear → N tokens."""
+class CnnBackbone(Backbone):
+    """Two convolutions to 8×8 cells, and as many more there as the recipe says; the cells are the
+    tokens, or flatten → Linear → N tokens."""
 
     stacking = True  # tab/layers/_stacking.py
     folded = "convolutions"  # run on several seeds beside each other in the channels
 
-    pool = "mean"
-
-    @staticmethod
-    def grid(options: Cnn) -> tuple[int, int] | None:
+    @classmethod
+    def grid(cls, options: Cnn) -> tuple[int, int] | None:
         return CELLS if options.tokens == "grid" else None
 
     def __init__(self, options: Cnn):
@@ -56,7 +81,9 @@ class CnnBackbone(nn.Module):
         self.convolutions = nn.Sequential(
             *_conv(3, first, options.stem), *_conv(first, last, options.stem)
         )
-        self.tokens, self.linear = options.tokens, None
+        for _ in range(options.convolutions - 2):
+            self.convolutions.extend(_conv(last, last, "keep"))
+        self.count, self.linear = options.tokens, None
         if options.tokens != "grid":
             cells = CELLS[0] * CELLS[1] * last
             self.linear = nn.Linear(cells, options.tokens * options.hidden)
@@ -65,13 +92,13 @@ class CnnBackbone(nn.Module):
         cells = self.convolutions(x).permute(0, 2, 3, 1)  # (B, 8, 8, C)
         if self.linear is None:
             return cells.flatten(1, 2)
-        return self.linear(cells.flatten(1)).unflatten(1, (self.tokens, -1))
+        return self.linear(cells.flatten(1)).unflatten(1, (self.count, -1))
 
     def filters(self) -> Tensor:
         return self.convolutions[0].weight
 
 
-class Resnet9Backbone(nn.Module):
+class Resnet9Backbone(Backbone):
     """Eight convolutions to 4×4 or 8×8 cells of width C; the head is the ninth layer.
 
     The shape of Page 2018, "How to Train Your ResNet": widths c, 2c (and a residual block), 4c,
@@ -82,11 +109,13 @@ class Resnet9Backbone(nn.Module):
     stacking = True  # tab/layers/_stacking.py
     folded = "convolutions"  # run on several seeds beside each other in the channels
 
-    pool = "max"
-
-    @staticmethod
-    def grid(options: Resnet9) -> tuple[int, int]:
+    @classmethod
+    def grid(cls, options: Resnet9) -> tuple[int, int]:
         return (options.cells, options.cells)
+
+    @classmethod
+    def pool(cls, options: Resnet9) -> str:
+        return "max"
 
     def __init__(self, options: Resnet9):
         super().__init__()
@@ -105,6 +134,52 @@ class Resnet9Backbone(nn.Module):
 
     def filters(self) -> Tensor:
         return self.convolutions[0].weight
+
+
+class VitBackbone(Backbone):
+    """One Linear of each patch of p×p pixels, (32/p)² of them (Dosovitskiy et al. 2021), and in
+    front of them a class token if the head is to read that."""
+
+    undecayed = ("class_token",)
+
+    @classmethod
+    def grid(cls, options: Vit) -> tuple[int, int] | None:
+        return None if options.pool == "class" else (IMAGE // options.patch,) * 2
+
+    @classmethod
+    def cells(cls, options: Vit) -> tuple[int, int]:
+        return (IMAGE // options.patch,) * 2
+
+    @classmethod
+    def tokens(cls, options: Vit) -> int:
+        return (IMAGE // options.patch) ** 2 + (options.pool == "class")
+
+    @classmethod
+    def pool(cls, options: Vit) -> str:
+        return options.pool
+
+    def __init__(self, options: Vit):
+        super().__init__()
+        self.patch, c = options.patch, options.hidden
+        self.linear = nn.Linear(3 * self.patch**2, c)
+        self.class_token = None
+        if options.pool == "class":
+            self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(c), std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.patch
+        parts = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, rows, p, cols, p)
+        tokens = self.linear(parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+        if self.class_token is None:
+            return tokens
+        return torch.cat([self.first(len(x)), tokens], 1)
+
+    def first(self, count: int) -> Tensor:
+        """The class token of `count` images, (B, 1, C)."""
+        return self.class_token.expand(count, 1, -1)
+
+    def filters(self) -> Tensor:
+        return self.linear.weight.unflatten(1, (self.patch, self.patch, 3)).permute(0, 3, 1, 2)
 
 
 class _Add(nn.Module):
@@ -129,4 +204,9 @@ def _conv(into: int, out: int, size: str) -> list[nn.Module]:
     return [convolution, nn.BatchNorm2d(out), nn.ReLU(), *halve]
 
 
-BACKBONES = {"mlp": MlpBackbone, "cnn": CnnBackbone, "resnet9": Resnet9Backbone}
+BACKBONES: dict[str, type[Backbone]] = {
+    "mlp": MlpBackbone,
+    "cnn": CnnBackbone,
+    "resnet9": Resnet9Backbone,
+    "vit": VitBackbone,
+}

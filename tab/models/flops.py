@@ -16,13 +16,19 @@ from .backbones import IMAGE
 
 def forward_flops(model: nn.Module) -> int:
     """FLOPs of the model on one image, by running it once where it is: on the CPU, or on meta."""
+    return flops_on(model, (1, 3, IMAGE, IMAGE))
+
+
+def flops_on(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """FLOPs of the module, in eval mode, on an input of this shape."""
     mapping = {getattr(torch.ops.tab, name): op.flops for name, op in OPS.items()}
-    x = torch.zeros(1, 3, IMAGE, IMAGE, device=next(model.parameters()).device)
-    training = model.training
-    model.eval()
+    device = next((p.device for p in module.parameters()), torch.get_default_device())
+    x = torch.zeros(shape, device=device)
+    training = module.training
+    module.eval()
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     # Fused softmax attention is taken apart into the two products that define it.
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
-        model(x)
-    model.train(training)
+        module(x)
+    module.train(training)
     return counter.get_total_flops()

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers._stacking import beside, stacking_of, stacks
-from .image_model import ImageModel
+from .parts import ImageModel
 from .stacked_modules import FOLDED, TORCH, Folded, SeedBatchNorm
+from .transformer import TransformerModel
 
 
 def stack(seeds: Sequence[nn.Module], *, folded: bool = False) -> nn.Module:
@@ -155,6 +156,8 @@ class SeedModel(ImageModel):
         tokens = self.backbone(x)
         if self.position is None:
             return tokens
+        if "position" in self._buffers:  # a table that is the same for all
+            return tokens + self.position
         position, tokens = beside(self.position, tokens)
         return (tokens + position).flatten(0, 1)
 
@@ -181,3 +184,8 @@ class SeedModel(ImageModel):
 
     def statistics(self) -> list[Tensor]:
         return [each for model in self.seeds for each in model.statistics()]
+
+
+@stacks(TransformerModel)
+class SeedTransformer(SeedModel, TransformerModel):
+    """The same with transformer blocks."""

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from ..layers._stacking import Products, beside, stacks
 from ..ops._check import autocast
-from .image_model import Residual
+from .backbones import VitBackbone
+from .parts import Residual
+from .transformer import Block
 
 
 class SeedLinear(nn.Linear):
@@ -26,6 +28,8 @@ class SeedLinear(nn.Linear):
 
 class SeedLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps)
         w, y = beside(self.weight, F.layer_norm(x, self.normalized_shape, eps=self.eps))
         return torch.addcmul(beside(self.bias, x)[0], y, w).flatten(0, 1)
 
@@ -81,6 +85,23 @@ class SeedResidual(Residual):
 
 
 # PyTorch's own modules, which say nothing of it themselves; what is not here runs seed by seed.
+@stacks(Block)
+class SeedBlock(Block):
+    """gate and ffn_gate (S, C)"""
+
+    def scaled(self, gate: Tensor, y: Tensor) -> Tensor:
+        gate, y = beside(gate, y)
+        return (gate * y).flatten(0, 1)
+
+
+@stacks(VitBackbone)
+class SeedVit(VitBackbone):
+    """class_token (S, C)"""
+
+    def first(self, count: int) -> Tensor:
+        return self.class_token.repeat_interleave(count // len(self.class_token), 0)[:, None]
+
+
 TORCH: dict[type, type | bool] = {
     nn.Linear: SeedLinear,
     nn.LayerNorm: SeedLayerNorm,

@@ -21,8 +21,14 @@ from pathlib import Path
 
 from ..checks import check_keys, check_option, check_type
 from ..formats import read_toml, toml
-from ..layers import attention_names, attention_options, layer_names, option_types
-from ..run_config import MODELS, SECTIONS, RunConfig, model_class, options
+from ..layers import (
+    attention_names,
+    attention_options,
+    get_attention,
+    layer_names,
+    option_types,
+)
+from ..run_config import MODELS, SECTIONS, RunConfig, later_options, model_class, options
 from .published import published_attentions
 from .size_matching import check_match, matched, reference_of
 
@@ -60,6 +66,15 @@ class Recipe:
             chosen.setdefault("seed_shift", known["seed_shift"])
         fields = _fields(kind)
         shape = {**self.tables["model"][model], **{k: v for k, v in pair.items() if k in fields}}
+        mixes = get_attention(attention, published=published).mixes_tokens
+        if shape.get("pool") == "class" and not mixes:
+            raise ValueError(
+                f"{model}, {attention}: nothing brings the image to the class token, as this layer "
+                f"leaves each token by itself; give --set model.{model}.pool=mean, or leave out "
+                f"{attention}"
+            )
+        if shape["block"] == "pre_norm" and not shape["ffn_ratio"] and "num_experts" in known:
+            chosen.setdefault("num_experts", 0)  # experts are an FFN, and these blocks have none
         sections = {name: self.tables[name] for name in SECTIONS}
         sections["train"] = sections["train"] | {k: v for k, v in pair.items() if k in PAIR_TRAIN}
         config = RunConfig(
@@ -110,12 +125,16 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
         inner[last] = value
         _check(f"override {key}", layer)
         tables = _merge(tables, layer)
+    for section, kind in SECTIONS.items():
+        tables[section] = {**later_options(kind), **tables[section]}
+    for model, table in tables["model"].items():
+        tables["model"][model] = {**later_options(MODELS[model]), **table}
     try:
         for section, kind in SECTIONS.items():
             options(kind, section, tables[section])
         for model, table in tables["model"].items():
             options(MODELS[model], f"model.{model}", table)
-            check_match(f"model.{model}.match", table["match"])
+            check_match(f"model.{model}.match", table["match"], table["block"])
     except ValueError as error:
         raise ValueError(f"recipe {name_or_file}: {error}") from None
     # Under the name as given: a run of the old name goes on as such.

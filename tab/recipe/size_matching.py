@@ -1,19 +1,29 @@
-"""Variants of equal size: the width whose model comes nearest to a budget.
+"""Variants of equal size, in one of two ways; a recipe says model.<model>.match:
 
-A recipe says model.<model>.match:
+    ""                        every variant is as the recipe gives it
+    "block:multi_head"        all have the same backbone, width and head; what differs is the block:
+                              each grows or shrinks in an option of its layer until it has as many
+                              parameters as multi_head's
+    "block-flops:multi_head"  … takes as many FLOPs as multi_head's
+    "multi_head"              by width: each gets the `hidden` whose model has as many parameters as
+                              multi_head's
+    "flops:multi_head"        … whose forward pass takes as many FLOPs
 
-    ""                  every variant has the recipe's `hidden`; with one seed all start from the
-                        same weights in backbone, position and head
-    "multi_head"        others get the `hidden` whose model has as many parameters as multi_head's
-    "flops:multi_head"  … whose forward pass takes as many FLOPs
+**By block** (transformer blocks, block = "pre_norm") is how sizes are matched in new comparisons.
+The option is one of `Attention.size_options`: the width of all heads together, of the experts, of a
+hidden layer. The control `none` has none, and no layer: its block is what the others' blocks add
+something to. With one seed all variants start from the same weights in all that they share, and
+read the same tokens.
 
-`hidden` is the width of backbone, tokens and attention alike, since the control has nothing else
-to widen. So at a matched width variants with one seed share the order of the data and its
+**By width** is how the first studies did it. `hidden` is the width of backbone, tokens and
+attention alike, since the control has nothing else to widen: "equal parameters" then means another
+backbone for each. At a matched width variants with one seed share the order of the data and its
 augmentation, but not the weights they start from: those have other shapes. A width that a layer
 refuses (heads that do not divide it) is passed over. Where few widths remain (the rotary pairs of a
 mixture of experts want multiples of 16 on a grid), the layer names an option that sets its size in
-finer steps (`Attention.fine_size`); it is chosen here too, unless the recipe sets it. How near each
-variant came is in the report.
+finer steps (`Attention.fine_size`); it is chosen here too, unless the recipe sets it.
+
+How near each variant came is in the report.
 """
 
 from __future__ import annotations
@@ -27,29 +37,66 @@ from collections.abc import Callable
 import torch
 
 from ..checks import check_keys
-from ..layers import get_attention, layer_names
-from ..models.flops import forward_flops
-from ..models.image_model import build_model, parameter_count
+from ..layers import attention_options, get_attention, layer_names
+from ..models.flops import flops_on, forward_flops
+from ..models.image_model import build_block, build_model, parameter_count, tokens_of
 from ..run_config import RunConfig
 
-
-def check_match(where: str, match: str) -> None:
-    """A ValueError unless `match` is one of the above."""
-    names = layer_names()
-    check_keys(where, [match], ["", *names, *(f"flops:{name}" for name in names)])
+BLOCK, BLOCK_FLOPS = "block:", "block-flops:"
 
 
-def matched(config: RunConfig, reference: RunConfig, classes: int = 10) -> RunConfig:
-    """`config` at the width at which it is as large as `reference`, by config's own rule; both with
-    logits for so many classes, which weigh more in a wider model."""
-    rule = flops_of if config.model_options.match.startswith("flops:") else parameters_of
-    cost = functools.partial(rule, classes=classes)
-    return match_width(config, cost(reference), cost)
+def check_match(where: str, match: str, block: str) -> None:
+    """A ValueError unless `match` is one of the above, and fits the kind of block."""
+    ways = ("", "flops:", BLOCK, BLOCK_FLOPS)
+    check_keys(where, [match], ["", *(f"{way}{name}" for way in ways for name in layer_names())])
+    if match.startswith((BLOCK, BLOCK_FLOPS)) and block != "pre_norm":
+        raise ValueError(
+            f'{where} = "{match}" matches transformer blocks, but block = "{block}"; give '
+            f'block = "pre_norm", or match = "{reference_of(match)}", which matches widths'
+        )
 
 
 def reference_of(match: str) -> str:
     """The attention whose size the others get; "" for none."""
-    return match.removeprefix("flops:")
+    return match.rpartition(":")[2]
+
+
+def matched(config: RunConfig, reference: RunConfig, classes: int = 10) -> RunConfig:
+    """`config`, sized so that it is as large as `reference`, by config's own rule; both with logits
+    for so many classes, which weigh more in a wider model."""
+    match = config.model_options.match
+    if match.startswith((BLOCK, BLOCK_FLOPS)):
+        cost = block_parameters_of if match.startswith(BLOCK) else block_flops_of
+        return match_block(config, cost(reference), cost)
+    rule = flops_of if match.startswith("flops:") else parameters_of
+    cost = functools.partial(rule, classes=classes)
+    return match_width(config, cost(reference), cost)
+
+
+def match_block(config: RunConfig, target: int, cost: Callable[[RunConfig], int]) -> RunConfig:
+    """The config with the value of its layer's size option that costs nearest to `target`; as it
+    is, if the layer has none, or the recipe sets it."""
+    published = config.model_options.forms == "published"
+    layer = get_attention(config.attention, published=published)
+    option = layer.size_option(config.attention_options)
+    known = attention_options(config.attention, published=published)
+    if option not in known or option in config.attention_options:
+        return config
+
+    def size(n: int) -> int | None:
+        try:
+            return cost(_with_option(config, option, n))
+        except ValueError:
+            return None
+
+    def valid(n: int) -> int:
+        """The next value from n on that the layer takes."""
+        found = next((k for k in range(n, n + 257) if size(k) is not None), n)
+        cost(_with_option(config, option, found))  # raises what is wrong, if none is
+        return found
+
+    choices = [valid(n) for n in _around(target, lambda n: size(valid(n)))]
+    return _with_option(config, option, min(choices, key=lambda n: abs(size(n) - target)))
 
 
 def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]) -> RunConfig:
@@ -117,6 +164,16 @@ def flops_of(config: RunConfig, classes: int = 10) -> int:
     return _measured(_same_for_every_seed(config), forward_flops, classes)
 
 
+def block_parameters_of(config: RunConfig) -> int:
+    """The number of parameters of one transformer block of this run."""
+    return _parameters_of_block(_same_for_every_seed(config))
+
+
+def block_flops_of(config: RunConfig) -> int:
+    """FLOPs of one transformer block of this run on one image."""
+    return _flops_of_block(_same_for_every_seed(config))
+
+
 def _same_for_every_seed(config: RunConfig) -> str:
     same = {k: v for k, v in config.attention_options.items() if k != "seed"}
     return json.dumps(dataclasses.replace(config, seed=0, attention_options=same).to_dict())
@@ -125,11 +182,29 @@ def _same_for_every_seed(config: RunConfig) -> str:
 @functools.cache
 def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int) -> int:
     run = RunConfig.from_dict(json.loads(config))
+    return _undrawn(lambda: measure(build_model(run, classes)))
+
+
+@functools.cache
+def _parameters_of_block(config: str) -> int:
+    run = RunConfig.from_dict(json.loads(config))
+    return _undrawn(lambda: parameter_count(build_block(run)))
+
+
+@functools.cache
+def _flops_of_block(config: str) -> int:
+    run = RunConfig.from_dict(json.loads(config))
+    shape = (1, tokens_of(run), run.model_options.hidden)
+    return _undrawn(lambda: flops_on(build_block(run), shape))
+
+
+def _undrawn(measure: Callable[[], int]) -> int:
+    """`measure` where what it builds takes no memory, and is not drawn."""
     try:
-        with torch.device("meta"):  # measured without being drawn
-            return measure(build_model(run, classes))
+        with torch.device("meta"):
+            return measure()
     except (RuntimeError, NotImplementedError):  # a layer that looks at its values
-        return measure(build_model(run, classes))
+        return measure()
 
 
 def _with(config: RunConfig, hidden: int) -> RunConfig:

@@ -6,6 +6,7 @@ the same numbers as an unbroken one, on a CPU bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..files import Corrupt, locked
 from ..formats import reading
 from ..layers import get_attention
 from ..models.image_model import ImageModel, build_model
-from ..run_config import RunConfig
+from ..run_config import RunConfig, as_known_now
 from . import checkpoint
 from .run_files import RunFile, again, read_rows, read_run_file
 from .training_run import Outcome, TrainingRun, place
@@ -124,7 +125,10 @@ def found_run(
             f"the run in {out} was trained on {found['data']['name']} "
             f"({found['data']['fingerprint']}), not on {dataset.name} ({dataset.fingerprint})"
         )
-    old, new = _flat(found["config"]), _flat(config.to_dict())
+    was = found["config"]
+    with contextlib.suppress(ValueError):  # one that is none any more is told as it stands
+        was = as_known_now(was)
+    old, new = _flat(was), _flat(config.to_dict())
     if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
         was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
         raise ValueError(f"the run in {out} is another one: {was}; give another directory")

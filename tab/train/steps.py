@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.image_model import ImageModel
@@ -31,12 +31,13 @@ class Steps:
         """count: of all steps, the length of the schedule."""
         self.model, self.options, self.device = model, options, device
         self.forward = torch.compile(model, dynamic=False) if options.compile else model
+        groups = parameter_groups(model, options)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True
+            groups, lr=options.lr, weight_decay=options.weight_decay, fused=True
         )
         if options.schedule == "one_cycle":  # Smith & Topin 2018; PyTorch's shape of it
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, max_lr=options.lr, total_steps=count
+                self.optimizer, max_lr=[group["lr"] for group in groups], total_steps=count
             )
         else:
             self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
@@ -79,14 +80,14 @@ class Steps:
         self._run_gradients(x, y)
         self.optimizer.step()
         self.schedule.step()
-        self.model.attention.after_step()
+        self.model.after_step()
 
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         """Forward, loss, backward, into the gradients and the sums."""
         with self._autocast():
             logits = self.forward(x)
             loss = F.cross_entropy(logits, y, label_smoothing=self.options.label_smoothing)
-            extra = self.model.attention.auxiliary_loss()
+            extra = self.model.auxiliary_loss()
         # A graph writes its gradients where it was captured: there they must stay.
         self.optimizer.zero_grad(set_to_none=not self.graphed)
         (loss if extra is None else loss + extra).backward()
@@ -105,6 +106,34 @@ class Steps:
     def _autocast(self):
         enabled = self.options.amp and self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def parameter_groups(model: nn.Module, options: Train) -> list[dict]:
+    """The model's parameters for an optimizer, by weight decay and rate.
+
+    With decay = "weights" those that decay does not belong to have none: biases, norms, embeddings,
+    gates, and what a module names in `undecayed` (positions). A module names its gates in `gates`.
+    The first group decays, and has the rate of the recipe.
+    """
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            gate = name in getattr(module, "gates", ())
+            bare = gate or name == "bias" or name in getattr(module, "undecayed", ())
+            bare |= isinstance(module, (*NORMS, nn.Embedding))
+            key = bare and options.decay == "weights", gate and options.gate_lr_ratio != 1
+            found.setdefault(key, []).append(p)
+    return [
+        {
+            "params": found[bare, gate],
+            "lr": options.lr * (options.gate_lr_ratio if gate else 1),
+            "weight_decay": 0.0 if bare else options.weight_decay,
+        }
+        for bare, gate in sorted(found)
+    ]
 
 
 class Graphed:

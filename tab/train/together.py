@@ -197,7 +197,7 @@ class SeedSteps(Steps):
         self.optimizer.step()
         self.schedule.step()
         for model in self.model.seeds:
-            model.attention.after_step()
+            model.after_step()
 
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         smoothing = self.options.label_smoothing
@@ -205,7 +205,7 @@ class SeedSteps(Steps):
             logits = self.forward(x)  # (S·B, classes)
             losses = F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
             losses = losses.view(self.seeds, -1).mean(1)
-            extra = [model.attention.auxiliary_loss() for model in self.model.seeds]
+            extra = [model.auxiliary_loss() for model in self.model.seeds]
         self.optimizer.zero_grad(set_to_none=not self.graphed)
         # The gradient of each seed's weights is that of its own terms.
         sum((term for term in extra if term is not None), losses.sum()).backward()

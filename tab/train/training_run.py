@@ -31,11 +31,13 @@ from ..formats import reading, write_json
 from ..machine import environment, keep_freed_memory, peak_memory
 from ..models.flops import forward_flops
 from ..models.image_model import build_model, parameter_count
+from ..models.parts import shares
 from ..run_config import RunConfig, Train
 from . import checkpoint
 from .steps import Steps
 from .weights import FILE, save_weights
 
+SHARES = 256  # images on which the share of the branches is measured
 ANSWERS = "test.npz"  # in a run's directory: predicted and label of each test image
 
 
@@ -69,6 +71,7 @@ class TrainingRun:
         self.together = together
         self.config, self.dataset, self.device, self.out = config, dataset, device, out
         self.status, self.rows = "running", []
+        self.shares: dict[str, float | None] = shares([])
         self.batches, self.validation, self.test = parts or splits(config, dataset, device)
         model = build_model(config, len(dataset.classes))
         self.flops = forward_flops(model)
@@ -153,6 +156,7 @@ class TrainingRun:
     def write(self) -> None:
         """What others read: the rows, and at the end the weights, answers and summary."""
         if self.status == "done":
+            self.measure_shares()
             about = {"config": self.config.to_dict(), "classes": list(self.dataset.classes)}
             about |= {k: getattr(self.test, k).tolist() for k in ("mean", "scale")}
             save_weights(self.out / FILE, weights(self.model), about)
@@ -162,6 +166,14 @@ class TrainingRun:
         if self.status != "running":
             self._describe()
             (self.out / "checkpoint.pt").unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def measure_shares(self) -> None:
+        """How far the residual branches got, on the first images that are held out; a diverged run
+        has none."""
+        x, _ = next((self.validation or self.test).epoch(0))
+        self.model.eval()
+        self.shares = shares(self.model.branches(x[:SHARES]))
 
     def _save_answers(self) -> None:
         """The scored weights once more over the test set, for statistics by image."""
@@ -213,11 +225,13 @@ class TrainingRun:
             "total_training_time": seconds,
             "num_epochs": len(rows),
             "parameters": parameter_count(self.model),
-            "attention_parameters": parameter_count(self.model.attention),
+            "attention_parameters": sum(map(parameter_count, self.model.layers())),
+            "block_parameters": self.model.block_parameters(),
             "flops": self.flops,
             "images_per_second": self.batches.samples * len(rows) / seconds if rows else None,
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
             "seeds_at_once": last.get("seeds_at_once"),
+            **self.shares,
             "status": self.status,
         }
         return Outcome(self.config, rows, self.status, summary)

@@ -8,6 +8,7 @@ finished comparison with its models and robustness.
 import csv
 import json
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_a_stopped_comparison_resumes(old):
     tab("compare", "--resume", old / "compare")
     for name in ("experiment_results.csv", "experiment_summary.csv"):
         agree(old / "compare" / name, old / "after/compare" / name, frozenset(MEASURED))
+
+
+def test_its_recipe_may_be_named_again(old):
+    """Recipes have got models and options since; what this comparison runs is the same."""
+    found = tomllib.loads((old / "compare/config.toml").read_text())
+    given = {
+        f"{part}.{key}": value for part in ("train", "data") for key, value in found[part].items()
+    }
+    given |= {f"model.{m}.{k}": v for m, table in found["model"].items() for k, v in table.items()}
+    for name, table in found["attention"].items():
+        for key, value in table.items():
+            if not isinstance(value, dict):
+                given[f"attention.{name}.{key}"] = value
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in given.items()]
+    tab("compare", "--resume", old / "compare", "--recipe", found["grid"]["recipe"], *sets)
+    with pytest.raises(AssertionError, match="the recipe is then another one"):
+        tab("compare", "--resume", old / "compare", *sets, "--set=train.lr=0.5")
 
 
 def test_a_stopped_run_resumes(old):
