@@ -4,19 +4,25 @@ Two layers are compared on the same weights: what has one name and one shape in 
 the first to the second, all else is drawn at random in both, and both see the same random tokens,
 in float64 and eval mode. If the outputs agree then, no value of what they do not share matters.
 Widths may differ between variants of a recipe; a pair is then compared at a width that both take.
+
+Of each model two more things are measured, behind its backbone: which parameters do no more than
+add one and the same vector to the logits of every image, which the last bias does already; and
+whether tokens meet, or what the head reads of them is a sum of functions of one token each. A mix
+of tokens that is linear, under a mean over the tokens, is such a sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import Attention, attention_options
-from ..models.image_model import build_layer, parameter_count, tokens_of
+from ..models.image_model import build_layer, build_model, parameter_count, tokens_of
+from ..models.parts import POOLS
 from ..recipe.recipe import Recipe
 from ..run_config import RunConfig
 
@@ -35,6 +41,8 @@ class Layer:
     idle: tuple[str, ...]  # parameters that the loss does not reach
     affine: bool  # A((x + y)/2) = (A(x) + A(y))/2: no more than a linear layer
     noisy: bool  # in training, two passes differ
+    biases: tuple[str, ...] = ()  # parameters of the model that are no more than a bias
+    meet: bool = True  # what the head reads is no sum over single tokens
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,8 @@ def identity(
         for attention in attentions:
             try:
                 config = recipe.run_config(model, attention, seed, classes=classes)
-                layers.append(_measured(config))
+                biases, meet = _in_the_model(config, classes)
+                layers.append(replace(_measured(config), biases=biases, meet=meet))
                 configs.append(config)
             except Exception as error:
                 failed[model, attention] = f"{type(error).__name__}: {error}"
@@ -115,6 +124,63 @@ def _measured(config: RunConfig) -> Layer:
         affine=apart < NEAR,
         noisy=noisy,
     )
+
+
+# --- one model ------------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """In the place of a backbone: the tokens of these images."""
+
+    def __init__(self, tokens: Tensor):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens
+
+
+@torch.no_grad()
+def _in_the_model(config: RunConfig, classes: int) -> tuple[tuple[str, ...], bool]:
+    """The parameters that are no more than a bias; whether tokens meet."""
+    model = build_model(config, classes).double().eval()
+    n, c = tokens_of(config), config.model_options.hidden
+    a, b = _random(2, 4, n, c, seed=5)
+    generator = torch.Generator().manual_seed(6)
+
+    def moved(p: Tensor) -> Tensor:
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        return 0.5 * noise.to(p.dtype)
+
+    for module in model.modules():  # gates may start at 0, and hide what is behind them
+        for name in getattr(module, "gates", ()):
+            if (gate := getattr(module, name)) is not None:
+                gate.copy_(moved(gate))
+    model.backbone = _Given(a)
+    last = f"head.layers.{len(model.head.layers) - 1}.bias"
+    before, biases = model(a), []
+    for name, p in model.named_parameters():
+        kept = p.clone()
+        p.add_(moved(p))
+        change = model(a) - before  # (B, classes)
+        p.copy_(kept)
+        size = change.abs().max()
+        same = (change - change[:1]).abs().max() <= NEAR * size
+        if name != last and size > NEAR * before.abs().max() and same:
+            biases.append(name)
+    half = torch.arange(n)[:, None] < (n + 1) // 2
+
+    def read(tokens: Tensor) -> Tensor:
+        model.backbone = _Given(tokens)
+        return POOLS[model.head.pool](model.body(model.embed(tokens)))
+
+    one, two = read(a), read(b)
+    crossed = read(torch.where(half, a, b)) + read(torch.where(half, b, a))
+    apart = (crossed - one - two).abs().max() / (one - two).abs().max()
+    return tuple(biases), n > 1 and apart.item() > NEAR
+
+
+# --- the parameters of a layer --------------------------------------------------------------------
 
 
 def _parts(layer: Attention) -> dict[str, tuple[Tensor, slice]]:

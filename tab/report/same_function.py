@@ -18,6 +18,8 @@ COLUMNS = {
     "Parameters": lambda layer, _: f"{layer.parameters:,}",
     "No gradient": lambda layer, _: ", ".join(layer.idle) or "–",
     "Affine": lambda layer, _: "yes" if layer.affine else "no",
+    "Only a bias": lambda layer, _: ", ".join(layer.biases) or "–",
+    "Tokens meet": lambda layer, _: "yes" if layer.meet else "no",
     "Noise": lambda layer, _: "in training" if layer.noisy else "–",
     "Same function as": lambda layer, found: _others(layer, found),
 }
@@ -59,6 +61,21 @@ def _about(model: str, layers: list[Layer]) -> list[str]:
     affine = [layer.attention for layer in layers if layer.affine and layer.attention != "none"]
     if affine:
         text.append(f"{model}: no more than one affine map of a token: {_names(affine)}.")
+    apart = [layer.attention for layer in layers if not layer.meet and layer.tokens > 1]
+    if apart:
+        text.append(
+            f"{model}: what the head reads is a sum of functions of single tokens, where no token "
+            f"meets another: {_names(apart)}."
+        )
+    biases: dict[tuple[str, ...], list[str]] = {}
+    for layer in layers:
+        if layer.biases:
+            biases.setdefault(layer.biases, []).append(layer.attention)
+    for parts, of in biases.items():
+        text.append(
+            f"{model}: no more than a bias of the logits, the same for every image: "
+            f"{', '.join(parts)} of {_names(of)}."
+        )
     idle: dict[tuple[str, ...], list[str]] = {}
     for layer in layers:
         if layer.idle:
@@ -75,7 +92,9 @@ def identity_section(found: Identity, runs: list[Run]) -> str:
     lines = [[show(layer, found) for show in COLUMNS.values()] for layer in found.layers]
     how = (
         "Measured before any training, in float64 and eval mode: shared weights copied, others "
-        "drawn at random. Affine: A((x + y)/2) = (A(x) + A(y))/2."
+        "drawn at random. Affine: A((x + y)/2) = (A(x) + A(y))/2. Only a bias: a change of the "
+        "parameter adds the same to the logits of every image. Tokens meet: what the head reads is "
+        "no sum of functions of single tokens."
     )
     listed = "\n".join(f"- {plain(point)}" for point in points if point)
     return "\n\n".join(["## Identity check", how, listed, markdown_lines([*COLUMNS], lines)])

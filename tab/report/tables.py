@@ -113,6 +113,7 @@ def p_value(p: float | None) -> str:
 
 WORDS = (  # columns of text, set left
     *("Model", "Attention", "Verdict", "Note", "No gradient", "Affine", "Noise"),
+    *("Only a bias", "Tokens meet"),
     *("Same function as", "Test accuracy", "Winner"),
 )
 FIRST: dict[str, Callable[[Standing], str]] = {

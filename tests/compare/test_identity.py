@@ -206,3 +206,47 @@ def test_the_section_says_how_far_names_of_one_function_lie_apart(published):
     assert table.row_count == 22
     plain = dataclasses.replace(published, alike=[])
     assert "No two variants are the same function." in identity_section(plain, runs)
+
+
+# --- the whole model ------------------------------------------------------------------------------
+
+
+def test_a_table_of_positions_under_a_mean_is_a_bias_of_the_control():
+    """The study that was reviewed had a sixth to a third of the control's weights there."""
+    found = identity(
+        load_recipe("fair", {**SMALL, "model.cnn.match": ""}), ["cnn"], ["none", "multi_head"]
+    )
+    assert of(found, "cnn", "none").biases == ("position",)
+    assert of(found, "cnn", "multi_head").biases == ("attention.out.bias",)
+    assert "no more than a bias of the logits, the same for every image: position of Control" in (
+        " ".join(sentences(found))
+    )
+
+
+def test_tokens_meet_or_their_sum_is_read():
+    """A linear mix under a mean is no meeting; with a norm behind it, it is."""
+    names = ["none", "ffn", "uniform", "mixer", "dwconv", "multi_head"]
+    small = {"model.cnn.hidden": 16, "model.cnn.channels": 4, "model.cnn.match": ""}
+    old = identity(load_recipe("fair", small), ["cnn"], names)
+    assert [layer.attention for layer in old.layers if layer.meet] == ["multi_head"]
+    new = identity(load_recipe("study", small), ["cnn"], names)
+    assert [layer.attention for layer in new.layers if layer.meet] == names[2:]
+    assert "no token meets another: Control and Token-wise FFN" in " ".join(sentences(new))
+    assert not [layer.biases for layer in new.layers if layer.biases]
+
+
+def test_what_a_gate_of_zero_hides_is_found(more):
+    """A residual branch starts at γ = 0: its bias is one all the same."""
+
+    @more("shift")
+    class Shift(Attention):
+        def __init__(self, dim, *, seq_len, grid=None):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(dim))
+
+        def compute(self, x, key_mask):
+            return x + self.bias
+
+    given = {**SMALL, "model.cnn.match": "", "model.cnn.position": "none"}
+    found = identity(load_recipe("fair", given), ["cnn"], ["shift"])
+    assert set(of(found, "cnn", "shift").biases) == {"attention.bias", "block.norm.bias"}
