@@ -47,6 +47,13 @@ def load() -> float | None:
         return None
 
 
+def cores() -> int:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def command() -> str:
     """As it was typed."""
     program = Path(sys.argv[0])

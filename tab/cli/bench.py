@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..machine import command
 from . import options
-from .given import use_threads
+from .given import before_work, use_threads
 from .terminal import console, errors
 
 app = typer.Typer(help="Measure the ops against what you could run instead.")
@@ -88,6 +88,7 @@ def run(
     """Check each contestant against float64, then time them in turns."""
     if context.invoked_subcommand:
         return
+    before_work(trains=False)
     use_threads(threads)
     import torch
 
@@ -186,6 +187,7 @@ def steps_command(
     out: Out = None,
 ) -> None:
     """Time whole training steps, against the control and against plain PyTorch attention."""
+    before_work()
     use_threads(threads)
     from ..bench.page import write_page
     from ..bench.results import environment, save, steps_table

@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from . import check, options, report
-from .given import device_of, executor_for, load_data, now, place_of, read_recipe, variants
+from .given import (
+    before_work,
+    device_of,
+    executor_for,
+    load_data,
+    now,
+    place_of,
+    read_recipe,
+    variants,
+)
 from .terminal import console, errors, or_resume, say, wide
 
 
@@ -58,6 +67,7 @@ def command(
     tensorboard: options.TensorBoard = False,
 ) -> None:
     """Train every model with every attention and compare them: tables, pictures, a report."""
+    before_work()
     from ..compare.driver import compare
     from ..compare.plan import Plan
 

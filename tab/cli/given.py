@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 
-from .terminal import bar
+from .. import machine
+from .terminal import bar, errors, say
 
 
 def read_recipe(
@@ -90,6 +92,18 @@ def device_of(name: str | None, *, ray: str | None = None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
     return name
+
+
+def before_work(*, trains: bool = True) -> None:
+    """To be called before torch is imported. A training's threads sleep while they wait for one
+    another, unless the environment says otherwise: on a machine where something else runs, threads
+    that spin hold up the very one that they wait for. A busy machine is told of."""
+    if trains:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    load, count = machine.load(), machine.cores()
+    if load is not None and load > count:
+        text = f"The machine is busy (load {load:.1f} on {count} cores): times will mean little."
+        say(text, style="yellow", to=errors)
 
 
 def use_threads(threads: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .given import device_of, load_data, use_threads
+from .given import before_work, device_of, load_data, use_threads
 from .terminal import bar, or_resume, pairs, say
 
 
@@ -32,6 +32,7 @@ def command(
     threads: options.Threads = None,
 ) -> None:
     """Measure trained models under noise, corruptions and attacks, and their calibration."""
+    before_work()
     from ..analysis.robustness import Options, measure
     from ..compare.runs import trained_runs
 

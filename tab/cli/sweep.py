@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from . import options
-from .given import device_of, executor_for, load_data, now, place_of, read_recipe, variants
+from .given import (
+    before_work,
+    device_of,
+    executor_for,
+    load_data,
+    now,
+    place_of,
+    read_recipe,
+    variants,
+)
 from .terminal import bar, errors, or_resume, say, wide
 
 app = typer.Typer(help="Find each mechanism's hyperparameters by successive halving.")
@@ -106,6 +115,7 @@ def command(
     """Draw, train, keep the best and train those on; the winners become a recipe for compare."""
     if context.invoked_subcommand:
         return
+    before_work()
     from ..sweep.driver import sweep
 
     # What a sweep is begun with; it goes on as it was begun.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .given import device_of, load_data, now, read_recipe, use_threads
+from .given import before_work, device_of, load_data, now, read_recipe, use_threads
 from .terminal import command_line, or_resume, pairs, say
 
 
@@ -32,6 +32,7 @@ def command(
     tensorboard: options.TensorBoard = False,
 ) -> None:
     """Train one model with one attention."""
+    before_work()
     from ..files import fresh
     from ..run_config import as_known_now
     from ..train.loop import train

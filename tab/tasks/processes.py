@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 
+from ..machine import cores
 from .tasks import ATTEMPTS, Done, OnEvent, T, Task, attempt, died, log, portable
 
 
@@ -63,13 +64,6 @@ class Processes:
                 worker.process.kill()
             for worker in workers.values():
                 worker.end()
-
-
-def cores() -> int:
-    """Those this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Worker:

@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import Queue
 
 from ..files import LOCK, PART, write
-from .processes import cores
+from ..machine import cores
 from .tasks import ATTEMPTS, Done, OnEvent, Shared, T, Task, attempt, died, log, portable
 
 try:
