@@ -21,8 +21,8 @@ from ..train.facts import made_with
 from ..train.loop import load_trained
 from . import markdown, pictures
 from .chart_data import NOTE, Group, charts, looks
-from .comparable import comparable
-from .html import html
+from .comparable import keep_comparable
+from .html import html_page
 from .published import beside, published_charts, published_picture, published_section
 from .robustness import robustness_section, severity_picture
 from .same_function import identity_section
@@ -70,7 +70,7 @@ def write_report(
         # It may have been trained on another machine.
         device = grid.device if torch.cuda.is_available() else "cpu"
         found[run.id] = measure(run.path, dataset, None, device=device)
-    found, left = comparable(found, {run.id: weights_of(run.path) for run in done})
+    found, left = keep_comparable(found, {run.id: weights_of(run.path) for run in done})
     if done:
         if progress:
             progress(len(done), len(done), "pictures")
@@ -99,7 +99,7 @@ def write_report(
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
     names = looks([*grid.attentions, *(attention for _, attention in trials)])
     words = markdown.report(runs, facts, grid, {}, sections)
-    text = html(words, ranked, names, groups, embedded, bench)
+    text = html_page(words, ranked, names, groups, embedded, bench)
     files.write(out / "report.html", text.encode())
     return path
 

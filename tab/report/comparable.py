@@ -13,7 +13,7 @@ WORDS = {
 }
 
 
-def comparable(
+def keep_comparable(
     found: dict[str, Found], weights: dict[str, str | None]
 ) -> tuple[dict[str, Found], list[str]]:
     """(run id -> its sections, a line for what was left out).

@@ -20,24 +20,26 @@ from .tables import Standing, title
 LIMIT = 5_000_000  # bytes of the page: what mail and a repository still take
 
 
-def html(
+def html_page(
     text: str,
     ranked: dict[str, list[Standing]],
     looks: dict,
     groups: list[Group],
     pictures: dict[Path, str],
     bench: Path | None,
+    *,
+    limit: int = LIMIT,
 ) -> str:
     """text: report.md without pictures. looks: charts.looks. pictures: file -> caption, to be
-    embedded as long as the page stays below LIMIT, and named where it would not. bench: a folder
+    embedded as long as the page stays below `limit`, and named where it would not. bench: a folder
     of results of `tab bench`."""
     kernels = _kernels(bench) if bench else ""
     plain = _page(text, ranked, looks, groups, "", kernels)
-    room = LIMIT - len(plain.encode())
+    room = limit - len(plain.encode())
     if room < 0:
-        said = f"**This page is larger than {LIMIT / 1e6:g} MB** even without its pictures."
+        said = f"**This page is larger than {limit / 1e6:g} MB** even without its pictures."
         text = text.replace("\n\n", f"\n\n{said}\n\n", 1)
-    return _page(text, ranked, looks, groups, _embedded(pictures, room), kernels)
+    return _page(text, ranked, looks, groups, _embedded(pictures, room, limit), kernels)
 
 
 def _page(text, ranked, looks, groups, pictures: str, kernels: str) -> str:
@@ -110,7 +112,7 @@ def _markdown(text: str) -> str:
     return md.render(text)
 
 
-def _embedded(pictures: dict[Path, str], room: int) -> str:
+def _embedded(pictures: dict[Path, str], room: int, limit: int) -> str:
     """The small ones first, until `room` bytes are used; a line in place of each of the others."""
     if not pictures:
         return ""
@@ -119,16 +121,17 @@ def _embedded(pictures: dict[Path, str], room: int) -> str:
         room -= len(data[path]) + 1000  # with what stands around it
         if room < 0:
             data[path] = ""
-    return "\n".join(["<h2>Pictures</h2>", *(_picture(p, c, data[p]) for p, c in pictures.items())])
+    figures = (_picture(p, caption, data[p], limit) for p, caption in pictures.items())
+    return "\n".join(["<h2>Pictures</h2>", *figures])
 
 
-def _picture(path: Path, caption: str, data: str) -> str:
+def _picture(path: Path, caption: str, data: str, limit: int) -> str:
     caption = escape(caption, quote=True)
     if not data:
         where = escape(f"{path.parent.name}/{path.name}")
         return (
             f"<p><b>{caption}</b>: left out here, so that this page stays below "
-            f"{LIMIT / 1e6:g} MB; it lies in <code>{where}</code>.</p>"
+            f"{limit / 1e6:g} MB; it lies in <code>{where}</code>.</p>"
         )
     return (
         f'<figure class="picture"><img alt="{caption}" src="data:image/webp;base64,{data}">'

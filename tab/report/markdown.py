@@ -10,7 +10,7 @@ from ..compare.plan import Grid
 from ..compare.runs import Run
 from ..statistics import LEVEL, MARGIN, SEEDS, least_images
 from .tables import Standing, markdown_table, name, ranking, statistics_table
-from .text import code, plain
+from .text import code, counted, plain
 from .tuning import tuned_or_not
 
 MATCHED = 0.02  # sizes this near to the control's count as the same
@@ -22,7 +22,7 @@ def report(
     """shown: name of a picture in pictures/ -> its caption. sections: more, after the tables."""
     ranked = {model: ranking(runs, model) for model in grid.models}
     epochs = max((max(run.epochs, len(run.rows)) for run in runs), default=0)
-    seeds = f"{grid.seeds} seed{'s' * (grid.seeds > 1)}"
+    seeds = counted(grid.seeds, "seed")
     parts = [
         f"# Attention compared on {plain(facts['dataset']['name'])}",
         f"Recipe {code(grid.recipe)}, {epochs} epochs, {seeds}. "
@@ -99,8 +99,9 @@ def machine(facts: dict, runs: list[Run]) -> str:
     if facts["device"] != "cpu":
         return facts["device"]
     threads = sorted({run.threads for run in runs if run.threads}) or [facts["threads"]]
-    plural = "s" * (threads != [1])
-    return f"{facts['cpu']}, {' or '.join(map(str, threads))} thread{plural} a run"
+    *others, most = threads
+    listed = " or ".join([*map(str, others), counted(most, "thread")])
+    return f"{facts['cpu']}, {listed} a run"
 
 
 def summary(model: str, entries: list[Standing]) -> str:

@@ -83,14 +83,14 @@ def focus(ax) -> None:
 
 def per_epoch(path: Path, runs: list[Run], key: str, heading: str, ylabel: str, scale=1.0) -> None:
     """A column of the rows against the epoch."""
-    curves(path, runs, measured("epoch", key, scale), heading=heading, xlabel="epoch",
-           ylabel=ylabel)  # fmt: skip
+    points = measured("epoch", key, scale)
+    curves(path, runs, points, heading=heading, xlabel="epoch", ylabel=ylabel)
 
 
 def against_time(path: Path, runs: list[Run], key: str, heading: str, ylabel: str) -> None:
     """An accuracy in per cent against the seconds trained so far."""
-    curves(path, runs, measured("cumulative_training_time", key, 100.0), heading=heading,
-           xlabel="training time (s)", ylabel=ylabel)  # fmt: skip
+    points = measured("cumulative_training_time", key, 100.0)
+    curves(path, runs, points, heading=heading, xlabel="training time (s)", ylabel=ylabel)
 
 
 def measured(x: str, y: str, scale: float) -> Callable[[Run], tuple[list[float], list[float]]]:
@@ -113,8 +113,10 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
     with figure(path, 2, height=0.9 + 0.3 * max(len(entries), 2), width=5.2) as (fig, axes):
         fig.subplots_adjust(wspace=0.08)
         accuracy, time = axes
-        panels = ((accuracy, "test", 100, "final test accuracy (%)", ".1f"),
-                  (time, "seconds", 1, "training time (s)", ".3g"))  # fmt: skip
+        panels = (
+            (accuracy, "test", 100, "final test accuracy (%)", ".1f"),
+            (time, "seconds", 1, "training time (s)", ".3g"),
+        )
         for ax, key, scale, xlabel, form in panels:
             means = [getattr(entry, key) for entry in entries]
             values = [mean.value * scale for mean in means]
@@ -122,13 +124,13 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
             above = [mean.spread[1] * scale for mean in means]
             ax.barh(places, values, color=colours, hatch=hatches, height=0.72, edgecolor="white")
             if any(above + below):
-                ax.errorbar(values, places, xerr=(below, above), fmt="none", ecolor="#777777",
-                            capsize=2.5)  # fmt: skip
+                bar = {"fmt": "none", "ecolor": "#777777", "capsize": 2.5}
+                ax.errorbar(values, places, xerr=(below, above), **bar)
             ends = [value + more for value, more in zip(values, above, strict=True)]
             room = max(ends) or 1.0
             for place, value, end in zip(places, values, ends, strict=True):
-                ax.text(end + 0.012 * room, place, f"{value:{form}}", va="center",
-                        fontsize=8.5, bbox={"color": "white", "pad": 0.6})  # fmt: skip
+                x, plate = end + 0.012 * room, {"color": "white", "pad": 0.6}
+                ax.text(x, place, f"{value:{form}}", va="center", fontsize=8.5, bbox=plate)
             ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
             ax.set_yticks(places, names if ax is accuracy else [""] * len(names))
             ax.tick_params(axis="y", length=0)
@@ -150,5 +152,5 @@ def noise(path: Path, runs: list[Run], found: dict[str, dict], heading: str) -> 
             return [], []
         return found[run.id]["settings"]["sigma"], [100 * a for a in found[run.id]["accuracy"]]
 
-    curves(path, runs, points, heading=heading, ylabel="test accuracy (%)",
-           xlabel="σ of the noise (in standard deviations of the input)")  # fmt: skip
+    xlabel = "σ of the noise (in standard deviations of the input)"
+    curves(path, runs, points, heading=heading, xlabel=xlabel, ylabel="test accuracy (%)")

@@ -126,8 +126,8 @@ def published_charts(pairs: dict[Pair, tuple[Lines, Lines]]) -> Group:
             for who, line in (("here", ours), ("published", theirs))
         ]
         heading = f"{model.upper()}: {title(attention)}"
-        found.append({"title": heading, "xlabel": "epoch", "ylabel": "accuracy (%)",
-                      "shared": True, "whole": True, "series": series})  # fmt: skip
+        chart = {"title": heading, "xlabel": "epoch", "ylabel": "accuracy (%)", "series": series}
+        found.append({**chart, "shared": True, "whole": True})
     note = "Drawn through: here, means over seeds; dashed: published. Thick: test; thin: training."
     return Group(HEADING, note, found, small=len(found) > 2)
 

@@ -22,7 +22,7 @@ Value = Callable[[Found, Found | None], float | None]  # of a run and the contro
 
 def robustness_section(runs: list[Run], measured: dict[str, Found], left: list[str]) -> str:
     """A table for each model; "" where nothing but noise was measured. measured, left: from
-    `comparable`."""
+    `keep_comparable`."""
     done = {run.id: (run, measured[run.id]) for run in runs if run.id in measured}
     parts, everything = [], []
     for model in dict.fromkeys(run.model for run, _ in done.values()):
@@ -161,6 +161,6 @@ def severity_picture(path: Path, runs: list[Run], found: dict[str, Found]) -> st
         return ""
     name, count, means = measured
     mine = [run for run in runs if run.id in means]
-    curves(path, mine, severity_points(means), heading=name, xlabel="severity",
-           ylabel="test accuracy (%)")  # fmt: skip
+    labels = {"heading": name, "xlabel": "severity", "ylabel": "test accuracy (%)"}
+    curves(path, mine, severity_points(means), **labels)
     return f"Test accuracy under {name}, mean over {count} kinds"

@@ -14,6 +14,11 @@ def plain(text: object) -> str:
     return _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))
 
 
+def counted(n: int, what: str) -> str:
+    """'1 seed', '3 seeds'"""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def code(text: object) -> str:
     """The same as a span of code, outside tables."""
     text = " ".join(str(text).split())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .style import figure
 from .tables import title
+from .text import counted
 
 HEADS = 4
 FILTERS = 24
@@ -41,14 +42,14 @@ def attention_picture(
             ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
             ax.set_aspect("equal")
             n = 0 if heads is None else heads.shape[-1]
-            size = "no attention matrix" if heads is None else f"{n} token{'s' * (n > 1)}"
+            size = "no attention matrix" if heads is None else counted(n, "token")
             ax.set_title(title(attention), fontsize=9)
             small = {"fontsize": 7.5, "color": "#666666", "fontweight": "normal"}
             ax.set_title(size, loc="right", **small)
             for i, head in enumerate([] if heads is None else heads):
                 shown = (head / head.max().clamp_min(1e-12)).numpy()
-                ax.imshow(shown, extent=(i, i + 0.94, 0, 0.94), cmap="magma", zorder=2,
-                          norm=PowerNorm(0.5, 0, 1), interpolation="nearest")  # fmt: skip
+                look = {"cmap": "magma", "norm": PowerNorm(0.5, 0, 1), "interpolation": "nearest"}
+                ax.imshow(shown, extent=(i, i + 0.94, 0, 0.94), zorder=2, **look)
             ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
         height, width = fig.get_figheight(), fig.get_figwidth()
         lines = _heading(fig, heading, width - 1.6)

@@ -11,7 +11,7 @@ from tab.compare.columns import Column
 from tab.compare.csv_files import write_csvs
 from tab.compare.plan import Grid
 from tab.report import markdown
-from tab.report.html import html
+from tab.report.html import html_page
 from tab.report.tables import ranked_columns, ranking, terminal_table
 
 RUNS = [
@@ -36,7 +36,7 @@ def test_a_metric_is_one_entry(tmp_path, monkeypatch):
     place = table[0].index(" Best epoch ")
     assert [line[place] for line in table[2:4]] == [" 3 (3–3) "] * 2
     ranked = {"cnn": ranking(RUNS, "cnn")}
-    page = html(text, ranked, {}, [], {}, None)
+    page = html_page(text, ranked, {}, [], {}, None)
     assert "Best epoch</th>" in page and "3 (3–3)</td>" in page
     console = Console(width=200)
     with console.capture() as said:

@@ -19,7 +19,7 @@ from tab.layers import attention_names
 from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
 from tab.report.chart_data import Group, charts, looks
-from tab.report.html import LIMIT, answers, html
+from tab.report.html import LIMIT, answers, html_page
 from tab.report.sweep import sweep_charts, sweep_section
 from tab.report.tables import ranking
 from tab.sweep.trials import RungTrial
@@ -51,7 +51,7 @@ def page(tmp_path, **more) -> str:
     pictures = {tmp_path / "a.png": 'a "quoted" <caption>'}
     ranked = {"cnn": ranking(runs, "cnn")}
     groups = [Group("Charts", BELOW, charts(runs, runs, "test", {r.id: measured(r) for r in runs}))]
-    return html(text, ranked, looks(kinds), groups, pictures, more.get("bench"))
+    return html_page(text, ranked, looks(kinds), groups, pictures, more.get("bench"))
 
 
 class Page(HTMLParser):
@@ -106,7 +106,7 @@ def test_axes_of_the_tradeoff():
     assert "own" not in axes()  # not known of all
 
 
-def test_a_large_comparison_stays_small(tmp_path, monkeypatch):
+def test_a_large_comparison_stays_small(tmp_path):
     """120 runs: 12 mechanisms × 2 models × 5 seeds, of 250 epochs, with a sweep and pictures."""
     noise = np.random.default_rng(0)
     runs = []
@@ -123,10 +123,10 @@ def test_a_large_comparison_stays_small(tmp_path, monkeypatch):
         ]
     params = {"lr": 0.001, "hidden": 256, "num_heads": 8}
     trials = {
-        (m, a): [RungTrial(n, 0, 3, "done", noise.random(), params)
-                 for n in range(20)]
-        for m in ("mlp", "cnn") for a in NAMES
-    }  # fmt: skip
+        (m, a): [RungTrial(n, 0, 3, "done", noise.random(), params) for n in range(20)]
+        for m in ("mlp", "cnn")
+        for a in NAMES
+    }
     files = {}
     for i in range(4):  # as pictures of filters are: noise in blocks of a few pixels
         files[tmp_path / f"{i}.png"] = f"picture {i}"
@@ -137,15 +137,16 @@ def test_a_large_comparison_stays_small(tmp_path, monkeypatch):
     ranked = {model: ranking(runs, model) for model in grid.models}
     text = markdown.report(runs, FACTS, grid, {}, [sweep_section(trials, "")])
     groups = [Group("Charts", BELOW, charts(runs, runs, "test", found)), sweep_charts(trials)]
-    made = lambda: html(text, ranked, looks(grid.attentions), groups, files, None)  # noqa: E731
+
+    def made(**limit) -> str:
+        return html_page(text, ranked, looks(grid.attentions), groups, files, None, **limit)
+
     whole = made()
     assert len(whole.encode()) < LIMIT and whole.count("<img") == 4
-    monkeypatch.setattr("tab.report.html.LIMIT", len(whole.encode()) - 1000)
-    less = made()
+    less = made(limit=len(whole.encode()) - 1000)
     assert less.count("<img") == 3 and "so that this page stays below" in less
     assert re.search(r"left out here.*lies in <code>.*\d\.png</code>", less)
-    monkeypatch.setattr("tab.report.html.LIMIT", 1000)
-    assert "This page is larger than" in made()
+    assert "This page is larger than" in made(limit=1000)
 
 
 def test_answers():

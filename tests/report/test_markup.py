@@ -13,7 +13,7 @@ from tab.compare.plan import Grid
 from tab.layers import Attention, register_attention
 from tab.report import markdown, pictures, style
 from tab.report.chart_data import Group, charts, looks
-from tab.report.html import html
+from tab.report.html import html_page
 from tab.report.tables import markdown_lines, ranking, terminal_table
 from tab.report.text import code, plain
 
@@ -82,7 +82,7 @@ def test_report_and_page_show_the_name(name, tmp_path):
     before = Words(MD.render(report_of(["plain"])[1]))
     assert shown.tags == before.tags  # the same elements as with a name that is none
     group = Group("Charts", "note", charts(runs, runs, "test", {}))
-    page = html(text, {"cnn": ranking(runs, "cnn")}, looks(["none", name]), [group], {}, None)
+    page = html_page(text, {"cnn": ranking(runs, "cnn")}, looks(["none", name]), [group], {}, None)
     found = Words(page)
     assert found.text.count(name) >= 5 and found.tags.count("script") == 3
     data = re.search('id="data">(.*?)</script>', page, re.S).group(1)

@@ -8,7 +8,7 @@ import pytest
 from tab.analysis.corruptions import OWN
 from tab.analysis.robustness import FILE, read
 from tab.compare.runs import Run
-from tab.report.comparable import comparable
+from tab.report.comparable import keep_comparable
 from tab.report.robustness import corrupted, corruption_error, robustness_section, severity_picture
 
 
@@ -24,7 +24,7 @@ def test_figures_of_other_data_images_files_or_weights_are_not_mixed():
     weights = dict.fromkeys([*found, "a", "b", "c", "d"], "m")
     found |= {"a": figures(0.9, images=10), "b": figures(0.9, data="other")}
     found |= {"c": figures(0.1, files="other"), "d": figures(0.9, model="old")}
-    kept, lines = comparable(found, weights)
+    kept, lines = keep_comparable(found, weights)
     assert {run for run, sections in kept.items() if "attacks" in sections} == {*found} - set("abd")
     assert {run for run, sections in kept.items() if "cifar10c/fog" in sections} == {*found} - set(
         "cd"
@@ -43,7 +43,7 @@ def test_figures_of_other_data_images_files_or_weights_are_not_mixed():
     assert "Left out" in text and "100 test images" in text and " or " not in text
     before = {"x": {"noise": {"settings": {"seed": 0}}}, "y": {"noise": {"settings": {"seed": 0,
               "data": "d", "images": 9, "model": "m"}}}}  # fmt: skip
-    assert comparable(before, {"x": "m", "y": "m"}) == (before, [])
+    assert keep_comparable(before, {"x": "m", "y": "m"}) == (before, [])
 
 
 def test_the_report_shows_what_is_there(tmp_path):
