@@ -38,6 +38,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Throughput of the ops against what you could run instead; SIZES and OPS as in bench/conftest.py.
 bench: setup

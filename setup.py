@@ -224,7 +224,7 @@ setup(
     ],
     package_dir={"tab.kernels": "kernels"},
     package_data={
-        "tab": ["recipe/published.csv", "web/*.css", "web/*.js"],
+        "tab": ["py.typed", "recipe/published.csv", "web/*.css", "web/*.js"],
         "tab.recipe.recipes": ["*.toml"],
         "tab.sweep.spaces": ["*.toml"],
     },

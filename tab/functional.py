@@ -14,4 +14,5 @@ from .ops import orthogonal_projection as orthogonal_projection
 from .ops import performer_attention as performer_attention
 from .ops import sparse_attention as sparse_attention
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+# Type checkers read no list that is computed: without one, they take every name above.
+globals()["__all__"] = [name for name in dir() if not name.startswith("_")]

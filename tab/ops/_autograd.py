@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def function(op: Op, gradients: Callable, constant: int) -> Callable:
 
     name = "".join(word.capitalize() for word in op.name.removesuffix("_fwd").split("_"))
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    apply = type(name, (Function,), body).apply
+    apply = cast(type[Function], type(name, (Function,), body)).apply
     if not constant:
         return functools.partial(apply, None)
 
@@ -77,7 +77,9 @@ def function(op: Op, gradients: Callable, constant: int) -> Callable:
     return run
 
 
-def _again(op: Op, args: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple[Tensor | None]:
+def _again(
+    op: Op, args: tuple, grads: tuple, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     """Gradients with a graph of their own. Each operand is a view, a node of its own: q and k may
     be one tensor, or made from each other."""
     with torch.enable_grad():

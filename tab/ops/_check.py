@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,9 @@ NUMBERS = {  # option -> what to do where it was to be learned
     "scale": "a learned scale multiplies q: pass q * scale, and scale=1.0",
     "eps": "it gets no gradient; pass float(eps)",
 }
+
+
+Given = TypeVar("Given", bound=Tensor | None)
 
 
 def accumulate(*tensors: Tensor) -> torch.dtype:
@@ -26,7 +31,7 @@ def token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def operands(op: str, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def operands(op: str, **tensors: Given) -> tuple[Given, ...]:
     """The floating operands as they are computed with: dense, of a dtype that TAB takes, and under
     autocast cast to its type before anything is compared, as PyTorch's operators do. Like theirs,
     float64 stays float64."""
@@ -49,16 +54,18 @@ def _refuse(op: str, name: str, x: Tensor) -> None:
     )
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Given) -> tuple[Given, ...]:
     """Casts float16, bfloat16 and float32 to the autocast type when it is on for their device."""
     if not torch._C._is_any_autocast_enabled():
         return tensors
-    device = tensors[0].device.type
+    device = next(x.device.type for x in tensors if x is not None)
     # is_autocast_available does not trace on torch 2.11, so meta is asked for by name.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x is not None and x.dtype in CAST else x for x in tensors)
+    return tuple(
+        cast(Given, x.to(dtype)) if x is not None and x.dtype in CAST else x for x in tensors
+    )
 
 
 def number(op: str, name: str, value: float) -> float:

@@ -18,13 +18,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ._autograd import below_autograd, function, once_only, plain, register, tracing, transforming
 
-BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 # Op -> the N up to which "auto" takes CUDA C++ over Triton on a GPU. A measurement decides that
 # (bench/gpu.sh); there is none yet, so CUDA C++ is not taken unasked.
 CUDA_TOKENS: dict[str, int] = {}
@@ -161,13 +163,13 @@ class Op:
 
 # --- which backend --------------------------------------------------------------------------------
 
-_default = os.environ.get("TAB_BACKEND", "auto")
+_default = cast(Backend, os.environ.get("TAB_BACKEND", "auto"))
 if _default not in BACKENDS:
     raise ValueError(f"TAB_BACKEND={_default!r} is none of {', '.join(BACKENDS)}")
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Within the block, operators called with backend="auto" use `name`; process-wide. So does the
     environment variable TAB_BACKEND.
 
@@ -210,7 +212,7 @@ def _way_out() -> str:
     return f'use backend="{"auto" if _default == "auto" else "reference"}"'
 
 
-def choose(backend: str, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) -> str:
+def choose(backend: Backend, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) -> Backend:
     """The backend that will run `op` on `x` (…, N, D) and `others`: the caller's, else the default,
     else what CUDA_TOKENS says, else "auto", which is the dispatcher.
 

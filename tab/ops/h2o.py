@@ -12,6 +12,8 @@ a gradient (h2o_choice.py), and a second op attends to them, block of queries by
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
 from ._check import check_key_mask, check_qkv, real
@@ -20,7 +22,8 @@ from .h2o_attend import h2o_attend
 from .h2o_cache import check_budget
 from .h2o_choice import h2o_choose, h2o_choose_exact
 
-MODES = ("streaming", "exact")
+Mode = Literal["streaming", "exact"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 def h2o_attention(
@@ -31,12 +34,14 @@ def h2o_attention(
     heavy: int,
     recent: int,
     causal: bool = False,
-    mode: str = "streaming",
+    mode: Mode = "streaming",
     block: int = 64,
     scale: float | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention through a cache of heavy + recent tokens per head (Zhang et al. 2023).
+    """Attention through a cache of heavy + recent tokens per head, `o_i = Σ_j p_ij v_j` with
+    p_i = softmax over the cache S_i, whose heavy hitters have the largest A_j = Σ_{t<i} p_tj
+    (Zhang et al. 2023, algorithm 1).
 
     mode "streaming", O(N·(budget + block)) memory: one pass over the tokens in blocks. The queries
     of a block attend the cache (what earlier blocks left in it) and their own block, then the cache
@@ -65,6 +70,11 @@ def h2o_attention(
     Raises:
         ValueError: an option out of range, or shapes, dtypes or devices that do not fit.
         TypeError: a tensor as scale, which would lose its gradient.
+
+    Example: each query attends to at most 16 tokens, chosen per head.
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> tab.h2o_attention(q, k, v, heavy=8, recent=8, causal=True, block=1).shape
+        torch.Size([2, 4, 64, 32])
     """
     q, k, v = check_qkv("h2o_attention", q, k, v)
     check_key_mask("h2o_attention", key_mask, k)

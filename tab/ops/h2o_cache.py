@@ -29,6 +29,17 @@ class H2OCache:
 
     A copy (copy.deepcopy, as a beam search makes) goes on by itself; if gradients are recorded,
     they flow through it to where the original's do. A graph cannot be pickled: see `detach`.
+
+    heavy, recent: slots for heavy hitters and for the latest tokens, at least one in all; scale: of
+    the scores, D^(-1/2) unless given. A ValueError or TypeError names what does not fit.
+
+    Example: a prompt of 20 tokens, then one more, in 8 slots a head.
+        >>> cache = tab.H2OCache(heavy=4, recent=4)
+        >>> q, k, v = torch.randn(3, 1, 2, 21, 16)  # each (B, H, N, D)
+        >>> o = cache.prefill(q[:, :, :20], k[:, :, :20], v[:, :, :20])
+        >>> o = cache.step(q[:, :, 20:], k[:, :, 20:], v[:, :, 20:])
+        >>> o.shape, cache.k.shape
+        (torch.Size([1, 2, 1, 16]), torch.Size([1, 2, 8, 16]))
     """
 
     def __init__(self, *, heavy: int, recent: int, scale: float | None = None):
@@ -64,7 +75,7 @@ class H2OCache:
         self._append(k, v, key_mask)
         visible = self._visible(q.shape[2], causal)
         p = self._probabilities(q, causal)  # (B, H, T, S)
-        o = weigh(p, self.v.to(p.dtype), visible.expand_as(p))
+        o = weigh(p, self._slots()[1].to(p.dtype), visible.expand_as(p))
         self._credit(p, key_mask)
         self._evict()
         return token_major(o.to(v.dtype))
@@ -103,6 +114,12 @@ class H2OCache:
             )
         return self.__dict__
 
+    def _slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, A and position, once there are any."""
+        assert self.k is not None and self.v is not None
+        assert self.score is not None and self.position is not None
+        return self.k, self.v, self.score, self.position
+
     # --- the parts of a step ----------------------------------------------------------------------
 
     def _check_next(self, k: Tensor, v: Tensor) -> None:
@@ -110,7 +127,7 @@ class H2OCache:
         if self.k is None:
             return
         held, given = ((*x.shape[:2], x.shape[3], y.shape[3], x.device) for x, y in
-                       ((self.k, self.v), (k, v)))  # fmt: skip
+                       (self._slots()[:2], (k, v)))  # fmt: skip
         rule = None
         if held != given:
             rule = "the batch, heads, widths and device it holds"
@@ -134,16 +151,18 @@ class H2OCache:
         if self.k is None:  # copies: the caller may fill his buffer anew
             self.k, self.v, self.score, self.position = k.clone(), v.clone(), score, position
             return
-        self.k = torch.cat([self.k, k.to(self.k.dtype)], 2)
-        self.v = torch.cat([self.v, v.to(self.v.dtype)], 2)
-        self.score = torch.cat([self.score, score], 2)
-        self.position = torch.cat([self.position, position], 2)
+        held = self._slots()
+        new = k.to(held[0].dtype), v.to(held[1].dtype), score, position
+        self.k, self.v, self.score, self.position = (
+            torch.cat(x, 2) for x in zip(held, new, strict=True)
+        )
 
     def _probabilities(self, q: Tensor, causal: bool) -> Tensor:
         """softmax over the slots, in float32; a query that sees nothing gets zeros."""
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        acc = self.score.dtype
-        scores = q.to(acc) @ self.k.to(acc).mT * scale  # (B, H, T, S)
+        k, _, score, _ = self._slots()
+        acc = score.dtype
+        scores = q.to(acc) @ k.to(acc).mT * scale  # (B, H, T, S)
         visible = self._visible(q.shape[2], causal)
         # Not -inf: the softmax of a row of nothing but -inf is NaN, and so is its gradient.
         p = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
@@ -151,9 +170,10 @@ class H2OCache:
 
     def _visible(self, t: int, causal: bool) -> Tensor:
         """What the t latest tokens see of the slots, (B, H, 1 or t, S)."""
-        visible = self.position[:, :, None] >= 0
+        k, _, _, position = self._slots()
+        visible = position[:, :, None] >= 0
         if causal:
-            slot = torch.arange(self.k.shape[2], device=self.k.device)
+            slot = torch.arange(k.shape[2], device=k.device)
             visible = visible & (slot <= slot[len(slot) - t :, None])  # own block: not later ones
         return visible
 
@@ -161,15 +181,15 @@ class H2OCache:
         p = p.detach()
         if key_mask is not None:  # what padding attends to counts for nothing
             p = p.masked_fill(~key_mask[:, None, :, None], 0.0)
-        self.score = self.score + p.sum(2)
+        self.score = self._slots()[2] + p.sum(2)
 
     def _evict(self) -> None:
-        budget = self.heavy + self.recent
-        if self.k.shape[2] <= budget:
+        budget, (k, v, score, position) = self.heavy + self.recent, self._slots()
+        if k.shape[2] <= budget:
             return
-        priority = self.score.masked_fill(self.position >= self.seen - self.recent, torch.inf)
-        priority = priority.masked_fill(self.position < 0, -torch.inf)
+        priority = score.masked_fill(position >= self.seen - self.recent, torch.inf)
+        priority = priority.masked_fill(position < 0, -torch.inf)
         kept = priority.topk(budget, -1).indices  # (B, H, budget)
-        self.k = self.k.gather(2, kept[..., None].expand(-1, -1, -1, self.k.shape[3]))
-        self.v = self.v.gather(2, kept[..., None].expand(-1, -1, -1, self.v.shape[3]))
-        self.score, self.position = self.score.gather(2, kept), self.position.gather(2, kept)
+        self.k = k.gather(2, kept[..., None].expand(-1, -1, -1, k.shape[3]))
+        self.v = v.gather(2, kept[..., None].expand(-1, -1, -1, v.shape[3]))
+        self.score, self.position = score.gather(2, kept), position.gather(2, kept)

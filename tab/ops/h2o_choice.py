@@ -57,18 +57,19 @@ def _tokens(q: Tensor) -> Tensor:
 
 
 def _kept(cache: H2OCache) -> Tensor:
-    return cache.v[..., 0].masked_fill(cache.position < 0, -1)
+    _, tokens, _, position = cache._slots()
+    return tokens[..., 0].masked_fill(position < 0, -1)
 
 
 def _kept_per_query(p: Tensor, cache: H2OCache, key_mask: Tensor | None, width: int) -> Tensor:
     """p (B, H, N, N) causal -> what each query's prefix keeps, (B, H, N, width)."""
     if key_mask is not None:
         p = p.masked_fill(~key_mask[:, None, :, None], 0.0)
-    token = torch.arange(p.shape[-1], device=p.device)
-    hidden = (token > token[:, None]) | (cache.position[:, :, None] < 0)  # (B, H, N, N)
+    token, position = torch.arange(p.shape[-1], device=p.device), cache._slots()[3]
+    hidden = (token > token[:, None]) | (position[:, :, None] < 0)  # (B, H, N, N)
     # Real tokens up to query i, for i itself real or not.
-    seen = (cache.position >= 0).cumsum(-1)[..., None]  # (B, H, N, 1)
-    last = cache.position[:, :, None] >= seen - cache.recent
+    seen = (position >= 0).cumsum(-1)[..., None]  # (B, H, N, 1)
+    last = position[:, :, None] >= seen - cache.recent
     priority = p.cumsum(2).masked_fill(last, torch.inf).masked_fill(hidden, -torch.inf)
     kept = priority.topk(width, -1).indices
     return kept.masked_fill(hidden.gather(-1, kept), -1)

@@ -9,13 +9,16 @@ kernels beside it: csrc/cpu/linear, kernels/linear.py and csrc/cuda/linear.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from ._check import accumulate, check_key_mask, check_qkv, number, same, shapes
-from ._op import Op, choose
+from ._op import Backend, Op, choose
 from .linear_reference import backward_reference, forward_reference
 
+FeatureMap = Literal["elu1", "relu", "identity", "softmax"]
 FEATURE_MAPS = {"elu1": 0, "relu": 1, "identity": 2}  # code passed to the kernels
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -69,18 +72,48 @@ linear_fwd.differentiable(_gradients, by=linear_bwd)
 # --- public ---------------------------------------------------------------------------------------
 
 
+@overload
 def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    feature_map: str = "elu1",
+    feature_map: FeatureMap = ...,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    initial_state: tuple[Tensor, Tensor] | None = ...,
+    return_state: Literal[False] = ...,
+    eps: float = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: FeatureMap = ...,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    initial_state: tuple[Tensor, Tensor] | None = ...,
+    return_state: Literal[True],
+    eps: float = ...,
+    backend: Backend = ...,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: FeatureMap = "elu1",
     causal: bool = False,
     key_mask: Tensor | None = None,
     initial_state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
     eps: float = 0.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Linear attention, `o_i = φ(q_i)ᵀS / (φ(q_i)ᵀz + eps)` (Katharopoulos 2020, eq. 5, 9).
 
@@ -97,7 +130,7 @@ def linear_attention(
         initial_state: (S (B, H, D, Dv), z (B, H, D)) float32, from earlier tokens.
         return_state: also return the state after the last token.
         eps: added to the denominator. A row whose denominator is 0 gives 0.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype, or (o, (S, z)).
@@ -106,6 +139,17 @@ def linear_attention(
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
         TypeError: eps is a tensor, whose gradient would be lost.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example: the tokens in two parts, the second from the state that the first left.
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> whole = tab.linear_attention(q, k, v, causal=True)
+        >>> first, later = (slice(0, 40), slice(40, 64))
+        >>> x = [t[:, :, first] for t in (q, k, v)]
+        >>> _, state = tab.linear_attention(*x, causal=True, return_state=True)
+        >>> x = [t[:, :, later] for t in (q, k, v)]
+        >>> o = tab.linear_attention(*x, causal=True, initial_state=state)
+        >>> torch.allclose(o, whole[:, :, later], atol=1e-5)
+        True
     """
     q, k, v = check_qkv("linear_attention", q, k, v)
     check_key_mask("linear_attention", key_mask, k)

@@ -39,7 +39,7 @@ def with_ones(v: Tensor) -> Tensor:
 
 def join(s: Tensor | None, z: Tensor | None) -> Tensor | float:
     """S (B, H, D, Dv) and z (B, H, D) as one (B, H, D, Dv+1); 0 where there are none."""
-    return 0.0 if s is None else torch.cat([s, z[..., None]], -1)
+    return 0.0 if s is None or z is None else torch.cat([s, z[..., None]], -1)
 
 
 def chunks(x: Tensor) -> Tensor:

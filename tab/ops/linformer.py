@@ -25,7 +25,8 @@ def linformer_attention(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention on a sequence projected from N to K rows (Wang et al. 2020, eq. 7).
+    """Attention on a sequence projected from N to K rows, `o = softmax(scale·q (Eᵀk)ᵀ) Fᵀv`
+    (Wang et al. 2020, eq. 7).
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device.
@@ -40,12 +41,19 @@ def linformer_attention(
 
     Raises:
         ValueError: N > N_max, or shapes, dtypes or devices do not fit; the message prints them.
+        TypeError: scale is a tensor.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> E = torch.randn(64, 16) / 8  # N_max = 64 tokens to K = 16 rows
+        >>> tab.linformer_attention(q, k, v, E).shape
+        torch.Size([2, 4, 64, 32])
     """
     q, k, v = check_qkv("linformer_attention", q, k, v)
-    E, F = operands("linformer_attention", E=E, F=F)
+    (E,) = operands("linformer_attention", E=E)
+    F = E if F is None else operands("linformer_attention", F=F)[0]
     check_key_mask("linformer_attention", key_mask, k)
     same("linformer_attention", q=q, E=E, F=F)
-    F = E if F is None else F
     for x in (E, F):
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] not in (1, q.shape[1])):
             raise ValueError(

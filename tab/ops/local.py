@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._check import accumulate, check_qkv, token_major
-from ._op import Op, choose
+from ._op import Backend, Op, choose
 from ._softmax import (
     empty_heads,
     empty_outputs,
@@ -149,9 +149,10 @@ def local_attention(
     causal: bool = False,
     grid: tuple[int, int] | None = None,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Softmax attention within a window: query i sees keys i − left ≤ j ≤ i + right.
+    """Softmax attention within a window, `o_i = Σ_j softmax_j(scale·q_i·k_j) v_j` over the keys
+    i − left ≤ j ≤ i + right (Beltagy et al. 2020, sec. 3.1; on a grid Ramachandran et al. 2019).
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
@@ -163,7 +164,7 @@ def local_attention(
             and the window is two-dimensional: left upwards and to the left, right downwards and to
             the right. Without it a window wraps around the edges of an image.
         scale: of the scores, 1/√D unless given.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype.
@@ -172,6 +173,11 @@ def local_attention(
         ValueError: shapes, dtypes, devices, window or grid do not fit; the message says how.
         TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example: an image of 8 × 8 patches, each with its eight neighbours.
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> tab.local_attention(q, k, v, window=1, grid=(8, 8)).shape
+        torch.Size([2, 4, 64, 32])
     """
     q, k, v = check_qkv("local_attention", q, k, v)
     n = q.shape[2]

@@ -15,15 +15,18 @@ mla_forms.py, decoding is in mla_decode.py. Beside the references: csrc/cpu/mla/
 
 from __future__ import annotations
 
+from typing import Literal, get_args, overload
+
 import torch
 from torch import Tensor
 
 from ._check import accumulate, check_key_mask, operands, same, shapes, token_major
-from ._op import Op, choose
+from ._op import Backend, Op, choose
 from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
 from .mla_forms import compose, real_tokens, visible
 
-FORMS = ("auto", "fused", "expand", "absorb")
+Form = Literal["auto", "fused", "expand", "absorb"]
+FORMS: tuple[str, ...] = get_args(Form)
 # "auto" takes a compiled fused kernel up to this N, else expand and SDPA. CPU, float32, one AVX-512
 # thread, forward and backward, against expand: 3.7 times at N 64 (Dn 32, R 64), 3.9 at N 4096;
 # 1.6 at N 8192 and 0.8 at N 16384 where Dn + Dr = Dv (64); 1.3 to 2.3 with R 512 and Dn 128 at
@@ -141,6 +144,42 @@ mla_fwd.differentiable(_gradients, by=mla_bwd, constant=1)
 # --- public ---------------------------------------------------------------------------------------
 
 
+@overload
+def mla_attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    form: Form = ...,
+    return_lse: Literal[False] = ...,
+    return_max_logits: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def mla_attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    form: Form = ...,
+    return_lse: bool = ...,
+    return_max_logits: bool = ...,
+    backend: Backend = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
 def mla_attention(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -152,10 +191,10 @@ def mla_attention(
     causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float | None = None,
-    form: str = "auto",
+    form: Form = "auto",
     return_lse: bool = False,
     return_max_logits: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Multi-head latent attention, `o_h = softmax((q_n·W_uk,h c + q_r·k_r)·scale) W_uv,h c`.
 
@@ -185,6 +224,15 @@ def mla_attention(
         ValueError: shapes, dtypes, devices or options do not fit; the message prints them.
         TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example: H 4 heads of Dn 16 and Dr 8 out of a latent of R 32; two forms, one function.
+        >>> q_nope, q_rope = torch.randn(2, 4, 64, 16), torch.randn(2, 4, 64, 8)
+        >>> c_kv, k_rope = torch.randn(2, 64, 32), torch.randn(2, 64, 8)
+        >>> w_uk, w_uv = torch.randn(2, 4, 16, 32) / 6
+        >>> x = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
+        >>> o = tab.mla_attention(*x, causal=True)
+        >>> torch.allclose(o, tab.mla_attention(*x, causal=True, form="absorb"), atol=1e-4)
+        True
     """
     x = operands(
         "mla_attention",
@@ -210,7 +258,9 @@ def _compiled(device: str) -> bool:
     )
 
 
-def _choose_form(form: str, backend: str, x: list[Tensor], flash: bool) -> tuple[str, str]:
+def _choose_form(
+    form: Form, backend: Backend, x: tuple[Tensor, ...], flash: bool
+) -> tuple[Form, Backend]:
     """flash: whether SDPA on a CPU can do `expand` without writing all scores."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._check import accumulate, operands, shapes
-from ._op import Op, choose
+from ._op import Backend, Op, choose
 from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
 from .mla import check
 
@@ -118,9 +118,11 @@ def mla_decode(
     w_uv: Tensor,
     *,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One new token per sequence against its cache of latents, in the absorbed form.
+    """One new token per sequence against its cache of latents, in the absorbed form:
+    `z_h = softmax((W_uk,hᵀq_n,h·c + q_r,h·k_r)·scale) c`, `o_h = W_uv,h z_h` (DeepSeek-V2 2024,
+    appendix C).
 
     Args:
         q_nope: (B, H, Dn); q_rope: (B, H, Dr); w_uk: (H, Dn, R); w_uv: (H, Dv, R).
@@ -138,6 +140,14 @@ def mla_decode(
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
         TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example: two sequences, 10 and 3 tokens long, in caches of 16 rows.
+        >>> q_nope, q_rope = torch.randn(2, 4, 16), torch.randn(2, 4, 8)
+        >>> cache = torch.randn(2, 16, 40)
+        >>> w_uk, w_uv = torch.randn(2, 4, 16, 32)
+        >>> o, lse = tab.mla_decode(q_nope, q_rope, cache, torch.tensor([10, 3]), w_uk, w_uv)
+        >>> o.shape, lse.shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 4]))
     """
     q_nope, q_rope, cache, w_uk, w_uv = operands(
         "mla_decode", q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv

@@ -7,6 +7,8 @@ and value head for all (DeepSeek-V2 2024, appendix C). Both run SDPA and differe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,11 +61,13 @@ def compose(form: str, operands, scale, causal, key_mask, want_lse, want_peak):
     SDPA gives no lse: where that is wanted, the scores (B, H, N, N) are written. lse and max_logits
     are of scores that are float32 throughout, whatever the type of the input.
     """
-    project, options = (expand if form == "expand" else absorb), {"causal": causal}
+    project = expand if form == "expand" else absorb
+    options: dict[str, Any] = {"causal": causal}
     if key_mask is not None:
         queries = (_finite_where_masked(key_mask, x) for x in operands[:2])
         operands = *queries, *real_tokens(key_mask, *operands[2:4]), *operands[4:]
         seen = visible(key_mask, operands[0].shape[2], causal, key_mask.device)
+        assert seen is not None
         options = {"seen": seen[:, None]}  # (B, 1, N, N)
     lse = peak = None
     if want_lse or want_peak:

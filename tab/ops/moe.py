@@ -96,6 +96,12 @@ def moe_experts(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message prints them.
+
+    Example: 8 tokens of width C 16 through 2 of E 4 experts of width F 32.
+        >>> x, w13, w2 = torch.randn(8, 16), torch.randn(4, 64, 16), torch.randn(4, 16, 32)
+        >>> routed = tab.noaux_tc_gate(torch.randn(8, 4), torch.zeros(4), top_k=2)
+        >>> tab.moe_experts(x, w13, w2, *routed).shape
+        torch.Size([8, 16])
     """
     x, w13, w2 = autocast(x, w13, w2)
     _check_experts(x, w13, w2, weights, index, counts)

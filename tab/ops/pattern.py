@@ -24,7 +24,13 @@ class BlockPattern:
 
     It serves `heads` heads, any number if None; Hp is 1 where they share the rows, else `heads`.
     The last block is shorter when block_size does not divide n. Make one by `bigbird` or
-    `from_blocks`.
+    `from_blocks`; both raise a ValueError that names what does not fit.
+
+    Example: 4 blocks of 16 tokens, each of which sees itself and the first.
+        >>> mask = torch.eye(4, dtype=torch.bool)
+        >>> mask[:, 0] = True
+        >>> tab.BlockPattern.from_blocks(mask, block_size=16, n=64)
+        BlockPattern(n=64, block_size=16, heads=None, density=0.438)
     """
 
     n: int
@@ -117,9 +123,9 @@ class BlockPattern:
         key = str(device)
         if key not in self._copies:
             with torch.inference_mode(False):  # else training could not use it later
-                moved = [x.to(device) for x in self.tensors]
+                row_ptr, col, col_ptr, row = (x.to(device) for x in self.tensors)
             self._copies[key] = BlockPattern(
-                self.n, self.block_size, self.heads, *moved, self._copies
+                self.n, self.block_size, self.heads, row_ptr, col, col_ptr, row, self._copies
             )
         return self._copies[key]
 

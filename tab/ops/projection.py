@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,17 @@ def orthogonal_projection(
         generator: where the numbers come from, on its own device; drawn in float64, so that one
             seed gives one W in every dtype.
         dtype, device: of the result; by default torch's default dtype, the generator's device.
+
+    Returns:
+        W (num_features, head_dim); a constant, without gradient.
+
+    Raises:
+        ValueError: num_features or head_dim is below 1.
+
+    Example:
+        >>> w = tab.orthogonal_projection(8, 4, generator=torch.Generator().manual_seed(0))
+        >>> w.shape, bool((w[0] @ w[1]).abs() < 1e-5)
+        (torch.Size([8, 4]), True)
     """
     if num_features < 1 or head_dim < 1:
         raise ValueError(
@@ -32,9 +45,9 @@ def orthogonal_projection(
         )
     blocks = -(-num_features // head_dim)
     source = device if generator is None else generator.device
-    options = {"generator": generator, "dtype": torch.float64, "device": source}
-    orthogonal, r = torch.linalg.qr(torch.randn(blocks, head_dim, head_dim, **options))
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64, device=source)
+    orthogonal, r = torch.linalg.qr(draw(blocks, head_dim, head_dim))
     orthogonal = orthogonal * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-    norms = torch.randn(num_features, head_dim, **options).norm(dim=-1, keepdim=True)
+    norms = draw(num_features, head_dim).norm(dim=-1, keepdim=True)
     w = orthogonal.mT.flatten(0, 1)[:num_features] * norms
     return w.to(dtype=dtype or torch.get_default_dtype(), device=device or source)

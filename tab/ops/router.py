@@ -23,7 +23,8 @@ def noaux_tc_gate(
     topk_group: int = 1,
     route_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigmoid top-k routing with a selection bias (DeepSeek-V3 2024, eq. 13-16), in float32.
+    """Sigmoid top-k routing with a selection bias, in float32: of s = σ(logits), the k experts of
+    the largest s + bias get the weights route_scale·s / Σ s (DeepSeek-V3 2024, eq. 13-16).
 
     Args:
         logits: (…, E), floating; the router's scores before the sigmoid.
@@ -40,6 +41,16 @@ def noaux_tc_gate(
 
     Raises:
         ValueError: shapes or numbers do not fit; the message prints them.
+
+    Example: two tokens, each to two of four experts; the bias lifts expert 0 into the choice of
+    the first, where its own score still sets its weight.
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0, 0.5], [3.0, 1.0, 0.0, 0.0]])
+        >>> bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
+        >>> weights, index, counts = tab.noaux_tc_gate(logits, bias, top_k=2)
+        >>> index.tolist(), counts.tolist()
+        ([[0, 2], [0, 1]], [2, 1, 1, 0])
+        >>> torch.allclose(weights.sum(-1), torch.ones(2))
+        True
     """
     experts = _check_gate(logits, bias, top_k, n_group, topk_group)
     scores = logits.to(accumulate(logits)).sigmoid()  # (…, E)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._check import accumulate, check_qkv, token_major
-from ._op import Op, choose
+from ._op import Backend, Op, choose
 from ._softmax import (
     empty_heads,
     empty_outputs,
@@ -169,16 +169,17 @@ def sparse_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Softmax attention over the blocks of a pattern (Zaheer et al. 2020).
+    """Softmax attention over the blocks of a pattern, `o_i = Σ_j softmax_j(scale·q_i·k_j) v_j` over
+    the tokens j of the blocks that the block of i sees (Zaheer et al. 2020, "Big Bird").
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
         pattern: for N tokens, and for H heads or shared by all; moved to the tensors' device once.
         causal: of the blocks seen only tokens j ≤ i.
         scale: of the scores, 1/√D unless given.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype; 0 where a token sees nothing.
@@ -187,6 +188,12 @@ def sparse_attention(
         ValueError: shapes, dtypes, devices or the pattern do not fit; the message prints them.
         TypeError: scale is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> pattern = tab.BlockPattern.bigbird(64, heads=4, block_size=8, num_random=1)
+        >>> tab.sparse_attention(q, k, v, pattern).shape
+        torch.Size([2, 4, 64, 32])
     """
     q, k, v = check_qkv("sparse_attention", q, k, v)
     if not isinstance(pattern, BlockPattern):
