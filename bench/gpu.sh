@@ -136,7 +136,7 @@ if [ -n "$sanitizer${DRY:-}" ]; then
     # Without the caching allocator each tensor has bounds of its own.
     step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" \
         --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider \
-        tests/ops/test_triton.py tests/cuda/test_small.py \
+        tests/ops/test_triton.py tests/cuda/test_ops.py \
         -k 33-64-dtype0
 else
     summary+="no compute-sanitizer here"$'\n'

@@ -111,8 +111,8 @@ def _usage(binary: Path) -> dict[tuple[str, int], dict]:
 CUDA_OPS = {  # what a problem's name begins with
     "Linear": "linear",
     "Mla": "mla",
-    "Performer": "performer",
-    "PerformerState": "performer",
+    "PerformerBidirectional": "performer",
+    "PerformerCausal": "performer",
     "Softmax": "local sparse",
 }
 

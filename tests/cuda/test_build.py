@@ -1,4 +1,4 @@
-"""CUDA C++ without a GPU: what the compiled kernels take. Their numbers: test_small.py."""
+"""CUDA C++ without a GPU: what the compiled kernels take. Their numbers: test_linear.py …"""
 
 import pytest
 

@@ -1,40 +1,42 @@
 """FAVOR+ in CUDA C++, run on the CPU (emulated.py) and held against float64."""
 
+import math
+
 import pytest
 import torch
-from emulated import FLOOR, TYPES, heads, inputs, pointer, run, struct, unit_last
+from emulated import FLOOR, TYPES, heads, inputs, pointer, run, spoilt, struct, unit_last
 from proof import assert_accurate
 
 from tab import performer_attention
 from tab.ops.performer import forward_reference
 
-FAVOR = struct("Favor", "int heads n d dv m relu; pointer mask w; Heads q k v")
+PERFORMER = struct("Performer", "int heads n d dv m relu; pointer mask w; Heads q k v")
 STATE = struct("State", "pointer s z c")
-FORWARD = struct("Forward", "Favor in; float eps; Heads o; pointer s z c lse")
-BACKWARD = struct("Backward", "Favor in; Heads do o; pointer c lse; Heads dq dk dv")
-STATE_FORWARD = struct(
-    "StateForward", "Favor in; int causal; float eps; State from; Heads o; pointer s z c lse"
+FORWARD = struct("Forward", "Performer in; float eps; Heads o; pointer s z c lse")
+BACKWARD = struct("Backward", "Performer in; Heads do o; pointer c lse; Heads dq dk dv")
+CAUSAL_FORWARD = struct(
+    "CausalForward", "Performer in; int causal; float eps; State from; Heads o; pointer s z c lse"
 )
-STATE_BACKWARD = struct(
-    "StateBackward",
-    "Favor in; int causal; State from grad; Heads do o; pointer lse; Heads dq dk dv;"
+CAUSAL_BACKWARD = struct(
+    "CausalBackward",
+    "Performer in; int causal; State from grad; Heads do o; pointer lse; Heads dq dk dv;"
     "pointer ds0 dz0",
 )
 
 
 class Performer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, w, mask, relu, eps):
+    def forward(ctx, q, k, v, w, mask, relu, eps, nan=False):
         (b, h, n, d), dv, m = q.shape, v.shape[3], w.shape[0]
-        favor = FAVOR(h, n, d, dv, m, relu, pointer(mask), w.data_ptr(), *map(heads, (q, k, v)))
+        read = PERFORMER(h, n, d, dv, m, relu, pointer(mask), w.data_ptr(), *map(heads, (q, k, v)))
 
         def make(o, *rest):
-            return FORWARD(favor, eps, heads(o), *map(pointer, rest))
+            return FORWARD(read, eps, heads(o), *map(pointer, rest))
 
         rest = q.new_empty(b * h, m, dv), q.new_empty(b, h, m), q.new_empty(b, h, m), q[..., 0]
-        o, s, z, c, lse = run("performer_fwd", make, q, [v, *rest])
+        o, s, z, c, lse = run("performer_bidirectional_fwd", make, q, [v, *rest], nan)
         ctx.save_for_backward(q, k, v, o, c, lse)
-        ctx.favor = favor
+        ctx.read, ctx.nan = read, nan
         s = s.view(b, h, m, dv)
         ctx.mark_non_differentiable(s, z, c, lse)
         return o, s, z, c, lse
@@ -46,9 +48,9 @@ class Performer(torch.autograd.Function):
 
         def make(*outputs):
             state = c.data_ptr(), lse.data_ptr()
-            return BACKWARD(ctx.favor, heads(do), heads(o), *state, *map(heads, outputs))
+            return BACKWARD(ctx.read, heads(do), heads(o), *state, *map(heads, outputs))
 
-        return *run("performer_bwd", make, q, [q, k, v]), None, None, None, None
+        return *run("performer_bidirectional_bwd", make, q, [q, k, v], ctx.nan), *5 * [None]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -87,18 +89,18 @@ class Stateful(torch.autograd.Function):
     """What csrc/cuda/performer/performer.cu takes for causal sums and states; s0 None: no state."""
 
     @staticmethod
-    def forward(ctx, q, k, v, s0, z0, w, c0, mask, relu, causal, eps):
+    def forward(ctx, q, k, v, s0, z0, w, c0, mask, relu, causal, eps, nan=False):
         (b, h, n, d), dv, m = q.shape, v.shape[3], w.shape[0]
-        favor = FAVOR(h, n, d, dv, m, relu, pointer(mask), w.data_ptr(), *map(heads, (q, k, v)))
+        read = PERFORMER(h, n, d, dv, m, relu, pointer(mask), w.data_ptr(), *map(heads, (q, k, v)))
         start = STATE(*map(pointer, (s0, z0, c0)))
 
         def make(o, *rest):
-            return STATE_FORWARD(favor, causal, eps, start, heads(o), *map(pointer, rest))
+            return CAUSAL_FORWARD(read, causal, eps, start, heads(o), *map(pointer, rest))
 
         rest = q.new_empty(b * h, m, dv), q.new_empty(b, h, m), q.new_empty(b, h, m), q[..., 0]
-        o, s, z, c, lse = run("performer_state_fwd", make, q, [v, *rest])
+        o, s, z, c, lse = run("performer_causal_fwd", make, q, [v, *rest], nan)
         ctx.save_for_backward(q, k, v, o, c, lse, s0, z0)
-        ctx.given = favor, causal, start
+        ctx.given = read, causal, start, nan
         s = s.view(b, h, m, dv)
         ctx.mark_non_differentiable(c, lse)
         ctx.set_materialize_grads(False)
@@ -107,21 +109,21 @@ class Stateful(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, ds, dz, *_):
         q, k, v, o, c, lse, s0, z0 = ctx.saved_tensors
-        favor, causal, start = ctx.given
+        read, causal, start, nan = ctx.given
         do = unit_last(do)
         ds, dz = (None if x is None else x.contiguous() for x in (ds, dz))
 
         def make(dq, dk, dv, *first):
             grad = STATE(pointer(ds), pointer(dz), c.data_ptr())
             outputs = *map(heads, (dq, dk, dv)), *(map(pointer, first or (None, None)))
-            return STATE_BACKWARD(
-                favor, causal, start, grad, heads(do), heads(o), lse.data_ptr(), *outputs
+            return CAUSAL_BACKWARD(
+                read, causal, start, grad, heads(do), heads(o), lse.data_ptr(), *outputs
             )
 
         first = [] if s0 is None else [s0.flatten(0, 1), z0]
-        dq, dk, dv, *first = run("performer_state_bwd", make, q, [q, k, v, *first])
+        dq, dk, dv, *first = run("performer_causal_bwd", make, q, [q, k, v, *first], nan)
         first = [first[0].view_as(s0), first[1]] if first else [None, None]
-        return dq, dk, dv, *first, *6 * [None]
+        return dq, dk, dv, *first, *7 * [None]
 
 
 def check_state(x, w, c0, mask, relu, causal, eps, states=True, floor=None):
@@ -205,3 +207,55 @@ def test_a_later_key_may_outweigh_all_others(first, generator):
         *state, c0 = start(generator, 1, 2, m, 24)
         x += state
     check_state(x, w, c0, None, False, True, 0.0)
+
+
+def form(name, relu, generator, d, dv):
+    """One of the two kernels, as a function of q, k, v, a mask and `nan`."""
+    w = torch.randn(70, d, generator=generator)
+    if name == "bidirectional":
+        return lambda *x, mask=None, nan=False: Performer.apply(*x, w, mask, relu, 0.25, nan)
+    *state, c0 = start(generator, 2, 2, 70, dv) if name == "with states" else (None, None, None)
+    c0 = torch.zeros_like(c0) if relu and c0 is not None else c0
+    rest = w, c0
+    return lambda *x, mask=None, nan=False: Stateful.apply(
+        *x, *state, *rest, mask, relu, name == "causal", 0.25, nan
+    )
+
+
+@pytest.mark.parametrize("relu", (False, True))
+@pytest.mark.parametrize("name", ("bidirectional", "with states"))
+def test_nan_is_seen(name, relu, generator):
+    f = form(name, relu, generator, 8, 12)
+    for which, rows in ((0, [5]), (1, list(range(20))), (2, list(range(20)))):
+        x = inputs(generator, 2, 2, 20, 8, 12, torch.float32)
+        x[which][0, 1, 5, 2] = math.nan
+        x = [y.detach().requires_grad_() for y in x]
+        o = f(*x, nan=True)[0]
+        dq, dk, dv = torch.autograd.grad(o.sum(), x)
+        for y in (o, dq):
+            assert y[0, 1].isnan().any(-1).nonzero().flatten().tolist() == rows
+        assert dk[0, 1].isnan().any(-1).all() and (which == 2 or dv[0, 1].isnan().any(-1).all())
+        assert all(y[1].isfinite().all() and y[0, 0].isfinite().all() for y in (o, dq, dk, dv))
+
+
+@pytest.mark.parametrize("where", ("kv", "q"))
+@pytest.mark.parametrize("relu", (False, True))
+@pytest.mark.parametrize("name", ("bidirectional", "causal", "with states"))
+def test_masked_tokens_reach_nobody(name, relu, where, generator):
+    """In k and v nobody at all, in q nobody else, if nothing hangs on the output of that token."""
+    f = form(name, relu, generator, 72, 24)
+    x = inputs(generator, 2, 2, 30, 72, 24, TYPES[not relu])
+    mask = torch.rand(2, 30, generator=generator) > 0.3
+    hidden = ~mask[:, None, :, None]
+    dirty = [spoilt(y, mask) if at in where else y for at, y in zip("qkv", x, strict=True)]
+
+    def results(x):
+        x = [y.detach().requires_grad_() for y in x]
+        o, s, z, c, lse = f(*x, mask=mask, nan=where == "q")
+        if where == "q":
+            o, lse = o.masked_fill(hidden, 0), lse.masked_fill(hidden[..., 0], 0)
+        loss = o.sin().sum() if name == "bidirectional" else o.sin().sum() + s.sum() + z.sum()
+        return o, s, z, c, lse, *torch.autograd.grad(loss, x)
+
+    for a, b in zip(results(dirty), results(x), strict=True):
+        assert torch.equal(a, b)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from paths import SUPPORT
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_small.cpp knows
+TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_few.cpp knows
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 KINDS = {
     "int": ctypes.c_int,
@@ -28,7 +28,7 @@ def library(mechanism: str) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("needs g++")
     folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "cuda_small.so"
+    path = Path(folder.name) / "cuda_few.so"
     flags = [
         f"-D{mechanism.upper()}",
         "-std=c++20",
@@ -41,7 +41,7 @@ def library(mechanism: str) -> ctypes.CDLL:
     flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     made = path.with_suffix(".o")  # ThreadSanitizer's calls without its runtime: cuda_races.h
     subprocess.run(
-        [compiler, *flags, "-c", "-fsanitize=thread", SUPPORT / "cuda_small.cpp", "-o", made],
+        [compiler, *flags, "-c", "-fsanitize=thread", SUPPORT / "cuda_few.cpp", "-o", made],
         check=True,
     )
     subprocess.run([compiler, *flags, made, "-o", path], check=True)
@@ -63,7 +63,7 @@ def struct(name: str, members: str) -> type[ctypes.Structure]:
 
 
 HEADS = struct("Heads", "pointer data; int64 b h n")
-# Which keys a query sees (softmax_small.cuh)
+# Which keys a query sees (softmax.cuh)
 SEES = struct(
     "Sees",
     "int n; bool causal; int left right rows cols; pointer row_ptr col; int block patterns;"
@@ -77,15 +77,17 @@ def heads(x: torch.Tensor):
     return HEADS(x.data_ptr(), *x.stride()[:3])
 
 
-def run(name: str, make, x: torch.Tensor, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Runs a kernel: no race, each output written whole. make(*outputs) fills the argument
-    structure."""
+def run(
+    name: str, make, x: torch.Tensor, outputs: list[torch.Tensor], nan: bool = False
+) -> list[torch.Tensor]:
+    """Runs a kernel: no race and, unless the results hold `nan`, each output written whole and no
+    further. make(*outputs) fills the argument structure."""
     fresh = [poison(out) for out in outputs]
     f = getattr(library(name.split("_")[0]), name)
     f.restype, f.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     error = f(ctypes.byref(make(*fresh)), TYPES.index(x.dtype), x.shape[0] * x.shape[1])
     assert not error, f"{name}: {error.decode()}"
-    for out in fresh:
+    for out in () if nan else fresh:
         assert not out.isnan().any(), f"{name}: an output was not written"
         margin = 0 if out._base is None else out._base.numel() - out.numel()
         assert not margin or out._base.isnan().sum() == margin, f"{name}: wrote too far"
@@ -103,6 +105,13 @@ def poison(like: torch.Tensor) -> torch.Tensor:
 def unit_last(x: torch.Tensor) -> torch.Tensor:
     """What the launcher does first."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def spoilt(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """x (B, [H,] N, ·) with NaN and both infinities where a token is masked, mask (B, N)."""
+    junk = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=x.dtype)
+    real = mask[:, None, :, None] if x.dim() == 4 else mask[..., None]
+    return torch.where(real, x, junk[torch.arange(x.shape[-1]) % 3])
 
 
 def pointer(x: torch.Tensor | None) -> int | None:

@@ -34,6 +34,23 @@ TAB_DEVICE void narrow(float x, float* to) { *to = x; }
 TAB_DEVICE void narrow(float x, __half* to) { *to = __float2half(x); }
 TAB_DEVICE void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
 
+/// The first n rows of a tensor or, where a mask is given, those of them that are real.
+struct Tokens {
+  int n;
+  const uint8_t* mask;  // (N) or null
+  TAB_DEVICE Tokens(int n, const uint8_t* mask = nullptr) : n(n), mask(mask) {}
+  /// Of batch entry b, for a mask (B, N)
+  static TAB_DEVICE Tokens of(int n, const uint8_t* mask, int b) {
+    return {n, mask == nullptr ? nullptr : mask + static_cast<int64_t>(b) * n};
+  }
+  TAB_DEVICE bool operator()(int i) const { return i < n && (mask == nullptr || mask[i] != 0); }
+};
+
+/// max(x, 0), NaN where x is
+TAB_DEVICE float rectified(float x) { return x < 0 ? 0.0f : x; }
+/// The larger one, NaN if either is
+TAB_DEVICE float larger(float x, float y) { return x != x || x > y ? x : y; }
+
 /// A (B, H, N, D) tensor: its strides in elements; the last one is 1. h is 0 where heads share.
 template <typename T>
 struct Heads {

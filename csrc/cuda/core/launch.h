@@ -1,4 +1,4 @@
-// The host's side of the small kernels: arguments out of tensors, and the launch.
+// The host's side of the kernels for few tokens: arguments out of tensors, and the launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -66,12 +66,6 @@ void with_type(const char* op, const Tensor& x, F f) {
 inline const float* floats(const std::optional<Tensor>& x) {
   return x ? static_cast<const float*>(x->data_ptr()) : nullptr;
 }
-inline const uint8_t* bytes_of(const std::optional<Tensor>& mask) {
-  return mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
-}
-inline std::optional<Tensor> whole(const std::optional<Tensor>& x) {
-  return x ? std::optional(torch::stable::contiguous(*x)) : std::nullopt;
-}
 inline Tensor states(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
@@ -87,11 +81,6 @@ inline void check_floats(const char* op, const char* name, const Tensor& x,
                          std::initializer_list<int64_t> want) {
   check_shape(op, name, x, want);
   check_dtype(op, name, x, ScalarType::Float);
-}
-inline void check_mask(const char* op, const std::optional<Tensor>& mask, int64_t b, int64_t n) {
-  if (!mask) return;
-  check_shape(op, "key_mask", *mask, {b, n});
-  check_dtype(op, "key_mask", *mask, ScalarType::Bool);
 }
 
 }  // namespace tab::few

@@ -154,17 +154,18 @@ struct Same {
   TAB_DEVICE float operator()(float x, int, int) const { return x; }
 };
 
-/// tile(i, c) = f(x[i, c], i, c) for i < n, c < d, zero elsewhere. A thread has AHEAD reads in
-/// flight, which hide the way to memory and take four registers each.
+/// tile(i, c) = f(x[i, c], i, c) for i of `rows` and c < d, zero elsewhere: a weight of 0 would not
+/// hide the NaN that a masked row may hold. A thread has AHEAD reads in flight, which hide the way to
+/// memory and take four registers each.
 template <int AHEAD = 8, typename E, typename T, typename F = Same>
-TAB_DEVICE void load(E* tile, const T* x, int64_t stride, int n, int d, F f = {}) {
+TAB_DEVICE void load(E* tile, const T* x, int64_t stride, const Tokens& rows, int d, F f = {}) {
   constexpr int PIECE = 16 / static_cast<int>(sizeof(T));  // elements read at once
   if (d % PIECE == 0 && stride % PIECE == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     TAB_UNROLL_AHEAD
     for (int turn = 0; turn < SIDE * SIDE / PIECE / THREADS; ++turn) {
       const int e = turn * THREADS + static_cast<int>(threadIdx.x);
       const int i = e / (SIDE / PIECE), c = e % (SIDE / PIECE) * PIECE;
-      const bool inside = i < n && c < d;
+      const bool inside = c < d && rows(i);
       uint4 bits{};
       if (inside) bits = *reinterpret_cast<const uint4*>(x + i * stride + c);
       E* const to = tile + i * LINE<E> + c;
@@ -191,10 +192,28 @@ TAB_DEVICE void load(E* tile, const T* x, int64_t stride, int n, int d, F f = {}
     TAB_ROLLED
     for (int e = static_cast<int>(threadIdx.x); e < SIDE * SIDE; e += THREADS) {
       const int i = e / SIDE, c = e % SIDE;
-      const bool inside = i < n && c < d;
+      const bool inside = c < d && rows(i);
       narrow(inside ? f(wide(x[i * stride + c]), i, c) : 0.0f, tile + i * LINE<E> + c);
     }
   }
+}
+
+/// Whose q and o a backward pass reads: real tokens, and those whose output has a cotangent. What
+/// another holds, nobody learns of. `room` is SIDE bytes of shared memory; there is a barrier.
+template <typename T>
+TAB_DEVICE Tokens heard(uint8_t* room, const Tokens& real, const T* dout, int64_t stride, int dv,
+                        const float* dlse = nullptr) {
+  if (real.mask == nullptr) return real;
+  TAB_ROLLED
+  for (int p = 0; p < 4; ++p) {
+    const int i = static_cast<int>(threadIdx.x) * 4 + p;
+    if (i >= SIDE) break;
+    bool one = real(i) || (dlse != nullptr && i < real.n && dlse[i] != 0);
+    for (int c = 0; !one && i < real.n && c < dv; ++c) one = wide(dout[i * stride + c]) != 0;
+    room[i] = one;
+  }
+  __syncthreads();
+  return {real.n, room};
 }
 
 /// tile = part

@@ -1,9 +1,9 @@
 // tab_cuda::linear_fwd and tab_cuda::linear_bwd: N ≤ 64, one block a (batch, head), one launch. The
-// arithmetic is in linear_small.cuh; here are checks, launch, registration.
+// arithmetic is in linear.cuh; here are checks, launch, registration.
 #include <tuple>
 
 #include "../core/launch.h"
-#include "linear_small_backward.cuh"
+#include "linear_backward.cuh"
 
 namespace tab::few {
 namespace {
@@ -26,24 +26,20 @@ struct Inputs {
   /// Refuses what this kernel does not take, and inputs that do not fit together.
   Inputs(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
          const Maybe& key_mask, const Maybe& s, const Maybe& z, int64_t feature_map) {
-    STD_TORCH_CHECK(q_in.dim() == 4 && v_in.dim() == 4, op, ": q and v have four dimensions");
+    check_qkv(op, q_in, k_in, v_in);
     b = q_in.size(0), h = q_in.size(1), n = q_in.size(2), d = q_in.size(3), dv = v_in.size(3);
     check_few(op, q_in);
     STD_TORCH_CHECK(feature_map >= 0 && feature_map <= 2, op, ": feature_map is 0, 1 or 2");
-    check_shape(op, "k", k_in, {b, h, n, d});
-    check_shape(op, "v", v_in, {b, h, n, dv});
-    check_dtype(op, "k", k_in, q_in.scalar_type());
-    check_dtype(op, "v", v_in, q_in.scalar_type());
     check_mask(op, key_mask, b, n);
     check_state(op, s, z, q_in, dv);
     q = unit_last(q_in), k = unit_last(k_in), v = unit_last(v_in);
-    mask = whole(key_mask), s0 = whole(s), z0 = whole(z);
+    mask = contiguous(key_mask), s0 = contiguous(s), z0 = contiguous(z);
   }
 
   template <typename T>
   Linear<T> read(int64_t feature_map, bool causal, double eps) const {
     return {static_cast<int>(h), static_cast<int>(n), static_cast<int>(d), static_cast<int>(dv),
-            static_cast<int>(feature_map), causal, static_cast<float>(eps), bytes_of(mask),
+            static_cast<int>(feature_map), causal, static_cast<float>(eps), mask_bytes(mask),
             heads<const T>(q), heads<const T>(k), heads<const T>(v), floats(s0), floats(z0)};
   }
 };
@@ -74,12 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Inputs x(op, q, k, v, key_mask, s0, z0, feature_map);
   check_state(op, ds, dz, q, x.dv);
-  check_shape(op, "do", dout, {x.b, x.h, x.n, x.dv});
-  check_shape(op, "o", o, {x.b, x.h, x.n, x.dv});
-  check_dtype(op, "do", dout, q.scalar_type());
-  check_dtype(op, "o", o, q.scalar_type());
+  check_output(op, "do", dout, q, x.dv);
+  check_output(op, "o", o, q, x.dv);
   dout = unit_last(dout), o = unit_last(o);
-  const auto ds_in = whole(ds), dz_in = whole(dz);
+  const auto ds_in = contiguous(ds), dz_in = contiguous(dz);
   Tensor dq = token_major(x.q, x.b, x.h, x.n, x.d), dk = token_major(x.k, x.b, x.h, x.n, x.d);
   Tensor dv = token_major(x.v, x.b, x.h, x.n, x.dv);
   Tensor ds0 = states(x.q, {x.b, x.h, x.d, x.dv}), dz0 = states(x.q, {x.b, x.h, x.d});

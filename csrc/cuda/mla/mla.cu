@@ -1,9 +1,9 @@
 // tab_cuda::mla_fwd and tab_cuda::mla_bwd: N ≤ 64, one block a (batch, head), one launch; backward
-// then sums over heads and batch with two matrix products. The arithmetic is in mla_small.cuh.
+// then sums over heads and batch with two matrix products. The arithmetic is in mla.cuh.
 #include <tuple>
 
 #include "../core/launch.h"
-#include "mla_small.cuh"
+#include "mla_backward.cuh"
 
 namespace tab::few {
 namespace {
@@ -39,14 +39,14 @@ struct Inputs {
     for (int i = 0; i < 5; ++i) check_dtype(op, names[i], *rest[i], q_nope.scalar_type());
     check_mask(op, key_mask, b, n);
     qn = unit_last(q_nope), qr = unit_last(q_rope), c = unit_last(c_kv), kr = unit_last(k_rope);
-    uk = ops::contiguous(w_uk), uv = ops::contiguous(w_uv), mask = whole(key_mask);
+    uk = ops::contiguous(w_uk), uv = ops::contiguous(w_uv), mask = contiguous(key_mask);
   }
 
   template <typename T>
   Latents<T> read(double scale, bool causal) const {
     Sees sees{};
     sees.n = static_cast<int>(n), sees.left = sees.right = sees.n, sees.causal = causal;
-    sees.mask = bytes_of(mask);
+    sees.mask = mask_bytes(mask);
     return {static_cast<int>(h), static_cast<int>(dn), static_cast<int>(dr), static_cast<int>(r),
             static_cast<int>(dv), static_cast<float>(scale), sees, heads<const T>(qn),
             heads<const T>(qr), shared<T>(c), shared<T>(kr), static_cast<const T*>(uk.data_ptr()),
@@ -81,6 +81,19 @@ Tensor stacked(const Inputs& x) {
   return ops::view(w, {x.h * (x.dn + x.dv), x.r});
 }
 
+/// The latents (B·N, R) with 0 for whatever a masked token holds: 0·NaN would be NaN.
+Tensor real_latents(const Inputs& x) {
+  Tensor c = x.c;
+  if (x.mask) {
+    StableIValue stack[] = {ops::detail::from(ops::unsqueeze(*x.mask, 2)), ops::detail::from(c),
+                            ops::detail::from(ops::new_zeros(c, {1}))};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::where", "self", stack, TORCH_ABI_VERSION));
+    c = ops::detail::to<Tensor>(stack[0]);
+  }
+  return ops::reshape(c, {x.b * x.n, x.r});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dout, std::optional<Tensor> dlse, Tensor q_nope, Tensor q_rope, Tensor c_kv,
     Tensor k_rope, Tensor w_uk, Tensor w_uv, Tensor /* o */, Tensor lse, Mask key_mask,
@@ -88,13 +101,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const char* op = "tab_cuda::mla_bwd";
   const ops::accelerator::DeviceGuard guard(q_nope.get_device_index());
   const Inputs x(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask);
-  check_shape(op, "do", dout, {x.b, x.h, x.n, x.dv});
-  check_dtype(op, "do", dout, x.qn.scalar_type());
-  check_floats(op, "lse", lse, {x.b, x.h, x.n});
-  if (dlse) check_floats(op, "dlse", *dlse, {x.b, x.h, x.n});
+  check_output(op, "do", dout, q_nope, x.dv);
+  check_lse(op, "lse", lse, q_nope);
+  if (dlse) check_lse(op, "dlse", *dlse, q_nope);
   dout = unit_last(dout);
   const Tensor l = ops::contiguous(lse);
-  const auto dl = whole(dlse);
+  const auto dl = contiguous(dlse);
   Tensor dqn = token_major(x.qn, x.b, x.h, x.n, x.dn);
   Tensor dqr = token_major(x.qn, x.b, x.h, x.n, x.dr);
   Tensor dkr = token_major(x.qn, x.b, x.h, x.n, x.dr);           // of each head
@@ -111,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t tokens = x.b * x.n, width = x.h * (x.dn + x.dv);
   const Tensor flat = ops::view(ops::transpose(both, 1, 2), {tokens, width});
   const Tensor dc = ops::view(ops::matmul(flat, stacked(x)), {x.b, x.n, x.r});
-  const Tensor dw = ops::matmul(ops::transpose(flat, 0, 1), ops::reshape(x.c, {tokens, x.r}));
+  const Tensor dw = ops::matmul(ops::transpose(flat, 0, 1), real_latents(x));
   Tensor dws = ops::view(dw, {x.h, x.dn + x.dv, x.r});
   const int64_t over_heads[] = {1};
   return {dqn, dqr, dc, ops::sum(dkr, over_heads), ops::contiguous(ops::narrow(dws, 1, 0, x.dn)),

@@ -1,29 +1,19 @@
 // tab_cuda::local_*, tab_cuda::sparse_*: N ≤ 64, one block a (batch, head), one launch. The
-// arithmetic is in softmax_small.cuh; here are checks, launch, registration.
+// arithmetic is in softmax.cuh; here are checks, launch, registration.
 #include <tuple>
 
 #include "../core/launch.h"
-#include "softmax_small.cuh"
+#include "softmax_backward.cuh"
 
 namespace tab::few {
 namespace {
-
-/// Refuses what does not fit together: (B, H, N, D) twice and (B, H, N, Dv), of one type.
-void check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, op, ": q and v have four dimensions");
-  const int64_t b = q.size(0), h = q.size(1), n = q.size(2);
-  check_few(op, q);
-  check_shape(op, "k", k, {b, h, n, q.size(3)});
-  check_shape(op, "v", v, {b, h, n, v.size(3)});
-  check_dtype(op, "k", k, q.scalar_type());
-  check_dtype(op, "v", v, q.scalar_type());
-}
 
 using Forwarded = std::tuple<Tensor, Tensor>;
 using Backwarded = std::tuple<Tensor, Tensor, Tensor>;
 
 Forwarded forward(const char* op, Tensor q, Tensor k, Tensor v, const Sees& sees, double scale) {
-  check(op, q, k, v);
+  check_qkv(op, q, k, v);
+  check_few(op, q);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   q = unit_last(q), k = unit_last(k), v = unit_last(v);
   const int64_t b = q.size(0), h = q.size(1), n = q.size(2), d = q.size(3), dv = v.size(3);
@@ -41,11 +31,11 @@ Forwarded forward(const char* op, Tensor q, Tensor k, Tensor v, const Sees& sees
 
 Backwarded backward(const char* op, Tensor dout, Tensor q, Tensor k, Tensor v, const Tensor& lse,
                     const Sees& sees, double scale) {
-  check(op, q, k, v);
+  check_qkv(op, q, k, v);
+  check_few(op, q);
   const int64_t b = q.size(0), h = q.size(1), n = q.size(2), d = q.size(3), dv = v.size(3);
-  check_shape(op, "do", dout, {b, h, n, dv});
-  check_dtype(op, "do", dout, q.scalar_type());
-  check_floats(op, "lse", lse, {b, h, n});
+  check_output(op, "do", dout, q, dv);
+  check_lse(op, "lse", lse, q);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   dout = unit_last(dout), q = unit_last(q), k = unit_last(k), v = unit_last(v);
   const Tensor l = torch::stable::contiguous(lse);

@@ -1,11 +1,11 @@
-// Linear attention of one (batch, head) with N ≤ 64 tokens, backward (linear_small.cuh).
+// Linear attention of one (batch, head) with N ≤ 64 tokens, backward (linear.cuh).
 //
 //   with g = do/den, δ = g·o, G = g vᵀ − δ where i sees j, else 0:
 //   dφ(q) = G φ(k) + g S₀ᵀ − δ z₀,  dφ(k) = Gᵀφ(q) + v dSᵀ + dz,  dv = Pᵀg + φ(k) dS,
 //   dS₀ = dS + φ(q)ᵀg,  dz₀ = dz − φ(q)ᵀδ
 #pragma once
 
-#include "linear_small.cuh"
+#include "linear.cuh"
 
 namespace tab::few {
 
@@ -18,12 +18,13 @@ struct LinearBackward {
   float *ds0, *dz0;
 
   static constexpr int THREADS = few::THREADS, BLOCKS = 2;
-  static constexpr int64_t BYTES = (6 * TILE<float> + 2 * SIDE) * sizeof(float);
+  static constexpr int64_t BYTES = (6 * TILE<float> + 2 * SIDE) * sizeof(float) + SIDE;
   using Pairs = Part<float, true>;
   using Out = Part<float, false>;
 
   struct Tiles {
     float *inverse, *delta, *queries, *keys, *pairs, *g, *x, *y;
+    Tokens heard{0};
     TAB_DEVICE explicit Tiles(float* memory) {
       inverse = memory, delta = inverse + SIDE, queries = delta + SIDE;
       keys = queries + TILE<float>, pairs = keys + TILE<float>, g = pairs + TILE<float>;
@@ -32,13 +33,15 @@ struct LinearBackward {
   };
 
   TAB_DEVICE void operator()(unsigned char* memory) const {
-    const Tiles t(reinterpret_cast<float*>(memory));
+    Tiles t(reinterpret_cast<float*>(memory));
     const int bh = static_cast<int>(blockIdx.x), n = in.n;
+    t.heard = heard(reinterpret_cast<uint8_t*>(t.y + TILE<float>), in.real(bh),
+                    dout.at(bh, in.heads), dout.n, in.dv);
     Pairs p;
     denominators(t, p, bh);
     {
       Pairs g;
-      times(g, t, true, in.v.at(bh, in.heads), in.v.n, n, bh);
+      times(g, t, true, in.v.at(bh, in.heads), in.v.n, in.real(bh), bh);
       TAB_UNROLL
       for (int e = 0; e < 32; ++e) {
         const int i = g.row(g.which(e));
@@ -49,7 +52,7 @@ struct LinearBackward {
     for (int d0 = 0; d0 < in.d; d0 += SIDE) {
       __syncthreads();
       if (in.d > SIDE) {
-        in.load_q(t.queries, bh, d0);
+        in.load_q(t.queries, t.heard, bh, d0);
         in.load_k(t.keys, bh, d0);
         __syncthreads();
       }
@@ -81,7 +84,7 @@ struct LinearBackward {
     float den[Pairs::ROWS] = {}, inverse[Pairs::ROWS];
     for (int d0 = 0; d0 < in.d; d0 += SIDE) {
       if (d0 > 0) __syncthreads();
-      in.pairs(p, den, t.queries, t.keys, bh, d0);
+      in.pairs(p, den, t.queries, t.keys, t.heard, bh, d0);
     }
     in.divide(p, den, inverse);
     TAB_UNROLL
@@ -92,7 +95,7 @@ struct LinearBackward {
     for (int r = 0; r < 16; ++r) {
       const int i = warp() * 16 + r;
       float sum = 0;
-      for (int c = lane(); c < in.dv && i < in.n; c += WARP)
+      for (int c = lane(); c < in.dv && t.heard(i); c += WARP)
         sum += wide(gs[i * dout.n + c]) * wide(os[i * o.n + c]);
       TAB_UNROLL
       for (int m = 1; m < WARP; m *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);
@@ -106,18 +109,18 @@ struct LinearBackward {
             [inverse](float x, int i, int) { return x * inverse[i]; });
   }
 
-  /// part += X Yᵀ over the columns of v: X is g (`of_g`) or v, Y has `count` rows.
+  /// part += X Yᵀ over the columns of v: X is g (`of_g`) or v, Y has the rows `of_y`.
   template <typename Y>
   TAB_DEVICE void times(Pairs& part, const Tiles& t, bool of_g, const Y* y, int64_t stride,
-                        int count, int bh) const {
+                        const Tokens& of_y, int bh) const {
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
       const int width = columns(in.dv, c0);
       __syncthreads();
       if (of_g)
         load_g(t, bh, c0);
       else
-        load<2>(t.x, in.v.at(bh, in.heads) + c0, in.v.n, in.n, width);
-      load<2>(t.y, y + c0, stride, count, width);
+        load<2>(t.x, in.v.at(bh, in.heads) + c0, in.v.n, in.real(bh), width);
+      load<2>(t.y, y + c0, stride, of_y, width);
       __syncthreads();
       multiply<false>(part, of_g ? t.g : t.x, t.y, in.n, width);
     }
@@ -155,11 +158,12 @@ struct LinearBackward {
       regroup(part, u, t.x);
     }
     multiply<true>(part, t.pairs, t.queries, n, n);
+    const Tokens real = in.real(bh);
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
       const int i = part.row(part.which(e));
-      const bool real = i < n && in.real(bh, i);
-      part.x[e] *= real ? slope(t.keys[i * LINE<float> + part.column(e)], map) : 0.0f;
+      const float f = t.keys[i * LINE<float> + part.column(e)];
+      part.x[e] = real(i) ? part.x[e] * slope(f, map) : 0.0f;
     }
     write(part, dk.at(bh, in.heads) + d0, dk.n, n, count);
   }

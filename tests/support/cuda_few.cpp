@@ -3,17 +3,17 @@
 // define one of LINEAR, MLA, PERFORMER and SOFTMAX: they compile what they need.
 #include "../../csrc/cuda/core/device.cuh"
 #ifdef LINEAR
-#include "../../csrc/cuda/linear/linear_small_backward.cuh"
+#include "../../csrc/cuda/linear/linear_backward.cuh"
 #endif
 #ifdef MLA
-#include "../../csrc/cuda/mla/mla_small.cuh"
+#include "../../csrc/cuda/mla/mla_backward.cuh"
 #endif
 #ifdef PERFORMER
-#include "../../csrc/cuda/performer/performer_small_backward.cuh"
-#include "../../csrc/cuda/performer/performer_state_backward.cuh"
+#include "../../csrc/cuda/performer/performer_bidirectional_backward.cuh"
+#include "../../csrc/cuda/performer/performer_causal_backward.cuh"
 #endif
 #ifdef SOFTMAX
-#include "../../csrc/cuda/softmax/softmax_small.cuh"
+#include "../../csrc/cuda/softmax/softmax_backward.cuh"
 #endif
 
 using namespace tab::few;
@@ -45,10 +45,10 @@ TAB_KERNEL(mla_fwd, MlaForward)
 TAB_KERNEL(mla_bwd, MlaBackward)
 #endif
 #ifdef PERFORMER
-TAB_KERNEL(performer_fwd, PerformerForward)
-TAB_KERNEL(performer_bwd, PerformerBackward)
-TAB_KERNEL(performer_state_fwd, PerformerStateForward)
-TAB_KERNEL(performer_state_bwd, PerformerStateBackward)
+TAB_KERNEL(performer_bidirectional_fwd, PerformerBidirectionalForward)
+TAB_KERNEL(performer_bidirectional_bwd, PerformerBidirectionalBackward)
+TAB_KERNEL(performer_causal_fwd, PerformerCausalForward)
+TAB_KERNEL(performer_causal_bwd, PerformerCausalBackward)
 #endif
 #ifdef SOFTMAX
 TAB_KERNEL(softmax_fwd, SoftmaxForward)

@@ -13,13 +13,13 @@
 // for memory, 52 GFLOP on tensor cores and 37 µs of exp.
 #pragma once
 
-#include "favor.cuh"
+#include "performer.cuh"
 
 namespace tab::few {
 
 template <typename T>
-struct PerformerForward {
-  Favor<T> in;
+struct PerformerBidirectionalForward {
+  Performer<T> in;
   float eps;
   Heads<T> o;
   float *s, *z, *c, *lse;  // (B, H, M, Dv), (B, H, M) twice, (B, H, N)
@@ -40,7 +40,7 @@ struct PerformerForward {
     dots(norms, ks, in.k.n, ks, in.k.n, n, in.d, scale * scale / 2);
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
       const int width = columns(in.dv, c0);
-      load<2>(v, in.v.at(bh, heads) + c0, in.v.n, n, width);
+      load<2>(v, in.v.at(bh, heads) + c0, in.v.n, in.real(bh), width);
       using Out = Part<T, false>;
       Out out;
       float top[Out::ROWS], den[Out::ROWS];
@@ -50,8 +50,8 @@ struct PerformerForward {
         const int count = columns(m, m0);
         Part<T, true> a, b;
         const bool first = c0 == 0 && m0 == 0;
-        in.project(a, ks, in.k.n, y, f, g, m0, first, false);
-        in.project(b, in.q.at(bh, heads), in.q.n, x, f, g, m0, first, true);
+        in.project(a, ks, in.k.n, in.real(bh), y, f, g, m0, first, false);
+        in.project(b, in.q.at(bh, heads), in.q.n, n, x, f, g, m0, first, true);
         in.exponents(a, norms, bh);
         tops_of_columns(a, tops);
         __syncthreads();
@@ -110,7 +110,7 @@ struct PerformerForward {
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
       const float top = top_of(tops, a.column(e));
-      a.x[e] = in.relu ? fmaxf(a.x[e], 0.0f) : expf(a.x[e] - finite(top));
+      a.x[e] = in.relu ? rectified(a.x[e]) : expf(a.x[e] - finite(top));
     }
   }
 
@@ -141,7 +141,7 @@ struct PerformerForward {
     }
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
-      b.x[e] = in.relu ? fmaxf(b.x[e], 0.0f) : expf(b.x[e] - highest[b.which(e)]);
+      b.x[e] = in.relu ? rectified(b.x[e]) : expf(b.x[e] - highest[b.which(e)]);
       den[b.which(e)] += b.x[e] * sums[b.column(e)];
     }
   }

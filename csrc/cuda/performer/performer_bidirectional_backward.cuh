@@ -1,4 +1,4 @@
-// FAVOR+ of one (batch, head) with N ≤ 64 tokens, all on chip, backward (performer_small.cuh).
+// FAVOR+ of one (batch, head) with N ≤ 64 tokens, all on chip, backward (performer_bidirectional.cuh).
 //
 // Backward takes the quadratic order, which needs no S: with φ(q) divided by the denominator,
 //   P = φ(q)φ(k)ᵀ, G = do vᵀ − do·o, db = (G φ(k))∘φ(q), da = (Gᵀφ(q))∘φ(k),
@@ -7,25 +7,26 @@
 // Predicted floor at B 512 H 8 N 64 D 64 M 256 (60 TFLOP/s FMA): float32 1 ms for 60 GFLOP.
 #pragma once
 
-#include "performer_small.cuh"
+#include "performer_bidirectional.cuh"
 
 namespace tab::few {
 
 template <typename T>
-struct PerformerBackward {
-  Favor<T> in;
+struct PerformerBidirectionalBackward {
+  Performer<T> in;
   Heads<const T> dout, o;
   const float *c, *lse;  // (B, H, M), (B, H, N)
   Heads<T> dq, dk, dv;
 
   static constexpr int THREADS = few::THREADS, BLOCKS = 2;
   static constexpr int64_t BYTES =
-      (Favor<T>::SPLIT ? 7 : 6) * TILE<T> * sizeof(T) + 2 * SIDE * sizeof(float);
+      (Performer<T>::SPLIT ? 7 : 6) * TILE<T> * sizeof(T) + 2 * SIDE * sizeof(float) + SIDE;
 
   TAB_DEVICE void operator()(unsigned char* memory) const {
     auto* const norms = reinterpret_cast<float*>(memory);
     float* const delta = norms + SIDE;
-    T* const x = reinterpret_cast<T*>(delta + SIDE);
+    auto* const room = reinterpret_cast<uint8_t*>(delta + SIDE);
+    T* const x = reinterpret_cast<T*>(room + SIDE);
     T *const y = x + TILE<T>, *const w = y + TILE<T>, *const f = w + TILE<T>;
     T *const h = f + TILE<T>, *const g = h + TILE<T>;
     T* const low = g + TILE<T>;                // half types only
@@ -34,13 +35,14 @@ struct PerformerBackward {
     const T *const ks = in.k.at(bh, heads), *const gs = dout.at(bh, heads);
     const float scale = in.scale();
     dots(norms, ks, in.k.n, ks, in.k.n, n, in.d, scale * scale / 2);
-    dots(delta, gs, dout.n, o.at(bh, heads), o.n, n, in.dv, 1.0f);
+    const Tokens queries = heard(room, in.real(bh), gs, dout.n, in.dv);
+    dots(delta, gs, dout.n, o.at(bh, heads), o.n, queries, in.dv, 1.0f);
     {
       Part<T, true> part;
       for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
         if (c0 > 0) __syncthreads();
         load<2>(x, gs + c0, dout.n, n, columns(in.dv, c0));
-        load<2>(y, in.v.at(bh, heads) + c0, in.v.n, n, columns(in.dv, c0));
+        load<2>(y, in.v.at(bh, heads) + c0, in.v.n, in.real(bh), columns(in.dv, c0));
         __syncthreads();
         multiply<false>(part, x, y, n, columns(in.dv, c0));
       }
@@ -58,15 +60,15 @@ struct PerformerBackward {
         const bool first = d0 == 0 && m0 == 0;
         {
           Part<T, true> a;
-          in.project(a, ks, in.k.n, y, w, low, m0, first, false);
+          in.project(a, ks, in.k.n, in.real(bh), y, w, low, m0, first, false);
           in.exponents(a, norms, bh);
           in.key_features(a, c, bh, m0);
           keep(a, f);
         }
         {
           Part<T, true> b;
-          in.project(b, in.q.at(bh, heads), in.q.n, x, w, low, m0, first || !in.SPLIT, true);
-          in.query_features(b, c, lse, bh, m0, false);
+          in.project(b, in.q.at(bh, heads), in.q.n, queries, x, w, low, m0, first || !in.SPLIT, true);
+          in.query_features(b, c, lse, queries, bh, m0, false);
           keep(b, h);
         }
         __syncthreads();
@@ -95,7 +97,7 @@ struct PerformerBackward {
       add_lanes<Part<T, false>>(total);
       write(to_q, dq.at(bh, heads) + d0, dq.n, n, width, scale);
       if (in.d > SIDE) {
-        load<2>(y, ks + d0, in.k.n, n, width);
+        load<2>(y, ks + d0, in.k.n, in.real(bh), width);
         __syncthreads();
       }
       TAB_UNROLL

@@ -16,13 +16,13 @@ namespace tab::few {
 
 TAB_DEVICE float phi(float x, int map) {
   if (map == 0) return x > 0 ? x + 1 : expf(x);
-  return map == 1 && x < 0 ? 0.0f : x;
+  return map == 1 ? rectified(x) : x;
 }
 
-/// φ'(x) from f = φ(x): for elu + 1 it is 1 above f = 1 and f itself below.
+/// φ'(x) from f = φ(x): for elu + 1 it is 1 above f = 1 and f itself below. NaN where f is.
 TAB_DEVICE float slope(float f, int map) {
   if (map == 0) return f > 1 ? 1.0f : f;
-  return map == 1 && !(f > 0) ? 0.0f : 1.0f;
+  return map == 1 && !(f > 0) ? f * 0.0f : 1.0f;
 }
 
 /// What both directions read.
@@ -36,27 +36,26 @@ struct Linear {
 
   using Pairs = Part<float, true>;
 
-  TAB_DEVICE bool real(int bh, int i) const {
-    return mask == nullptr || mask[static_cast<int64_t>(bh / heads) * n + i] != 0;
-  }
+  TAB_DEVICE Tokens real(int bh) const { return Tokens::of(n, mask, bh / heads); }
   TAB_DEVICE bool sees(int i, int j) const { return i < n && j < n && (!causal || j <= i); }
 
-  /// Columns c and after of φ(q) and φ(k)
-  TAB_DEVICE void load_q(float* to, int bh, int c) const {
+  /// Columns c and after of φ(q), for these tokens, and of φ(k)
+  TAB_DEVICE void load_q(float* to, const Tokens& tokens, int bh, int c) const {
     const int map = feature_map;
-    load<2>(to, q.at(bh, heads) + c, q.n, n, columns(d, c),
+    load<2>(to, q.at(bh, heads) + c, q.n, tokens, columns(d, c),
             [map](float x, int, int) { return phi(x, map); });
   }
   TAB_DEVICE void load_k(float* to, int bh, int c) const {
-    load<2>(to, k.at(bh, heads) + c, k.n, n, columns(d, c),
-            [&](float x, int i, int) { return real(bh, i) ? phi(x, feature_map) : 0.0f; });
+    const int map = feature_map;
+    load<2>(to, k.at(bh, heads) + c, k.n, real(bh), columns(d, c),
+            [map](float x, int, int) { return phi(x, map); });
   }
 
   /// p += the columns c and after of φ(q)φ(k)ᵀ, den += their φ(q)z₀; the tiles are loaded first.
-  TAB_DEVICE void pairs(Pairs& p, float (&den)[Pairs::ROWS], float* queries, float* keys, int bh,
-                        int c) const {
+  TAB_DEVICE void pairs(Pairs& p, float (&den)[Pairs::ROWS], float* queries, float* keys,
+                        const Tokens& tokens, int bh, int c) const {
     const int width = columns(d, c);
-    load_q(queries, bh, c);
+    load_q(queries, tokens, bh, c);
     load_k(keys, bh, c);
     __syncthreads();
     multiply<false>(p, queries, keys, n, width);
@@ -105,7 +104,7 @@ struct LinearForward {
     float den[Out::ROWS] = {}, inverse[Out::ROWS];
     for (int d0 = 0; d0 < in.d; d0 += SIDE) {
       if (d0 > 0) __syncthreads();
-      in.pairs(p, den, x, y, bh, d0);
+      in.pairs(p, den, x, y, n, bh, d0);
       state(y, v, bh, d0);
     }
     in.divide(p, den, inverse);
@@ -123,7 +122,7 @@ struct LinearForward {
       for (int d0 = 0; in.s0 != nullptr && d0 < in.d; d0 += SIDE) {
         const int64_t row = static_cast<int64_t>(bh) * in.d + d0;
         __syncthreads();
-        if (in.d > SIDE) in.load_q(x, bh, d0);
+        if (in.d > SIDE) in.load_q(x, n, bh, d0);
         load<2>(y, in.s0 + row * in.dv + c0, in.dv, columns(in.d, d0), width);
         __syncthreads();
         multiply<false>(out, x, y, n, columns(in.d, d0));
@@ -133,7 +132,7 @@ struct LinearForward {
   }
 
   TAB_DEVICE void load_v(float* to, int bh, int c) const {
-    load<2>(to, in.v.at(bh, in.heads) + c, in.v.n, in.n, columns(in.dv, c));
+    load<2>(to, in.v.at(bh, in.heads) + c, in.v.n, in.real(bh), columns(in.dv, c));
   }
 
   /// Rows d0 and after of S and z; v is left there if it is one tile.

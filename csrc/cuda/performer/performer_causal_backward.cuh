@@ -1,4 +1,4 @@
-// FAVOR+ of one (batch, head) with N ≤ 64 tokens, backward: causal, or with states (performer_state.cuh).
+// FAVOR+ of one (batch, head) with N ≤ 64 tokens, backward: causal, or with states (performer_causal.cuh).
 //
 //   with φ(q) and P divided by the denominator, E_ijm the terms of P_ij, δ = do·o, G = do vᵀ − δ where i
 //   sees j, else 0; from shift c₀: φ(q), S₀, z₀; from c: φ(k), dS, dz:
@@ -6,13 +6,13 @@
 //   dv = Pᵀdo + φ(k) dS,  dS₀ = e^(c₀ − c)dS + φ(q)ᵀdo,  dz₀ = e^(c₀ − c)dz − φ(q)ᵀδ
 #pragma once
 
-#include "performer_state.cuh"
+#include "performer_causal.cuh"
 
 namespace tab::few {
 
 template <typename T>
-struct PerformerStateBackward {
-  Favor<T, float> in;
+struct PerformerCausalBackward {
+  Performer<T, float> in;
   int causal;
   State from, grad;  // of grad, c is that of the forward pass and never null
   Heads<const T> dout, o;
@@ -21,13 +21,14 @@ struct PerformerStateBackward {
   float *ds0, *dz0;  // null without `from`
 
   static constexpr int THREADS = few::THREADS, BLOCKS = 2;
-  static constexpr int64_t BYTES = (6 * TILE<float> + 4 * SIDE) * sizeof(float);
+  static constexpr int64_t BYTES = (6 * TILE<float> + 4 * SIDE) * sizeof(float) + SIDE;
   using Pairs = Part<float, true>;
   using Out = Part<float, false>;
 
   struct Tiles {
     float *norms, *delta, *tops, *starts;  // tops: c, starts: c₀
     float *x, *w, *keys, *queries, *pairs, *sum;
+    Tokens heard{0};
     TAB_DEVICE explicit Tiles(float* memory) {
       norms = memory, delta = norms + SIDE, tops = delta + SIDE, starts = tops + SIDE;
       x = starts + SIDE, w = x + TILE<float>, keys = w + TILE<float>;
@@ -40,12 +41,13 @@ struct PerformerStateBackward {
   };
 
   TAB_DEVICE void operator()(unsigned char* memory) const {
-    const Tiles t(reinterpret_cast<float*>(memory));
+    Tiles t(reinterpret_cast<float*>(memory));
     const int bh = static_cast<int>(blockIdx.x), heads = in.heads, n = in.n;
     const T *const ks = in.k.at(bh, heads), *const gs = dout.at(bh, heads);
     const float scale = in.scale();
     dots(t.norms, ks, in.k.n, ks, in.k.n, n, in.d, scale * scale / 2);
-    dots(t.delta, gs, dout.n, o.at(bh, heads), o.n, n, in.dv, 1.0f);
+    t.heard = heard(reinterpret_cast<uint8_t*>(t.sum + TILE<float>), in.real(bh), gs, dout.n, in.dv);
+    dots(t.delta, gs, dout.n, o.at(bh, heads), o.n, t.heard, in.dv, 1.0f);
     make_pairs(t, bh);
     Gradients g;
     for (int d0 = 0; d0 < in.d; d0 += SIDE) {
@@ -57,7 +59,7 @@ struct PerformerStateBackward {
         features(t, bh, m0) ? pass<false>(t, g, bh, m0, d0) : pass<true>(t, g, bh, m0, d0);
       add_lanes<Out>(g.total);
       write(g.to_q, dq.at(bh, heads) + d0, dq.n, n, width, scale);
-      load<2>(t.x, ks + d0, in.k.n, n, width);
+      load<2>(t.x, ks + d0, in.k.n, in.real(bh), width);
       __syncthreads();
       TAB_UNROLL
       for (int e = 0; e < 32; ++e) {
@@ -76,7 +78,7 @@ struct PerformerStateBackward {
   /// pairs = G
   TAB_DEVICE void make_pairs(const Tiles& t, int bh) const {
     Pairs g;
-    times(g, t, dout.at(bh, in.heads), dout.n, in.v.at(bh, in.heads), in.v.n, in.n);
+    times(g, t, dout.at(bh, in.heads), dout.n, in.n, in.v.at(bh, in.heads), in.v.n, in.real(bh));
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
       const int i = g.row(g.which(e));
@@ -85,15 +87,16 @@ struct PerformerStateBackward {
     keep(g, t.pairs);
   }
 
-  /// part += X Yᵀ, (N, Dv) and (count, Dv), by way of sum and w, which no thread still reads
+  /// part += X Yᵀ for rows of Dv columns, by way of sum and w, which no thread still reads
   template <typename Y>
-  TAB_DEVICE void times(Pairs& part, const Tiles& t, const T* x, int64_t stride, const Y* y,
-                        int64_t y_stride, int count) const {
+  TAB_DEVICE void times(Pairs& part, const Tiles& t, const T* x, int64_t stride,
+                        const Tokens& of_x, const Y* y, int64_t y_stride,
+                        const Tokens& of_y) const {
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
       const int width = columns(in.dv, c0);
       __syncthreads();
-      load<2>(t.sum, x + c0, stride, in.n, width);
-      load<2>(t.w, y + c0, y_stride, count, width);
+      load<2>(t.sum, x + c0, stride, of_x, width);
+      load<2>(t.w, y + c0, y_stride, of_y, width);
       __syncthreads();
       multiply<false>(part, t.sum, t.w, in.n, width);
     }
@@ -104,10 +107,10 @@ struct PerformerStateBackward {
     const int count = columns(in.m, m0), j = static_cast<int>(threadIdx.x);
     const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
     Pairs a, b;
-    in.project(a, in.k.at(bh, in.heads), in.k.n, t.x, t.w, t.w, m0, true, false);
+    in.project(a, in.k.at(bh, in.heads), in.k.n, in.real(bh), t.x, t.w, t.w, m0, true, false);
     in.exponents(a, t.norms, bh);
     keep(a, t.keys);
-    in.project(b, in.q.at(bh, in.heads), in.q.n, t.x, t.w, t.w, m0, true, true);
+    in.project(b, in.q.at(bh, in.heads), in.q.n, t.heard, t.x, t.w, t.w, m0, true, true);
     bool far = false;
     if (j < SIDE) {
       t.starts[j] = j < count ? from.shift(all + j, in.relu) : -INFINITY;
@@ -115,7 +118,7 @@ struct PerformerStateBackward {
       far = causal && !in.relu && j < count && t.tops[j] - fmaxf(t.starts[j], t.keys[j]) > FAR;
     }
     far = __syncthreads_or(far);
-    in.query_features(b, grad.c, lse, bh, m0, far);
+    in.query_features(b, grad.c, lse, t.heard, bh, m0, far);
     keep(b, t.queries);
     take(a, t.keys);
     in.key_features(a, grad.c, bh, m0);
@@ -223,7 +226,7 @@ struct PerformerStateBackward {
   TAB_DEVICE void from_initial(const Tiles& t, int64_t all, int count, int bh) const {
     const float* const log_den = lse + static_cast<int64_t>(bh) * in.n;
     Pairs u;
-    times(u, t, dout.at(bh, in.heads), dout.n, from.s + all * in.dv, in.dv, count);
+    times(u, t, dout.at(bh, in.heads), dout.n, in.n, from.s + all * in.dv, in.dv, count);
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
       const int i = u.row(u.which(e)), j = u.column(e);
@@ -238,7 +241,7 @@ struct PerformerStateBackward {
   /// sum = φ(k)∘(v dSᵀ + dz)
   TAB_DEVICE void from_final(const Tiles& t, int64_t all, int count, int bh) const {
     Pairs u;
-    times(u, t, in.v.at(bh, in.heads), in.v.n, grad.s + all * in.dv, in.dv, count);
+    times(u, t, in.v.at(bh, in.heads), in.v.n, in.real(bh), grad.s + all * in.dv, in.dv, count);
     TAB_UNROLL
     for (int e = 0; e < 32; ++e)
       if (u.column(e) < count) u.x[e] += grad.z[all + u.column(e)];
@@ -283,7 +286,7 @@ struct PerformerStateBackward {
       multiply<true>(out, t.pairs, t.sum, in.n, in.n);
       for (int m0 = 0; grad.s && m0 < in.m; m0 += SIDE) {
         Pairs a;
-        in.project(a, in.k.at(bh, in.heads), in.k.n, t.x, t.w, t.w, m0, true, false);
+        in.project(a, in.k.at(bh, in.heads), in.k.n, in.real(bh), t.x, t.w, t.w, m0, true, false);
         in.exponents(a, t.norms, bh);
         in.key_features(a, grad.c, bh, m0);
         keep(a, t.queries);

@@ -1,5 +1,5 @@
-// What the FAVOR+ kernels for N ≤ 64 share: projections, features, their slopes. Formula and symbols:
-// performer_small.cuh. Half types: W is the sum of two numbers of that type, so that exponents are as
+// What the performer's kernels for N ≤ 64 share: projections, features, their slopes. Formula and symbols:
+// performer_bidirectional.cuh. Half types: W is the sum of two numbers of that type, so that exponents are as
 // exact as with the float32 W.
 #pragma once
 
@@ -12,7 +12,7 @@ TAB_DEVICE float finite(float shift) { return shift == -INFINITY ? 0.0f : shift;
 
 /// What both directions read. Tiles hold E.
 template <typename T, typename E = T>
-struct Favor {
+struct Performer {
   int heads, n, d, dv, m, relu;
   const uint8_t* mask;  // (B, N) or null
   const float* w;       // (M, D)
@@ -21,9 +21,7 @@ struct Favor {
   static constexpr bool SPLIT = !std::is_same_v<E, float>;
 
   TAB_DEVICE float scale() const { return rsqrtf(sqrtf(static_cast<float>(d))); }
-  TAB_DEVICE bool real(int bh, int i) const {
-    return i < n && (mask == nullptr || mask[static_cast<int64_t>(bh / heads) * n + i] != 0);
-  }
+  TAB_DEVICE Tokens real(int bh) const { return Tokens::of(n, mask, bh / heads); }
   /// W[from m0, from c] into `high` and, for half types, what that leaves into `low`.
   TAB_DEVICE void load_w(E* high, E* low, int m0, int c) const {
     const float* const from = w + static_cast<int64_t>(m0) * d + c;
@@ -37,15 +35,15 @@ struct Favor {
     }
   }
 
-  /// out = X Wᵀ for the features m0 and after, not yet scaled. If D fits one tile, `tile` is to
+  /// out = X Wᵀ for the tokens x and the features m0 and after, not yet scaled. If D fits one tile, `tile` is to
   /// hold X from the `first` call on, and W what a call with `same_w` finds there from the one
   /// before; else both are loaded piece by piece. All threads may be using the tiles before.
-  TAB_DEVICE void project(Part<E, true>& out, const T* x, int64_t stride, E* tile, E* high, E* low,
-                          int m0, bool first, bool same_w) const {
+  TAB_DEVICE void project(Part<E, true>& out, const T* x, int64_t stride, const Tokens& tokens,
+                          E* tile, E* high, E* low, int m0, bool first, bool same_w) const {
     for (int c = 0; c < d; c += SIDE) {
       if (first || !same_w || d > SIDE) {
         __syncthreads();
-        if (first || d > SIDE) load<2>(tile, x + c, stride, n, columns(d, c));
+        if (first || d > SIDE) load<2>(tile, x + c, stride, tokens, columns(d, c));
         if (!same_w || d > SIDE) load_w(high, low, m0, c);
         __syncthreads();
       }
@@ -57,11 +55,12 @@ struct Favor {
   /// Scales a and takes s²‖k‖²/2 off; −∞ where there is no key.
   TAB_DEVICE void exponents(Part<E, true>& a, const float* norms, int bh) const {
     const float s = scale();
+    const Tokens tokens = real(bh);
     bool there[Part<E, true>::ROWS];
     float norm[Part<E, true>::ROWS];
     TAB_UNROLL
     for (int r = 0; r < Part<E, true>::ROWS; ++r) {
-      there[r] = real(bh, a.row(r));
+      there[r] = tokens(a.row(r));
       norm[r] = relu ? 0.0f : norms[a.row(r)];
     }
     TAB_UNROLL
@@ -77,27 +76,27 @@ struct Favor {
     for (int e = 0; e < 32; ++e) {
       const int j = m0 + a.column(e);
       const float shift = j < m ? c[static_cast<int64_t>(bh) * m + j] : 0.0f;
-      const float phi = relu ? fmaxf(a.x[e], 0.0f) : expf(a.x[e] - finite(shift));
+      const float phi = relu ? rectified(a.x[e]) : expf(a.x[e] - finite(shift));
       a.x[e] = j < m ? phi : 0.0f;
     }
   }
 
   /// b, as projected -> φ(q) by its denominator; `bare`: the exponent of that without the shift
-  TAB_DEVICE void query_features(Part<E, true>& b, const float* c, const float* lse, int bh, int m0,
-                                 bool bare) const {
+  TAB_DEVICE void query_features(Part<E, true>& b, const float* c, const float* lse,
+                                 const Tokens& tokens, int bh, int m0, bool bare) const {
     const float s = scale();
     float log_den[Part<E, true>::ROWS];
     TAB_UNROLL
     for (int r = 0; r < Part<E, true>::ROWS; ++r) {
       const int i = b.row(r);
-      log_den[r] = i < n ? lse[static_cast<int64_t>(bh) * n + i] : INFINITY;
+      log_den[r] = tokens(i) ? lse[static_cast<int64_t>(bh) * n + i] : INFINITY;
     }
     TAB_UNROLL
     for (int e = 0; e < 32; ++e) {
       const int j = m0 + b.column(e);
       const float shift = j < m ? c[static_cast<int64_t>(bh) * m + j] : -INFINITY;
       const float up = b.x[e] * s, l = log_den[b.which(e)];
-      const float phi = relu ? fmaxf(up, 0.0f) * expf(-l) : bare ? up - l : expf(up + shift - l);
+      const float phi = relu ? rectified(up) * expf(-l) : bare ? up - l : expf(up + shift - l);
       b.x[e] = j < m ? phi : bare ? -INFINITY : 0.0f;
     }
   }
@@ -105,7 +104,7 @@ struct Favor {
   /// dφ/d(exponent) at φ: for the exponential φ itself, for relu 1 or, of a query, 1/denominator
   TAB_DEVICE float slope(float phi, const float* log_den, int i) const {
     if (!relu) return phi;
-    return !(phi > 0) ? 0.0f : log_den == nullptr ? 1.0f : expf(-log_den[i]);
+    return !(phi > 0) ? phi * 0.0f : log_den == nullptr ? 1.0f : expf(-log_den[i]);
   }
   /// part ∘ slope
   template <bool RIGHT_T>
@@ -118,14 +117,14 @@ struct Favor {
   }
 };
 
-/// to[i] = factor·x_i·y_i for i < 64, zero from n on; to be read after a barrier.
+/// to[i] = factor·x_i·y_i for i of `tokens`, else zero, i < 64; to be read after a barrier.
 template <typename T>
-TAB_DEVICE void dots(float* to, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int n,
-                     int d, float factor) {
+TAB_DEVICE void dots(float* to, const T* x, int64_t x_stride, const T* y, int64_t y_stride,
+                     const Tokens& tokens, int d, float factor) {
   for (int r = 0; r < 16; ++r) {
     const int i = warp() * 16 + r;
     float sum = 0;
-    for (int c = lane(); c < d && i < n; c += WARP)
+    for (int c = lane(); c < d && tokens(i); c += WARP)
       sum += wide(x[i * x_stride + c]) * wide(y[i * y_stride + c]);
     TAB_UNROLL
     for (int m = 1; m < WARP; m *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);

@@ -2,7 +2,7 @@
 //
 //   o_i = (Σ_j P_ij v_j + φ(q_i)S₀) / (Σ_j P_ij + φ(q_i)z₀ + ε),  P_ij = Σ_m e^(b_im + a_jm − r_i),
 //   φ(q_i) = e^(b_i + c₀ − r_i),  c_i = max(c₀, a_j of each j that i sees),  r_i = max_m(b_im + c_im);
-//   S = e^(c₀ − c)S₀ + φ(k)ᵀv with c of the last token, z likewise    (symbols: performer_small.cuh)
+//   S = e^(c₀ − c)S₀ + φ(k)ᵀv with c of the last token, z likewise    (symbols: performer_bidirectional.cuh)
 //
 // The quadratic order needs no state within the tokens. P is a product of features at the shift c,
 // e^(b + c − r) and e^(a − c), as long as c exceeds what any query may know by at most FAR: e^FAR is
@@ -13,7 +13,7 @@
 // 0.6 ms for 34 GFLOP, 1.2 ms when far; backward 1 ms, 3.5 ms when far.
 #pragma once
 
-#include "favor.cuh"
+#include "performer.cuh"
 
 namespace tab::few {
 
@@ -33,8 +33,8 @@ struct Exponential {
 };
 
 template <typename T>
-struct PerformerStateForward {
-  Favor<T, float> in;
+struct PerformerCausalForward {
+  Performer<T, float> in;
   int causal;
   float eps;
   State from;
@@ -58,7 +58,7 @@ struct PerformerStateForward {
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
       const int width = columns(in.dv, c0);
       if (c0 > 0) __syncthreads();
-      load<2>(v, in.v.at(bh, heads) + c0, in.v.n, n, width);
+      load<2>(v, in.v.at(bh, heads) + c0, in.v.n, in.real(bh), width);
       Pairs p;
       Out out;
       float top[Out::ROWS], den[Out::ROWS];
@@ -68,10 +68,10 @@ struct PerformerStateForward {
         const int count = columns(m, m0);
         const int64_t features = static_cast<int64_t>(bh) * m + m0;
         Pairs a, b;
-        in.project(a, ks, in.k.n, x, w, w, m0, true, false);
+        in.project(a, ks, in.k.n, in.real(bh), x, w, w, m0, true, false);
         in.exponents(a, norms, bh);
         keep(a, keys);
-        in.project(b, in.q.at(bh, heads), in.q.n, x, w, w, m0, true, true);
+        in.project(b, in.q.at(bh, heads), in.q.n, n, x, w, w, m0, true, true);
         __syncthreads();
         if (from.s) load<2>(w, from.s + features * in.dv + c0, in.dv, count, width);
         const bool far = shifts(x, keys, tops, starts, features, count);
@@ -79,9 +79,9 @@ struct PerformerStateForward {
         TAB_UNROLL
         for (int e = 0; e < 32; ++e) {
           const float shift = tops[a.column(e)];
-          a.x[e] = in.relu ? fmaxf(a.x[e], 0.0f) : expf(a.x[e] - finite(shift));
+          a.x[e] = in.relu ? rectified(a.x[e]) : expf(a.x[e] - finite(shift));
           const float up = b.x[e] - finite(top[b.which(e)]);
-          b.x[e] = in.relu ? fmaxf(b.x[e], 0.0f) : far ? up : expf(up + shift);
+          b.x[e] = in.relu ? rectified(b.x[e]) : far ? up : expf(up + shift);
         }
         keep(a, x);  // each element in place of the shift that this thread has read there
         keep(b, queries);
