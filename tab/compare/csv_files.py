@@ -38,7 +38,7 @@ def write_csvs(out: Path, runs: list[Run]) -> None:
     lines = (
         names(run)
         | {column.name: column.of(run) for column in own}
-        | (found[run.model][run.attention].columns() if run.scored else {})
+        | (said.columns() if run.counts and (said := found[run.model].get(run.attention)) else {})
         | _disturbance(spreads.get((run.model, run.attention)))
         for run in ended
     )

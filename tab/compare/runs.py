@@ -31,6 +31,8 @@ class Run:
     threads: int = 0  # where known
     load: float | None = None  # load average at its end, where known
     epochs: int = 0  # that it is to have, where known
+    classes: int = 10  # of its data set
+    draws: int | None = None  # RunConfig.draws: its seed, if that is not all there is to it
 
     @property
     def id(self) -> str:
@@ -38,9 +40,11 @@ class Run:
 
     @property
     def state(self) -> str:
-        """In words, for a run that is not in the means."""
+        """In words, for a run without a test accuracy of its own."""
         if self.status == "running":
             return f"stopped after epoch {len(self.rows)} of {self.epochs}"
+        if self.diverged:
+            return "diverged, counted as chance"
         return "not begun" if self.status == "missing" else self.status
 
     @property
@@ -49,9 +53,18 @@ class Run:
         return self.status == "done" and self.summary.get("final_test_accuracy") is not None
 
     @property
+    def diverged(self) -> bool:
+        return self.status == "diverged"
+
+    @property
+    def counts(self) -> bool:
+        """In the statistics: a mechanism is not better for those of its runs that diverge."""
+        return self.scored or self.diverged
+
+    @property
     def accuracy(self) -> float:
-        """Of the final test."""
-        return self.summary["final_test_accuracy"]
+        """Of the final test; of a run that diverged, that of chance."""
+        return 1 / self.classes if self.diverged else self.summary["final_test_accuracy"]
 
     def right(self) -> np.ndarray | None:
         """(N,) bool: which test images it answered rightly; None for a run that did not keep it."""
@@ -95,6 +108,8 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
         threads=found["environment"]["threads"],
         load=found["environment"].get("load"),
         epochs=found["config"]["train"]["epochs"],
+        classes=len(found["classes"]),
+        draws=seed + found["config"]["attention_options"].get("seed_shift", 0),
     )
 
 

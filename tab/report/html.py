@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..bench import page as bench_page
 from ..bench import results as bench_results
+from ..compare.verdicts import is_attention
 from ..web import document
 from .chart_data import Group
 from .tables import Standing, title
@@ -84,24 +85,37 @@ def answers(ranked: dict[str, list[Standing]]) -> list[str]:
 
 def _answer(model: str, entries: list[Standing]) -> str:
     judged = [e for e in entries if e.verdict and e.verdict.difference is not None]
+    judged = [e for e in judged if is_attention(e.attention)]
     if not judged:
         return f"{model}: nothing here was compared with the control, so there is no answer."
     best = max(judged, key=lambda e: e.verdict.difference)
     found = best.verdict
-    points = 100 * found.difference
     text = f"{model}: of {len(judged)} attention mechanisms {title(best.attention)} did best, "
-    text += f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} no attention"
+    text += f"{_apart(found.difference)} no attention"
     if found.difference_low is None:
         return f"{text}. That is one seed, without an interval: it settles nothing."
-    low, high = 100 * found.difference_low, 100 * found.difference_high
-    text += f" (95 % interval {low:+.1f} to {high:+.1f}, {found.pairs} seeds)"
+    low, high, verdict = found.difference_low, found.difference_high, found.verdict
+    text += f" (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {found.seeds} seeds)"
+    if found.best_control_low is not None:
+        low, high, verdict = (
+            found.best_control_low,
+            found.best_control_high,
+            found.best_control_verdict,
+        )
+        text += f" and {_apart(found.best_control_difference)} the best row that is no attention"
+        text += f", {title(found.best_control)} ({100 * low:+.1f} to {100 * high:+.1f})"
     meaning = {
         "better": "so attention helped",
         "worse": "so attention hurt",
         "equivalent": "which is as good as no difference",
     }
-    word = found.verdict.split()[0].rstrip(",")
+    word = verdict.split()[0].rstrip(",")
     return f"{text}, {meaning.get(word, 'which these seeds cannot tell from chance')}."
+
+
+def _apart(difference: float) -> str:
+    points = 100 * difference
+    return f"{abs(points):.1f} points {'above' if points >= 0 else 'below'}"
 
 
 def _markdown(text: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..compare.csv_files import DISTURBED
 from ..compare.plan import Grid
 from ..compare.runs import Run
-from ..statistics import LEVEL, MARGIN, SEEDS, least_images
+from ..compare.verdicts import is_control_again
+from ..statistics import LEVEL, MARGIN
 from .tables import Standing, markdown_table, name, ranking, statistics_table
 from .text import code, counted, plain
 from .tuning import tuned_or_not
@@ -138,24 +139,32 @@ def summary(model: str, entries: list[Standing]) -> str:
 
 def verdict(ranked: list[Standing]) -> str:
     """What may be concluded from that many seeds."""
-    if all(len(entry.runs) == 1 for entry in ranked):
+    if all(entry.verdict.seeds == 1 for entry in ranked):
         return (
             "One seed: no interval. Another seed can reorder mechanisms that lie close, so small "
             "differences here mean nothing yet."
         )
-    judged = {v.attention: v for e in ranked if (v := e.verdict) and v.pairs > 1}
-    if not judged:
-        return ""
+    judged = [v for e in ranked if (v := e.verdict) and v.difference_low is not None]
+    again = [(v.attention, v.verdict) for v in judged if is_control_again(v.attention)]
+    others = [(v.attention, v.verdict) for v in judged if not is_control_again(v.attention)]
+    best = [(v.attention, v.best_control_verdict) for v in judged if v.best_control_low is not None]
+    said = {
+        f"Against the control (Dunnett's correction over {len(others)})": others,
+        "The control against itself, with other seeds": again,
+        "Against the best of the rows that are no attention": best,
+    }
+    return " ".join(f"{heading}: {by_verdict(found)}" for heading, found in said.items() if found)
+
+
+def by_verdict(found: Iterable[tuple[str, str]]) -> str:
+    """better: Linear, Local; undecided: Sparse."""
     said: dict[str, list[str]] = {}
-    for v in judged.values():
-        said.setdefault(v.verdict, []).append(name(v.attention))
-    parts = "; ".join(f"{words}: {', '.join(names)}" for words, names in said.items())
-    return f"Against the control over paired seeds (Holm's correction over {len(judged)}): {parts}."
+    for attention, words in found:
+        said.setdefault(words, []).append(name(attention))
+    return "; ".join(f"{words}: {', '.join(names)}" for words, names in said.items()) + "."
 
 
 def points(entry: Standing) -> str:
-    if entry.points is None:
-        return f"{entry.test.show('.1f', 100, ' %')}, with no seed in common"
     return f"{entry.points.show('+.1f', 100)} points"
 
 
@@ -168,22 +177,26 @@ def ratio(entry: Standing) -> float:
 
 
 def unfinished(runs: list[Run]) -> list[str]:
-    """A line for each run that is not in the means."""
+    """A line for each run that is not in the means, or in them as chance."""
     lines = []
     for run in runs:
         if run.status == "failed":
             lines.append(f"- {code(run.id)} failed: {plain(run.error.strip().splitlines()[-1])}")
-        elif run.status == "diverged":
-            lines.append(
-                f"- {code(run.id)} diverged in epoch {len(run.rows)}: its loss was not finite"
-            )
         elif run.status == "running":
             lines.append(f"- {code(run.id)}: {run.state}")
     if missing := [code(run.id) for run in runs if run.status == "missing"]:
         lines.append(f"- not begun: {', '.join(missing)}")
     if any(run.status in ("missing", "running") for run in runs):
         lines.append("- `tab compare --resume` goes on with what is not finished")
-    return ["**Not in the means:**\n" + "\n".join(lines)] if lines else []
+    parts = ["**Not in the means:**\n" + "\n".join(lines)] if lines else []
+    if diverged := [run for run in runs if run.diverged]:
+        listed = ", ".join(f"{code(run.id)} in epoch {len(run.rows)}" for run in diverged)
+        parts.append(
+            f"**Diverged** (the loss was not finite): {listed}. Such a run counts with the test "
+            "accuracy of chance, so that no mechanism is the better for losing its worst runs; "
+            "times and training accuracies are those of the others."
+        )
+    return parts
 
 
 def explanation(seeds: int, at_once: int = 1) -> str:
@@ -194,8 +207,9 @@ def explanation(seeds: int, at_once: int = 1) -> str:
     )
     if seeds > 1:
         text += (
-            " ± is half the width of a 95 % interval. Times are medians of seeds (least–largest), "
-            "as other work lengthens single runs. Differences and ratios pair the seeds."
+            " ± is half the width of a 95 % interval; those of vs control hold together. Times are "
+            "medians of seeds (least–largest), as other work lengthens single runs. Ratios pair "
+            "the seeds."
         )
     if min(at_once, seeds) > 1:
         text += (
@@ -231,21 +245,26 @@ def what_it_means(ranked: dict[str, list[Standing]]) -> str:
     found = [entry.verdict for entries in ranked.values() for entry in entries if entry.verdict]
     over = {v.interval_over for v in found if v.interval_over}
     kinds = {
-        "seeds and images": "a bootstrap of seeds and test images",
-        "seeds": "Student's t over seeds, for want of the answers image by image",
+        "seeds and images": "of seeds and of test images",
+        "seeds": "of seeds alone, as the answers image by image were not kept",
     }
-    by = ", or ".join(text for name, text in kinds.items() if name in over) or "nothing yet"
+    by = ", or ".join(text for name, text in kinds.items() if name in over) or "not known"
     margin, alpha = f"±{100 * MARGIN:g} points", f"{1 - LEVEL:g}"
-    return (
+    text = (
         "Points of test accuracy. Seeds pair: with one seed all variants see the same images in "
-        "the same order, and start from the same weights where no width was matched. Intervals "
-        f"are 95 % by {by}. p: paired t-test against the control, whose variance is that of seeds "
-        "and, where the answers were kept, of test images; then Holm's correction over the "
-        f"mechanisms; better and worse mean p (Holm) ≤ {alpha}. McNemar: "
-        "exact mid-p over images, each with the side that answers it rightly in more seeds. "
-        f"Equivalence: two one-sided t-tests of a difference within {margin} with the same "
-        f"variance, corrected likewise; it takes {SEEDS} seeds and the answers to at least "
-        f"{least_images(SEEDS):,} test images ({least_images(5):,} with 5 seeds), as fewer could "
-        "hide such a difference even where all answers are alike. undecided: neither a "
-        "difference nor equality is shown; more seeds or images may show it."
+        "the same order, and start from the same weights where no width was matched. Test and "
+        f"interval rest on one variance, which is {by}; each part of it has its own t. The "
+        "intervals of the differences hold together, for all mechanisms of a model at once, with "
+        f"probability {LEVEL:.0%} (Dunnett); the verdict is read off them: better, the interval "
+        f"lies above 0; worse, below; equivalent, within {margin}; undecided, none of these: more "
+        f"seeds or images may show it. p: of no difference; p (Dunnett) ≤ {alpha} is better or "
+        "worse. Equivalence: p (Dunnett) of a difference of more than the margin. McNemar: exact "
+        "mid-p over images, of these trained models alone; no verdict rests on it."
     )
+    if any(v.best_control for v in found):
+        text += (
+            " Best control: the row that is no attention which this one is least above; the "
+            "interval is of the difference from the truly best of them, and holds likewise. Better "
+            "than the best means better than each of them."
+        )
+    return text

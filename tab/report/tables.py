@@ -112,8 +112,8 @@ def p_value(p: float | None) -> str:
 
 
 WORDS = (  # columns of text, set left
-    *("Model", "Attention", "Verdict", "Note", "No gradient", "Affine", "Noise"),
-    *("Only a bias", "Tokens meet"),
+    *("Model", "Attention", "Verdict", "Best control", "Verdict ", "Note", "No gradient"),
+    *("Affine", "Noise", "Only a bias", "Tokens meet"),
     *("Same function as", "Test accuracy", "Winner"),
 )
 FIRST: dict[str, Callable[[Standing], str]] = {
@@ -123,7 +123,7 @@ FIRST: dict[str, Callable[[Standing], str]] = {
 }
 COMPARED: dict[str, Callable[[Standing], str]] = {
     "vs control": versus,
-    "p (Holm)": lambda e: p_value(e.verdict and e.verdict.p_holm),
+    "p (Dunnett)": lambda e: p_value(e.verdict and e.verdict.p_adjusted),
     "Verdict": lambda e: (e.verdict and e.verdict.verdict) or "–",
     "Time ratio": lambda e: marked(e.ratio, ".2f", "×") if e.ratio else "–",
 }
@@ -172,17 +172,24 @@ STATISTICS: dict[str, Callable[[Verdict], str]] = {
     "Difference": lambda v: percent(v.difference, "+"),
     "95 % ": lambda v: ends(v.difference_low, v.difference_high, "+"),
     "p": lambda v: p_value(v.p),
-    "p (Holm)": lambda v: p_value(v.p_holm),
+    "p (Dunnett)": lambda v: p_value(v.p_adjusted),
     "McNemar": lambda v: p_value(v.p_mcnemar),
     "Equivalence": lambda v: p_value(v.p_equivalent),
     "Verdict": lambda v: v.verdict or "–",
+}
+BEST_CONTROL: dict[str, Callable[[Verdict], str]] = {  # where several rows are no attention
+    "Best control": lambda v: title(v.best_control) if v.best_control else "–",
+    "Above it": lambda v: percent(v.best_control_difference, "+"),
+    "95 %  ": lambda v: ends(v.best_control_low, v.best_control_high, "+"),
+    "Verdict ": lambda v: v.best_control_verdict or "–",
 }
 
 
 def statistics_table(entries: list[Standing]) -> str:
     """Of report.md: what each verdict rests on."""
     rows = [entry.verdict for entry in entries if entry.verdict]
-    return markdown_lines([*STATISTICS], [[f(v) for f in STATISTICS.values()] for v in rows])
+    shows = STATISTICS | (BEST_CONTROL if any(v.best_control for v in rows) else {})
+    return markdown_lines([*shows], [[show(v) for show in shows.values()] for v in rows])
 
 
 def percent(x: float | None, sign: str = "") -> str:

@@ -46,10 +46,11 @@ def test_a_metric_is_one_entry(tmp_path, monkeypatch):
 
 def test_the_tables_have_the_columns_of_before():
     assert [*ranked_columns()] == [
-        *("Rank", "Attention", "Test acc.", "Train acc.", "Train time", "vs control", "p (Holm)"),
-        *("Verdict", "Time ratio", "Images/s", "Parameters", "FLOPs/image", "Peak memory", "Note"),
+        *("Rank", "Attention", "Test acc.", "Train acc.", "Train time", "vs control"),
+        *("p (Dunnett)", "Verdict", "Time ratio", "Images/s", "Parameters", "In blocks"),
+        *("FLOPs/image", "Branch share", "FFN share", "Peak memory", "Note"),
     ]
-    left_out = {"Images/s", "FLOPs/image", "Peak memory"}
+    left_out = {"Images/s", "In blocks", "FLOPs/image", "Branch share", "FFN share", "Peak memory"}
     assert set(ranked_columns()) - set(ranked_columns(terminal=True)) == left_out
 
 

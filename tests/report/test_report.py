@@ -51,18 +51,20 @@ def test_ranking_orders_and_pairs_seeds():
     assert (best.attention, best.rank, control.attention) == ("self", 1, "none")
     # Seeds differ by 10 points, the paired differences not at all.
     assert best.test.half > 0.5
-    assert best.points.value == pytest.approx(0.03) and best.points.half == pytest.approx(0)
+    assert best.points.value == pytest.approx(0.03)
+    assert best.points.half is None  # which says nothing of how others would differ
     assert best.ratio.value == best.ratio.low == best.ratio.high == pytest.approx(2)
     assert best.seconds == Median(21.0, 20.0, 22.0)
     assert control.points is None and control.ratio is None
 
 
-def test_runs_without_a_result_are_last_marked_and_outside_the_mean():
-    runs = [run("none", 0.4), run("self", 0.6), run("self", 0.1, seed=1, status="diverged")]
+def test_runs_that_failed_are_last_and_those_that_diverged_are_chance():
+    runs = [run("none", 0.4), run("self", 0.6), run("self", 0.9, seed=1, status="diverged")]
     runs += [run("local", status="failed")]
     table = ranking(runs, "cnn")
-    assert [entry.attention for entry in table] == ["self", "none", "local"]
-    assert table[0].test == Mean(0.6, None) and table[0].notes == "diverged (seed 1)"
+    assert [entry.attention for entry in table] == ["none", "self", "local"]
+    assert table[1].test.value == pytest.approx((0.6 + 0.1) / 2)
+    assert table[1].notes == "diverged, counted as chance (seed 1)"
     text = markdown_table(table)
     assert "| – | Local | failed (seed 0) |" in text
     assert "| Note |" in text and "Peak memory" not in text  # of a CPU, it is the process's
@@ -124,7 +126,8 @@ def test_report_says_data_failures_and_pictures():
     assert "drawn, not CIFAR-10" in text and "Z80, 1 thread a run" in text
     assert "![Training loss](pictures/loss.png)" in text
     assert "`cnn-self-s0` failed: Oops: boom" in text
-    assert "`cnn-local-s0` diverged in epoch 3" in text
+    assert "**Diverged** (the loss was not finite): `cnn-local-s0` in epoch 3." in text
+    assert "| Local | 10.0 % |" in text  # a row of chance
 
 
 # --- pictures -------------------------------------------------------------------------------------
