@@ -63,6 +63,7 @@ def check_option(where: str, value: object, hint: object, default: object) -> No
 
 
 def positive(section: object, where: str, *keys: str) -> None:
+    """A ValueError unless each of these fields is above 0 and finite."""
     for key in keys:
         if not 0 < getattr(section, key) < math.inf:
             given = getattr(section, key)
@@ -70,5 +71,6 @@ def positive(section: object, where: str, *keys: str) -> None:
 
 
 def between(section: object, where: str, key: str, low: float, high: float) -> None:
+    """A ValueError unless the field lies from low to high."""
     if not low <= getattr(section, key) <= high:
         raise ValueError(f"{where}.{key} = {getattr(section, key)!r}: must be from {low} to {high}")

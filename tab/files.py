@@ -35,6 +35,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write` in UTF-8; bytes of a name that are no text become \\xNN."""
     write(path, text.encode("utf-8", "backslashreplace"))
 
 

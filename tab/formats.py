@@ -78,12 +78,14 @@ def read_lines(path: Path, way_out: str) -> list[dict]:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """An object, with the format it is written in."""
     text = json.dumps({"format": FORMAT, **content}, indent=1, ensure_ascii=False) + "\n"
     # Bytes of a path that are no text are lone surrogates, and their escape here is JSON's.
     write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_toml(path: Path, content: dict) -> None:
+    """Tables, with the format they are written in."""
     write(path, toml({"format": FORMAT, **content}).encode())
 
 

@@ -16,6 +16,8 @@ from .checks import between, check_keys, check_type, positive
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
+    """[train]: how a model is trained."""
+
     epochs: int
     batch_size: int
     lr: float  # the constant rate, or the peak of the cycle
@@ -39,6 +41,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Data:
+    """[data]: which images, and how they are prepared."""
+
     images: int  # training images used, stratified; 0: all
     validation: int  # held out of the training set, stratified
     normalise: Literal["train", "each"]  # test images by training statistics, or by their own
@@ -54,6 +58,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluate:
+    """[evaluate]: what is scored, and when."""
+
     # Scored each epoch. validation: the test set once, at the end; validation_only: never.
     split: Literal["test", "validation", "validation_only"]
     batch_size: int
@@ -64,6 +70,8 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp:
+    """[model.mlp], and what the other models share with it."""
+
     hidden: int  # C, the width of a token
     forms: Literal["library", "published"]  # of each attention; see tab/layers/published.py
     match: str  # whose size the others get, and by what (size_matching.py); "": as given
@@ -96,6 +104,8 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Cnn(Mlp):
+    """[model.cnn]."""
+
     tokens: int | Literal["grid"]  # "grid": one token a cell of the last feature map
     stem: Literal["pool", "stride"]  # conv-BN-ReLU-maxpool twice, or two convolutions of stride 2
     channels: int  # of the first convolution; the second has C on the grid, else twice as many
@@ -109,6 +119,8 @@ class Cnn(Mlp):
 
 @dataclass(frozen=True, kw_only=True)
 class Resnet9(Mlp):
+    """[model.resnet9]."""
+
     tokens: Literal["grid"]
     channels: int  # of the first convolution; then 2×, 4×, and C
     cells: Literal[4, 8]  # rows and columns of the last feature map
@@ -120,6 +132,8 @@ class Resnet9(Mlp):
 
 @dataclass(frozen=True, kw_only=True)
 class Vit(Mlp):
+    """[model.vit]."""
+
     tokens: Literal["grid"]
     patch: Literal[1, 2, 4, 8]  # rows and columns of pixels that are one token
     # What the head reads: the mean over the tokens, or one more token in front of them. With that,
@@ -168,6 +182,7 @@ class RunConfig:
 
 
 def model_class(name: str) -> type[Mlp]:
+    """The options of the model called so."""
     check_keys("the models", [name], MODELS)
     return MODELS[name]
 

@@ -33,6 +33,7 @@ def gradient(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
 
 
 def fgsm(model: Classifier, x: Tensor, y: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """The fast gradient sign method (Goodfellow et al. 2015): one step of ε."""
     return (x + epsilon * gradient(model, x, y).sign()).clamp(0, 1)
 
 
@@ -46,6 +47,7 @@ def pgd(
     steps: int = STEPS,
     generator: torch.Generator,
 ) -> Tensor:
+    """Projected gradient descent from a random start (Madry et al. 2018)."""
     start = (2 * torch.rand(x.shape, generator=generator) - 1).to(x.device)
     low, high = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
     moved = torch.clamp(x + epsilon * start, low, high)

@@ -43,14 +43,20 @@ LATER = ("data", "images", "model")  # settings that older files do not state
 
 
 class Curve(TypedDict):
+    """Test accuracy at each level."""
+
     accuracy: list[float]
 
 
 class Calibration(TypedDict):
+    """The expected calibration error."""
+
     ece: float
 
 
 class Attacks(TypedDict):
+    """Accuracies under attack, and signs that gradients are masked."""
+
     fgsm: float
     pgd: float
     random: float
@@ -59,6 +65,8 @@ class Attacks(TypedDict):
 
 
 class NewTest(TypedDict):
+    """Accuracy on a new test set."""
+
     accuracy: float
 
 
@@ -221,6 +229,7 @@ def instead(test: Batches, split: Split) -> Batches:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches) -> float:
+    """The share of the images that the model answers rightly."""
     right = sum((model(x).argmax(-1) == y).sum() for x, y in batches.epoch(0))
     return float(right) / batches.samples
 

@@ -58,6 +58,8 @@ class Alike:
 
 @dataclass(frozen=True)
 class Identity:
+    """What the check found: each layer by itself, and those that are alike."""
+
     layers: list[Layer]
     alike: list[Alike]
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # what it raised

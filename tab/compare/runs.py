@@ -80,10 +80,12 @@ class Run:
 
 
 def read_runs(out: Path, grid: Grid) -> list[Run]:
+    """All runs of the comparison in `out`, in the order of its cells."""
     return [read_run(out, *cell) for cell in grid.cells()]
 
 
 def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
+    """One of them; `missing` where it has not begun."""
     path = out / "runs" / f"{model}-{attention}-s{seed}"
     cell, failed = (model, attention, seed, path), path / "error.txt"
     error = failed.read_text("utf-8", "replace") if failed.is_file() else ""

@@ -27,10 +27,12 @@ Fetch = Callable[..., bytes]  # (name, size=-1): a file's first bytes, or all
 
 
 def open_tree(path: Path) -> Folder | Archive:
+    """What reads the folder or the archive."""
     return Folder(path) if path.is_dir() else Archive(path)
 
 
 def is_archive(path: Path) -> bool:
+    """Whether it is a tar or zip file."""
     return path.is_file() and (tarfile.is_tarfile(path) or zipfile.is_zipfile(path))
 
 

@@ -118,6 +118,7 @@ def bigbird_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rule: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of sparse attention under the pattern that `rule` draws."""
     pattern = _pattern(q.shape[2], *rule).to(q.device)
     backend = choose("auto", sparse_fwd, q)
     options = pattern.block_size, False, scale

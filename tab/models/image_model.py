@@ -105,6 +105,7 @@ def sincos(n: int, c: int, grid: tuple[int, int] | None) -> Tensor:
 
 
 def model_names() -> list[str]:
+    """The models that a recipe can hold."""
     return list(MODELS)
 
 
@@ -112,6 +113,7 @@ STUDY = "mlp,cnn"  # the models of a comparison or a sweep that names none
 
 
 def parameter_count(module: nn.Module) -> int:
+    """How many numbers are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 

@@ -27,6 +27,8 @@ class SeedLinear(nn.Linear):
 
 
 class SeedLayerNorm(nn.LayerNorm):
+    """LayerNorm with the weights of each seed."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return F.layer_norm(x, self.normalized_shape, eps=self.eps)
@@ -35,6 +37,8 @@ class SeedLayerNorm(nn.LayerNorm):
 
 
 class SeedRMSNorm(nn.RMSNorm):
+    """RMSNorm with the weights of each seed."""
+
     def forward(self, x: Tensor) -> Tensor:
         w, y = beside(self.weight, F.rms_norm(x, self.normalized_shape, eps=self.eps))
         return (y * w).flatten(0, 1)

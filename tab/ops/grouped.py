@@ -81,6 +81,7 @@ def grouped_in_blocks(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 
 
 def grouped_outer_in_blocks(g: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """The same sums as batched GEMMs of padded blocks, and a sorted sum over those of a group."""
     place, owner, size = _blocks(x.shape[0], counts)
     padded = (
         t.new_zeros(owner.shape[0] * size, t.shape[1]).index_copy(0, place, t) for t in (g, x)

@@ -12,6 +12,7 @@ from ._softmax import weigh
 
 
 def check_budget(heavy: int, recent: int) -> None:
+    """A ValueError unless there is a slot for at least one token."""
     if heavy < 0 or recent < 0 or heavy + recent < 1:
         raise ValueError(
             f"H2O wants heavy ≥ 0, recent ≥ 0 and at least one slot in all, got heavy={heavy}, "

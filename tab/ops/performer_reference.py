@@ -63,6 +63,7 @@ def rescale(before: Tensor, after: Tensor, kernel: int) -> Tensor:
 
 
 def levels(n: int) -> Iterator[int]:
+    """1, 2, 4 … below n."""
     h = 1
     while h < n:
         yield h
@@ -80,6 +81,7 @@ def to_left(x: Tensor, n: int) -> Tensor:
 
 
 def to_right(x: Tensor, n: int) -> Tensor:
+    """The same with x in right halves."""
     return F.pad(x, (0, 0, x.shape[3], 0)).flatten(2, 3)[:, :, :n]
 
 

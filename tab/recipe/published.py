@@ -31,4 +31,5 @@ def curves() -> dict[tuple[str, str], Curve]:
 
 
 def published_attentions() -> list[str]:
+    """The mechanisms of the study, in its order."""
     return list(dict.fromkeys(attention for _, attention in curves()))

@@ -109,6 +109,7 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
+    """Those that TAB brings along."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 

@@ -72,6 +72,7 @@ class Space:
 
 
 def space_names() -> list[str]:
+    """Those that TAB brings along."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 

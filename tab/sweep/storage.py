@@ -70,6 +70,7 @@ def postgresql(url: str, name: str, *, mine: bool) -> Iterator[optuna.storages.B
 
 
 def without_password(url: str) -> str:
+    """The address as it may stand in a file; a ValueError if it is none of PostgreSQL."""
     import sqlalchemy
 
     try:

@@ -51,6 +51,8 @@ class Done(Generic[T]):
 
 
 class Executor(Protocol):
+    """Where tasks run: in this process, in others, on a cluster."""
+
     def run(self, tasks: Sequence[Task[T]], on_event: OnEvent) -> Iterator[Done[T]]:
         """Yields a `Done` per task, in the order they end, and calls on_event(index, event) in
         this process, in the order of the task's events. An exception ends its own task only;

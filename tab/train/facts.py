@@ -38,6 +38,8 @@ class UsedData(DataFacts):
 
 
 class Machine(TypedDict):
+    """What a result was computed on."""
+
     device: str
     threads: int
     load: NotRequired[float | None]

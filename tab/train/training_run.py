@@ -260,6 +260,7 @@ def random_of(device: torch.device) -> Iterator[None]:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device, its convolutions' weights with the channels last."""
     if device.type == "cpu":
         keep_freed_memory()
     return model.to(device, memory_format=torch.channels_last)  # of the convolutions' weights

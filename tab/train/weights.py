@@ -41,6 +41,7 @@ class About(TypedDict):
 
 
 def save_weights(path: Path, weights: Weights, about: dict) -> None:
+    """Writes model.safetensors, with `about` and a checksum of both in its metadata."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     about = {"tab": __version__, **about}
     about["sha256"] = _digest(about, weights)
