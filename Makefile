@@ -39,6 +39,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*/*.* tests/support/*.h tests/support/*.cpp)
 
 # Throughput of the ops against what you could run instead; SIZES and OPS as in bench/conftest.py.
 bench: setup

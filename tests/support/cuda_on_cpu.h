@@ -95,7 +95,7 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers;
 inline std::vector<std::array<Slot, WARP>> taken;  // of each warp: what its lanes gave
-inline bool voted;  // by a thread of the block
+inline bool voted;                                 // by a thread of the block
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
@@ -133,8 +133,8 @@ inline bool release(size_t first, size_t last, decltype(Fiber::state) state) {
 /// The race that was found, each thread with the line at which it last waited.
 inline std::string race() {
   const auto name = [](int t) {
-    const std::string line = t == SEVERAL ? "" : " (after line " +
-                             std::to_string(fibers[t].where.line()) + ")";
+    const std::string line =
+        t == SEVERAL ? "" : " (after line " + std::to_string(fibers[t].where.line()) + ")";
     return (t == SEVERAL ? "several of a warp" : std::to_string(t)) + line;
   };
   return "no barrier between threads " + name(races.other) + " and " + name(races.one);

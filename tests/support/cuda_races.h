@@ -75,8 +75,8 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define TAB_ACCESS(bytes)                                                     \
-  void __tsan_read##bytes(void* at) { cpu::touch(at, bytes, false); }         \
+#define TAB_ACCESS(bytes)                                             \
+  void __tsan_read##bytes(void* at) { cpu::touch(at, bytes, false); } \
   void __tsan_write##bytes(void* at) { cpu::touch(at, bytes, true); }
 TAB_ACCESS(1)
 TAB_ACCESS(2)

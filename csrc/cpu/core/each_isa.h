@@ -8,7 +8,8 @@
 //                    #define TAB_KERNEL "../x/x_kernel.h"
 //                    #include "../core/each_isa.h"
 //                then the driver (checks, outputs, parallel(), arena()) and the registration; it
-//                calls TAB_SELECT(x_kernels<T>).
+//                calls TAB_SELECT(x_kernels<T>). attention.h has the checks of q, k and v, and
+//                segments.h the driver of a state that is a sum over tokens.
 // Pitfalls: kernel code calls no std:: and no torch:: function, not even an inline one. The linker
 // keeps one copy of an inline function, perhaps the AVX-512 one, and the baseline would run it.
 // Helpers are TAB_INLINE. Lambdas belong in the driver. Scratch rows are padded to whole vectors

@@ -11,8 +11,7 @@ constexpr A LN2 = A(0.6931471805599453);
 template <class A>
 TAB_INLINE Vec<A> at_least(Vec<A> x, A low) {
 #if TAB_VECTOR_BYTES == 64
-  if constexpr (sizeof(A) == 4)
-    return __builtin_ia32_maxps512_mask(splat<A>(low), x, x, -1, 4);
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps512_mask(splat<A>(low), x, x, -1, 4);
 #elif TAB_VECTOR_BYTES == 32
   if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps256(splat<A>(low), x);
 #endif
@@ -56,8 +55,7 @@ TAB_INLINE Vec<A> exp(Vec<A> x) {
 #else
   constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
   const Int<A> power = as<Int<A>>(shifted) - as<Int<A>>(splat<A>(magic)), half = power >> 1;
-  return y * as<Vec<A>>((half + bias) << mantissa) *
-         as<Vec<A>>((power - half + bias) << mantissa);
+  return y * as<Vec<A>>((half + bias) << mantissa) * as<Vec<A>>((power - half + bias) << mantissa);
 #endif
 }
 

@@ -98,13 +98,14 @@ static __attribute__((noinline)) void lower_times(int64_t count, int64_t width, 
                                                   int64_t ldp, const A* x, A* y) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j <= i; ++j)
-      add_scaled(y + (transposed ? j : i) * width, p[i * ldp + j],
-                 x + (transposed ? i : j) * width, width);
+      add_scaled(y + (transposed ? j : i) * width, p[i * ldp + j], x + (transposed ? i : j) * width,
+                 width);
 }
 
 /// y (columns, padded rows) = xᵀ of x (rows, columns), the padding zeroed.
 template <class A>
-static __attribute__((noinline, noclone)) void transpose(int64_t rows, int64_t columns, const A* x, int64_t ldx, A* y, int64_t ldy) {
+static __attribute__((noinline, noclone)) void transpose(int64_t rows, int64_t columns, const A* x,
+                                                         int64_t ldx, A* y, int64_t ldy) {
   typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
   typedef typename integer<A>::scalar Index __attribute__((vector_size(4 * sizeof(A))));
   int64_t i = 0;

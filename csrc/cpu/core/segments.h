@@ -42,7 +42,9 @@ struct SegmentStates {
   Tensor buffer;
 
   SegmentStates(const Segmented& a, const States& states, int64_t work, const Tensor& like)
-      : a(a), states(states), work(work),
+      : a(a),
+        states(states),
+        work(work),
         buffer(torch::stable::new_empty(like, {a.b * a.h * a.segments * states.size},
                                         accumulator(like))) {}
 

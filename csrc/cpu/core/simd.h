@@ -140,8 +140,8 @@ TAB_INLINE void store_part(T* p, Vec<acc_t<T>> x, int64_t n) {
 /// 0, 1, 2, …: the numbers of the lanes.
 template <class A>
 TAB_INLINE Int<A> lanes() {
-  static constexpr typename integer<A>::scalar all[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                          8, 9, 10, 11, 12, 13, 14, 15};
+  static constexpr
+      typename integer<A>::scalar all[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Int<A> x;
   __builtin_memcpy(&x, all, sizeof x);
   return x;

@@ -55,9 +55,9 @@ inline Isa isa() {
 
 /// One table of kernel functions out of those that each_isa.h compiled.
 #if TAB_WIDE
-#define TAB_SELECT(table)                                        \
-  (::tab::isa() == ::tab::Isa::avx512 ? ::tab::avx512::table     \
-   : ::tab::isa() == ::tab::Isa::avx2 ? ::tab::avx2::table       \
+#define TAB_SELECT(table)                                    \
+  (::tab::isa() == ::tab::Isa::avx512 ? ::tab::avx512::table \
+   : ::tab::isa() == ::tab::Isa::avx2 ? ::tab::avx2::table   \
                                       : ::tab::baseline::table)
 #else
 #define TAB_SELECT(table) (::tab::isa(), ::tab::baseline::table)

@@ -10,8 +10,8 @@
 // Katharopoulos et al. 2020, eq. 4-5 and 9-12; the causal sums run over tiles, with the quadratic
 // form inside a tile. φ is recomputed in the backward pass and never reaches memory.
 //
-// How the work is cut: core/segments.h. The order φ(q)(φ(k)ᵀv) is taken at every N: S must be returned, so the quadratic order could
-// win only below N = D/2.
+// How the work is cut: core/segments.h. The order φ(q)(φ(k)ᵀv) is taken at every N: S must be
+// returned, so the quadratic order could win only below N = D/2.
 
 #include "linear.h"
 
@@ -105,16 +105,17 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> d
     const SegmentStates<A, LinearStates<A>> dsums(a, states, work, in.q);
     if (causal) {
       sums.sum(a, kernels.keys);
-      sums.scan(false, [&](A* x, int64_t head) { states.read(x, first, head); },
-                [](A*, int64_t) {});
+      sums.scan(
+          false, [&](A* x, int64_t head) { states.read(x, first, head); }, [](A*, int64_t) {});
     }
     dsums.each([&](int64_t task, A* scratch) {
       if (!causal) states.read(sums.of(task), total, task / a.segments);
       states.clear(dsums.of(task));
       kernels.queries(a, task, sums.of(task), dsums.of(task), scratch);
     });
-    dsums.scan(true, [&](A* x, int64_t head) { states.read(x, last, head); },
-               [&](A* x, int64_t head) { states.write(x, initial, head); });
+    dsums.scan(
+        true, [&](A* x, int64_t head) { states.read(x, last, head); },
+        [&](A* x, int64_t head) { states.write(x, initial, head); });
     dsums.run(a, kernels.gradients);
     return {out.dq, out.dk, out.dv, *initial.s, *initial.z};
   });

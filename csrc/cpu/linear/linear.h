@@ -41,9 +41,7 @@ struct Pair {
         z(torch::stable::new_empty(like, {a.b, a.h, a.d}, accumulator(like))) {
     point();
   }
-  void point() {
-    sp = static_cast<A*>(s->data_ptr()), zp = static_cast<A*>(z->data_ptr());
-  }
+  void point() { sp = static_cast<A*>(s->data_ptr()), zp = static_cast<A*>(z->data_ptr()); }
 };
 
 /// States as the kernels hold them, S (D, Ep) and z (Dp), and their exchange with tensors.

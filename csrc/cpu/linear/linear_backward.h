@@ -88,7 +88,7 @@ static void gradients(const Linear& a, int64_t task, void* dstate, void* scratch
   A *v = arena.take(a.tile * ep), *g = arena.take(a.tile * ep);
   A *df = arena.take(a.tile * dp), *dv = arena.take(a.tile * ep);
   A *dst = arena.take(e * dp), *turned = arena.take(tp * (d > e ? d : e));
-  A *p = arena.take(a.tile * tp);
+  A* p = arena.take(a.tile * tp);
   A *dsum = static_cast<A*>(dstate), *dz = dsum + d * ep;
   A *low = nullptr, *low_st = nullptr, *low_z = nullptr;
   if (a.causal)

@@ -155,8 +155,7 @@ static void wide_queries(const Linear& a, int64_t task, void* state, void* dstat
         for (int j = 0; j < 4; ++j)
           df[n][j] = (df[n][j] + load(z + j * W<A>) * r[i + n]) *
                      Slope<A>::at(slope, load(f + n * d + j * W<A>));
-        if (i + n < count)
-          put_row(Wide<T>::row(a.dq, s, t + i + n), df[n], splat<A>(1), a.stream);
+        if (i + n < count) put_row(Wide<T>::row(a.dq, s, t + i + n), df[n], splat<A>(1), a.stream);
       }
     }
     gemm<true>(d, d, count, fq, d, g, d, dsum, d, true, low);
@@ -186,8 +185,7 @@ static void wide_gradients(const Linear& a, int64_t task, void* dstate, void* sc
       add_product(fk + i * d, d, dsum, dv);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r)
-        if (i + r < count)
-          put_row(Wide<T>::row(a.dv, s, t + i + r), dv[r], splat<A>(1), a.stream);
+        if (i + r < count) put_row(Wide<T>::row(a.dv, s, t + i + r), dv[r], splat<A>(1), a.stream);
     }
     for (int64_t i = 0; i < count; i += 4) {
       Tile<A> df;
@@ -203,8 +201,8 @@ static void wide_gradients(const Linear& a, int64_t task, void* dstate, void* sc
         const bool seen = a.mask == nullptr || a.mask[s.b * a.n + t + i + r];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-          df[r][j] = seen ? df[r][j] * Slope<A>::at(slope, load(fk + (i + r) * d + j * W<A>))
-                          : Vec<A>{};
+          df[r][j] =
+              seen ? df[r][j] * Slope<A>::at(slope, load(fk + (i + r) * d + j * W<A>)) : Vec<A>{};
         put_row(Wide<T>::row(a.dk, s, t + i + r), df[r], splat<A>(1), a.stream);
       }
     }

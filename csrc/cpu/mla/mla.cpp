@@ -29,7 +29,8 @@ struct Cut {
   struct Axis {
     int64_t size, each, parts;
     Axis(int64_t size, int64_t parts, int64_t whole = 1)
-        : size(size), each(ceiling(ceiling(size, parts), whole) * whole),
+        : size(size),
+          each(ceiling(ceiling(size, parts), whole) * whole),
           parts(ceiling(size, each)) {}
     int64_t from(int64_t part) const { return part * each; }
     int64_t to(int64_t part) const { return std::min(size, (part + 1) * each); }
@@ -42,8 +43,7 @@ struct Cut {
   int64_t batch_part(int64_t task) const { return task / queries.parts / heads.parts; }
   MlaTask operator[](int64_t task) const {
     const int64_t b = batch_part(task), h = head_part(task), q = query_part(task);
-    return {batch.from(b), batch.to(b), heads.from(h),
-            heads.to(h),   queries.from(q), queries.to(q)};
+    return {batch.from(b), batch.to(b), heads.from(h), heads.to(h), queries.from(q), queries.to(q)};
   }
 };
 
@@ -88,8 +88,12 @@ struct Inputs {
   Inputs(const char* op, const Tensor& qn_, const Tensor& qr_, const Tensor& c_, const Tensor& kr_,
          const Tensor& uk_, const Tensor& uv_, const std::optional<Tensor>& mask_, double scale,
          bool causal)
-      : qn(unit_last(qn_)), qr(unit_last(qr_)), c(unit_last(c_)), kr(unit_last(kr_)),
-        uk(unit_last(uk_)), uv(unit_last(uv_)) {
+      : qn(unit_last(qn_)),
+        qr(unit_last(qr_)),
+        c(unit_last(c_)),
+        kr(unit_last(kr_)),
+        uk(unit_last(uk_)),
+        uv(unit_last(uv_)) {
     STD_TORCH_CHECK(qn.dim() == 4 && qr.dim() == 4 && c.dim() == 3 && uv.dim() == 3, op,
                     ": q is (B, H, N, D), c_kv (B, N, R), w_uv (H, Dv, R)");
     a.b = qn.size(0), a.h = qn.size(1), a.n = qn.size(2), a.dn = qn.size(3);
@@ -128,12 +132,9 @@ Three forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
     using A = acc_t<T>;
     const MlaKernels& kernels = TAB_SELECT(mla_kernels<T>);
     const int64_t rp = up(a.r, kernels.lanes), dvp = up(a.dv, kernels.lanes);
-    const Tensor weights =
-        torch::stable::new_empty(in.qn, {a.h, a.dn * rp + a.r * dvp}, acc);
+    const Tensor weights = torch::stable::new_empty(in.qn, {a.h, a.dn * rp + a.r * dvp}, acc);
     a.weights = weights.data_ptr();
-    parallel(a.h, [&](int64_t head) {
-      kernels.pack_forward(a, head, arena<A>(a.dv * rp).next);
-    });
+    parallel(a.h, [&](int64_t head) { kernels.pack_forward(a, head, arena<A>(a.dv * rp).next); });
     const Cut cut = cut_forward(a);
     const int64_t work = kernels.forward_scratch(a), parts = cut.queries.parts, heads = a.b * a.h;
     const Tensor every = parts == 1 ? peaks : torch::stable::new_empty(in.qn, {parts, heads}, acc);

@@ -10,12 +10,12 @@ struct Mla {
   int64_t rows;  // queries whose scores are held at once
   bool causal;
   double scale;
-  const uint8_t* mask;                   // (B, N) or null
-  Rows qn, qr, c, kr, uk, uv, o;         // uk and uv: h and n are the head and the row
-  Rows grad, dqn, dqr, dc, dkr;          // backward
-  void* lse;                             // (B, H, N)
-  const void* dlse;                      // (B, H, N) or null
-  void* weights;                         // (H, …), packed: see the kernels
+  const uint8_t* mask;            // (B, N) or null
+  Rows qn, qr, c, kr, uk, uv, o;  // uk and uv: h and n are the head and the row
+  Rows grad, dqn, dqr, dc, dkr;   // backward
+  void* lse;                      // (B, H, N)
+  const void* dlse;               // (B, H, N) or null
+  void* weights;                  // (H, …), packed: see the kernels
 };
 
 /// The batch entries, heads and queries of one task.
@@ -38,8 +38,8 @@ struct MlaKernels {
   void (*forward)(const Mla&, const MlaTask&, void* peaks, void* scratch);
   void (*backward)(const Mla&, const MlaTask&, const MlaSums&, void* scratch);
   void (*finish_latent)(const Mla&, int64_t token, const void* sums, int64_t count, void* scratch);
-  void (*finish_weights)(const Mla&, int64_t head, const void* sums, int64_t count,
-                         void* scratch, const Rows& duk, const Rows& duv);
+  void (*finish_weights)(const Mla&, int64_t head, const void* sums, int64_t count, void* scratch,
+                         const Rows& duk, const Rows& duv);
 };
 
 }  // namespace tab

@@ -69,10 +69,10 @@ static void differentiate(const Mla& a, int64_t i0, int64_t count, int64_t colum
 /// masked token whose results have no cotangent, with q = 0: whatever its q holds, nobody learns it.
 template <class T>
 static void load_cotangents(const Mla& a, int64_t b, int64_t h, int64_t i0, int64_t count,
-                            acc_t<T>* q, acc_t<T>* g, acc_t<T>* o, acc_t<T>* delta,
-                            acc_t<T>* lse) {
+                            acc_t<T>* q, acc_t<T>* g, acc_t<T>* o, acc_t<T>* delta, acc_t<T>* lse) {
   using A = acc_t<T>;
-  const int64_t dkp = padded<A>(a.dn + a.dr), dvp = padded<A>(a.dv), first = (b * a.h + h) * a.n + i0;
+  const int64_t dkp = padded<A>(a.dn + a.dr), dvp = padded<A>(a.dv),
+                first = (b * a.h + h) * a.n + i0;
   const A *l = static_cast<const A*>(a.lse) + first, *dl = static_cast<const A*>(a.dlse);
   for (int64_t i = 0; i < count; ++i, g += dvp) {
     prefetch_row(row<T>(a.grad, b, h, i0 + i + AHEAD), a.dv);
@@ -131,8 +131,8 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
           differentiate<true>(a, i0, count, columns, bias, lse, delta, strip, ds, s.strip);
         else
           differentiate<false>(a, i0, count, columns, bias, lse, delta, strip, ds, s.strip);
-        const bool whole = !a.causal || (all_finite(g, count * s.dvp) &&
-                                         all_finite(q, count * s.dkp));
+        const bool whole =
+            !a.causal || (all_finite(g, count * s.dvp) && all_finite(q, count * s.dkp));
         if (whole) {
           gemm<true>(columns, s.dvp, count, strip, s.strip, g, s.dvp, grads, ld, add);
           gemm<true>(columns, s.dkp, count, ds, s.strip, q, s.dkp, grads + s.dvp, ld, add);

@@ -61,8 +61,9 @@ std::vector<int64_t> lengths(const Tensor& seqlens, int64_t most) {
 std::tuple<Tensor, Tensor> decode(Tensor qn, Tensor qr, Tensor cache, Tensor seqlens, Tensor uk,
                                   Tensor uv, double scale) {
   constexpr const char* op = "mla_decode";
-  STD_TORCH_CHECK(qn.dim() == 3 && qr.dim() == 3 && cache.dim() == 3 && uk.dim() == 3 &&
-                      uv.dim() == 3, op, ": q is (B, H, D), cache (B, N, R+Dr), w (H, ·, R)");
+  STD_TORCH_CHECK(
+      qn.dim() == 3 && qr.dim() == 3 && cache.dim() == 3 && uk.dim() == 3 && uv.dim() == 3, op,
+      ": q is (B, H, D), cache (B, N, R+Dr), w (H, ·, R)");
   Decode a{};
   a.b = qn.size(0), a.h = qn.size(1), a.dn = qn.size(2), a.dr = qr.size(2), a.r = uk.size(2);
   a.dv = uv.size(1), a.scale = scale;
@@ -72,13 +73,13 @@ std::tuple<Tensor, Tensor> decode(Tensor qn, Tensor qr, Tensor cache, Tensor seq
   check_shape(op, "w_uk", uk, {a.h, a.dn, a.r});
   check_shape(op, "w_uv", uv, {a.h, a.dv, a.r});
   check_shape(op, "seqlens", seqlens, {a.b});
-  STD_TORCH_CHECK(seqlens.scalar_type() == ScalarType::Long ||
-                      seqlens.scalar_type() == ScalarType::Int, op, ": seqlens are int32 or int64");
-  for (const Tensor* x : {&qr, &cache, &uk, &uv})
-    check_dtype(op, "an input", *x, qn.scalar_type());
+  STD_TORCH_CHECK(
+      seqlens.scalar_type() == ScalarType::Long || seqlens.scalar_type() == ScalarType::Int, op,
+      ": seqlens are int32 or int64");
+  for (const Tensor* x : {&qr, &cache, &uk, &uv}) check_dtype(op, "an input", *x, qn.scalar_type());
   qn = unit_last(qn), qr = unit_last(qr), cache = unit_last(cache);
   uk = unit_last(uk), uv = unit_last(uv);
-  const auto point = [](Rows& rows, const Tensor& x, int64_t Rows::*outer, int64_t Rows::*inner) {
+  const auto point = [](Rows& rows, const Tensor& x, int64_t Rows::* outer, int64_t Rows::* inner) {
     rows.data = x.data_ptr(), rows.*outer = x.stride(0), rows.*inner = x.stride(1);
   };
   const ScalarType acc = accumulator(qn);
@@ -94,8 +95,8 @@ std::tuple<Tensor, Tensor> decode(Tensor qn, Tensor qr, Tensor cache, Tensor seq
     const DecodeKernels& kernels = TAB_SELECT(decode_kernels<T>);
     const auto padded = [&](int64_t n) { return up(n, kernels.lanes); };
     const DecodeScratch work = kernels.scratch(a);
-    const Tensor q = torch::stable::new_empty(
-        qn, {a.b * a.h * (padded(a.r + a.dr) + kernels.lanes)}, acc);
+    const Tensor q =
+        torch::stable::new_empty(qn, {a.b * a.h * (padded(a.r + a.dr) + kernels.lanes)}, acc);
     a.q = q.data_ptr();
     parallel(a.h, [&](int64_t head) { kernels.absorb(a, head, arena<A>(work.absorb).next); });
 

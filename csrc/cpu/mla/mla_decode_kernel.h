@@ -139,8 +139,7 @@ static void merge(const Decode& a, int64_t head, const int64_t* first, const voi
     load_row(row<T>(a.uv, 0, head, i), a.r, w);
     for (int64_t b = 0; b < a.b; ++b) o[b * s.dvp + i] = dot(z + b * s.rp, w, s.rp);
   }
-  for (int64_t b = 0; b < a.b; ++b)
-    store_row(row<T>(a.o, b, head, 0), a.dv, o + b * s.dvp, A(1));
+  for (int64_t b = 0; b < a.b; ++b) store_row(row<T>(a.o, b, head, 0), a.dv, o + b * s.dvp, A(1));
 }
 
 template <class T>

@@ -142,8 +142,8 @@ static void softmax(const Mla& a, int64_t i0, int64_t count, int64_t columns, co
 /// `to_keys` Pᵀ·x: term by term, since x holds NaN or ∞ and a weight of 0 would not hide it.
 template <bool to_keys, class A>
 static __attribute__((noinline)) void pair_by_pair(int64_t i0, int64_t count, int64_t width,
-                                                   const A* p, int64_t ldp, const A* x,
-                                                   int64_t ldx, A* y, int64_t ldy) {
+                                                   const A* p, int64_t ldp, const A* x, int64_t ldx,
+                                                   A* y, int64_t ldy) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j <= i0 + i; ++j)
       add_scaled(y + (to_keys ? j : i) * ldy, p[i * ldp + j], x + (to_keys ? i : j) * ldx, width);

@@ -143,8 +143,8 @@ Five backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, T
       const SegmentStates<A, PerformerStates<A>> sums(a, states, work, in.q);
       sums.sum(a, kernels.keys);
       dsums.sum(a, kernels.reads);
-      sums.scan(false, [&](A* x, int64_t head) { states.read(x, first, head); },
-                [](A*, int64_t) {});
+      sums.scan(
+          false, [&](A* x, int64_t head) { states.read(x, first, head); }, [](A*, int64_t) {});
       dsums.scan(true, behind, leave);
       sums.run(a, kernels.causal_queries);
       dsums.run(a, kernels.causal_gradients);

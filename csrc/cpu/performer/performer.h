@@ -86,8 +86,7 @@ struct PerformerStates {
     }
   }
   void write(A* x, const Triple<A>& t, int64_t head) const {
-    for (int64_t m = 0; m < a.m; ++m)
-      std::copy_n(x + m * ep, a.e, t.sp + (head * a.m + m) * a.e);
+    for (int64_t m = 0; m < a.m; ++m) std::copy_n(x + m * ep, a.e, t.sp + (head * a.m + m) * a.e);
     std::copy_n(z(x), a.m, t.zp + head * a.m);
     std::copy_n(c(x), a.m, t.cp + head * a.m);
   }
@@ -116,8 +115,8 @@ inline int64_t scratch_size(const Performer& a, int64_t lanes) {
   const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes), mp = up(a.m, 2 * lanes);
   const int64_t tp = up(a.tile, lanes), panel = 2 * lanes;
   return 3 * cost(tp * dp) + 3 * cost(tp * ep) + 2 * cost(tp * mp) + 3 * cost(tp * panel) +
-         cost(mp * a.e) + cost(tp * a.e) + 2 * cost(tp * tp) + 2 * cost(tp * lanes) +
-         6 * cost(tp) + cost(ep) + (a.compensated ? cost(mp * (ep + 1)) : 0);
+         cost(mp * a.e) + cost(tp * a.e) + 2 * cost(tp * tp) + 2 * cost(tp * lanes) + 6 * cost(tp) +
+         cost(ep) + (a.compensated ? cost(mp * (ep + 1)) : 0);
 }
 
 }  // namespace tab

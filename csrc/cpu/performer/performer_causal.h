@@ -108,9 +108,8 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
       Vec<A> known[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
       for (int64_t j = 0; j < count; ++j, b += P<A>, e += P<A>) {
         raise(1, e, off + j, known);
-        store(top + j * W<A>,
-              maximum<A>(maximum<A>(load(b) + known[0], load(b + W<A>) + known[1]),
-                         load(top + j * W<A>)));
+        store(top + j * W<A>, maximum<A>(maximum<A>(load(b) + known[0], load(b + W<A>) + known[1]),
+                                         load(top + j * W<A>)));
       }
     }
     for (int64_t j = 0; j < count; ++j) {
@@ -126,8 +125,8 @@ static void causal_outputs(const Performer& a, int64_t task, void* state, void* 
       features(a.kernel, count, e, c, off);
       const Vec<A> z0 = load(t.z + p * P<A>), z1 = load(t.z + p * P<A> + W<A>);
       for (int64_t j = 0; j < count; ++j)
-        store(den + j * W<A>, load(den + j * W<A>) + load(b + j * P<A>) * z0 +
-                                  load(b + j * P<A> + W<A>) * z1);
+        store(den + j * W<A>,
+              load(den + j * W<A>) + load(b + j * P<A>) * z0 + load(b + j * P<A> + W<A>) * z1);
       gemm(count, s.ep, P<A>, b, P<A>, t.s + p * P<A> * s.ep, s.ep, o, s.ep, p != 0);
       transpose(count, P<A>, e, P<A>, kt, tp);
       gemm(count, tp, P<A>, b, P<A>, kt, tp, pairs, tp, p != 0);

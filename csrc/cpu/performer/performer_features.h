@@ -52,8 +52,7 @@ struct State {
     return {s, s + mp * ep, s + mp * ep + mp};
   }
   /// The same for a state that a whole segment is added to.
-  TAB_INLINE State sum(void* state, int64_t mp, int64_t ep, bool compensated,
-                            Arena<A>& arena) {
+  TAB_INLINE State sum(void* state, int64_t mp, int64_t ep, bool compensated, Arena<A>& arena) {
     State t = at(state, mp, ep);
     if (!compensated) return t;
     t.low_s = arena.take(mp * (ep + 1)), t.low_z = t.low_s + mp * ep;
@@ -72,8 +71,7 @@ struct Segment {
   TAB_INLINE Segment at(const Performer& a, int64_t task) {
     const int64_t head = task / a.segments, from = task % a.segments * a.length;
     const int64_t to = from + a.length < a.n ? from + a.length : a.n;
-    return {a,  head / a.h,      head % a.h,     from,
-            to, up(a.m, P<A>), padded<A>(a.d), padded<A>(a.e)};
+    return {a, head / a.h, head % a.h, from, to, up(a.m, P<A>), padded<A>(a.d), padded<A>(a.e)};
   }
   TAB_INLINE T* row(const Segment& s, const Rows& x, int64_t t) {
     return static_cast<T*>(x.data) + s.b * x.b + s.h * x.h + t * x.n;
@@ -81,8 +79,7 @@ struct Segment {
   /// y (count, padded width) = rows t, t+1, …
   TAB_INLINE void load(const Segment& s, const Rows& x, int64_t t, int64_t count, int64_t width,
                        A* y) {
-    for (int64_t i = 0; i < count; ++i)
-      load_row(row(s, x, t + i), width, y + i * padded<A>(width));
+    for (int64_t i = 0; i < count; ++i) load_row(row(s, x, t + i), width, y + i * padded<A>(width));
   }
   TAB_INLINE bool masked(const Segment& s, int64_t t) {
     return s.a.mask != nullptr && !s.a.mask[s.b * s.a.n + t];

@@ -52,8 +52,8 @@ static void outputs(const Performer& a, int64_t task, void* state, void* scratch
       exponents(s, p, count, q, y);
       const Vec<A> c0 = load(t.c + p * P<A>), c1 = load(t.c + p * P<A> + W<A>);
       for (int64_t j = 0; j < count; ++j, y += P<A>)
-        store(top + j * W<A>, maximum<A>(maximum<A>(load(y) + c0, load(y + W<A>) + c1),
-                                         load(top + j * W<A>)));
+        store(top + j * W<A>,
+              maximum<A>(maximum<A>(load(y) + c0, load(y + W<A>) + c1), load(top + j * W<A>)));
     }
     for (int64_t j = 0; j < count; ++j) {
       r[j] = a.kernel == 0 ? highest<A>(load(top + j * W<A>)) : A(0);
@@ -65,8 +65,8 @@ static void outputs(const Performer& a, int64_t task, void* state, void* scratch
       features(a.kernel, count, y, c, r);
       const Vec<A> z0 = load(t.z + p * P<A>), z1 = load(t.z + p * P<A> + W<A>);
       for (int64_t j = 0; j < count; ++j)
-        store(den + j * W<A>, load(den + j * W<A>) + load(y + j * P<A>) * z0 +
-                                  load(y + j * P<A> + W<A>) * z1);
+        store(den + j * W<A>,
+              load(den + j * W<A>) + load(y + j * P<A>) * z0 + load(y + j * P<A> + W<A>) * z1);
       gemm(count, s.ep, P<A>, y, P<A>, t.s + p * P<A> * s.ep, s.ep, o, s.ep, p != 0);
     }
     for (int64_t j = 0; j < count; ++j)
@@ -84,7 +84,7 @@ namespace tab::TAB_ISA {
 
 template <class T>
 constexpr PerformerKernels performer_kernels = {
-    W<acc_t<T>>,   pack<acc_t<T>>,    keys<T>,  outputs<T>,        queries<T>,
-    gradients<T>,  causal_outputs<T>, reads<T>, causal_queries<T>, causal_gradients<T>};
+    W<acc_t<T>>,  pack<acc_t<T>>,    keys<T>,  outputs<T>,        queries<T>,
+    gradients<T>, causal_outputs<T>, reads<T>, causal_queries<T>, causal_gradients<T>};
 
 }  // namespace tab::TAB_ISA

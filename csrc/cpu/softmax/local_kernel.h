@@ -1,5 +1,5 @@
-// Local attention, the arithmetic (formulas: local.cpp, softmax_kernel.h, softmax_backward.h). Included
-// once per instruction set.
+// Local attention, the arithmetic (formulas: local.cpp, softmax_kernel.h, softmax_backward.h).
+// Included once per instruction set.
 
 #include "softmax_kernel.h"
 #include "softmax_backward.h"

@@ -1,4 +1,5 @@
-// One strip backward (the scheme: softmax.h). Included once per instruction set, after softmax_kernel.h.
+// One strip backward (the scheme: softmax.h). Included once per instruction set, after
+// softmax_kernel.h.
 //
 //     P = exp(S - L),  Δ = Σ dO∘O,  dV = PᵀdO,  dS = scale·P∘(dO Vᵀ - Δ),  dQ = dS K,  dK = dSᵀQ
 //
@@ -19,7 +20,8 @@ static void add_to_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t 
     const Stretch& t = s.stretch[i];
     for (int64_t r = 0; r < t.count; r += TAB_TILE_ROWS) {
       const int64_t rows = r + TAB_TILE_ROWS < t.count ? TAB_TILE_ROWS : t.count - r;
-      int64_t from = rule.seen_from(t.first + r) - i0, to = rule.seen_to(t.first + r + rows - 1) - i0;
+      int64_t from = rule.seen_from(t.first + r) - i0,
+              to = rule.seen_to(t.first + r + rows - 1) - i0;
       from = from > 0 ? from : 0, to = to < count ? to : count;
       if (from < to)
         gemm(rows, width, to - from, p + (t.at + r) * Q<A> + from, Q<A>, x + from * width, width,
@@ -102,8 +104,7 @@ static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int
     }
     if (again || all_finite(dq, count * dp)) break;
   }
-  for (int64_t i = 0; i < count; ++i)
-    store_row(row<T>(a.dq, b, h, i0 + i), a.d, dq + i * dp, A(1));
+  for (int64_t i = 0; i < count; ++i) store_row(row<T>(a.dq, b, h, i0 + i), a.d, dq + i * dp, A(1));
 }
 
 template <class T>

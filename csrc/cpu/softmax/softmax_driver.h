@@ -112,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
   int64_t size = 0;
   for (int64_t task = 0; task < heads * count; ++task) {
     const int64_t s = task % count;
-    const auto [from, to] = deal ? std::pair<int64_t, int64_t>(0, a.n)
-                                 : keys(s * length * queries,
-                                        std::min((s + 1) * length * queries, a.n));
+    const auto [from, to] =
+        deal ? std::pair<int64_t, int64_t>(0, a.n)
+             : keys(s * length * queries, std::min((s + 1) * length * queries, a.n));
     parts[task] = {nullptr, nullptr, dp, ep, from, to};
     size += (to - from) * (dp + ep);
   }

@@ -35,7 +35,7 @@ struct Keys {
   using A = acc_t<T>;
   const Softmax& a;
   int64_t b, h;
-  A *k, *v;           // copies of the chunk's rows, padded; unused when they are read in place
+  A *k, *v;  // copies of the chunk's rows, padded; unused when they are read in place
   Stretch* stretch;
   int64_t stretches = 0, size = 0;
 
@@ -114,9 +114,11 @@ static void times_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t c
 /// The same over the pairs that see each other, or `to_keys`: row j - first of y (rows of ld) +=
 /// Σ_i p_ij x_i.
 template <bool to_keys, class T, class Rule>
-static __attribute__((noinline)) void pair_by_pair(
-    const Keys<T>& s, const Rule& rule, const Run* run, const Run* end, int64_t count, bool values,
-    const acc_t<T>* p, const acc_t<T>* x, acc_t<T>* y, int64_t ld, int64_t first) {
+static __attribute__((noinline)) void pair_by_pair(const Keys<T>& s, const Rule& rule,
+                                                   const Run* run, const Run* end, int64_t count,
+                                                   bool values, const acc_t<T>* p,
+                                                   const acc_t<T>* x, acc_t<T>* y, int64_t ld,
+                                                   int64_t first) {
   using A = acc_t<T>;
   const int64_t width = padded<A>(values ? s.a.e : s.a.d);
   const Stretch* t = s.stretch;

@@ -59,8 +59,8 @@ struct Pattern {
 /// Pieces that a strip's list of keys can have.
 int64_t most_runs(const Sparse& a) { return a.blocks + a.n / 64 + 2; }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col,
-                                   Tensor, Tensor, int64_t block_size, bool causal, double scale) {
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, Tensor,
+                                   Tensor, int64_t block_size, bool causal, double scale) {
   constexpr const char* op = "sparse_fwd";
   Sparse a{};
   const Inputs in(op, a, q, k, v);

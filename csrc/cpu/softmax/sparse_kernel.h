@@ -26,9 +26,7 @@ struct Blocks {
   int64_t to(int64_t i) const { return a.causal ? i + 1 : a.n; }
   int64_t seen_from(int64_t j) const { return a.causal ? j : 0; }
   int64_t seen_to(int64_t) const { return a.n; }
-  bool whole(const Run& run, int64_t j) const {
-    return run.rows == rows && (!a.causal || j <= i0);
-  }
+  bool whole(const Run& run, int64_t j) const { return run.rows == rows && (!a.causal || j <= i0); }
   TAB_INLINE Int<A> seen(const Blocks& x, const Run& run, int64_t j, int half) {
     typedef typename integer<A>::scalar I;
     const Int<A> listed = (Int<A>{} + I(run.rows)) >> x.bit[half] & 1;
@@ -40,8 +38,7 @@ struct Blocks {
 /// The keys that the block rows of a strip list, in order; neighbours of one kind are one run.
 /// Which rows list block c is noted in scratch[c].count meanwhile.
 template <class A>
-TAB_INLINE int64_t list_keys(const Blocks<A>& rule, int64_t head, Stretch* scratch,
-                             Run* runs) {
+TAB_INLINE int64_t list_keys(const Blocks<A>& rule, int64_t head, Stretch* scratch, Run* runs) {
   const Sparse& a = rule.a;
   const int32_t* row_ptr = a.row_ptr + (a.patterns == 1 ? 0 : head % a.h) * (a.blocks + 1);
   const int64_t first = rule.i0 / a.block, last = (rule.i1 - 1) / a.block;
@@ -55,8 +52,8 @@ TAB_INLINE int64_t list_keys(const Blocks<A>& rule, int64_t head, Stretch* scrat
   for (int64_t c = 0; c < a.blocks; ++c) {
     const int64_t rows = scratch[c].count;
     for (int64_t j = c * a.block, stop = j + a.block < end ? j + a.block : end; rows && j < stop;) {
-      const bool joins = run && run->rows == rows && run->first + run->count == j &&
-                         run->count < a.chunk;
+      const bool joins =
+          run && run->rows == rows && run->first + run->count == j && run->count < a.chunk;
       if (!joins) {
         run = runs + count++;
         *run = {j, 0, rows};
@@ -69,8 +66,8 @@ TAB_INLINE int64_t list_keys(const Blocks<A>& rule, int64_t head, Stretch* scrat
 }
 
 template <class T>
-static void strips(const Sparse& a, const Part& part, const Sums* sums, Run* runs,
-                   Stretch* stretch, void* scratch) {
+static void strips(const Sparse& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
+                   void* scratch) {
   using A = acc_t<T>;
   for (int64_t i = part.first; i < part.last; i += part.step) {
     const auto rule = Blocks<A>::at(a, i * Q<A>);

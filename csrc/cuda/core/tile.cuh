@@ -25,12 +25,13 @@ constexpr TAB_DEVICE int least(int a, int b) { return a < b ? a : b; }
 TAB_DEVICE int columns(int size, int from) { return least(size - from, SIDE); }
 
 #ifdef __CUDACC__
-#define TAB_MMA(type, name)                                                                    \
-  TAB_DEVICE void mma(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], type) {      \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, "          \
-        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                               \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                       \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+#define TAB_MMA(type, name)                                                                  \
+  TAB_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], type) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                               \
+        ".f32 {%0,%1,%2,%3}, "                                                               \
+        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                             \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                 \
   }
 TAB_MMA(__half, "f16")
 TAB_MMA(__nv_bfloat16, "bf16")
@@ -42,8 +43,8 @@ TAB_MMA(__nv_bfloat16, "bf16")
 template <typename E, bool RIGHT_T>
 struct Part {
   static constexpr bool FMA = std::is_same_v<E, float>;
-  static constexpr int ROWS = FMA ? 4 : 2;    // of this thread
-  static constexpr int LANES = FMA ? 8 : 4;   // that share a row, neighbours
+  static constexpr int ROWS = FMA ? 4 : 2;                      // of this thread
+  static constexpr int LANES = FMA ? 8 : 4;                     // that share a row, neighbours
   static constexpr int TOGETHER = FMA ? (RIGHT_T ? 1 : 4) : 2;  // results side by side in a row
   float x[32] = {};
 
@@ -143,7 +144,7 @@ TAB_DEVICE void multiply(Part<E, RIGHT_T>& part, const E* a, const E* b, int row
     for (int c = 0; c < 8; ++c) {
       TAB_UNROLL
       for (int p = 0; p < 2; ++p) right[p] = pair<!RIGHT_T>(b, c * 8 + g, l + t + p * 8);
-      mma(reinterpret_cast<float(&)[4]>(part.x[c * 4]), left, right, E{});
+      mma(reinterpret_cast<float (&)[4]>(part.x[c * 4]), left, right, E{});
     }
   }
 }
@@ -248,8 +249,8 @@ TAB_DEVICE void write(const P& part, T* to, int64_t stride, int n, int d,
   struct alignas(W * sizeof(T)) Pack {
     T x[W];
   };
-  const bool whole = d % W == 0 && stride % W == 0 &&
-                     reinterpret_cast<uintptr_t>(to) % sizeof(Pack) == 0;
+  const bool whole =
+      d % W == 0 && stride % W == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Pack) == 0;
   TAB_UNROLL
   for (int r = 0; r < P::ROWS; ++r) {
     if (part.row(r) >= n) continue;

@@ -38,15 +38,24 @@ struct Inputs {
 
   template <typename T>
   Linear<T> read(int64_t feature_map, bool causal, double eps) const {
-    return {static_cast<int>(h), static_cast<int>(n), static_cast<int>(d), static_cast<int>(dv),
-            static_cast<int>(feature_map), causal, static_cast<float>(eps), mask_bytes(mask),
-            heads<const T>(q), heads<const T>(k), heads<const T>(v), floats(s0), floats(z0)};
+    return {static_cast<int>(h),
+            static_cast<int>(n),
+            static_cast<int>(d),
+            static_cast<int>(dv),
+            static_cast<int>(feature_map),
+            causal,
+            static_cast<float>(eps),
+            mask_bytes(mask),
+            heads<const T>(q),
+            heads<const T>(k),
+            heads<const T>(v),
+            floats(s0),
+            floats(z0)};
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Maybe key_mask, Maybe s0,
-                                           Maybe z0, int64_t feature_map, bool causal,
-                                           double eps) {
+                                           Maybe z0, int64_t feature_map, bool causal, double eps) {
   const char* op = "tab_cuda::linear_fwd";
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Inputs x(op, q, k, v, key_mask, s0, z0, feature_map);
@@ -79,10 +88,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor ds0 = states(x.q, {x.b, x.h, x.d, x.dv}), dz0 = states(x.q, {x.b, x.h, x.d});
   with_type(op, x.q, [&](auto type) {
     using T = decltype(type);
-    const LinearBackward<T> problem{
-        x.read<T>(feature_map, causal, eps), heads<const T>(dout), heads<const T>(o),
-        floats(ds_in), floats(dz_in), heads<T>(dq), heads<T>(dk), heads<T>(dv),
-        static_cast<float*>(ds0.data_ptr()), static_cast<float*>(dz0.data_ptr())};
+    const LinearBackward<T> problem{x.read<T>(feature_map, causal, eps),
+                                    heads<const T>(dout),
+                                    heads<const T>(o),
+                                    floats(ds_in),
+                                    floats(dz_in),
+                                    heads<T>(dq),
+                                    heads<T>(dk),
+                                    heads<T>(dv),
+                                    static_cast<float*>(ds0.data_ptr()),
+                                    static_cast<float*>(dz0.data_ptr())};
     launch(op, problem, problem.BYTES, x.q);
   });
   return {dq, dk, dv, ds0, dz0};

@@ -47,9 +47,18 @@ struct Inputs {
     Sees sees{};
     sees.n = static_cast<int>(n), sees.left = sees.right = sees.n, sees.causal = causal;
     sees.mask = mask_bytes(mask);
-    return {static_cast<int>(h), static_cast<int>(dn), static_cast<int>(dr), static_cast<int>(r),
-            static_cast<int>(dv), static_cast<float>(scale), sees, heads<const T>(qn),
-            heads<const T>(qr), shared<T>(c), shared<T>(kr), static_cast<const T*>(uk.data_ptr()),
+    return {static_cast<int>(h),
+            static_cast<int>(dn),
+            static_cast<int>(dr),
+            static_cast<int>(r),
+            static_cast<int>(dv),
+            static_cast<float>(scale),
+            sees,
+            heads<const T>(qn),
+            heads<const T>(qr),
+            shared<T>(c),
+            shared<T>(kr),
+            static_cast<const T*>(uk.data_ptr()),
             static_cast<const T*>(uv.data_ptr())};
   }
 };
@@ -109,14 +118,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto dl = contiguous(dlse);
   Tensor dqn = token_major(x.qn, x.b, x.h, x.n, x.dn);
   Tensor dqr = token_major(x.qn, x.b, x.h, x.n, x.dr);
-  Tensor dkr = token_major(x.qn, x.b, x.h, x.n, x.dr);           // of each head
+  Tensor dkr = token_major(x.qn, x.b, x.h, x.n, x.dr);          // of each head
   Tensor both = token_major(x.qn, x.b, x.h, x.n, x.dn + x.dv);  // [dK | dV] of each head
   Tensor dk = ops::narrow(both, 3, 0, x.dn), dv = ops::narrow(both, 3, x.dn, x.dv);
   with_type(op, x.qn, [&](auto type) {
     using T = decltype(type);
-    const MlaBackward<T> problem{x.read<T>(scale, causal), heads<const T>(dout),
-                                 static_cast<const float*>(l.data_ptr()), floats(dl),
-                                 heads<T>(dqn), heads<T>(dqr), heads<T>(dk), heads<T>(dv),
+    const MlaBackward<T> problem{x.read<T>(scale, causal),
+                                 heads<const T>(dout),
+                                 static_cast<const float*>(l.data_ptr()),
+                                 floats(dl),
+                                 heads<T>(dqn),
+                                 heads<T>(dqr),
+                                 heads<T>(dk),
+                                 heads<T>(dv),
                                  heads<T>(dkr)};
     launch(op, problem, problem.BYTES, x.qn);
   });
@@ -126,7 +140,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor dw = ops::matmul(ops::transpose(flat, 0, 1), real_latents(x));
   Tensor dws = ops::view(dw, {x.h, x.dn + x.dv, x.r});
   const int64_t over_heads[] = {1};
-  return {dqn, dqr, dc, ops::sum(dkr, over_heads), ops::contiguous(ops::narrow(dws, 1, 0, x.dn)),
+  return {dqn,
+          dqr,
+          dc,
+          ops::sum(dkr, over_heads),
+          ops::contiguous(ops::narrow(dws, 1, 0, x.dn)),
           ops::contiguous(ops::narrow(dws, 1, x.dn, x.dv))};
 }
 

@@ -15,7 +15,7 @@ template <typename T>
 struct MlaBackward {
   Latents<T> in;
   Heads<const T> dout;
-  const float *lse, *dlse;  // (B, H, N); dlse may be null
+  const float *lse, *dlse;         // (B, H, N); dlse may be null
   Heads<T> dqn, dqr, dk, dv, dkr;  // dK_r of each head
 
   static constexpr int THREADS = few::THREADS, BLOCKS = 2;

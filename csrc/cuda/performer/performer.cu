@@ -1,5 +1,5 @@
 // tab_cuda::performer_fwd and tab_cuda::performer_bwd: N ≤ 64, one block a (batch, head), one launch.
-// The arithmetic is in performer_bidirectional.cuh or, if causal or with states, performer_causal.cuh.
+// The arithmetic is in performer_bidirectional.cuh or, causal or with states, performer_causal.cuh.
 #include <tuple>
 
 #include "../core/launch.h"
@@ -29,8 +29,9 @@ struct Inputs {
     STD_TORCH_CHECK(kernel == 0 || kernel == 1, op, ": kernel is 0 or 1");
     check_floats(op, "projection", projection, {m, d});
     check_mask(op, key_mask, b, n);
-    STD_TORCH_CHECK(s0_in.has_value() == z0_in.has_value() && s0_in.has_value() == c0_in.has_value(),
-                    op, ": S, z and c come together");
+    STD_TORCH_CHECK(
+        s0_in.has_value() == z0_in.has_value() && s0_in.has_value() == c0_in.has_value(), op,
+        ": S, z and c come together");
     if (s0_in) {
       check_floats(op, "S", *s0_in, {b, h, m, dv});
       check_floats(op, "z", *z0_in, {b, h, m});
@@ -45,15 +46,20 @@ struct Inputs {
 
   template <typename T, typename E = T>
   Performer<T, E> read() const {
-    return {static_cast<int>(h), static_cast<int>(n), static_cast<int>(d), static_cast<int>(dv),
-            static_cast<int>(m), relu, mask_bytes(mask), static_cast<const float*>(w.data_ptr()),
-            heads<const T>(q), heads<const T>(k), heads<const T>(v)};
+    return {static_cast<int>(h), static_cast<int>(n),
+            static_cast<int>(d), static_cast<int>(dv),
+            static_cast<int>(m), relu,
+            mask_bytes(mask),    static_cast<const float*>(w.data_ptr()),
+            heads<const T>(q),   heads<const T>(k),
+            heads<const T>(v)};
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor q, Tensor k, Tensor v, Tensor projection, Maybe key_mask, Maybe s0, Maybe z0, Maybe c0,
-    int64_t kernel, bool causal, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
+                                                           Tensor projection, Maybe key_mask,
+                                                           Maybe s0, Maybe z0, Maybe c0,
+                                                           int64_t kernel, bool causal,
+                                                           double eps) {
   const char* op = "tab_cuda::performer_fwd";
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Inputs x(op, q, k, v, projection, key_mask, s0, z0, c0, kernel);
@@ -65,12 +71,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     using T = decltype(type);
     const auto e = static_cast<float>(eps);
     if (causal || s0) {
-      const PerformerCausalForward<T> problem{x.read<T, float>(), causal, e, x.from(), heads<T>(o),
-                                             data(s), data(z), data(c), data(lse)};
+      const PerformerCausalForward<T> problem{x.read<T, float>(), causal,  e,       x.from(),
+                                              heads<T>(o),        data(s), data(z), data(c),
+                                              data(lse)};
       launch(op, problem, problem.BYTES, x.q);
     } else {
-      const PerformerBidirectionalForward<T> problem{x.read<T>(), e, heads<T>(o), data(s), data(z), data(c),
-                                        data(lse)};
+      const PerformerBidirectionalForward<T> problem{x.read<T>(), e,       heads<T>(o), data(s),
+                                                     data(z),     data(c), data(lse)};
       launch(op, problem, problem.BYTES, x.q);
     }
   });
@@ -78,9 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dout, Maybe ds, Maybe dz, Tensor q, Tensor k, Tensor v, Tensor projection,
-    Tensor o, Tensor /* s */, Tensor /* z */, Tensor c, Tensor lse, Maybe key_mask, Maybe s0,
-    Maybe z0, Maybe c0, int64_t kernel, bool causal) {
+    Tensor dout, Maybe ds, Maybe dz, Tensor q, Tensor k, Tensor v, Tensor projection, Tensor o,
+    Tensor /* s */, Tensor /* z */, Tensor c, Tensor lse, Maybe key_mask, Maybe s0, Maybe z0,
+    Maybe c0, int64_t kernel, bool causal) {
   const char* op = "tab_cuda::performer_bwd";
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Inputs x(op, q, k, v, projection, key_mask, s0, z0, c0, kernel);
@@ -104,15 +111,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   with_type(op, x.q, [&](auto type) {
     using T = decltype(type);
     if (causal || s0 || ds) {
-      const PerformerCausalBackward<T> problem{
-          x.read<T, float>(), causal, x.from(), {floats(ds_in), floats(dz_in), data(c)},
-          heads<const T>(dout), heads<const T>(o), data(lse), heads<T>(dq), heads<T>(dk),
-          heads<T>(dv), data(ds0), data(dz0)};
+      const PerformerCausalBackward<T> problem{x.read<T, float>(),
+                                               causal,
+                                               x.from(),
+                                               {floats(ds_in), floats(dz_in), data(c)},
+                                               heads<const T>(dout),
+                                               heads<const T>(o),
+                                               data(lse),
+                                               heads<T>(dq),
+                                               heads<T>(dk),
+                                               heads<T>(dv),
+                                               data(ds0),
+                                               data(dz0)};
       launch(op, problem, problem.BYTES, x.q);
     } else {
-      const PerformerBidirectionalBackward<T> problem{x.read<T>(), heads<const T>(dout), heads<const T>(o),
-                                         data(c), data(lse), heads<T>(dq), heads<T>(dk),
-                                         heads<T>(dv)};
+      const PerformerBidirectionalBackward<T> problem{
+          x.read<T>(), heads<const T>(dout), heads<const T>(o), data(c),
+          data(lse),   heads<T>(dq),         heads<T>(dk),      heads<T>(dv)};
       launch(op, problem, problem.BYTES, x.q);
     }
   });

@@ -1,6 +1,6 @@
-// What the performer's kernels for N ≤ 64 share: projections, features, their slopes. Formula and symbols:
-// performer_bidirectional.cuh. Half types: W is the sum of two numbers of that type, so that exponents are as
-// exact as with the float32 W.
+// What the performer's kernels for N ≤ 64 share: projections, features, their slopes. Formula and
+// symbols: performer_bidirectional.cuh. Half types: W is the sum of two numbers of that type, so that
+// exponents are as exact as with the float32 W.
 #pragma once
 
 #include "../core/tile.cuh"
@@ -35,9 +35,9 @@ struct Performer {
     }
   }
 
-  /// out = X Wᵀ for the tokens x and the features m0 and after, not yet scaled. If D fits one tile, `tile` is to
-  /// hold X from the `first` call on, and W what a call with `same_w` finds there from the one
-  /// before; else both are loaded piece by piece. All threads may be using the tiles before.
+  /// out = X Wᵀ for the tokens x and the features m0 and after, not yet scaled. If D fits one tile,
+  /// `tile` is to hold X from the `first` call on, and W what a call with `same_w` finds there from
+  /// the one before; else both are loaded piece by piece. All threads may be using the tiles before.
   TAB_DEVICE void project(Part<E, true>& out, const T* x, int64_t stride, const Tokens& tokens,
                           E* tile, E* high, E* low, int m0, bool first, bool same_w) const {
     for (int c = 0; c < d; c += SIDE) {

@@ -1,4 +1,5 @@
-// FAVOR+ of one (batch, head) with N ≤ 64 tokens, all on chip, backward (performer_bidirectional.cuh).
+// FAVOR+ of one (batch, head) with N ≤ 64 tokens, all on chip, backward. Forward:
+// performer_bidirectional.cuh.
 //
 // Backward takes the quadratic order, which needs no S: with φ(q) divided by the denominator,
 //   P = φ(q)φ(k)ᵀ, G = do vᵀ − do·o, db = (G φ(k))∘φ(q), da = (Gᵀφ(q))∘φ(k),
@@ -29,7 +30,7 @@ struct PerformerBidirectionalBackward {
     T* const x = reinterpret_cast<T*>(room + SIDE);
     T *const y = x + TILE<T>, *const w = y + TILE<T>, *const f = w + TILE<T>;
     T *const h = f + TILE<T>, *const g = h + TILE<T>;
-    T* const low = g + TILE<T>;                // half types only
+    T* const low = g + TILE<T>;         // half types only
     T* const dbs = in.SPLIT ? low : x;  // whose other readers have passed a barrier
     const int bh = static_cast<int>(blockIdx.x), heads = in.heads, n = in.n, m = in.m;
     const T *const ks = in.k.at(bh, heads), *const gs = dout.at(bh, heads);
@@ -67,7 +68,8 @@ struct PerformerBidirectionalBackward {
         }
         {
           Part<T, true> b;
-          in.project(b, in.q.at(bh, heads), in.q.n, queries, x, w, low, m0, first || !in.SPLIT, true);
+          in.project(b, in.q.at(bh, heads), in.q.n, queries, x, w, low, m0, first || !in.SPLIT,
+                     true);
           in.query_features(b, c, lse, queries, bh, m0, false);
           keep(b, h);
         }

@@ -2,7 +2,8 @@
 //
 //   o_i = (Σ_j P_ij v_j + φ(q_i)S₀) / (Σ_j P_ij + φ(q_i)z₀ + ε),  P_ij = Σ_m e^(b_im + a_jm − r_i),
 //   φ(q_i) = e^(b_i + c₀ − r_i),  c_i = max(c₀, a_j of each j that i sees),  r_i = max_m(b_im + c_im);
-//   S = e^(c₀ − c)S₀ + φ(k)ᵀv with c of the last token, z likewise    (symbols: performer_bidirectional.cuh)
+//   S = e^(c₀ − c)S₀ + φ(k)ᵀv with c of the last token, z likewise
+//   (symbols: performer_bidirectional.cuh)
 //
 // The quadratic order needs no state within the tokens. P is a product of features at the shift c,
 // e^(b + c − r) and e^(a − c), as long as c exceeds what any query may know by at most FAR: e^FAR is
@@ -119,8 +120,8 @@ struct PerformerCausalForward {
   }
 
   /// x(i, j) = c_ij, what query i may know; tops and starts: c and c₀. Whether a query is far.
-  TAB_DEVICE bool shifts(float* x, const float* keys, float* tops, float* starts,
-                         int64_t features, int count) const {
+  TAB_DEVICE bool shifts(float* x, const float* keys, float* tops, float* starts, int64_t features,
+                         int count) const {
     const int j = static_cast<int>(threadIdx.x);
     bool far = false;
     if (j < SIDE) {

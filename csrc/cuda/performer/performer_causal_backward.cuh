@@ -1,7 +1,8 @@
-// FAVOR+ of one (batch, head) with N ≤ 64 tokens, backward: causal, or with states (performer_causal.cuh).
+// FAVOR+ of one (batch, head) with N ≤ 64 tokens, backward: causal, or with states. Forward:
+// performer_causal.cuh.
 //
-//   with φ(q) and P divided by the denominator, E_ijm the terms of P_ij, δ = do·o, G = do vᵀ − δ where i
-//   sees j, else 0; from shift c₀: φ(q), S₀, z₀; from c: φ(k), dS, dz:
+//   with φ(q) and P divided by the denominator, E_ijm the terms of P_ij, δ = do·o, G = do vᵀ − δ
+//   where i sees j, else 0; from shift c₀: φ(q), S₀, z₀; from c: φ(k), dS, dz:
 //   db = Σ_j G_ij E_ij + φ(q)∘(do S₀ᵀ − δ z₀),  da = Σ_i G_ij E_ij + φ(k)∘(v dSᵀ + dz),
 //   dv = Pᵀdo + φ(k) dS,  dS₀ = e^(c₀ − c)dS + φ(q)ᵀdo,  dz₀ = e^(c₀ − c)dz − φ(q)ᵀδ
 #pragma once
@@ -46,7 +47,8 @@ struct PerformerCausalBackward {
     const T *const ks = in.k.at(bh, heads), *const gs = dout.at(bh, heads);
     const float scale = in.scale();
     dots(t.norms, ks, in.k.n, ks, in.k.n, n, in.d, scale * scale / 2);
-    t.heard = heard(reinterpret_cast<uint8_t*>(t.sum + TILE<float>), in.real(bh), gs, dout.n, in.dv);
+    t.heard =
+        heard(reinterpret_cast<uint8_t*>(t.sum + TILE<float>), in.real(bh), gs, dout.n, in.dv);
     dots(t.delta, gs, dout.n, o.at(bh, heads), o.n, t.heard, in.dv, 1.0f);
     make_pairs(t, bh);
     Gradients g;
@@ -71,9 +73,7 @@ struct PerformerCausalBackward {
     values(t, bh);
   }
 
-  TAB_DEVICE bool sees(int i, int j) const {
-    return i < in.n && j < in.n && (!causal || j <= i);
-  }
+  TAB_DEVICE bool sees(int i, int j) const { return i < in.n && j < in.n && (!causal || j <= i); }
 
   /// pairs = G
   TAB_DEVICE void make_pairs(const Tiles& t, int bh) const {
@@ -89,9 +89,8 @@ struct PerformerCausalBackward {
 
   /// part += X Yᵀ for rows of Dv columns, by way of sum and w, which no thread still reads
   template <typename Y>
-  TAB_DEVICE void times(Pairs& part, const Tiles& t, const T* x, int64_t stride,
-                        const Tokens& of_x, const Y* y, int64_t y_stride,
-                        const Tokens& of_y) const {
+  TAB_DEVICE void times(Pairs& part, const Tiles& t, const T* x, int64_t stride, const Tokens& of_x,
+                        const Y* y, int64_t y_stride, const Tokens& of_y) const {
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
       const int width = columns(in.dv, c0);
       __syncthreads();
@@ -208,9 +207,8 @@ struct PerformerCausalBackward {
       if constexpr (NEAR)
         multiply<true>(ds, t.queries, t.sum, count, in.n);
       else
-        multiply<true>(ds, t.queries, t.sum, count, in.n, [&](float b, float x, int e) {
-          return expf(b + start[e / 8]) * x;
-        });
+        multiply<true>(ds, t.queries, t.sum, count, in.n,
+                       [&](float b, float x, int e) { return expf(b + start[e / 8]) * x; });
       if (grad.s) take(given, t.w);
       TAB_UNROLL
       for (int e = 0; e < 32; ++e) {

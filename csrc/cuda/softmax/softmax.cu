@@ -20,10 +20,16 @@ Forwarded forward(const char* op, Tensor q, Tensor k, Tensor v, const Sees& sees
   Tensor o = token_major(v, b, h, n, dv), lse = states(q, {b, h, n});
   with_type(op, q, [&](auto type) {
     using T = decltype(type);
-    const SoftmaxForward<T> problem{
-        static_cast<int>(h), static_cast<int>(d), static_cast<int>(dv), static_cast<float>(scale),
-        sees, heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(o),
-        static_cast<float*>(lse.data_ptr())};
+    const SoftmaxForward<T> problem{static_cast<int>(h),
+                                    static_cast<int>(d),
+                                    static_cast<int>(dv),
+                                    static_cast<float>(scale),
+                                    sees,
+                                    heads<const T>(q),
+                                    heads<const T>(k),
+                                    heads<const T>(v),
+                                    heads<T>(o),
+                                    static_cast<float*>(lse.data_ptr())};
     launch(op, problem, problem.BYTES, q);
   });
   return {o, lse};
@@ -43,10 +49,19 @@ Backwarded backward(const char* op, Tensor dout, Tensor q, Tensor k, Tensor v, c
   Tensor dv_out = token_major(v, b, h, n, dv);
   with_type(op, q, [&](auto type) {
     using T = decltype(type);
-    const SoftmaxBackward<T> problem{
-        static_cast<int>(h), static_cast<int>(d), static_cast<int>(dv), static_cast<float>(scale),
-        sees, heads<const T>(dout), heads<const T>(q), heads<const T>(k), heads<const T>(v),
-        static_cast<const float*>(l.data_ptr()), heads<T>(dq), heads<T>(dk), heads<T>(dv_out)};
+    const SoftmaxBackward<T> problem{static_cast<int>(h),
+                                     static_cast<int>(d),
+                                     static_cast<int>(dv),
+                                     static_cast<float>(scale),
+                                     sees,
+                                     heads<const T>(dout),
+                                     heads<const T>(q),
+                                     heads<const T>(k),
+                                     heads<const T>(v),
+                                     static_cast<const float*>(l.data_ptr()),
+                                     heads<T>(dq),
+                                     heads<T>(dk),
+                                     heads<T>(dv_out)};
     launch(op, problem, problem.BYTES, q);
   });
   return {dq, dk, dv_out};
