@@ -139,7 +139,7 @@ def summary(model: str, entries: list[Standing]) -> str:
 
 def verdict(ranked: list[Standing]) -> str:
     """What may be concluded from that many seeds."""
-    if all(entry.verdict.seeds == 1 for entry in ranked):
+    if all(entry.verdict.seeds == 1 for entry in ranked if entry.attention != "none"):
         return (
             "One seed: no interval. Another seed can reorder mechanisms that lie close, so small "
             "differences here mean nothing yet."

@@ -21,7 +21,8 @@ from tab.layers import attention_names
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
 from tab.report.averages import Mean, Median, count
-from tab.report.tables import markdown_table, ranking
+from tab.report.html import answers
+from tab.report.tables import markdown_table, ranking, statistics_table
 
 # --- numbers --------------------------------------------------------------------------------------
 
@@ -104,6 +105,35 @@ def test_summary_of_seeds_gives_verdicts():
     runs += [run("local", 0.5 + e, seed=s) for s, e in enumerate(reversed(noise))]
     text = markdown.summary("cnn", ranking(runs, "cnn"))
     assert "correction over 2): better: Self-Attention; undecided: Local." in text
+
+
+def test_summary_names_the_best_row_that_is_no_attention():
+    noise = (0.0, 0.004, 0.001, 0.003)
+    truths = {"none": 0.5, "ffn": 0.56, "self": 0.53, "local": 0.6, "none_again": 0.5}
+    runs = [
+        run(attention, truth + e + 0.001 * len(attention) * e**0.5, seed=s)
+        for attention, truth in truths.items()
+        for s, e in enumerate(noise)
+    ]
+    table = ranking(runs, "cnn")
+    text = markdown.summary("cnn", table)
+    assert "correction over 3): better: Local, Token-wise FFN, Self-Attention." in text
+    assert "The control against itself, with other seeds: equivalent within ±0.5" in text
+    assert "are no attention: better: Local; worse: Self-Attention." in text
+    header, _, *lines = statistics_table(table).splitlines()
+    assert header.endswith("| Best control | Above it | 95 % | Verdict |")
+    placed = [line.split("|")[1].strip() for line in lines if line.split("|")[13].strip() != "–"]
+    assert placed == ["Local", "Self-Attention"]
+    (answer,) = answers({"cnn": table})
+    assert "of 2 attention mechanisms Local did best" in answer
+    assert "above the best row that is no attention, Token-wise FFN (" in answer
+    assert answer.endswith("so attention helped.")
+
+
+def test_one_seed_beside_a_control_of_many_is_one_seed():
+    runs = [run("none", 0.5 + 0.01 * s, seed=s) for s in range(3)] + [run("self", 0.55)]
+    text = markdown.summary("cnn", ranking(runs, "cnn"))
+    assert "One seed: no interval" in text and "undecided" not in text
 
 
 def test_sizes_are_said():
