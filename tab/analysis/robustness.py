@@ -7,6 +7,9 @@ the sum of the weights.
     noise             accuracy against Gaussian noise on the input
     calibration       expected calibration error
     attacks           FGSM, PGD and the signs of masked gradients (tab/analysis/attacks.py)
+    pgd               accuracy under PGD at ε = 0.25/255 … 8/255, with each image's answer
+    autoattack        the same under AutoAttack at 1/255 and 8/255, where asked for
+    cache             of multi_head: accuracy against the budget of H2O's cache and its controls'
     own/<kind>        accuracy at severity 1 … 5 of our own corruptions, not CIFAR-10-C
     cifar10c/<name>   the same on the official arrays
     cifar10.1         accuracy on the new test set
@@ -32,7 +35,18 @@ from ..data.splits import splits
 from ..formats import check, read_json, reading, write_json
 from ..train.loop import load_trained, model_of
 from ..train.run_files import read_run_file
-from .attacks import ALPHA, EPSILON, LARGE, STEPS, attacked
+from .attacks import (
+    ALPHA,
+    AUTO,
+    EPSILON,
+    EPSILONS,
+    LARGE,
+    STEPS,
+    attacked,
+    auto_attacked,
+    epsilon_curve,
+)
+from .cache_budget import BUDGETS, budget_curves, fits
 from .corruptions import OFFICIAL, OWN, SEVERITIES, check_cifar10c, cifar10c, cifar101, corrupt
 
 NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # σ, in standard deviations of the training images
@@ -64,13 +78,33 @@ class Attacks(TypedDict):
     suspicions: list[str]
 
 
+class Answered(TypedDict):
+    accuracy: list[float]
+    right: list[str]
+    images: int
+
+
+class Cache(TypedDict):
+    accuracy: list[float]
+    recent: list[float]
+    random: list[float]
+    images: int
+
+
 class NewTest(TypedDict):
     """Accuracy on a new test set."""
 
     accuracy: float
 
 
-KINDS = {"calibration": Calibration, "attacks": Attacks, "cifar10.1": NewTest}  # else a Curve
+KINDS = {  # else a Curve
+    "calibration": Calibration,
+    "attacks": Attacks,
+    "pgd": Answered,
+    "autoattack": Answered,
+    "cache": Cache,
+    "cifar10.1": NewTest,
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +114,7 @@ class Options:
     images: int = 1000
     cifar10c: Path | None = None  # a folder of official files; None: our own corruptions
     cifar101: Path | None = None
+    autoattack: bool = False  # slow: thousands of steps an image
 
 
 def measure(
@@ -94,9 +129,8 @@ def measure(
 
     options None: the noise alone, which every report shows.
     """
-    if (described := read_run_file(run)) and described["data"][
-        "fingerprint"
-    ] != dataset.fingerprint:
+    described = read_run_file(run)
+    if described and described["data"]["fingerprint"] != dataset.fingerprint:
         trained_on = described["data"]
         raise ValueError(
             f"the run in {run} was trained on {trained_on['name']} "
@@ -104,6 +138,10 @@ def measure(
         )
     model_is = weights_of(run)
     sections = [(s, {**of, "model": model_is}, f) for s, of, f in _sections(dataset, options)]
+    if options and described and _cut(described["config"]):
+        images = min(options.images, len(dataset.test))
+        cut = {"budgets": list(BUDGETS), "images": images, "seed": 0, "data": dataset.fingerprint}
+        sections.append(("cache", cut | {"model": model_is}, partial(budget_curves, images=images)))
     if not _missing(read(run), sections):
         return read(run)
     with files.locked(run):
@@ -165,6 +203,13 @@ def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:
     settings = on | {"images": min(options.images, len(dataset.test)), "seed": 0}
     settings |= {"epsilon": EPSILON, "alpha": ALPHA, "steps": STEPS, "large": LARGE}
     yield "attacks", settings, lambda model, test: attacked(model, test, settings["images"])
+    curve = on | {"images": settings["images"], "seed": 0, "steps": STEPS}
+    curve["epsilon"] = [round(255 * epsilon, 2) for epsilon in EPSILONS]  # of 255
+    yield "pgd", curve, lambda model, test: epsilon_curve(model, test, curve["images"])
+    if options.autoattack:
+        auto = {**curve, "epsilon": [round(255 * epsilon, 2) for epsilon in AUTO]}
+        del auto["steps"]
+        yield "autoattack", auto, lambda model, test: auto_attacked(model, test, auto["images"])
     if options.cifar10c:
         check_cifar10c(options.cifar10c, dataset)
         folder = options.cifar10c
@@ -181,6 +226,10 @@ def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:
         parts = (f"cifar10.1_{version}_{part}.npy" for part in ("data", "labels"))
         made_of = {"files": official_sum(*(options.cifar101 / part for part in parts))}
         yield "cifar10.1", {"version": version, **made_of}, partial(_on, split)
+
+
+def _cut(config: dict) -> bool:
+    return fits(config["attention"], config["model_options"].get("forms", "library"))
 
 
 def _own(test: Split, kind: str, severity: int) -> Split:

@@ -12,6 +12,8 @@ from . import options
 from .given import before_work, device_of, load_data, use_threads
 from .terminal import bar, or_resume, pairs, say
 
+HIDDEN = ("settings", "right")  # the latter: each image's answer
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")],
@@ -28,6 +30,14 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Folder with the official .npy files of CIFAR-10.1."),
     ] = None,
+    autoattack: Annotated[
+        bool,
+        typer.Option(
+            "--autoattack",
+            help="AutoAttack too, at ε = 1/255 and 8/255; minutes for each run. "
+            "Needs the extra `autoattack`.",
+        ),
+    ] = False,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -41,13 +51,13 @@ def command(
     if data is None and spec.startswith("folder:"):
         raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")
     dataset = load_data(data or spec, kept=not data)
-    chosen, where = Options(images, cifar10c, cifar101), shlex.quote(str(run))
+    chosen, where = Options(images, cifar10c, cifar101, autoattack), shlex.quote(str(run))
     again = f"tab robustness {where} (with the same options)"
     for path in runs:
         with bar("robustness") as show, or_resume(again):
             found = measure(path, dataset, chosen, device=device_of(device), progress=show)
         rows = [
-            (name, ", ".join(f"{k} {_short(x)}" for k, x in section.items() if k != "settings"))
+            (name, ", ".join(f"{k} {_short(x)}" for k, x in section.items() if k not in HIDDEN))
             for name, section in found.items()
         ]
         pairs(path.name, rows)

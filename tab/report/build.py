@@ -20,6 +20,7 @@ from ..sweep.trials import read_trials
 from ..train.facts import made_with
 from ..train.loop import load_trained
 from . import markdown, pictures
+from .attacks import attack_picture
 from .chart_data import NOTE, Group, charts, looks
 from .comparable import keep_comparable
 from .html import html_page
@@ -80,6 +81,8 @@ def write_report(
         shown["noise"] = "Test accuracy against Gaussian noise on the input"
         if caption := severity_picture(folder / "severity.png", done, found):
             shown["severity"] = caption
+        if caption := attack_picture(folder / "pgd.png", done, found):
+            shown["pgd"] = caption
         for model in dict.fromkeys(run.model for run in done):
             shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     sections = _sections(out, runs, grid, dataset)

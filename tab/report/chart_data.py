@@ -11,6 +11,7 @@ import numpy as np
 
 from ..analysis.attacks import STEPS
 from ..compare.runs import Run
+from .attacks import attack_points
 from .pictures import averaged, measured
 from .robustness import SETS, corrupted, severities, severity_points
 from .style import look
@@ -58,6 +59,8 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
             name, _, means = severity
             points = severity_points(means)
             kinds.append((f"accuracy under {name}", "severity", "test accuracy (%)", points))
+        if points := attack_points(found):
+            kinds.append(("accuracy under PGD", "ε (255ths)", "test accuracy (%)", points))
         for heading, x, y, points in kinds:
             chart = {"title": f"{model.upper()}: {heading}", "xlabel": x, "ylabel": y}
             series = _series(mine, names, points)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..analysis.attacks import EPSILON, STEPS
+from ..analysis.attacks import AUTO, EPSILON, STEPS
 from ..analysis.corruptions import OFFICIAL, OWN, SEVERITIES
 from ..compare.runs import Run
+from .attacks import attack_table
 from .averages import Mean
+from .cache_budget import cache_table
 from .pictures import curves
 from .tables import markdown_lines, title
 from .text import code
@@ -28,8 +30,9 @@ def robustness_section(runs: list[Run], measured: dict[str, Found], left: list[s
     for model in dict.fromkeys(run.model for run, _ in done.values()):
         mine = [(run, found) for run, found in done.values() if run.model == model]
         everything += [found for _, found in mine]
-        if table := _table(mine):
-            parts += [f"**{model.upper()}**", table]
+        tables = [table for table in (_table(mine), attack_table(mine), cache_table(mine)) if table]
+        if tables:
+            parts += [f"**{model.upper()}**", *tables]
     if parts:
         parts += [_words(everything), *_suspicious(done)]
     if left:
@@ -44,11 +47,15 @@ def _table(mine: list[tuple[Run, Found]]) -> str:
         "FGSM": _at("attacks", "fgsm"),
         f"PGD-{STEPS}": _at("attacks", "pgd"),
         "random ±ε": _at("attacks", "random"),
+        **{f"AutoAttack {255 * e:.0f}/255": _auto(i) for i, e in enumerate(AUTO)},
         "CIFAR-10.1": _at("cifar10.1", "accuracy"),
     }
     for key, (name, kinds) in SETS.items():
         columns[name[0].upper() + name[1:]] = _corrupted(key, kinds)
-        columns["mCE" if key == "cifar10c" else "error / control's"] = _relative(key, kinds)
+        columns["mCE" if key == "cifar10c" else "error / control's"] = _errors_ratio(key, kinds)
+        columns["relative mCE" if key == "cifar10c" else "loss / control's"] = _losses_ratio(
+            key, kinds
+        )
     lines = []
     for attention in dict.fromkeys(run.attention for run, _ in mine):
         pairs = [(f, control.get(r.seed)) for r, f in mine if r.attention == attention]
@@ -68,12 +75,22 @@ def _at(section: str, key: str) -> Value:
     return lambda found, _: found.get(section, {}).get(key)
 
 
+def _auto(place: int) -> Value:
+    return lambda found, _: (
+        found["autoattack"]["accuracy"][place] if "autoattack" in found else None
+    )
+
+
 def _corrupted(key: str, kinds: tuple[str, ...]) -> Value:
     return lambda found, _: corrupted(found, key, kinds)
 
 
-def _relative(key: str, kinds: tuple[str, ...]) -> Value:
+def _errors_ratio(key: str, kinds: tuple[str, ...]) -> Value:
     return lambda found, control: corruption_error(found, control or {}, key, kinds)
+
+
+def _losses_ratio(key: str, kinds: tuple[str, ...]) -> Value:
+    return lambda found, control: relative_corruption_error(found, control or {}, key, kinds)
 
 
 def _errors(found: Found, key: str, kinds: tuple[str, ...]) -> list[list[float]] | None:
@@ -101,6 +118,23 @@ def corruption_error(
     return sum(sum(e) / sum(b) for e, b in zip(errors, base, strict=True)) / len(kinds)
 
 
+def relative_corruption_error(
+    found: Found, control: Found, key: str, kinds: tuple[str, ...]
+) -> float | None:
+    """Relative mCE: the mean over kinds of Σ_s (error − clean error) / the same of the control,
+    what corruption costs whatever the clean accuracy (ibid.); None if it costs the control nothing.
+    """
+    errors, base = _errors(found, key, kinds), _errors(control, key, kinds)
+    if not errors or not base or "noise" not in found or "noise" not in control:
+        return None
+    clean, clean_base = (1 - f["noise"]["accuracy"][0] for f in (found, control))  # σ = 0
+    lost = [sum(e) - SEVERITIES * clean for e in errors]
+    lost_base = [sum(e) - SEVERITIES * clean_base for e in base]
+    if min(lost_base) <= 0:
+        return None
+    return sum(a / b for a, b in zip(lost, lost_base, strict=True)) / len(kinds)
+
+
 def _words(everything: list[Found]) -> str:
     text = "In per cent, means over seeds ± half a 95 % t-interval. ECE: expected calibration error"
     text += " on the clean test set, 15 bins."
@@ -115,7 +149,8 @@ def _words(everything: list[Found]) -> str:
         if any(_errors(found, key, kinds) for found in everything):
             text += f" {name[0].upper()}{name[1:]}: mean accuracy over {len(kinds)} kinds "
             text += f"({', '.join(kinds)}) at {SEVERITIES} severities; then the error over the "
-            text += "control's, mean over kinds (mCE against our control, not AlexNet)."
+            text += "control's, mean over kinds (mCE against our control, not AlexNet), and the "
+            text += "accuracy lost to them over the control's loss (relative mCE)."
     return text
 
 

@@ -240,8 +240,9 @@ def test_a_run_keeps_what_was_measured(trained, dataset):
         measure(trained, dataset, Options(images=10), progress=stop)
     assert set(read(trained)) == {"noise", "calibration", "attacks"}
     found = measure(trained, dataset, Options(10), progress=lambda i, n, name: seen.append(name))
-    assert len(seen) == 2 + 1 + len(OWN)  # nothing twice, but for what was cut off
-    assert set(found) == {"noise", "calibration", "attacks", *(f"own/{kind}" for kind in OWN)}
+    assert len(seen) == 2 + 1 + 2 + len(OWN)  # nothing twice, but for what was cut off
+    own = (f"own/{kind}" for kind in OWN)
+    assert set(found) == {"noise", "calibration", "attacks", "pgd", "cache", *own}
     assert found == read(trained) and len(found["own/blur"]["accuracy"]) == 5
     clean = json.loads((trained / "run.json").read_text())["summary"]["final_test_accuracy"]
     assert found["noise"]["accuracy"][0] == pytest.approx(clean)

@@ -3,13 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tab.analysis.corruptions import OWN
 from tab.analysis.robustness import FILE, read
 from tab.compare.runs import Run
+from tab.report.attacks import attack_picture
 from tab.report.comparable import keep_comparable
-from tab.report.robustness import corrupted, corruption_error, robustness_section, severity_picture
+from tab.report.robustness import (
+    corrupted,
+    corruption_error,
+    relative_corruption_error,
+    robustness_section,
+    severity_picture,
+)
 
 
 def figures(pgd, images=100, data="d", model="m", files="f"):
@@ -82,3 +90,47 @@ def test_mce_by_hand():
     assert corruption_error(found, control, "c", kinds) == pytest.approx((0.5 + 2) / 2)
     assert corrupted(found, "c", kinds) == pytest.approx(0.675)
     assert corrupted({}, "c", kinds) is None is corruption_error({}, control, "c", kinds)
+
+
+def test_relative_mce_by_hand():
+    kinds = ("a", "b")
+    control = {"c/a": {"accuracy": [0.5] * 5}, "c/b": {"accuracy": [0.8] * 5}}
+    found = {"c/a": {"accuracy": [0.75] * 5}, "c/b": {"accuracy": [0.6] * 5}}
+    assert relative_corruption_error(found, control, "c", kinds) is None  # no clean accuracy
+    control["noise"], found["noise"] = {"accuracy": [0.9]}, {"accuracy": [0.8]}
+    wanted = (0.05 / 0.4 + 0.2 / 0.1) / 2
+    assert relative_corruption_error(found, control, "c", kinds) == pytest.approx(wanted)
+
+
+def pgd(accuracy, seed=0, n=400):
+    """Of one run: at each ε the first images are right, in an order of the seed's."""
+    order = np.random.default_rng(seed).permutation(n)
+    rows = [order < round(share * n) for share in accuracy]
+    right = [np.packbits(row).tobytes().hex() for row in rows]
+    return {"pgd": {"accuracy": [row.mean() for row in rows], "right": right, "images": n}}
+
+
+def test_the_curve_over_epsilon_has_a_verdict_where_the_control_is_at_half(tmp_path):
+    control, other = [0.8, 0.7, 0.6, 0.4, 0.2, 0.0], [0.8, 0.8, 0.8, 0.8, 0.7, 0.1]
+    runs, found = [], {}
+    for attention, accuracy in (("none", control), ("self", other), ("linear", control)):
+        for seed in range(4):
+            run = Run("cnn", attention, seed, tmp_path / f"cnn-{attention}-s{seed}", "done")
+            runs.append(run)
+            found[run.id] = pgd(accuracy, seed)
+    text = robustness_section(runs, found, [])
+    assert "ε 0.25/255" in text and "from the control at ε 2/255" in text
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert "| 80.0 | 70.0 | 60.0 | 40.0 | 20.0 | 0.0 | – |" in lines["| Control"]
+    assert "+40.0 \\[" in lines["| Self-Attention"] and "better |" in lines["| Self-Attention"]
+    assert "better" not in lines["| Linear"]
+    assert "PGD-20" in attack_picture(tmp_path / "pgd.png", runs, found)
+    assert (tmp_path / "pgd.png").is_file() and not attack_picture(tmp_path / "no.png", runs, {})
+
+
+def test_the_cut_cache_stands_beside_its_controls(tmp_path):
+    cache = {"accuracy": [0.6] * 6, "recent": [0.5] * 6, "random": [0.4] * 6, "images": 50}
+    runs = [Run("cnn", "multi_head", s, tmp_path / f"cnn-multi_head-s{s}", "done") for s in (0, 1)]
+    text = robustness_section(runs, {run.id: {"cache": cache} for run in runs}, [])
+    assert "| H2O: heavy hitters and latest | 60.0 ± 0.0 |" in text
+    assert "| at random | 40.0 ± 0.0 |" in text and "50 test images" in text
