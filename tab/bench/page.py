@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 
+from ..files import write_text
 from ..web import asset
 from .rows import DIRECTIONS, Row, percentiles
 
@@ -35,12 +35,7 @@ def write_page(path: Path, record: dict, rows: list[Row]) -> None:
         f"{table(rows)}<script>{asset('tables.js')}</script>",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write("\n".join(lines) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def told(record: dict, rows: list[Row]) -> str:
