@@ -141,7 +141,19 @@ class Vit(Mlp):
     pool: Literal["mean", "class"]
 
 
-MODELS: dict[str, type[Mlp]] = {"mlp": Mlp, "cnn": Cnn, "resnet9": Resnet9, "vit": Vit}
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Mlp):
+    """A model of sequences (tab/data/sequences.py): `tokens` is their length, and the head answers
+    at each place."""
+
+
+MODELS: dict[str, type[Mlp]] = {
+    "mlp": Mlp,
+    "cnn": Cnn,
+    "resnet9": Resnet9,
+    "vit": Vit,
+    "tokens": Tokens,
+}
 SECTIONS = {"train": Train, "data": Data, "evaluate": Evaluate}
 
 

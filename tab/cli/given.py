@@ -36,10 +36,11 @@ def variants(
     from ..checks import check_keys
     from ..layers import layer_names
     from ..models.image_model import STUDY, model_names
+    from ..run_config import MODELS
 
     mine = _names(models or STUDY, {"all": model_names()})
     layers = layers_of(attentions or "all", everything)
-    check_keys("--models", mine, model_names())
+    check_keys("--models", mine, MODELS)
     check_keys("--attentions", layers, layer_names())
     return mine, layers
 
@@ -70,7 +71,9 @@ def place_of(data: str) -> str:
 
 
 def _named(data: str) -> bool:
-    return data.split(":")[0] in ("cifar10", "shapes")
+    from ..data.load import NAMED
+
+    return data.split(":")[0] in NAMED
 
 
 def load_data(spec: str, *, kept: bool = False):

@@ -62,7 +62,10 @@ Compile = Annotated[
 
 # --- the data and the results ---
 
-_SETS = "cifar10, shapes, shapes:TRAIN/TEST, or a folder or an archive"
+_SETS = (
+    "cifar10, shapes, shapes:TRAIN/TEST, recall, copy or needle (also recall:TOKENS), or a folder "
+    "or an archive"
+)
 Data = Annotated[
     str | None,
     typer.Option(

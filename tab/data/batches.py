@@ -87,6 +87,11 @@ class Batches:
         self.images = split.images.contiguous().to(self.device)  # (N, H, W, 3) uint8
         self.labels = split.labels.to(self.device)  # (N,)
 
+    @property
+    def answers(self) -> int:
+        """Questions in an epoch: one an image."""
+        return self.samples
+
     def __len__(self) -> int:
         """Batches per epoch."""
         return -(-self.samples // self.batch_size)

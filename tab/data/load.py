@@ -21,13 +21,14 @@ from ..tasks.tasks import Shared
 from . import cache as _cache
 from . import cifar as _cifar
 from . import pictures as _pictures
-from . import shapes
+from . import sequences, shapes
 from .dataset import Dataset, Split, dataset_of
 from .tree import FILE, Archive, Folder, is_archive, locate, open_tree, shown, stamp
 
 __all__ = ["Dataset", "Split", "describe", "hold_out", "load_dataset", "share", "statistics"]
 
 SIDE = 32
+NAMED = ("cifar10", "shapes", *sequences.TASKS)  # sets that are no files of the user
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 # What a folder or archive can hold, and what tells it by the entries of a folder.
 KINDS = {"pictures": _pictures.is_set, **_cifar.KINDS}
@@ -43,10 +44,12 @@ def load_dataset(
     """The data set that `spec` names.
 
     "cifar10": the official files, fetched and checksummed by torchvision (download=False: only if
-    already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. A folder,
-    or an archive of one (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), at whatever depth: pictures
-    train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM; stretched to 32×32), or
-    the official Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to disk.
+    already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. "recall",
+    "copy", "needle", or with sizes "recall:256:20000/2000": sequences of tokens (sequences.py). A
+    folder, or an archive of one (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), at whatever depth:
+    pictures train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM; stretched to
+    32×32), or the official Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to
+    disk.
     ValueError or OSError name the file at fault and the way out.
     """
     root = Path(root or os.environ.get("TAB_DATA") or "data")
@@ -55,6 +58,8 @@ def load_dataset(
         return _cifar10(root, download)
     if spec == "shapes" or spec.startswith("shapes:"):
         return _shapes(spec)
+    if sequences.named(spec):
+        return _sequences(spec)
     path = Path(spec).expanduser()
     try:
         if path.is_dir() or is_archive(path):
@@ -151,6 +156,15 @@ def _shares(sizes: Tensor, count: int, low: Tensor, high: Tensor) -> Tensor:
 def describe(dataset: Dataset) -> list[tuple[str, str]]:
     """(what, value) rows for a table: counts, statistics, size, note, fingerprint."""
     train, test = dataset.train, dataset.test
+    if dataset.sequences:
+        return [
+            ("name", dataset.name),
+            ("note", dataset.note),
+            ("sequences", f"{len(train):,} train, {len(test):,} test"),
+            ("tokens", f"{train.tokens.shape[1]}, each a key and a value"),
+            ("questions", f"{train.labels.shape[1]} in each, {len(dataset.classes)} answers"),
+            ("fingerprint", dataset.fingerprint),
+        ]
     mean, std = statistics(train.images)
     counts = (torch.bincount(s.labels, minlength=len(dataset.classes)) for s in (train, test))
     size = sum(s.images.numel() for s in (train, test)) / 2**20
@@ -183,6 +197,15 @@ def _shapes(spec: str, seed: int = 0) -> Dataset:
         shapes.draw(test, seed=seed, stream=1),
         f"shapes: synthetic pictures drawn by TAB, not CIFAR-10 ({train:,} train, {test:,} test)",
     )
+
+
+def _sequences(spec: str) -> Dataset:
+    task, n, *sizes = sequences.parse(spec)
+    train, test = (sequences.draw(task, n, m, stream=i) for i, m in enumerate(sizes))
+    note = f"{task}: {n} generated tokens, {train.labels.shape[1]} of them questions"
+    note += f" ({sizes[0]:,} sequences to train on, {sizes[1]:,} to test on)"
+    classes = tuple(map(str, range(sequences.VALUES)))
+    return Dataset(spec, classes, train, test, note, sequences.fingerprint(train, test))
 
 
 def _cached(file: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
@@ -255,12 +278,13 @@ def _unknown(spec: str, path: Path) -> str:
             f"{shown(spec)} is no whole tar archive or zip archive (nor a folder), fetch it again; "
             f"{_pictures.LAYOUT}"
         )
-    known = ["cifar10", "shapes"]
+    known = [*NAMED]
     if path.parent.is_dir():
         known += [str(path.parent / entry.name) for entry in os.scandir(path.parent)]
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
-        f"no data set {spec!r}{hint} Choose cifar10, shapes, shapes:TRAIN/TEST, or an existing "
-        "folder or archive (tar, zip) with train/<class>/* and test/<class>/*"
+        f"no data set {spec!r}{hint} Choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, "
+        "needle, or an existing folder or archive (tar, zip) with train/<class>/* and "
+        "test/<class>/*"
     )

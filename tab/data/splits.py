@@ -8,6 +8,7 @@ from torch import Tensor
 from ..run_config import RunConfig
 from .batches import Batches
 from .load import Dataset, Split, hold_out, statistics
+from .sequences import SequenceBatches
 
 
 def splits(
@@ -17,6 +18,14 @@ def splits(
 
     Which images are held out, and which are used, is one choice for all models and seeds.
     """
+    if (config.model == "tokens") != dataset.sequences:
+        kind, other = ("sequences", "tokens") if dataset.sequences else ("images", "cnn")
+        raise ValueError(
+            f"{dataset.name} is of {kind}, which the model {config.model} does not read: give "
+            f"another --data, or --models {other} (of sequences: --recipe recall --models tokens)"
+        )
+    if dataset.sequences:
+        return _of_sequences(config, dataset, device)
     data, labels = config.data, dataset.train.labels
     if config.evaluate.split != "test" and not data.validation:
         raise ValueError(
@@ -70,6 +79,44 @@ def splits(
     if held is not None:
         validation = Batches(dataset.train, index=held, batch_size=size, **common)
     return batches, validation, test_batches(config, dataset.test, batch_size=size, **common)
+
+
+def _of_sequences(
+    config: RunConfig, dataset: Dataset, device: torch.device
+) -> tuple[SequenceBatches, SequenceBatches | None, SequenceBatches]:
+    """The last sequences are held out: they are drawn alike."""
+    data, count, n = config.data, len(dataset.train), dataset.train.tokens.shape[1]
+    if n != config.model_options.tokens:
+        raise ValueError(
+            f"{dataset.name} has {n} tokens, the model {config.model_options.tokens}: give --set "
+            f"model.tokens.tokens={n}, or --data {dataset.name.split(':')[0]}:"
+            f"{config.model_options.tokens}"
+        )
+    if data.translate or data.flip:
+        raise ValueError(
+            f"{dataset.name} is of sequences, which are not moved or mirrored: give --set "
+            "data.translate=0 --set data.flip=false, or --recipe recall"
+        )
+    used = min(data.images or count, count - data.validation)
+    if used < 1 or (config.evaluate.split != "test" and not data.validation):
+        raise ValueError(
+            f"data.validation = {data.validation} of {count} sequences: give 1 to {count - 1} to "
+            'hold out, or 0 with evaluate.split = "test"'
+        )
+    batches = SequenceBatches(
+        dataset.train,
+        index=torch.arange(used),
+        batch_size=config.train.batch_size,
+        seed=config.draws,
+        shuffle=True,
+        drop_last=data.drop_last,
+        device=device,
+    )
+    scored = {"batch_size": config.evaluate.batch_size, "device": device}
+    held, validation = torch.arange(count - data.validation, count), None
+    if len(held):
+        validation = SequenceBatches(dataset.train, index=held, **scored)
+    return batches, validation, SequenceBatches(dataset.test, **scored)
 
 
 def test_batches(config: RunConfig, test: Split, *, mean, std, **options) -> Batches:

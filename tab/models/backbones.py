@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..run_config import Cnn, Mlp, Resnet9, Vit
+from ..run_config import Cnn, Mlp, Resnet9, Tokens, Vit
 
 IMAGE = 32  # rows and columns
 CELLS = (IMAGE // 4, IMAGE // 4)  # of the CNN's last feature map
@@ -40,6 +40,15 @@ class Backbone(nn.Module):
     @classmethod
     def pool(cls, options: Mlp) -> str:
         return "mean" if cls.grid(options) else "flatten"
+
+    @classmethod
+    def build(cls, options: Mlp, classes: int) -> Backbone:
+        return cls(options)
+
+    @staticmethod
+    def example() -> Tensor:
+        """One input, to count operations on."""
+        return torch.zeros(1, 3, IMAGE, IMAGE)
 
     def filters(self) -> Tensor:
         raise NotImplementedError
@@ -182,6 +191,33 @@ class VitBackbone(Backbone):
         return self.linear.weight.unflatten(1, (self.patch, self.patch, 3)).permute(0, 3, 1, 2)
 
 
+class TokensBackbone(Backbone):
+    """x (B, N, 2), keys 0…N and values 0…classes, the last of which is blank -> (B, N, C), the sum
+    of their embeddings."""
+
+    stacking = True  # tab/layers/_stacking.py
+
+    @classmethod
+    def pool(cls, options: Tokens) -> str:
+        return "each"
+
+    @classmethod
+    def build(cls, options: Tokens, classes: int) -> TokensBackbone:
+        return cls(options, classes)
+
+    def __init__(self, options: Tokens, classes: int):
+        super().__init__()
+        self.count = options.tokens
+        self.keys = nn.Embedding(options.tokens + 1, options.hidden)
+        self.values = nn.Embedding(classes + 1, options.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.keys(x[..., 0]) + self.values(x[..., 1])
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, self.count, 2, dtype=torch.int64)
+
+
 class _Add(nn.Module):
     """y = x + two convolutions of x"""
 
@@ -209,4 +245,5 @@ BACKBONES: dict[str, type[Backbone]] = {
     "cnn": CnnBackbone,
     "resnet9": Resnet9Backbone,
     "vit": VitBackbone,
+    "tokens": TokensBackbone,
 }

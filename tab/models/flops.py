@@ -6,24 +6,22 @@ PyTorch's counter knows its own operators. TAB's carry their own formulas (`Op.f
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import OPS
-from .backbones import IMAGE
 
 
 def forward_flops(model: nn.Module) -> int:
     """FLOPs of the model on one image, by running it once where it is: on the CPU, or on meta."""
-    return flops_on(model, (1, 3, IMAGE, IMAGE))
+    return flops_on(model, model.backbone.example())
 
 
-def flops_on(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """FLOPs of the module, in eval mode, on an input of this shape."""
+def flops_on(module: nn.Module, x: Tensor) -> int:
+    """FLOPs of the module, in eval mode, on this input."""
     mapping = {getattr(torch.ops.tab, name): op.flops for name, op in OPS.items()}
-    device = next((p.device for p in module.parameters()), torch.get_default_device())
-    x = torch.zeros(shape, device=device)
+    x = x.to(next((p.device for p in module.parameters()), x.device))
     training = module.training
     module.eval()
     counter = FlopCounterMode(display=False, custom_mapping=mapping)

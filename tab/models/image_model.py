@@ -31,7 +31,7 @@ def build_model(config: RunConfig, classes: int) -> ImageModel:
     kind = BACKBONES[config.model]
     n, pool = kind.tokens(options), kind.pool(options)
     with _own_seed(config.draws, "backbone"):
-        backbone = kind(options)
+        backbone = kind.build(options, classes)
     position = None
     if options.position == "learned":
         with _own_seed(config.draws, "position"):
@@ -105,8 +105,8 @@ def sincos(n: int, c: int, grid: tuple[int, int] | None) -> Tensor:
 
 
 def model_names() -> list[str]:
-    """The models that a recipe can hold."""
-    return list(MODELS)
+    """The models of images, which "all" stands for."""
+    return [name for name in MODELS if name != "tokens"]
 
 
 STUDY = "mlp,cnn"  # the models of a comparison or a sweep that names none

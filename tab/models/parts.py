@@ -161,13 +161,14 @@ POOLS = {
     "mean": lambda x: x.mean(1),
     "max": lambda x: x.amax(1),
     "class": lambda x: x[:, 0],
+    "each": lambda x: x,
     "flatten": lambda x: x.flatten(1),
 }
 
 
 class Head(nn.Module):
     """(B, N, C) -> logits. pool: "mean" or "max" over the tokens, "class" for the first alone;
-    "flatten" lays them side by side."""
+    "flatten" lays them side by side; "each" answers at each token, (B, N, classes)."""
 
     stacking = True  # tab/layers/_stacking.py
 

@@ -44,6 +44,16 @@ class SeedRMSNorm(nn.RMSNorm):
         return (y * w).flatten(0, 1)
 
 
+class SeedEmbedding(nn.Embedding):
+    """weight (S, V, C); x (S·B, …) of numbers below V"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seeds, rows, _ = self.weight.shape
+        first = torch.arange(seeds, device=x.device) * rows  # of each seed's rows
+        own = x.unflatten(0, (seeds, -1)) + first.view(-1, *[1] * x.dim())
+        return F.embedding(own.flatten(0, 1), self.weight.flatten(0, 1))
+
+
 class SeedConv(nn.Conv2d):
     """weight (S, O, I, 3, 3), bias (S, O) or None; within `Folded`, x (B, S·I, rows, cols)"""
 
@@ -108,6 +118,7 @@ class SeedVit(VitBackbone):
 
 TORCH: dict[type, type | bool] = {
     nn.Linear: SeedLinear,
+    nn.Embedding: SeedEmbedding,
     nn.LayerNorm: SeedLayerNorm,
     nn.RMSNorm: SeedRMSNorm,
     **dict.fromkeys((nn.Sequential, nn.ModuleList, nn.Identity, nn.ReLU, nn.MaxPool2d), True),

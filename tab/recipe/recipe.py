@@ -51,6 +51,11 @@ class Recipe:
     def run_config(self, model: str, attention: str, seed: int, *, classes: int = 10) -> RunConfig:
         """One run, resolved; classes: of the data set, for which sizes are matched."""
         kind = model_class(model)
+        if model not in self.tables["model"]:
+            raise ValueError(
+                f"recipe {self.name} has no [model.{model}]: give another, such as "
+                f"--recipe {'recall' if model == 'tokens' else 'fair'}"
+            )
         published = self.tables["model"][model]["forms"] == "published"
         known = attention_options(attention, published=published)
         own = dict(self.tables["attention"].get(attention, {}))

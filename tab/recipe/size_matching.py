@@ -195,7 +195,7 @@ def _parameters_of_block(config: str) -> int:
 def _flops_of_block(config: str) -> int:
     run = RunConfig.from_dict(json.loads(config))
     shape = (1, tokens_of(run), run.model_options.hidden)
-    return _undrawn(lambda: flops_on(build_block(run), shape))
+    return _undrawn(lambda: flops_on(build_block(run), torch.zeros(shape)))
 
 
 def _undrawn(measure: Callable[[], int]) -> int:

@@ -70,7 +70,8 @@ def write_report(
             progress(i, len(done), f"noise: {run.id}")
         # It may have been trained on another machine.
         device = grid.device if torch.cuda.is_available() else "cpu"
-        found[run.id] = measure(run.path, dataset, None, device=device)
+        if not dataset.sequences:  # robustness is of images
+            found[run.id] = measure(run.path, dataset, None, device=device)
     found, left = keep_comparable(found, {run.id: weights_of(run.path) for run in done})
     if done:
         if progress:
@@ -84,7 +85,8 @@ def write_report(
         if caption := attack_picture(folder / "pgd.png", done, found):
             shown["pgd"] = caption
         for model in dict.fromkeys(run.model for run in done):
-            shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
+            if not dataset.sequences:  # what the pictures show is how an image is looked at
+                shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     sections = _sections(out, runs, grid, dataset)
     sections.append(robustness_section(runs, found, left))
     if grid.tune and trials:

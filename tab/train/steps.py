@@ -24,6 +24,14 @@ Batch = tuple[Tensor, Tensor]  # x (B, 3, 32, 32), y (B,)
 WARM_UP = 3  # runs before a capture: they compile kernels and choose algorithms
 
 
+def asked(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a sequence only the last Q places ask: logits (B, N, classes), y (B, Q) -> (B·Q, classes),
+    (B·Q,). Of images (B, classes) and (B,), as they are."""
+    if y.dim() == 1:
+        return logits, y
+    return logits[:, -y.shape[1] :].flatten(0, 1), y.flatten()
+
+
 class Steps:
     """A model with its optimizer and schedule; `learn` and `score` make one pass over batches."""
 
@@ -65,7 +73,8 @@ class Steps:
         """The class that each image is taken for, (N,) int64, on the CPU."""
         self.model.eval()
         with self._autocast():
-            return torch.cat([self.forward(x).argmax(-1) for x, _ in batches]).cpu()
+            logits = (asked(self.forward(x), y)[0] for x, y in batches)
+            return torch.cat([each.argmax(-1) for each in logits]).cpu()
 
     def _over(self, batches: Iterable[Batch], each: Callable) -> tuple[float, int]:
         cuda = self.device.type == "cuda"
@@ -85,7 +94,7 @@ class Steps:
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         """Forward, loss, backward, into the gradients and the sums."""
         with self._autocast():
-            logits = self.forward(x)
+            logits, y = asked(self.forward(x), y)
             loss = F.cross_entropy(logits, y, label_smoothing=self.options.label_smoothing)
             extra = self.model.auxiliary_loss()
         # A graph writes its gradients where it was captured: there they must stay.
@@ -96,7 +105,7 @@ class Steps:
     @torch.no_grad()
     def _sums(self, x: Tensor, y: Tensor) -> None:
         with self._autocast():
-            logits = self.forward(x)
+            logits, y = asked(self.forward(x), y)
         self._add(F.cross_entropy(logits.float(), y, reduction="sum"), logits, y)
 
     def _add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:

@@ -31,7 +31,7 @@ from ..run_config import RunConfig, Train
 from . import checkpoint
 from .loop import found_run
 from .run_files import read_rows
-from .steps import Batch, Steps
+from .steps import Batch, Steps, asked
 from .training_run import Outcome, TrainingRun, random_of
 
 FILE = "group.pt"
@@ -202,7 +202,7 @@ class SeedSteps(Steps):
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         smoothing = self.options.label_smoothing
         with self._autocast():
-            logits = self.forward(x)  # (S·B, classes)
+            logits, y = asked(self.forward(x), y)  # (S·B, classes), (S·B,)
             losses = F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
             losses = losses.view(self.seeds, -1).mean(1)
             extra = [model.auxiliary_loss() for model in self.model.seeds]

@@ -104,9 +104,9 @@ class TrainingRun:
         """The row of an epoch that was trained: `loss` and `correct` are sums over its images."""
         last = len(self.rows) + 1 == self.config.train.epochs
         before = self.rows[-1]["cumulative_training_time"] if self.rows else 0.0
-        samples = self.batches.samples
+        samples, answers = self.batches.samples, self.batches.answers
         row = {"epoch": len(self.rows) + 1, "learning_rate": rate, "seeds_at_once": at_once}
-        row |= {"train_loss": loss / samples, "train_accuracy": correct / samples}
+        row |= {"train_loss": loss / answers, "train_accuracy": correct / answers}
         row |= {"seconds": seconds}
         row |= {"cumulative_training_time": before + seconds}
         row |= {"images_per_second": samples / seconds}
@@ -126,7 +126,7 @@ class TrainingRun:
         loss, accuracy = None, None
         if batches is not None:
             loss, correct = self.steps.score(batches.epoch(0))
-            loss, accuracy = loss / batches.samples, correct / batches.samples
+            loss, accuracy = loss / batches.answers, correct / batches.answers
         return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
 
     # --- disk ---
@@ -158,7 +158,8 @@ class TrainingRun:
         if self.status == "done":
             self.measure_shares()
             about = {"config": self.config.to_dict(), "classes": list(self.dataset.classes)}
-            about |= {k: getattr(self.test, k).tolist() for k in ("mean", "scale")}
+            if not self.dataset.sequences:
+                about |= {k: getattr(self.test, k).tolist() for k in ("mean", "scale")}
             save_weights(self.out / FILE, weights(self.model), about)
             if self.rows[-1]["test_accuracy"] is not None:
                 self._save_answers()
@@ -182,7 +183,7 @@ class TrainingRun:
         np.savez(
             file,
             predicted=self.steps.predict(self.test.epoch(0)).numpy().astype(kind),
-            label=self.test.labels.cpu().numpy().astype(kind),
+            label=self.test.labels.flatten().cpu().numpy().astype(kind),
         )
         files.write(self.out / ANSWERS, file.getvalue())
 

@@ -1,0 +1,139 @@
+"""Tasks of tokens that separate mechanisms by construction: recall, copy, needle.
+
+Generated, a function of the seed alone. A sequence has N places, and each place a key and a value,
+either of which may be blank (key 0, value VALUES): x (N, 2). The last Q places ask: their values
+are blank, and what is to be answered there is one of VALUES = 16 values. Answers are found nowhere
+else than in the sequence, so that a layer which brings nothing from place to place stays at 1/16.
+Nothing needs to be causal: the answers are no part of the input.
+
+    recall    N/2 pairs of different keys with random values, then the same keys in another order,
+              without values: which value stood with this key? The state of a mechanism has to hold
+              N/2 pairs (multi-query associative recall, Arora et al. 2023, "Zoology"; there key and
+              value are two tokens, which takes one more layer to join them)
+    copy      N/2 values without keys, then N/2 blanks: the value N/2 places before. What is looked
+              at depends on the place alone, so that a static mix can do it
+    needle    N − 1 pairs, then the key of one of them, which stands there once: Q = 1. The state
+              need not hold all, if it can tell what will be asked; no mechanism can
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VALUES = 16
+BLANK = VALUES  # as a value; as a key, 0
+TASKS = ("recall", "copy", "needle")
+SIZES = (20000, 2000)  # sequences to train on and to test on, if none are given
+
+
+@dataclass(frozen=True)
+class SequenceSplit:
+    """tokens int64 (M, N, 2): key and value of each place; labels int64 (M, Q): the values that the
+    last Q places ask for."""
+
+    tokens: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def named(spec: str) -> bool:
+    return spec.split(":")[0] in TASKS
+
+
+def parse(spec: str) -> tuple[str, int, int, int]:
+    """ "recall:256:4000/500" -> task, N, sequences to train on, to test on; N = 64 if not said."""
+    found = re.fullmatch(r"(\w+)(?::(\d+))?(?::(\d+)/(\d+))?", spec)
+    if not found or found[1] not in TASKS:
+        raise ValueError(
+            f"{spec!r}: give {', '.join(TASKS)}, TASK:TOKENS or TASK:TOKENS:TRAIN/TEST, such as "
+            "recall:256:20000/2000"
+        )
+    n, train, test = (
+        int(x) if x else y for x, y in zip(found.groups()[1:], (64, *SIZES), strict=True)
+    )
+    if n < 4 or n % 2 or min(train, test) < 1:
+        raise ValueError(
+            f"{spec!r}: the number of tokens is even and at least 4, and there is at least one "
+            f"sequence to train on and one to test on; got {n}, {train}, {test}"
+        )
+    return found[1], n, train, test
+
+
+def draw(task: str, n: int, count: int, *, stream: int) -> SequenceSplit:
+    """stream: 0 for training, 1 for test."""
+    rng = np.random.default_rng([TASKS.index(task), n, stream])
+    x = np.empty((count, n, 2), np.int64)
+    x[..., 0], x[..., 1] = 0, BLANK
+    half = n // 2
+    if task == "copy":
+        x[:, :half, 1] = labels = rng.integers(VALUES, size=(count, half))
+        return SequenceSplit(torch.from_numpy(x), torch.from_numpy(labels))
+    pairs = half if task == "recall" else n - 1
+    keys = rng.permuted(np.tile(np.arange(1, n + 1), (count, 1)), axis=1)[:, :pairs]
+    values = rng.integers(VALUES, size=(count, pairs))
+    x[:, :pairs, 0], x[:, :pairs, 1] = keys, values
+    asked = n - pairs  # places of the pairs that are asked for
+    order = rng.permuted(np.tile(np.arange(pairs), (count, 1)), axis=1)[:, :asked]
+    x[:, pairs:, 0] = np.take_along_axis(keys, order, 1)
+    labels = np.take_along_axis(values, order, 1)
+    return SequenceSplit(torch.from_numpy(x), torch.from_numpy(labels))
+
+
+def fingerprint(*splits: SequenceSplit) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        for tensor in (split.tokens, split.labels):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+class SequenceBatches:
+    """One split cut into batches (x (B, N, 2) int64, y (B, Q) int64) on `device`; the order is a
+    function of (seed, epoch). As `Batches`, of images."""
+
+    def __init__(
+        self,
+        split: SequenceSplit,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        device: str | torch.device = "cpu",
+        index: Tensor | None = None,
+    ):
+        index = torch.arange(len(split)) if index is None else index
+        samples = len(index) // batch_size * batch_size if drop_last else len(index)
+        if samples == 0:
+            raise ValueError(
+                f"no batch: {len(index)} sequences, batch_size {batch_size}, drop_last "
+                f"{drop_last}; take a batch_size of at most {max(len(index), 1)}"
+            )
+        self.device, self.index, self.seed = torch.device(device), index, seed
+        self.batch_size, self.samples, self.shuffle = batch_size, samples, shuffle
+        self.tokens, self.labels = split.tokens.to(self.device), split.labels.to(self.device)
+
+    @property
+    def answers(self) -> int:
+        """Questions in an epoch."""
+        return self.samples * self.labels.shape[1]
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def epoch(self, epoch: int):
+        index = self.index
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            index = index[torch.randperm(len(index), generator=generator)]
+        for part in index[: self.samples].to(self.device).split(self.batch_size):
+            yield self.tokens[part], self.labels[part]
