@@ -9,7 +9,7 @@ import operator
 import types
 import typing
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 _UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
 
@@ -28,7 +28,7 @@ def check_keys(
         raise ValueError(f'{where}: {", ".join(missing)} missing; give it, or a base = "fair"')
 
 
-def check_type(where: str, value: object, hint: object) -> object:
+def check_type(where: str, value: object, hint: object) -> Any:
     """`value` if it is a `hint` (an int passes for a float), else a ValueError."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
     for kind in choices:

@@ -80,6 +80,7 @@ def fresh(path: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             place.mkdir()
             return place
+    raise AssertionError("itertools.count has no end")
 
 
 @contextlib.contextmanager

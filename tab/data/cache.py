@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def load(file: Path, key: str) -> dict[str, np.ndarray] | None:
         return None
 
 
-def save(file: Path, key: str, **arrays: object) -> None:
+def save(file: Path, key: str, **arrays: Any) -> None:
     """Writes beside `file`, then renames: a reader sees all of it or the one before."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:

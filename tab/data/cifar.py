@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,8 @@ def official(root: Path, download: bool) -> Read:
     try:
         return _kept(root, source)
     except OSError as error:
-        fault = why = error
+        fault: Exception = error
+        why: Exception = error
     if download:
         from torchvision.datasets.utils import download_url
 
@@ -84,7 +86,7 @@ def official(root: Path, download: bool) -> Read:
     ) from why
 
 
-def _kept(root: Path, source: type) -> Read:
+def _kept(root: Path, source: Any) -> Read:
     """From the folder, else from the archive. OSError: what is wrong with the first that exists."""
     fault = None
     for path in (root / source.base_folder, root / source.filename):
@@ -105,7 +107,7 @@ def _pair(batches: list[dict]) -> Pair:
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.asarray(labels, np.int64)
 
 
-def _source(kind: str) -> type:
+def _source(kind: str) -> Any:
     from torchvision import datasets  # slow to import, and seldom needed
 
     return getattr(datasets, kind)

@@ -73,5 +73,5 @@ def dataset_of(name: str, classes, train, test, note: str) -> Dataset:
     for array in (*train, *test):
         digest.update(repr(array.shape).encode())
         digest.update(array.data)
-    splits = (Split(*map(torch.from_numpy, pair)) for pair in (train, test))
-    return Dataset(name, tuple(classes), *splits, note, digest.hexdigest()[:16])
+    first, last = (Split(*map(torch.from_numpy, pair)) for pair in (train, test))
+    return Dataset(name, tuple(classes), first, last, note, digest.hexdigest()[:16])

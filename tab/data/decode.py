@@ -59,7 +59,7 @@ def decode(data: bytes, side: int) -> tuple[np.ndarray, bool]:
 def _turned(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it writes the other tags anew, and fails where one is broken.
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow raises whatever its TIFF reader stumbles over
         return image
     return image if turn is None else image.transpose(turn)

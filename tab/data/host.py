@@ -7,6 +7,9 @@ thread count and no order of calls can change a draw. SplitMix64: Steele, Lea, F
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from torch import Tensor
 from ..ops.batches import assemble_reference
 
 try:
-    from .. import _host
+    _host: Any = importlib.import_module("tab._host")
 except ImportError:  # not built for this machine: `tab doctor` says so
     _host = None
 
@@ -67,8 +70,8 @@ def _mix(x: int) -> int:
     return x ^ x >> 31
 
 
-def _mix_all(x: np.ndarray) -> np.ndarray:
-    """The same of each uint64."""
+def _mix_all(x: Any) -> Any:
+    """The same of each uint64 of an array, or of one."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

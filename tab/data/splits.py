@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def splits(
             f"--set train.batch_size={len(index)} or less, or --set data.drop_last=false"
         )
     mean, std = _statistics(dataset.train.images[index])
-    common = {"mean": mean, "std": std, "device": device}
+    common: dict[str, Any] = {"mean": mean, "std": std, "device": device}
     batches = Batches(
         dataset.train,
         index=index,

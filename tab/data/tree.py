@@ -12,10 +12,11 @@ import stat
 import tarfile
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FILE, FOLDER = "file", "folder"
 LOST = "lost"  # a link that leads to nothing within reach
@@ -104,7 +105,7 @@ class Folder:
         with os.scandir(self.path / folder) as entries:
             return {entry.name: _kind_on_disk(entry) for entry in entries}
 
-    def read(self, names: list[str]) -> Fetch:
+    def read(self, names: Sequence[str]) -> Fetch:
         def fetch(name: str, size: int = -1) -> bytes:
             with open(self.path / name, "rb") as file:
                 return file.read(size)
@@ -128,14 +129,15 @@ class _Link:
     target: str
 
 
-_Node = object  # dict: a folder; a TarInfo or ZipInfo: a file; _Link, LOST or OTHER
+_Node = Any  # dict: a folder; a TarInfo or ZipInfo: a file; _Link, LOST or OTHER
 
 
 class Archive:
     """A tar or zip archive. ValueError if it is damaged."""
 
     def __init__(self, path: Path):
-        self.path, self.root = path, {}
+        self.path = path
+        self.root: dict[str, _Node] = {}
         self.kind = "tar" if tarfile.is_tarfile(path) else "zip"
         with self._whole():
             members = _tar_members if self.kind == "tar" else _zip_members
@@ -151,7 +153,7 @@ class Archive:
             kinds[name] = node if isinstance(node, str) else kind
         return kinds
 
-    def read(self, names: list[str]) -> Fetch:
+    def read(self, names: Sequence[str]) -> Fetch:
         """Reads these files at once, in the order of the archive."""
         nodes = {name: self._find(name) for name in names}
         with self._whole():
@@ -243,8 +245,13 @@ def _tar_members(path: Path) -> Iterator[tuple[str, _Node]]:
 def _tar_contents(path: Path, members: dict[int, tarfile.TarInfo]) -> dict[int, bytes]:
     # In order: a compressed archive is unpacked once, and never wound back.
     order = sorted(members.items(), key=lambda item: item[1].offset_data)
+    contents = {}
     with tarfile.open(path) as archive:
-        return {key: archive.extractfile(member).read() for key, member in order}
+        for key, member in order:
+            file = archive.extractfile(member)
+            assert file is not None, f"{member.name} is no file"
+            contents[key] = file.read()
+    return contents
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, _Node]]:

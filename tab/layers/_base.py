@@ -86,7 +86,7 @@ class Attention(Shown):
         given.
         """
         self._check(x, key_mask)
-        inputs = (x,) if stream is None else (x, stream)
+        inputs: tuple[Tensor, ...] = (x,) if stream is None else (x, stream)
         (b, n), empty = x.shape[:2], 0 in x.shape[:2]
         if empty:  # masked tokens stand in, cut off below: every parameter gets its gradient, 0
             pad = (0, 0, 0, 0 if n else getattr(self, "seq_len", 1), 0, 0 if b else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +14,12 @@ class Shown(nn.Module):
     A size that was None, and that the module knows by now, is shown as it is; so is a number that
     is a buffer, as a state_dict may have brought another.
     """
+
+    _given: tuple[tuple, dict]
+
+    if TYPE_CHECKING:  # torch says Tensor | Module of each part, whatever it is
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __new__(cls, *args, **options):
         module = super().__new__(cls)

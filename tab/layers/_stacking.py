@@ -15,7 +15,7 @@ An instance may narrow it. A subclass does not inherit it: what it adds may trea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Kind = type[nn.Module]
 
 
-def stacks(layer: Kind) -> Callable[[Kind], Kind]:
+def stacks(layer: Any) -> Callable[[Kind], Kind]:
     """Class decorator: this subclass of `layer` is what S of them run as."""
 
     def register(form: Kind) -> Kind:
@@ -78,7 +78,7 @@ class OwnAttend(HeadsAttention):
     """Mix-in of stacked forms: what lies between the projections is each seed's own, such as random
     features and random blocks."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         parts = (t.chunk(len(self.seeds)) for t in (q, k, v))
         own = zip(self.seeds, *parts, strict=True)
         # Token-major, as each part is: (S·B, N, H, D) in memory.

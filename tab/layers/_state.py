@@ -21,10 +21,10 @@ class Stateful(nn.Module):
     counters: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse: bool = True):
-        before = {name: self._buffers[name] for name in self.exact}
+        before = {name: self.get_buffer(name) for name in self.exact}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self.get_buffer(name)
             if (dtype := torch.promote_types(new.dtype, torch.float32)) != new.dtype:
                 self._buffers[name] = old.to(new.device, dtype)
         for name in self.counters:

@@ -192,7 +192,7 @@ class LearnedMix(_MatrixMix):
         self.weight = nn.Parameter(torch.empty(num_heads, columns, seq_len))
         nn.init.normal_(self.weight, std=seq_len**-0.5)  # the mix then has the variance of V
         self.rows = nn.Parameter(torch.empty(num_heads, seq_len, rank)) if rank else None
-        if rank:
+        if self.rows is not None:
             nn.init.normal_(self.rows, std=rank**-0.5)
 
     def matrix(self, n: int) -> Tensor:

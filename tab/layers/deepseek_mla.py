@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class LatentAttention(Shown):
         self, x: Tensor, key_mask: Tensor | None = None, max_logits: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """-> y (B, N, C) and, where asked for, the largest score of each head, (B, H)."""
-        o = mla_attention(
+        o: Any = mla_attention(
             *self.project(x),
             self.w_uk,
             self.w_uv,
@@ -117,7 +117,7 @@ class StackedLatentAttention(LatentAttention):
         self, x: Tensor, key_mask: None = None, max_logits: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         parts = [t.chunk(len(self.seeds)) for t in self.project(x)]
-        found = [
+        found: list[Any] = [
             mla_attention(*own, return_max_logits=max_logits)
             for own in zip(*parts, self.w_uk, self.w_uv, strict=True)
         ]
@@ -139,8 +139,8 @@ class LatentMoE(Attention):
 
     fine_size, reads_stream = "expert_dim", True
     size_options = ("expert_dim", "inner_dim")
-    attention: nn.Module
-    norm: nn.RMSNorm | None
+    attention: Shown
+    norm: Any  # nn.RMSNorm, or None without experts
     moe: MoE | None
 
     @classmethod

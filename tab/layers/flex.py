@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class FlexAttention(HeadsAttention):
     [1.0, 0.0, 0.0]
     """
 
-    title, colour, stacking = "Flex", 10, True
+    title, colour = "Flex", 10
+    stacking: bool | str = True
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class FlexAttention(HeadsAttention):
             dim, seq_len=seq_len, grid=grid, num_heads=num_heads, inner_dim=inner_dim, rope=rope
         )
         self.own_mask, self.named = mask_mod is not None, (pattern, window_size, grid)
-        self.mask_mod = mask_mod or pattern_mask(*self.named)
+        self.mask_mod: Any = mask_mod or pattern_mask(*self.named)
         self.score_mod = score_mod
         if score_mod is not None:
             self.stacking = "its score_mod may ask which image of the batch it sees"

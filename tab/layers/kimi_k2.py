@@ -155,8 +155,8 @@ class KimiK2(Stateful, LatentMoE):
             scale_rows(at.q_up.weight, torch.cat(rows, 1).flatten())  # (H·(Dn+Dr), r)
             scale_rows(at.w_uk, root)  # (H, Dn, R)
         else:
-            rows = torch.stack([root, root, torch.ones_like(root)])  # (3, H), of q, k, v
-            scale_rows(at.qkv.weight, rows.flatten().repeat_interleave(at.head_dim))
+            of_qkv = torch.stack([root, root, torch.ones_like(root)])  # (3, H)
+            scale_rows(at.qkv.weight, of_qkv.flatten().repeat_interleave(at.head_dim))
 
 
 @stacks(KimiK2)

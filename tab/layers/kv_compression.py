@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..ops.h2o import MODES, h2o_attention
+from ..ops.h2o import MODES, Mode, h2o_attention
 from ._base import HeadsAttention
 from ._registry import register_attention
 
@@ -67,7 +68,8 @@ class KVCompressionAttention(HeadsAttention):
             raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
         if block is not None and block < 1:
             raise ValueError(f"block={block}: a block has at least 1 token")
-        self.compression_ratio, self.mode, self.block = compression_ratio, mode, block
+        self.compression_ratio, self.block = compression_ratio, block
+        self.mode = cast(Mode, mode)
         self.heavy, self.recent = heavy, recent
 
     def split(self, n: int) -> tuple[int, int]:

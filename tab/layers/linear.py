@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.linear import FEATURE_MAPS, linear_attention
+from ..ops.linear import FEATURE_MAPS, FeatureMap, linear_attention
 from ..ops.linear_reference import feature
 from ._base import HeadsAttention
 from ._registry import register_attention
@@ -47,7 +49,7 @@ class LinearAttention(HeadsAttention):
             raise ValueError(f"feature_map={feature_map!r}: choose one of {', '.join(choices)}")
         if kernel_size < 1:
             raise ValueError(f"kernel_size={kernel_size}: the feature map needs at least 1 feature")
-        self.map = "elu1" if feature_map == "learned" else feature_map
+        self.map = cast(FeatureMap, "elu1" if feature_map == "learned" else feature_map)
         learned = feature_map == "learned"
         self.feature = nn.Linear(self.head_dim, kernel_size, bias=False) if learned else None
 

@@ -9,6 +9,7 @@ after each optimizer step b += γ·sign(mean(count) − count), with the counts 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class MoE(Shown, Stateful):
         for name, value in (("balance_alpha", balance_alpha), ("bias_speed", bias_speed)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be 0 or more, and finite")
-        self.route = {
+        self.route: dict[str, Any] = {
             "top_k": top_k,
             "n_group": n_group,
             "topk_group": topk_group,

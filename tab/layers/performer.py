@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from ..ops._check import accumulate
-from ..ops.performer import KERNELS, performer_attention
+from ..ops.performer import KERNELS, Kernel, performer_attention
 from ..ops.projection import orthogonal_projection
 from ._base import HeadsAttention
 from ._registry import register_attention
@@ -64,7 +64,7 @@ class PerformerAttention(Stateful, HeadsAttention):
             raise ValueError(
                 f"redraw_interval={redraw_interval}: give a number of steps ≥ 1, or 0 for never"
             )
-        self.kernel, self.redraw_interval = kernel, redraw_interval
+        self.kernel, self.redraw_interval = cast(Kernel, kernel), redraw_interval
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("projection", torch.empty(num_features, self.head_dim))  # (M, D)
@@ -79,7 +79,7 @@ class PerformerAttention(Stateful, HeadsAttention):
     def after_step(self, group: ProcessGroup | None = None) -> None:
         if not (self.redraw_interval and self.training):
             return
-        self.steps += 1
+        self.steps.add_(1)
         steps = int(self.steps)
         if steps % self.redraw_interval == 0:
             self._draw(steps // self.redraw_interval)

@@ -180,7 +180,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     base = layer.pop("base", None)
     layer.pop("grid", None)  # a comparison's config.toml is its recipe, with its grid below
     _check(f"recipe {path}", layer)
-    empty = {**{section: {} for section in SECTIONS}, "model": {}, "attention": {}}
+    empty: dict[str, dict] = {section: {} for section in (*SECTIONS, "model", "attention")}
     below = _read(_find(base, path.parent), (*seen, path)) if base else empty
     return _merge(below, layer)
 

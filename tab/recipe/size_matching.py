@@ -28,6 +28,7 @@ How near each variant came is in the report.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -83,36 +84,37 @@ def match_block(config: RunConfig, target: int, cost: Callable[[RunConfig], int]
     if option not in known or option in config.attention_options:
         return config
 
-    def size(n: int) -> int | None:
-        try:
-            return cost(_with_option(config, option, n))
-        except ValueError:
-            return None
+    def size(n: int) -> int:
+        return cost(_with_option(config, option, n))
 
     def valid(n: int) -> int:
         """The next value from n on that the layer takes."""
-        found = next((k for k in range(n, n + 257) if size(k) is not None), n)
-        cost(_with_option(config, option, found))  # raises what is wrong, if none is
-        return found
+        return _next(n, size)
 
     choices = [valid(n) for n in _around(target, lambda n: size(valid(n)))]
     return _with_option(config, option, min(choices, key=lambda n: abs(size(n) - target)))
 
 
+def _next(n: int, size: Callable[[int], int]) -> int:
+    """The next value from n on for which there is a size; what is wrong with n, if there is none
+    near."""
+    for k in range(n, n + 257):
+        with contextlib.suppress(ValueError):
+            size(k)
+            return k
+    size(n)
+    return n
+
+
 def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]) -> RunConfig:
     """The config with the `hidden`, and fine option if any, that costs nearest to `target`."""
 
-    def size(hidden: int) -> int | None:
-        try:
-            return cost(_with(config, hidden))
-        except ValueError:
-            return None
+    def size(hidden: int) -> int:
+        return cost(_with(config, hidden))
 
     def valid(hidden: int) -> int:
         """The next width from `hidden` on that the layer takes."""
-        width = next((h for h in range(hidden, hidden + 257) if size(h) is not None), hidden)
-        cost(_with(config, width))  # raises what is wrong, if none is
-        return width
+        return _next(hidden, size)
 
     published = config.model_options.forms == "published"
     fine = get_attention(config.attention, published=published).fine_size
