@@ -123,7 +123,7 @@ seconds=$(share 220 200)
 for file in "${files[@]}"; do
     name=${file#tests/} name=${name%.py} name=${name/\/test_/_}
     pytest=(env TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest -m gpu -p no:cacheprovider)
-    if [ "$name" = ops_triton ]; then  # the longest
+    if [ "$name" = ops_triton_gpu ]; then  # the longest
         beside "${name}_performer" "$seconds" "${pytest[@]}" -k performer "$file"
         beside "$name" "$seconds" "${pytest[@]}" -k "not performer" "$file"
     else
@@ -136,7 +136,7 @@ if [ -n "$sanitizer${DRY:-}" ]; then
     # Without the caching allocator each tensor has bounds of its own.
     step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" \
         --error-exitcode 9 "$python" -m pytest -q -x -m gpu -p no:cacheprovider \
-        tests/ops/test_triton.py tests/cuda/test_ops.py \
+        tests/ops/test_triton_gpu.py tests/cuda/test_ops.py \
         -k 33-64-dtype0
 else
     summary+="no compute-sanitizer here"$'\n'

@@ -34,7 +34,7 @@ def test_the_steps_and_their_times(tmp_path):
     mark = "mark" + ".gpu"  # in two words: this file has none
     paths = [path for path in ROOT.glob("tests/*/test_*.py") if mark in path.read_text()]
     marked = {f"{path.parent.name}_{path.stem.removeprefix('test_')}" for path in paths}
-    assert tests == marked | {"ops_triton_performer"}
+    assert tests == marked | {"ops_triton_gpu_performer"}
     assert not (ROOT / "tab" / "kernels").is_symlink()
 
 
@@ -59,7 +59,7 @@ def test_what_fails_and_what_hangs_costs_only_itself(tmp_path):
     summary = done.stdout
     assert re.search(r"^build: FAILED \(1\), \d s\nerror: no compiler$", summary, re.M)
     assert re.search(r"^train_step: CUT, out of time, \d s$", summary, re.M)
-    assert re.search(r"^ops_triton: ok, \d s\n3 passed", summary, re.M)
+    assert re.search(r"^ops_triton_gpu: ok, \d s\n3 passed", summary, re.M)
     assert re.search(r"^study: FAILED \(2\)", summary, re.M)
     assert summary.splitlines()[-1] == "3 passed in 1.00s"  # the bench
     assert (tmp_path / "out" / "study.tgz").exists()

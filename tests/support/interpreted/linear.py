@@ -3,10 +3,13 @@
 tests/ops/test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
+from textbook.linear import naive
 
 from tab.kernels import _segments
 from tab.ops.linear import backward_reference, forward_reference, linear_fwd
@@ -35,26 +38,9 @@ def launchers(causal, feature_map=0, eps=0.0, mask=None):
     return f
 
 
-def naive(causal, feature_map=0, eps=0.0, mask=None):
-    """The textbook: all N² weights, in the precision of its inputs."""
-
-    def f(q, k, v, s0=None, z0=None):
-        maps = (lambda x: torch.where(x > 0, x + 1, x.exp()), torch.relu, lambda x: x)
-        fq, fk = maps[feature_map](q), maps[feature_map](k)
-        if mask is not None:
-            fk = fk * mask[:, None, :, None]
-        a = fq @ fk.mT
-        a = a.tril() if causal else a
-        num, den = a @ v, a.sum(-1, keepdim=True) + eps
-        s, z = fk.mT @ v, fk.sum(-2)
-        if s0 is not None:
-            num, den = num + fq @ s0.to(q.dtype), den + fq @ z0.to(q.dtype)[..., None]
-            s, z = s + s0, z + z0
-        acc = torch.promote_types(q.dtype, torch.float32)
-        o = torch.where(den == 0, 0.0, num / torch.where(den == 0, 1.0, den))
-        return o, s.to(acc), z.to(acc)
-
-    return f
+def textbook(causal, feature_map=0, eps=0.0, mask=None):
+    name = ("elu1", "relu", "identity")[feature_map]
+    return partial(naive, causal=causal, feature_map=name, eps=eps, key_mask=mask)
 
 
 def inputs(n, d, dv, dtype, generator, b=1, h=2):
@@ -66,7 +52,7 @@ def inputs(n, d, dv, dtype, generator, b=1, h=2):
 def test_sizes(path, dtype, n, d, dv, generator):
     x = inputs(n, d, dv, dtype, generator)
     causal = path == "causal"
-    assert_accurate(launchers(causal), naive(causal), x, names=NAMES)
+    assert_accurate(launchers(causal), textbook(causal), x, names=NAMES)
 
 
 @pytest.mark.parametrize("feature_map", [0, 1, 2])
@@ -78,7 +64,7 @@ def test_state_mask_eps(path, feature_map, generator):
     z0 = torch.rand(1, 2, 24, generator=generator) + 1
     mask = torch.rand(1, 130, generator=generator) > 0.3
     options = path == "causal", feature_map, 0.1, mask
-    assert_accurate(launchers(*options), naive(*options), [q, k, v, s0, z0], names=NAMES)
+    assert_accurate(launchers(*options), textbook(*options), [q, k, v, s0, z0], names=NAMES)
 
 
 @pytest.mark.parametrize("how", LAYOUTS)

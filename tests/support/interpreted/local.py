@@ -7,6 +7,7 @@ import pytest
 import torch
 from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
+from textbook.softmax import in_window, naive
 
 from tab.ops.local import backward_reference, forward_reference, local_fwd
 
@@ -15,24 +16,11 @@ forward, backward = interpreted("local_fwd", "local_bwd")
 NAMES = "o dq dk dv"
 
 
-def naive(n, left, right, cols, causal, scale):
-    """The textbook with a dense mask from the coordinates of every pair of tokens."""
-    place = torch.tensor([divmod(i, cols) if cols else (i,) for i in range(n)])
-    step = place[None] - place[:, None]
-    mask = ((step >= -left) & (step <= right)).all(-1)
-    mask = mask.tril() if causal else mask
-
-    def attention(q, k, v):
-        return (q @ k.mT * scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-    return attention
-
-
 def check(x, left, right, rows=0, cols=0, causal=False, scale=0.4, floor=2e-6):
     n = x[0].shape[2]
     assert_accurate(
         lambda *x: local_fwd.apply("cuda", *x, left, right, rows, cols, causal, scale)[0],
-        naive(n, left, right, cols, causal, scale),
+        naive(in_window(n, left, right, causal, cols), scale),
         x,
         floor=floor,
         names=NAMES,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
+from textbook.softmax import blocks, naive
 
 from tab import BlockPattern
 from tab.kernels import sparse as kernels
@@ -17,19 +18,6 @@ forward, backward = interpreted("sparse_fwd", "sparse_bwd")
 NAMES = "o dq dk dv"
 
 
-def naive(pattern, causal, scale):
-    """The formula with a dense mask; a row that sees nothing gives 0."""
-    mask = pattern.to_dense()  # (Hp, N, N)
-    mask = mask.tril() if causal else mask
-    empty = ~mask.any(-1, keepdim=True)
-
-    def attention(q, k, v):
-        p = (q @ k.mT * scale).masked_fill(~mask & ~empty, -torch.inf).softmax(-1)
-        return p.masked_fill(empty, 0.0) @ v
-
-    return attention
-
-
 def inputs(pattern, d, dv, generator, dtype=torch.float32, b=1, h=2):
     shapes = ((b, h, pattern.n, d), (b, h, pattern.n, d), (b, h, pattern.n, dv))
     return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
@@ -38,7 +26,7 @@ def inputs(pattern, d, dv, generator, dtype=torch.float32, b=1, h=2):
 def check(x, pattern, causal=False, scale=0.4):
     rest = *pattern.tensors, pattern.block_size, causal, scale
     f = lambda *x: sparse_fwd.apply("cuda", *x, *rest)[0]  # noqa: E731
-    assert_accurate(f, naive(pattern, causal, scale), x, names=NAMES)
+    assert_accurate(f, naive(blocks(pattern, causal), scale), x, names=NAMES)
 
 
 def random_pattern(n, block_size, heads, density, generator):
