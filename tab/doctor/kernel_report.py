@@ -108,13 +108,11 @@ def _usage(binary: Path) -> dict[tuple[str, int], dict]:
 
 # --- CUDA C++ -------------------------------------------------------------------------------------
 
-CUDA_OPS = {  # what a problem's name begins with
-    "Linear": "linear",
-    "Mla": "mla",
-    "PerformerBidirectional": "performer",
-    "PerformerCausal": "performer",
-    "Softmax": "local sparse",
-}
+
+def op_of(problem: str) -> str:
+    """What the name of a CUDA C++ problem begins with: its op, or what two of them share."""
+    word = re.match(r"[A-Z][a-z]+", problem)[0].lower()
+    return "local sparse" if word == "softmax" else word
 
 
 def built() -> list[dict]:
@@ -125,9 +123,9 @@ def built() -> list[dict]:
         name = torch._C._demangle(symbol)
         # run<tab::few::LinearForward<float>, 128, 199168l>: problem, threads, most shared memory
         problem, kind, threads, shared = re.search(r"::(\w+)<(\w+)>, (\d+), (\d+)", name).groups()
-        op = next(op for start, op in CUDA_OPS.items() if problem.startswith(start))
         rows.append({
-            "op": op, "kernel": f"cuda {problem}", "config": f"{kind} threads={threads}",
+            "op": op_of(problem), "kernel": f"cuda {problem}",
+            "config": f"{kind} threads={threads}",
             "arch": arch, "registers": usage["registers"], "spilled": usage["spilled"],
             "shared": usage["shared"] + int(shared), "limit": SHARED_LIMIT[arch],
         })  # fmt: skip
