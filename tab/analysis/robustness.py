@@ -31,7 +31,7 @@ from torch import nn
 from .. import files
 from ..data.batches import Batches
 from ..data.load import Dataset, Split
-from ..data.splits import splits
+from ..data.splits import split_batches
 from ..formats import check, read_json, reading, write_json
 from ..train.loop import load_trained, model_of
 from ..train.run_files import read_run_file
@@ -147,7 +147,7 @@ def measure(
     with files.locked(run):
         model, config = load_trained(run, device)
         model.requires_grad_(False)  # attacks want gradients of images alone
-        test = splits(config, dataset, torch.device(device))[2]
+        test = split_batches(config, dataset, torch.device(device))[2]
         found = read(run)
         missing = _missing(found, sections)
         for i, (name, settings, of) in enumerate(missing):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..data.load import Dataset
-from ..data.splits import splits
+from ..data.splits import split_batches
 from ..files import begun, locked
 from ..formats import check, read_toml, reading, toml, write_json, write_toml
 from ..layers import get_attention
@@ -105,7 +105,7 @@ class Plan:
         taken that name, it gets a number. -> the directory"""
         plan = self.for_classes(len(dataset.classes))
         # Are there images enough?
-        train, validation, test = splits(plan.configs()[0], dataset, torch.device("cpu"))
+        train, validation, test = split_batches(plan.configs()[0], dataset, torch.device("cpu"))
         facts = facts_of(self.grid.device, dataset)
         facts["dataset"] |= {"train": train.samples, "test": test.samples}
         facts["dataset"] |= {"validation": validation.samples if validation else 0}

@@ -73,5 +73,8 @@ def dataset_of(name: str, classes, train, test, note: str) -> Dataset:
     for array in (*train, *test):
         digest.update(repr(array.shape).encode())
         digest.update(array.data)
-    first, last = (Split(*map(torch.from_numpy, pair)) for pair in (train, test))
-    return Dataset(name, tuple(classes), first, last, note, digest.hexdigest()[:16])
+    first, second = (
+        Split(torch.from_numpy(images), torch.from_numpy(labels))
+        for images, labels in (train, test)
+    )
+    return Dataset(name, tuple(classes), first, second, note, digest.hexdigest()[:16])

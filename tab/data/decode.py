@@ -37,7 +37,7 @@ def looks_like_picture(start: bytes) -> bool:
     return start.startswith(known) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
-def decode(data: bytes, side: int) -> tuple[np.ndarray, bool]:
+def decoded(data: bytes, side: int) -> tuple[np.ndarray, bool]:
     """(uint8 (side, side, 3), whether it had another size); any exception: it cannot be read."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         opened.load()  # what is wrong with its pixels is said here

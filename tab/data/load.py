@@ -222,12 +222,19 @@ def _cached(file: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
             test_labels=dataset.test.labels.numpy(),
         )
         return dataset
-    train, test = (
-        Split(*(torch.from_numpy(found[f"{split}_{part}"]) for part in ("images", "labels")))
+    arrays = {
+        f"{split}_{part}": torch.from_numpy(found[f"{split}_{part}"])
         for split in ("train", "test")
+        for part in ("images", "labels")
+    }
+    return Dataset(
+        name=str(found["name"]),
+        classes=tuple(found["classes"].tolist()),
+        train=Split(arrays["train_images"], arrays["train_labels"]),
+        test=Split(arrays["test_images"], arrays["test_labels"]),
+        note=str(found["note"]),
+        fingerprint=str(found["fingerprint"]),
     )
-    name, note, fingerprint = (str(found[key]) for key in ("name", "note", "fingerprint"))
-    return Dataset(name, tuple(found["classes"].tolist()), train, test, note, fingerprint)
 
 
 def _cifar10(root: Path, download: bool) -> Dataset:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from .decode import ENDINGS, NAMES, decode, looks_like_picture
+from .decode import ENDINGS, NAMES, decoded, looks_like_picture
 from .tree import FILE, FOLDER, LOST, Archive, Fetch, Folder, shown, stamp, visible
 
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
@@ -193,7 +193,7 @@ def _decode_all(
         for i, name in enumerate(names[start : start + BLOCK], start):
             data = fetch(name)
             try:
-                images[i], other = decode(data, side)
+                images[i], other = decoded(data, side)
             except Exception as error:  # Pillow raises whatever its readers stumble over
                 raise ValueError(
                     f"{_at(tree, name)} is no whole picture ({_short(error)}); replace or remove it"

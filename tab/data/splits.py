@@ -13,7 +13,7 @@ from .load import Dataset, Split, hold_out, statistics
 from .sequences import SequenceBatches
 
 
-def splits(
+def split_batches(
     config: RunConfig, dataset: Dataset, device: torch.device
 ) -> tuple[Batches, Batches | None, Batches]:
     """Training, validation (None if nothing is held out) and test batches of a run.

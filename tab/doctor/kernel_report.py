@@ -135,7 +135,7 @@ def built() -> list[dict]:
 # --- public ---------------------------------------------------------------------------------------
 
 
-def kernel_report(
+def report_rows(
     archs: tuple[int, ...] = tuple(SHARED_LIMIT), ops: Set[str] | None = None
 ) -> list[dict]:
     """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
@@ -159,7 +159,7 @@ def kernel_report(
 
 def print_kernel_report(rows: list[dict] | None = None) -> None:
     """The report as aligned text; `!` marks a row that spills or does not fit."""
-    rows = kernel_report() if rows is None else rows
+    rows = report_rows() if rows is None else rows
     lines = [tuple(rows[0])] + [tuple(map(str, row.values())) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     bad = [False] + [row["spilled"] > 0 or row["shared"] > row["limit"] for row in rows]
@@ -169,4 +169,4 @@ def print_kernel_report(rows: list[dict] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    print_kernel_report(kernel_report(ops=set(sys.argv[1:]) or None))
+    print_kernel_report(report_rows(ops=set(sys.argv[1:]) or None))

@@ -13,7 +13,7 @@ from ..analysis.same_function import identity
 from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
 from ..data.load import Dataset
-from ..data.splits import splits
+from ..data.splits import split_batches
 from ..layers import known_layer
 from ..recipe.recipe import load_recipe
 from ..sweep.trials import read_trials
@@ -161,7 +161,7 @@ def _from_weights(folder: Path, runs: list[Run], dataset: Dataset) -> dict[str, 
     for attention in dict.fromkeys(r.attention for r in runs if r.attention not in absent):
         run = first[attention]
         model, config = load_trained(run.path)
-        x, _ = next(iter(splits(config, dataset, torch.device("cpu"))[2].epoch(0)))
+        x, _ = next(iter(split_batches(config, dataset, torch.device("cpu"))[2].epoch(0)))
         maps[run.attention] = attention_weights(model, x[:1])
         filters[run.attention] = model.filters()
     if not maps:

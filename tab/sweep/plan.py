@@ -10,7 +10,7 @@ from typing import NotRequired, TypedDict
 import torch
 
 from ..data.load import Dataset
-from ..data.splits import splits
+from ..data.splits import split_batches
 from ..files import begun, locked, shown
 from ..formats import read_toml, reading, toml, write_json, write_toml
 from ..layers import get_attention
@@ -106,7 +106,9 @@ class SweepPlan:
         """Starts the directory `out`; one that holds a sweep is an error."""
         self.check()
         plan = replace(self, classes=len(dataset.classes))
-        splits(plan.config(plan.pairs()[0], {}), dataset, torch.device("cpu"))  # images enough?
+        split_batches(
+            plan.config(plan.pairs()[0], {}), dataset, torch.device("cpu")
+        )  # images enough?
         toml({"data": self.data})  # an error now if it cannot be kept
         with begun(out, "sweep.toml", "a sweep", new=new) as out:
             write_json(out / "environment.json", facts_of(self.device, dataset))

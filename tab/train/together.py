@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .. import files
 from ..data.load import Dataset
-from ..data.splits import splits
+from ..data.splits import split_batches
 from ..formats import reading
 from ..models.stacked import SeedModel, stack
 from ..run_config import RunConfig, Train
@@ -69,7 +69,7 @@ def train_seeds(
         runs = {}
         if len(ended) < len(configs):
             torch_device = torch.device(device)
-            parts = splits(configs[0], dataset, torch_device)
+            parts = split_batches(configs[0], dataset, torch_device)
             for i, (config, out) in enumerate(pairs):
                 if i not in ended:
                     own = copy.copy(parts[0])  # the images are there once

@@ -25,7 +25,7 @@ from torch import nn
 from .. import files
 from ..data.batches import Batches
 from ..data.load import Dataset
-from ..data.splits import splits
+from ..data.splits import split_batches
 from ..files import write_text
 from ..formats import reading, write_json
 from ..machine import environment, keep_freed_memory, peak_memory
@@ -54,8 +54,9 @@ class Outcome:
 class TrainingRun:
     """The state of a run between two epochs.
 
-    parts: its batches, as from `splits`, if they are there already. options: how it computes, if
-    not as the recipe says. together: the ids of the runs it is trained with (together.py).
+    parts: its batches, as from `split_batches`, if they are there already. options: how it
+    computes, if not as the recipe says. together: the ids of the runs it is trained with
+    (together.py).
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TrainingRun:
         self.config, self.dataset, self.device, self.out = config, dataset, device, out
         self.status, self.rows = "running", []
         self.shares: dict[str, float | None] = shares([])
-        self.batches, self.validation, self.test = parts or splits(config, dataset, device)
+        self.batches, self.validation, self.test = parts or split_batches(config, dataset, device)
         model = build_model(config, len(dataset.classes))
         self.flops = forward_flops(model)
         self.model = place(model, device)

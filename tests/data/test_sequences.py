@@ -8,7 +8,7 @@ from small_training import split
 from tab.data.dataset import Dataset
 from tab.data.load import describe, load_dataset
 from tab.data.sequences import BLANK, TASKS, VALUES, SequenceBatches, draw, parse
-from tab.data.splits import splits
+from tab.data.splits import split_batches
 from tab.layers import layer_names
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
@@ -112,18 +112,18 @@ def test_a_model_reads_what_it_is_made_for():
     sequences = load_dataset("recall:16:200/20")
     images = Dataset("tiny", tuple("abcdefghij"), split(100, 1), split(20, 2), "drawn", "0")
     with pytest.raises(ValueError, match=r"of sequences, which the model cnn does not read"):
-        splits(load_recipe("study").run_config("cnn", "none", 0), sequences, cpu)
+        split_batches(load_recipe("study").run_config("cnn", "none", 0), sequences, cpu)
     with pytest.raises(ValueError, match=r"of images, which the model tokens does not read"):
-        splits(config_of(), images, cpu)
+        split_batches(config_of(), images, cpu)
     with pytest.raises(ValueError, match=r"has 16 tokens, the model 64: give --set model.tokens"):
-        splits(config_of(model__tokens__tokens=64), sequences, cpu)
+        split_batches(config_of(model__tokens__tokens=64), sequences, cpu)
     with pytest.raises(ValueError, match=r"not moved or mirrored"):
-        splits(config_of(data__flip=True), sequences, cpu)
+        split_batches(config_of(data__flip=True), sequences, cpu)
     with pytest.raises(ValueError, match=r"give 1 to 199 to hold out"):
-        splits(config_of(data__validation=200), sequences, cpu)
+        split_batches(config_of(data__validation=200), sequences, cpu)
     with pytest.raises(ValueError, match=r"recipe fair has no \[model.tokens\].*recall"):
         load_recipe("fair").run_config("tokens", "none", 0)
-    batches, validation, test = splits(config_of(), sequences, cpu)
+    batches, validation, test = split_batches(config_of(), sequences, cpu)
     assert (batches.samples, validation.samples, test.samples) == (100, 100, 20)
 
 

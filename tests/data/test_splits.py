@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tab.data.load import Dataset, Split, describe, hold_out, load_dataset, statistics
-from tab.data.splits import splits
+from tab.data.splits import split_batches
 from tab.recipe.recipe import load_recipe
 
 
@@ -113,7 +113,7 @@ def small(counts, **overrides):
     dataset = Dataset("small", names, Split(images, labels), test, "", "")
     given = {"train.batch_size": 4, **{k.replace("_", ".", 1): v for k, v in overrides.items()}}
     config = load_recipe("fair", given).run_config("cnn", "none", 0)
-    return splits(config, dataset, torch.device("cpu"))
+    return split_batches(config, dataset, torch.device("cpu"))
 
 
 def test_every_class_is_trained_on():

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tab.data.load import load_dataset
-from tab.data.splits import splits
+from tab.data.splits import split_batches
 from tab.recipe.recipe import load_recipe
 from tab.recipe.size_matching import parameters_of
 from tab.train import checkpoint
@@ -47,7 +47,7 @@ def test_each_set_is_normalised_by_its_own_statistics():
     dataset = load_dataset("shapes:120/40")
     options = {"train.batch_size": 50, "evaluate.batch_size": 40}
     config = load_recipe("published", options).run_config("mlp", "none", 0)
-    batches, validation, test = splits(config, dataset, torch.device("cpu"))
+    batches, validation, test = split_batches(config, dataset, torch.device("cpu"))
     assert validation is None and batches.samples == 100  # the incomplete third batch is dropped
     x, _ = next(test.epoch(0))
     assert x.mean((0, 2, 3)).abs().max() < 1e-5

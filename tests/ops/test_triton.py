@@ -12,7 +12,7 @@ import torch
 from paths import SUPPORT
 
 from tab.doctor.kernel_launches import distinct, recorded
-from tab.doctor.kernel_report import compiled, kernel_report
+from tab.doctor.kernel_report import compiled, report_rows
 
 pytest.importorskip("triton")
 
@@ -66,7 +66,7 @@ def test_interpreted(op):
 
 def test_compiled():
     """Every launch of every launcher, compiled for A100, H100 and B100: fits and does not spill."""
-    rows = kernel_report()
+    rows = report_rows()
     assert {row["arch"] for row in rows} == {80, 90, 100}
     assert {row["kernel"] for row in rows} >= launched_kernels()
     for row in rows:
