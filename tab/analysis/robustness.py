@@ -79,12 +79,16 @@ class Attacks(TypedDict):
 
 
 class Answered(TypedDict):
+    """Accuracy at each level, and which images were right."""
+
     accuracy: list[float]
     right: list[str]
     images: int
 
 
 class Cache(TypedDict):
+    """Accuracy with an H2O cache of each size, by what it keeps."""
+
     accuracy: list[float]
     recent: list[float]
     random: list[float]

@@ -32,10 +32,13 @@ app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
 
 
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error arose.")]
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+    debug: Debug = False,  # noqa: ARG001 (terminal.Commands reads it)
 ) -> None:
     if version:
         say(f"tab {__version__}")

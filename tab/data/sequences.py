@@ -45,6 +45,7 @@ class SequenceSplit:
 
 
 def named(spec: str) -> bool:
+    """Whether `spec` is one of these tasks."""
     return spec.split(":")[0] in TASKS
 
 
@@ -88,6 +89,7 @@ def draw(task: str, n: int, count: int, *, stream: int) -> SequenceSplit:
 
 
 def fingerprint(*splits: SequenceSplit) -> str:
+    """Of all tokens and labels."""
     digest = hashlib.sha256()
     for split in splits:
         for tensor in (split.tokens, split.labels):

@@ -64,29 +64,13 @@ def write_report(
     folder.mkdir(exist_ok=True)
     curves = pictures.drawn(runs)
     shown = _from_numbers(folder, runs, grid) if curves else {}
-    found = {}  # robustness.json of each finished run
-    for i, run in enumerate(done):
-        if progress:
-            progress(i, len(done), f"noise: {run.id}")
-        # It may have been trained on another machine.
-        device = grid.device if torch.cuda.is_available() else "cpu"
-        if not dataset.sequences:  # robustness is of images
-            found[run.id] = measure(run.path, dataset, None, device=device)
-    found, left = keep_comparable(found, {run.id: weights_of(run.path) for run in done})
-    if done:
+    images = [] if dataset.sequences else done  # robustness is of images, and so are pictures
+    found = _measured(images, dataset, grid, progress)
+    found, left = keep_comparable(found, {run.id: weights_of(run.path) for run in images})
+    if images:
         if progress:
             progress(len(done), len(done), "pictures")
-        heading = f"accuracy against input noise ({len(dataset.test):,} test images)"
-        noise = {name: f["noise"] for name, f in found.items() if "noise" in f}
-        pictures.noise(folder / "noise.png", done, noise, heading)
-        shown["noise"] = "Test accuracy against Gaussian noise on the input"
-        if caption := severity_picture(folder / "severity.png", done, found):
-            shown["severity"] = caption
-        if caption := attack_picture(folder / "pgd.png", done, found):
-            shown["pgd"] = caption
-        for model in dict.fromkeys(run.model for run in done):
-            if not dataset.sequences:  # what the pictures show is how an image is looked at
-                shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
+        shown |= _from_models(folder, images, found, dataset)
     sections = _sections(out, runs, grid, dataset)
     sections.append(robustness_section(runs, found, left))
     if grid.tune and trials:
@@ -96,9 +80,7 @@ def write_report(
     path = out / "report.md"
     files.write(path, markdown.report(runs, facts, grid, shown, sections).encode())
     ranked = {model: ranking(runs, model) for model in grid.models}
-    groups = [Group("Charts", NOTE, charts(runs, curves, _part(curves), found))] if curves else []
-    if pairs := beside(runs) if grid.recipe == "published" else {}:
-        groups.insert(0, published_charts(pairs))
+    groups = _groups(runs, curves, grid, found)
     if trials:
         groups.append(sweep_charts(trials))
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
@@ -107,6 +89,28 @@ def write_report(
     text = html_page(words, ranked, names, groups, embedded, bench)
     files.write(out / "report.html", text.encode())
     return path
+
+
+def _measured(
+    done: list[Run], dataset: Dataset, grid: Grid, progress: Progress | None
+) -> dict[str, dict]:
+    """run id -> its robustness.json, with the accuracy under noise."""
+    found = {}
+    for i, run in enumerate(done):
+        if progress:
+            progress(i, len(done), f"noise: {run.id}")
+        # It may have been trained on another machine.
+        device = grid.device if torch.cuda.is_available() else "cpu"
+        found[run.id] = measure(run.path, dataset, None, device=device)
+    return found
+
+
+def _groups(runs: list[Run], curves: list[Run], grid: Grid, found: dict[str, dict]) -> list[Group]:
+    """The charts of report.html, but for those of a sweep."""
+    groups = [Group("Charts", NOTE, charts(runs, curves, _part(curves), found))] if curves else []
+    if pairs := beside(runs) if grid.recipe == "published" else {}:
+        groups.insert(0, published_charts(pairs))
+    return groups
 
 
 def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[str]:
@@ -143,6 +147,23 @@ def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
     if pairs:
         published_picture(folder / "published.png", pairs)
         shown = {"published": "Accuracy per epoch here and as published (dashed)", **shown}
+    return shown
+
+
+def _from_models(
+    folder: Path, done: list[Run], found: dict[str, dict], dataset: Dataset
+) -> dict[str, str]:
+    """What trained models do on worse images, and their weights; -> picture name -> caption."""
+    heading = f"accuracy against input noise ({len(dataset.test):,} test images)"
+    noise = {name: f["noise"] for name, f in found.items() if "noise" in f}
+    pictures.noise(folder / "noise.png", done, noise, heading)
+    shown = {"noise": "Test accuracy against Gaussian noise on the input"}
+    drawn = {"severity": severity_picture, "pgd": attack_picture}
+    for name, draw in drawn.items():
+        if caption := draw(folder / f"{name}.png", done, found):
+            shown[name] = caption
+    for model in dict.fromkeys(run.model for run in done):
+        shown |= _from_weights(folder, [r for r in done if r.model == model], dataset)
     return shown
 
 
