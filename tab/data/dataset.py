@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +43,8 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]
-    train: Split | SequenceSplit
-    test: Split | SequenceSplit
+    train: Any  # a Split, or a SequenceSplit: `sequences` says which
+    test: Any
     note: str
     fingerprint: str  # of all images, labels and class names
 

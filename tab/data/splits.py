@@ -15,7 +15,10 @@ from .sequences import SequenceBatches
 
 def split_batches(
     config: RunConfig, dataset: Dataset, device: torch.device
-) -> tuple[Batches, Batches | None, Batches]:
+) -> (
+    tuple[Batches, Batches | None, Batches]
+    | tuple[SequenceBatches, SequenceBatches | None, SequenceBatches]
+):
     """Training, validation (None if nothing is held out) and test batches of a run.
 
     Which images are held out, and which are used, is one choice for all models and seeds.
@@ -114,7 +117,7 @@ def _of_sequences(
         drop_last=data.drop_last,
         device=device,
     )
-    scored = {"batch_size": config.evaluate.batch_size, "device": device}
+    scored: dict[str, Any] = {"batch_size": config.evaluate.batch_size, "device": device}
     held, validation = torch.arange(count - data.validation, count), None
     if len(held):
         validation = SequenceBatches(dataset.train, index=held, **scored)
