@@ -9,7 +9,7 @@ from tab.layers import attention_names, attention_options, layer_names, option_t
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model, model_names, parameter_count
 from tab.recipe.recipe import load_recipe, parse_override, recipe_names
-from tab.run_config import MODELS, SECTIONS, RunConfig
+from tab.run_config import SECTIONS, RunConfig
 
 
 def write(folder, text, name="mine.toml"):
@@ -105,7 +105,7 @@ def numbers() -> list[tuple[str, str]]:
     """(attention, key) of each number that a recipe can hold, but for the seeds."""
     tables = load_recipe("fair").tables
     keys = [("none", f"{part}.{key}") for part in SECTIONS for key in number_keys(tables[part])]
-    for model in MODELS:
+    for model in tables["model"]:
         keys += [("none", f"model.{model}.{key}") for key in number_keys(tables["model"][model])]
     for name in layer_names():
         options, hints = attention_options(name), option_types(name)

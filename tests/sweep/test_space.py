@@ -3,8 +3,8 @@
 import pytest
 
 from tab.layers import attention_names, attention_options
+from tab.models.image_model import model_names
 from tab.recipe.recipe import PAIR_TRAIN, load_recipe
-from tab.run_config import MODELS
 from tab.sweep.space import Range, load_space, possible, size, space_names, with_chosen
 
 optuna = pytest.importorskip("optuna")
@@ -49,7 +49,7 @@ def test_the_published_space():
 @pytest.mark.parametrize("name", space_names())
 def test_every_option_is_one_of_its_mechanism_and_the_file_reads_back(name, tmp_path):
     it = load_space(name)
-    for model in MODELS:
+    for model in model_names():
         for attention in attention_names():
             options = set(it.axes(model, attention)) - {*PAIR_TRAIN, "hidden"}
             assert options <= set(attention_options(attention))
@@ -156,7 +156,7 @@ def test_a_pairs_learning_rate_gives_way_to_a_later_layer(tmp_path):
 def test_the_published_winners_are_the_documents():
     """One table in two recipes: what the published sweep chose."""
     ours, theirs = load_recipe("published_winners"), load_recipe("document")
-    for model in MODELS:
+    for model in model_names():
         for attention in attention_names():
             if attention == "flex":
                 continue
