@@ -64,13 +64,14 @@ $(OLD)/.ready: Makefile
 	    pytest pytest-xdist hypothesis expecttest
 	touch $@
 
-# PYTHONSAFEPATH: it is the installed wheel that is tested, not the folder where this runs.
+# PYTHONSAFEPATH: it is the installed wheel that is tested, not the folder where this runs. Both
+# variables also reach the tests that run in processes of their own.
 two-torch: setup oldest
 	rm -rf dist build/lib*
 	TAB_CPP=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(OLD)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OLD)/bin/python -m pip install --quiet dist/*.whl
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 PYTEST_ADDOPTS='-m "not any_torch"' \
 	    $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OPS)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.

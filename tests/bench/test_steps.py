@@ -223,7 +223,7 @@ def test_page(tmp_path):
 
 def test_commands(tmp_path):
     out = tmp_path / "s.json"
-    options = "--recipe quick --models mlp --attentions linear --batch 2 --budget 0"
+    options = "--recipe quick --models mlp --attentions linear --batch 2 --budget 0 --processes 1"
     done = CliRunner().invoke(app, ["steps", *options.split(), "--out", str(out)])
     assert done.exit_code == 0 and "eager linear" in done.output, done.output
     assert len(json.loads(out.read_text())["rows"]) == 3

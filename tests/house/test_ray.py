@@ -125,8 +125,11 @@ def test_a_sweep_has_the_same_winners_though_a_node_dies_within_a_rung(cluster, 
     from kill_sweep import plan, result
 
     from tab.sweep.driver import SweepWatcher, sweep
+    from tab.sweep.halving import Budget
 
-    toy, nodes = plan(tmp_path), list(cluster.worker_nodes)
+    budget = Budget(4, (1, 2), 2.0, 60, 20)
+    toy = plan(tmp_path, attentions=["self"], budget=budget)
+    nodes = list(cluster.worker_nodes)
     dataset, (here, there) = load_dataset(toy.data), (tmp_path / "here", tmp_path / "there")
     epochs = []
 

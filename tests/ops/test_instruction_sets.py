@@ -21,6 +21,7 @@ def run(isa: str, *words: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_lower_ones_pass_the_tests_that_ask_for_it(isa):
     marked = [
@@ -32,6 +33,7 @@ def test_lower_ones_pass_the_tests_that_ask_for_it(isa):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.any_torch
 def test_an_unknown_one_is_refused():
     done = run("sse9", "-c", "import torch, tab; x = torch.ones(1, 1, 1, 1); "
                "tab.linear_attention(x, x, x)")  # fmt: skip

@@ -63,6 +63,7 @@ def run(keep: str, script: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.any_torch
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_serves_the_next_output():
     pages = 64 * 2**20 // resource.getpagesize()
@@ -87,6 +88,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.any_torch
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_training_keeps_freed_memory():
     pages = 72_000_000 // resource.getpagesize()

@@ -60,13 +60,15 @@ def test_wide_heads(d, dv, generator):
     check(inputs(40, d, dv, generator, h=1), 10, 10, scale=0.2)
 
 
+@pytest.mark.any_torch
 def test_far_scores(generator):
     """Scores in the hundreds, where exp overflows without the running maximum; the saved L of that
     size has lost as many digits."""
     check([12 * x for x in inputs(70, 4, 4, generator)], 10, 10, floor=2e-5)
 
 
-@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.any_torch
+@pytest.mark.parametrize("how", LAYOUTS[1:])
 def test_layouts(how, generator):
     """The launchers read strides: the values come out as for contiguous inputs, to the bit."""
     q, k, v, do = (torch.randn(2, 2, 35, 8, generator=generator) for _ in range(4))

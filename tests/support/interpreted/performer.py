@@ -79,6 +79,7 @@ def test_state_mask_eps(path, kernel, generator):
     assert_accurate(*both, (q, k, v, s0, z0), names=NAMES)
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("masked", [False, True])
 def test_extreme_keys(path, masked, generator):
     """Exponents far outside float32's range, and shifts that differ by hundreds within a tile."""
@@ -94,6 +95,7 @@ def test_extreme_keys(path, masked, generator):
         assert (x.double() - y).abs().max() <= 2e-4 * max(1.0, y.abs().max())
 
 
+@pytest.mark.any_torch
 def test_layouts(path, generator):
     """The launchers read strides: the values come out as for contiguous inputs, to the bit."""
     q, k, v, w = draw(generator, 2, 2, 20, 16, 8, 12)
