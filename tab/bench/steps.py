@@ -84,13 +84,13 @@ def steps(
 
 
 def twin(model: ImageModel) -> ImageModel | None:
-    """A copy whose layer attends in plain PyTorch; None where it runs no op of TAB."""
+    """A copy whose layers attend in plain PyTorch; None where they run no op of TAB."""
     other = copy.deepcopy(model)
-    found = attending(other.attention)
-    if found is None:
+    found = [attending(layer) for layer in other.layers()]
+    if None in found:
         return None
-    benchmark, part = found
-    benchmark.use_pytorch(part)
+    for benchmark, part in found:
+        benchmark.use_pytorch(part)
     return other
 
 

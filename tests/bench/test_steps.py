@@ -52,6 +52,20 @@ def test_a_twin_attends_alike_in_plain_pytorch(attention, model, monkeypatch):
     assert torch.isfinite(other(x)).all()
 
 
+@pytest.mark.parametrize("attention", ["linear", "deepseek_mla"])
+def test_a_twin_attends_so_in_every_block(attention, monkeypatch):
+    """Of a model of several blocks only the first did, and half of its time was that of ours."""
+    given = {"model.vit.hidden": 16, "model.vit.match": "", "model.vit.depth": 2}
+    config = load_recipe("study", given).run_config("vit", attention, 0)
+    ours = build_model(config, 10)
+    other, x = twin(ours), torch.randn(2, 3, 32, 32)
+    assert torch.allclose(ours(x), other(x), atol=1e-4)
+    monkeypatch.setattr(f"tab.layers.{attention}.{TWINS[attention]}", None)
+    with pytest.raises(TypeError):
+        ours(x)
+    assert torch.isfinite(other(x)).all()
+
+
 def test_what_is_pytorch_already_has_no_twin():
     assert twin(model_of("multi_head")) is None and twin(model_of("none")) is None
 
