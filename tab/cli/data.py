@@ -6,17 +6,13 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .given import load_data
 from .terminal import pairs
 
 
 def command(
-    spec: Annotated[
-        str,
-        typer.Argument(
-            help="Data set: cifar10, shapes, shapes:TRAIN/TEST, or a folder or an archive."
-        ),
-    ] = "cifar10",
+    spec: Annotated[str, typer.Argument(help=options.SETS)] = "cifar10",
 ) -> None:
     """Fetch or import a data set, and say what is in it."""
     from ..data.load import describe

@@ -10,14 +10,18 @@ from typing import Annotated
 
 import typer
 
+from ..run_config import MODELS as KINDS
+
 # --- what is trained ---
+
+MODELS = ", ".join(KINDS)
 
 Models = Annotated[
     str | None,
     typer.Option(
         metavar="A,B",
-        help="Names of models (mlp, cnn, resnet9), separated by commas, or all; by default "
-        "mlp,cnn.",
+        help=f"Names of models ({MODELS}), separated by commas; all stands for those of images; "
+        "by default mlp,cnn.",
     ),
 ]
 Attentions = Annotated[
@@ -62,15 +66,15 @@ Compile = Annotated[
 
 # --- the data and the results ---
 
-_SETS = (
-    "cifar10, shapes, shapes:TRAIN/TEST, recall, copy or needle (also recall:TOKENS), or a folder "
-    "or an archive"
+SETS = (
+    "Data set: cifar10, shapes, shapes:TRAIN/TEST, recall, copy or needle (also recall:TOKENS), or "
+    "a folder or an archive (of pictures, or of CIFAR's own files); by default cifar10."
 )
 Data = Annotated[
     str | None,
     typer.Option(
         metavar="SET",
-        help=f"Data set: {_SETS} (of pictures, or of CIFAR's own files); by default cifar10.",
+        help=SETS,
     ),
 ]
 DataAgain = Annotated[

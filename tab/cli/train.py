@@ -12,7 +12,7 @@ from .terminal import command_line, or_resume, pairs, say
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Name of the model: mlp, cnn or resnet9.")],
+    model: Annotated[str, typer.Argument(help=f"Name of the model: {options.MODELS}.")],
     attention: Annotated[
         str, typer.Argument(help="Name of the attention mechanism; none is the control.")
     ],
