@@ -5,7 +5,7 @@ import re
 import pytest
 from paths import ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
