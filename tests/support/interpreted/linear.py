@@ -50,7 +50,7 @@ def inputs(n, d, dv, dtype, generator, b=1, h=2):
 
 @pytest.mark.parametrize("dtype, n, d, dv", CASES)
 def test_sizes(path, dtype, n, d, dv, generator):
-    x = inputs(n, d, dv, dtype, generator)
+    x = inputs(n, d, dv, dtype, generator, h=1 if n > 100 else 2)
     causal = path == "causal"
     assert_accurate(launchers(causal), textbook(causal), x, names=NAMES)
 
@@ -68,12 +68,11 @@ def test_state_mask_eps(path, feature_map, generator):
 
 
 @pytest.mark.any_torch
-@pytest.mark.parametrize("how", LAYOUTS[1:])
-def test_layouts(path, how, generator):
+def test_layouts(path, generator):
     """The launchers read strides: the values come out as for contiguous inputs, to the bit."""
     q, k, v = inputs(65, 16, 16, torch.float32, generator, b=2)
     do = torch.randn(2, 2, 65, 16, generator=generator)
-    x = [layout(t, how) for t in (q, k, v, do)]
+    x = [layout(t, how) for t, how in zip((q, k, v, do), LAYOUTS[1:] + LAYOUTS[1:2], strict=True)]
     causal = path == "causal"
     results = []
     for q, k, v, do in (x, [t.contiguous() for t in x]):
