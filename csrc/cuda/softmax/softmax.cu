@@ -93,7 +93,7 @@ Sees blocks(const char* op, const Tensor& q, const Tensor& row_ptr, const Tensor
   check_few(op, q);
   const int64_t patterns = row_ptr.size(0);
   STD_TORCH_CHECK(patterns == 1 || patterns == h, op, ": row_ptr is for one head or for all");
-  check_shape(op, "row_ptr", row_ptr, {patterns, (n + block - 1) / block + 1});
+  check_shape(op, "row_ptr", row_ptr, {patterns, ceiling(n, block) + 1});
   check_dtype(op, "row_ptr", row_ptr, ScalarType::Int);
   check_dtype(op, "col", col, ScalarType::Int);
   Sees sees{};
