@@ -306,8 +306,9 @@ def _partners(a: str, b: str) -> bool:
 
 
 def _starts_equal(a: RunConfig, b: RunConfig) -> bool:
-    """With one seed, before any step, at the widths of the recipe."""
-    if a.model_options.hidden != b.model_options.hidden:
+    """With one seed, before any step, at the widths of the recipe; a second control that draws
+    otherwise does not."""
+    if a.draws != b.draws or a.model_options.hidden != b.model_options.hidden:
         return False
     (x,) = _random(1, 2, tokens_of(a), a.model_options.hidden, seed=4)
     with torch.no_grad():

@@ -58,9 +58,10 @@ def _about(model: str, layers: list[Layer]) -> list[str]:
     text, one = [], [layer.attention for layer in layers if layer.tokens == 1]
     if one:
         text.append(f"{model}: one token, which can attend to nothing but itself.")
-    affine = [layer.attention for layer in layers if layer.affine and layer.attention != "none"]
+    affine = [layer.attention for layer in layers if layer.affine and layer.parameters]
     if affine:
-        text.append(f"{model}: no more than one affine map of a token: {_names(affine)}.")
+        of = "a token" if one else "the tokens"
+        text.append(f"{model}: no more than one affine map of {of}: {_names(affine)}.")
     apart = [layer.attention for layer in layers if not layer.meet and layer.tokens > 1]
     if apart:
         text.append(

@@ -235,6 +235,18 @@ def test_tokens_meet_or_their_sum_is_read():
     assert not [layer.biases for layer in new.layers if layer.biases]
 
 
+def test_the_second_control_need_not_tie():
+    """It is the same function, and starts from other weights."""
+    small = {"model.cnn.hidden": 16, "model.cnn.channels": 4, "model.cnn.match": ""}
+    recipe = load_recipe("study", small)
+    found = identity(recipe, ["cnn"], ["none", "none_again", "mixer"])
+    (twins,) = found.twins()
+    assert twins.attentions == ("none", "none_again") and not twins.tie
+    text = " ".join(sentences(found))
+    assert "must tie" not in text
+    assert "no more than one affine map of the tokens: Learned mix." in text
+
+
 def test_what_a_gate_of_zero_hides_is_found(more):
     """A residual branch starts at γ = 0: its bias is one all the same."""
 
