@@ -1,4 +1,4 @@
-"""`tab bench` and `tab bench compare`."""
+"""`tab bench`, `tab bench steps` and `tab bench memory`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from ..machine import command
-from . import options
+from . import bench_compare, options
 from .given import before_work, use_threads
 from .terminal import console, errors
 
 app = typer.Typer(help="Measure the ops against what you could run instead.")
+app.command("compare")(bench_compare.command)
 
 Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
 On = Annotated[
@@ -248,62 +247,3 @@ def memory_command(
             write_page(out.with_suffix(".html"), save(out, rows, None, facts, command()), rows)
     if out:
         picture(rows, out.with_suffix(".png"))
-
-
-@app.command("compare")
-def compare_runs(
-    old: Annotated[Path, typer.Argument(help="JSON file of the earlier results.")],
-    new: Annotated[Path, typer.Argument(help="JSON file of the later results.")],
-    alpha: Annotated[
-        float, typer.Option(metavar="X", help="Level of significance, after Holm's correction.")
-    ] = 0.01,
-    effect: Annotated[
-        float, typer.Option(metavar="X", help="Smallest relative change that counts.")
-    ] = 0.05,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare results of two machines nevertheless.")
-    ] = False,
-) -> None:
-    """Say what changed between two results, by the exit code too.
-
-    It is 1 where something of TAB's is slower, wrong or gone, and 2 where something of TAB's could
-    not be judged."""
-    from ..bench.regress import compare, differences
-    from ..bench.results import load
-    from ..bench.turns import busy
-
-    (before, old_rows), (after, new_rows) = load(old), load(new)
-    machine, other = differences(before, after)
-    if machine and not force:
-        raise ValueError(
-            f"{old} and {new} are not of one machine ({'; '.join(machine)}): measure both on one, "
-            "or compare them nevertheless with --force"
-        )
-    for line in (*machine, *other):
-        console.print(line, style="yellow" if line in machine else "dim")
-    for path, record in ((old, before), (new, after)):
-        if words := busy(record.get("load"), record["environment"]["threads"]):
-            console.print(f"{path}: {words}", style="yellow")
-    changes = compare(old_rows, new_rows, alpha=alpha, effect=effect)
-    console.print(_changes(changes))
-    mine = [change for change in changes if change.ours]
-    if any(change.bad for change in mine):
-        raise typer.Exit(1)
-    if any(change.undecidable for change in mine):
-        raise typer.Exit(2)
-
-
-def _changes(changes) -> Table:
-    table = Table("case", "contestant", "direction", "old ms", "new ms", "change", "p", "")
-    table.caption = "change: of the time over the yardstick's, with the interval of --alpha"
-    for c in changes:
-        bad = c.bad or c.undecidable
-        colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
-        times = ("–" if x is None else f"{1e3 * x:.3f}" for x in (c.old, c.new))
-        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
-        if c.low is not None:
-            change += f" ({100 * (c.low - 1):+.1f} … {100 * (c.high - 1):+.1f})"
-        p = "–" if c.p is None else f"{c.p:.2g}"
-        verdict = Text(c.verdict, style=colour)
-        table.add_row(c.case, c.contestant, c.direction, *times, change, p, verdict)
-    return table

@@ -95,6 +95,7 @@ def attack_picture(path: Path, runs: list[Run], found: dict[str, Found]) -> str:
     points = attack_points(found)
     if points is None:
         return ""
-    curves(path, [run for run in runs if points(run)[0]], points, heading=f"PGD-{STEPS}",
-           xlabel="ε (255ths)", ylabel="test accuracy (%)")  # fmt: skip
+    mine = [run for run in runs if points(run)[0]]
+    labels = {"heading": f"PGD-{STEPS}", "xlabel": "ε (255ths)", "ylabel": "test accuracy (%)"}
+    curves(path, mine, points, **labels)
     return f"Test accuracy under PGD-{STEPS} against ε"
