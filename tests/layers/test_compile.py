@@ -1,7 +1,5 @@
 """Layers under torch.compile, torch.export and activation checkpointing."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -21,11 +19,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def fresh(quiet):
     torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # flex says that it is dense
-        yield
 
 
 def build(kind):

@@ -1,8 +1,6 @@
 """The rule for masks, the same in every layer: a masked token takes part in nothing. And batches
 without a token."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -23,13 +21,7 @@ KINDS = {name: (name, {}) for name in layer_names()} | {
     "flex causal": ("flex", {"pattern": "causal"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # flex says that it is dense
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def build(kind):

@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -22,13 +21,7 @@ KINDS = {name: (name, {"rope": True} if name in ROPE else {}) for name in layer_
     "deepseek_mla with balance": ("deepseek_mla", {"balance_alpha": 0.1}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # flex says that it is dense
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def build(kind, start=0, **more):
