@@ -2,9 +2,12 @@
 different, nor different what is equal, whatever seeds and images happen to be drawn."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from paths import ROOT
 from scipy.special import stdtrit
 
 from tab.compare.verdicts import EQUIVALENT, UNDECIDED, words
@@ -206,3 +209,14 @@ def test_the_control_under_a_second_name_comes_out_equivalent():
     assert said[0.0].count(EQUIVALENT) >= 0.9 * 80
     assert 80 - said[0.0].count(EQUIVALENT) - said[0.0].count(UNDECIDED) <= at_most(0.05, 80)
     assert EQUIVALENT not in said[2 * MARGIN]
+
+
+def test_the_published_simulation_runs():
+    """bench/verdicts.py, whose table stands in docs/statistics.md: a line for each model and
+    number of seeds."""
+    command = [sys.executable, ROOT / "bench/verdicts.py", "4", "400"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line.split()[:3] for line in done.stdout.splitlines()[2:]]
+    table = (ROOT / "bench/results/verdicts.txt").read_text().splitlines()[2:]
+    assert lines == [line.split()[:3] for line in table] and len(lines) == 12
+    assert (ROOT / "docs/statistics.md").read_text().count("\n".join(table)) == 1
