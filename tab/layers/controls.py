@@ -157,6 +157,15 @@ class _MatrixMix(_StaticMix):
         return m.expand(x.shape[0], -1, -1, -1)
 
 
+def corner(m: Tensor, n: int) -> Tensor:
+    """m (…, N, N) -> (…, n, n). Compiled, a copy: a slice is contiguous for n = N alone, and to ask
+    that would be one more program."""
+    if not torch.compiler.is_compiling():
+        return m[..., :n, :n]
+    i = torch.arange(n, device=m.device)
+    return m.index_select(-2, i).index_select(-1, i)
+
+
 @register_attention("mixer")
 class LearnedMix(_MatrixMix):
     """y_i = W_o · Σ_j M_ij W_v x_j with learned M, one for each head: a linear, static MLP-Mixer
@@ -197,8 +206,9 @@ class LearnedMix(_MatrixMix):
 
     def matrix(self, n: int) -> Tensor:
         if self.rows is None:
-            return self.weight[..., :n, :n]
-        return self.rows[..., :n, :] @ self.weight[..., :n]
+            return corner(self.weight, n)
+        # Not matmul: its decomposition asks whether N is seq_len.
+        return torch.einsum("...ir,...rj->...ij", self.rows[..., :n, :], self.weight[..., :n])
 
 
 @stacks(LearnedMix)
@@ -238,7 +248,7 @@ class RandomMix(Stateful, _MatrixMix):
         self.weight.copy_(torch.randn(shape, generator=generator, device="cpu") * seq_len**-0.5)
 
     def matrix(self, n: int) -> Tensor:
-        return self.weight[:, :n, :n]
+        return corner(self.weight, n)
 
 
 @stacks(RandomMix)
