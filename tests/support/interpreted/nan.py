@@ -55,14 +55,15 @@ def real_results(f, xs, mask):
     return [x.movedim(-2, 1)[mask] for x in (o, *grads)]
 
 
-@pytest.mark.parametrize("value", (math.nan, math.inf, 1e30))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("name", CALLS)
-def test_masked_tokens_reach_nobody(name, causal, value, generator):
+def test_masked_tokens_reach_nobody(name, causal, generator):
+    """NaN, ∞ and huge numbers side by side in the masked tokens."""
     xs, mask = operands(generator), torch.ones(B, N, dtype=torch.bool)
     mask[0, 25:] = mask[0, 1] = False
     f = lambda *x: CALLS[name](*x, mask, causal)[0]  # noqa: E731
-    dirty = [xs[0], *(x.masked_fill(~mask[:, None, :, None], value) for x in xs[1:])]
+    values = torch.tensor([math.nan, math.inf, 1e30])[torch.arange(N) % 3, None]
+    dirty = [xs[0], *(torch.where(mask[:, None, :, None], x, values) for x in xs[1:])]
     for a, b in zip(real_results(f, dirty, mask), real_results(f, xs, mask), strict=True):
         assert a.isfinite().all() and torch.equal(a, b)
 
