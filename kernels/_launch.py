@@ -109,15 +109,6 @@ def precision(x: Tensor) -> str:
 # --- operands -------------------------------------------------------------------------------------
 
 
-def hide(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """k and v (B, H, N, ·), or latents (B, N, ·), with 0 where a token is masked: its weight of 0
-    would not hide a NaN."""
-    if key_mask is None:
-        return tensors
-    masks = {3: ~key_mask[:, :, None], 4: ~key_mask[:, None, :, None]}
-    return tuple(x.masked_fill(masks[x.dim()], 0.0) for x in tensors)
-
-
 def mask_bytes(key_mask: Tensor | None) -> Tensor | None:
     """(B, N) bool as kernels take it: bytes, whole rows."""
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)

@@ -13,7 +13,7 @@ that meets itself can be far.
 import triton
 import triton.language as tl
 
-from ._tiles import dot, finite, put, tile
+from ._tiles import dot, finite, hide, put, tile
 
 FAR = tl.constexpr(60.0)
 NOTHING = tl.constexpr(float("-inf"))
@@ -135,8 +135,8 @@ def is_far(top, low, KERNEL: tl.constexpr):
 
 @triton.jit
 def row(x, i, BN: tl.constexpr):
-    """x[i] of x (BN, BM)"""
-    return tl.max(tl.where((tl.arange(0, BN) == i)[:, None], x, NOTHING), 0)
+    """x[i] of x (BN, BM). A sum, for a maximum passes over NaN."""
+    return tl.sum(tl.where((tl.arange(0, BN) == i)[:, None], x, 0.0), 0)
 
 
 @triton.jit
@@ -231,8 +231,13 @@ def output(
                     r = new
                 keep, far = at[:, None] >= j[None, :], is_far(top, low, KERNEL)
                 p = pairs(b, a, top, finite(r), keep, far, KERNEL, BN, PRECISION)  # (BN, BN)
-                num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION)
                 den += tl.sum(p, 1)
+                y = tile(v, v_n, j, N, v0, DV, BV)
+                if j0 == start:
+                    p, y = hide(p, y, keep, True)
+                    num += dot(p, y, PRECISION)
+                else:
+                    num += dot(p, y, PRECISION)
                 seen = top
     den += eps
     none = den == 0

@@ -18,16 +18,17 @@ from ._performer import (
     shifts,
     vector,
 )
-from ._tiles import dot, put, tile
+from ._tiles import dot, hide, put, tile
 
 # --- pairs of tokens, causal ----------------------------------------------------------------------
 
 
 @triton.jit
 def pull_queries(
-    g, b, a, top, norm, far, KERNEL: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
-):
-    """db = Σ_j g_ij ∂P_ij/∂b, (BN, BM); g_ij is 0 where j > i."""
+    g, b, a, top, norm, seen, hides, far, KERNEL: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """db = Σ_j g_ij ∂P_ij/∂b, (BN, BM); seen (i, j), outside which g_ij is 0, as in `hide`"""
     x, at = tl.zeros(b.shape, tl.float32), tl.arange(0, BN)
     if far:
         for j in range(BN):
@@ -35,24 +36,27 @@ def pull_queries(
             e = b + row(a, j, BN)[None, :] - norm[:, None]
             x += g_j[:, None] * exponential(tl.where((at >= j)[:, None], e, NOTHING))
     else:
-        x = dot(g, key_features(a, top, KERNEL), PRECISION)
+        g, f = hide(g, key_features(a, top, KERNEL), seen, hides)
+        x = dot(g, f, PRECISION)
         x *= query_slope(b, query_features(b, top, norm, KERNEL), norm, KERNEL)
     return x
 
 
 @triton.jit
 def pull_keys(
-    g, b, a, top, norm, far, KERNEL: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
-):
-    """da = Σ_i g_ij ∂P_ij/∂a, likewise"""
+    g, b, a, top, norm, seen, hides, far, KERNEL: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """da = Σ_i g_ij ∂P_ij/∂a, likewise; seen (j, i)"""
     x, at = tl.zeros(a.shape, tl.float32), tl.arange(0, BN)
     if far:
         for i in range(BN):
             g_i = tl.sum(tl.where((at == i)[:, None], g, 0.0), 0)
-            e = a + (row(b, i, BN) - tl.max(tl.where(at == i, norm, NOTHING), 0))[None, :]
+            e = a + (row(b, i, BN) - tl.sum(tl.where(at == i, norm, 0.0), 0))[None, :]
             x += g_i[:, None] * exponential(tl.where((at <= i)[:, None], e, NOTHING))
     else:
-        x = dot(tl.trans(g), query_features(b, top, norm, KERNEL), PRECISION)
+        g, f = hide(tl.trans(g), query_features(b, top, norm, KERNEL), seen, hides)
+        x = dot(g, f, PRECISION)
         x *= key_slope(a, key_features(a, top, KERNEL), KERNEL)
     return x
 
@@ -104,9 +108,11 @@ def queries(
                 j = j0 + tl.arange(0, BN)
                 a = key_exponents(k, k_n, w, mask, j, N, m0, KERNEL, D, M, BN, BM, BD, EXACT)
                 top, low = shifts(a, known, j0 == start, KERNEL)
-                far = is_far(top, low, KERNEL)
+                keep, far = at[:, None] >= j[None, :], is_far(top, low, KERNEL)
                 g = pair_gradients(do, g_n, r_i, v, v_n, at, j, N, DV, BN, BV, PRECISION)
-                db += pull_queries(g, b, a, top, norm, far, KERNEL, BN, PRECISION)
+                db += pull_queries(
+                    g, b, a, top, norm, keep, j0 == start, far, KERNEL, BN, PRECISION
+                )
                 known = top
         dx += dot(db, tile(w, D, m, M, x0, D, BX), PRECISION)
     put(dq, dq_n, at, N, x0, dx * D**-0.25, D, BX)
@@ -168,11 +174,12 @@ def keys(
                 b, _ = project(q, q_n, w, i, N, m0, D, M, BN, BM, BD, EXACT)
                 top, low = shifts(a, known, i0 == start, KERNEL)
                 keep, far = i[:, None] >= at[None, :], is_far(top, low, KERNEL)
+                seen = at[:, None] <= i[None, :]
                 p = pairs(b, a, top, norm, keep, far, KERNEL, BN, PRECISION)
                 dy += dot(tl.trans(p), tile(do, g_n, i, N, x0, DV, BX), PRECISION)
                 r_i = vector(r, i, N, 0.0)
                 g = pair_gradients(do, g_n, r_i, v, v_n, i, at, N, DV, BN, BV, PRECISION)
-                da += pull_keys(g, b, a, top, norm, far, KERNEL, BN, PRECISION)
+                da += pull_keys(g, b, a, top, norm, seen, i0 == start, far, KERNEL, BN, PRECISION)
         dx += dot(da, tile(w, D, m, M, x0, D, BX), PRECISION)
         total += tl.sum(da, 1)
     if KERNEL == 0:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._launch import block, meta_heads, outside, precision
-from ._tiles import INTERPRETED, dot, finite, rounded, tile
+from ._tiles import INTERPRETED, dot, finite, rounded, sound, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -50,17 +50,8 @@ def finish(o, top, total):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    """a (m, k) · b (k, n) -> (m, n) float32 of inputs and probabilities: all fit float16."""
-    if PRECISION == "fp16":
-        return tl.dot(a.to(tl.float16), b.to(tl.float16))
-    else:
-        return dot(a, b, PRECISION)
-
-
-@triton.jit
 def turned(x, PRECISION: tl.constexpr):
-    """xᵀ for `product`, in its type first: bits that are moved as loaded are turned by addressing
+    """xᵀ for `dot`, in its type first: bits that are moved as loaded are turned by addressing
     shared memory, not through registers."""
     if PRECISION == "fp16":
         x = x.to(tl.float16)
@@ -76,30 +67,36 @@ def similarity(
 ):  # fmt: skip
     """a[i] b[j]ᵀ. x and y are their tiles of the first BLOCK columns."""
     if SIZE <= BLOCK:
-        return product(x, turned(y, PRECISION), PRECISION)
+        return dot(x, turned(y, PRECISION), PRECISION)
     else:
-        s = product(x, turned(y, PRECISION), PRECISION)
+        s = dot(x, turned(y, PRECISION), PRECISION)
         for d in range(BLOCK, SIZE, BLOCK):
             x = tile(a, a_n, i, stop_i, d, SIZE, BLOCK)
             y = tile(b, b_n, j, stop_j, d, SIZE, BLOCK)
-            s += product(x, turned(y, PRECISION), PRECISION)
+            s += dot(x, turned(y, PRECISION), PRECISION)
         return s
 
 
 @triton.jit
 def forward_tile(
     o, top, total, x, q, q_n, i, stop_i, k, k_n, v, v_n, j, stop_j, v0, seen, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o (m, BV), top (m,), total (m,) with the keys j; x is q's tile, seen (m, n) or None: all."""
+    """o (m, BV), top (m,), total (m,) with the keys j; x is q's tile, seen (m, n) or None: all.
+    HIDES: `seen` leaves out keys that are there, not only places past the end."""
+    at = j
+    if HIDES:
+        at, mark = sound(v, v_n, j, stop_j, v0, DV, BV)
     y = tile(k, k_n, j, stop_j, 0, D, BD)
     s = similarity(x, y, q, q_n, i, stop_i, k, k_n, j, stop_j, D, BD, PRECISION)
     s *= scale * LOG2E
+    if HIDES:
+        s += mark[None, :]
     if seen is not None:
         s = tl.where(seen, s, float("-inf"))
     p, o, top, total = merge(o, top, total, s)
-    return o + product(p, tile(v, v_n, j, stop_j, v0, DV, BV), PRECISION), top, total
+    return o + dot(p, tile(v, v_n, at, stop_j, v0, DV, BV), PRECISION), top, total
 
 
 # --- launching ------------------------------------------------------------------------------------

@@ -8,14 +8,8 @@ Dao 2023, "FlashAttention-2", algorithm 2; scores and pieces as in _softmax.py.
 import triton
 import triton.language as tl
 
-from ._softmax import LOG2E, product, similarity
-from ._tiles import dot, tile
-
-
-@triton.jit
-def wide_product(a, b, PRECISION: tl.constexpr):
-    """The same where a is dS, which can overflow float16."""
-    return dot(a, b, "tf32" if PRECISION == "fp16" else PRECISION)
+from ._softmax import LOG2E, similarity
+from ._tiles import dot, sound, tile
 
 
 @triton.jit
@@ -42,39 +36,57 @@ def row_sums(do, do_n, o, o_n, i, stop, DV: tl.constexpr, BV: tl.constexpr):
 @triton.jit
 def grad_q_tile(
     dq, x, g, lse, delta, q, q_n, do, do_n, i, stop_i, k, k_n, v, v_n, j, stop_j, d0, seen, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq (m, BD) / scale with the keys j; x, g are the tiles of q and do, lse and delta (m,)."""
-    y = tile(k, k_n, j, stop_j, 0, D, BD)
+    """dq (m, BD) / scale with the keys j; x, g are the tiles of q and do, lse and delta (m,),
+    seen and HIDES as in forward_tile."""
+    at = j
+    if HIDES:
+        at, mark = sound(k, k_n, j, stop_j, d0, D, BD)
+    y = tile(k, k_n, at if D <= BD else j, stop_j, 0, D, BD)
     s = similarity(x, y, q, q_n, i, stop_i, k, k_n, j, stop_j, D, BD, PRECISION)
     s = s * (scale * LOG2E) - (lse * LOG2E)[:, None]
+    if HIDES:
+        s += mark[None, :]
     if seen is not None:
         s = tl.where(seen, s, float("-inf"))
     z = tile(v, v_n, j, stop_j, 0, DV, BV)
     dp = similarity(g, z, do, do_n, i, stop_i, v, v_n, j, stop_j, DV, BV, PRECISION)
     ds = tl.exp2(s) * (dp - delta[:, None])
-    return dq + wide_product(ds, piece(y, k, k_n, j, stop_j, d0, D, BD), PRECISION)
+    if HIDES:
+        ds = tl.where(seen, ds, 0.0)
+    y = piece(y, k, k_n, at, stop_j, d0, D, BD)
+    return dq + dot(ds, y, "tf32" if PRECISION == "fp16" else PRECISION)  # dS can overflow float16
 
 
 @triton.jit
 def grad_kv_tile(
     dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, stop_i, k, k_n, v, v_n, j, stop_j, d0, v0,
     seen, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (n, BD) / scale and dv (n, BV) with the queries i; y, z are the tiles of k and v, seen is
     (n, m), lse and delta start at token 0. A query from stop_i on has L = ∞: weight 0."""
-    x = tile(q, q_n, i, stop_i, 0, D, BD)
+    at_q, at_g = i, i
+    if HIDES:
+        at_q, mark_q = sound(q, q_n, i, stop_i, d0, D, BD)
+        at_g, mark_g = sound(do, do_n, i, stop_i, v0, DV, BV)
+    x = tile(q, q_n, at_q if D <= BD else i, stop_i, 0, D, BD)
     s = similarity(y, x, k, k_n, j, stop_j, q, q_n, i, stop_i, D, BD, PRECISION)
     top = tl.load(lse + i, mask=i < stop_i, other=float("inf"))
     s = s * (scale * LOG2E) - (top * LOG2E)[None, :]
+    if HIDES:
+        s += (mark_q + mark_g)[None, :]
     if seen is not None:
         s = tl.where(seen, s, float("-inf"))
     p = tl.exp2(s)
-    g = tile(do, do_n, i, stop_i, 0, DV, BV)
-    dv += product(p, piece(g, do, do_n, i, stop_i, v0, DV, BV), PRECISION)
+    g = tile(do, do_n, at_g if DV <= BV else i, stop_i, 0, DV, BV)
+    dv += dot(p, piece(g, do, do_n, at_g, stop_i, v0, DV, BV), PRECISION)
     dp = similarity(z, g, v, v_n, j, stop_j, do, do_n, i, stop_i, DV, BV, PRECISION)
     ds = p * (dp - tl.load(delta + i, mask=i < stop_i, other=0.0)[None, :])
-    return dk + wide_product(ds, piece(x, q, q_n, i, stop_i, d0, D, BD), PRECISION), dv
+    if HIDES:
+        ds = tl.where(seen, ds, 0.0)
+    x = piece(x, q, q_n, at_q, stop_i, d0, D, BD)
+    return dk + dot(ds, x, "tf32" if PRECISION == "fp16" else PRECISION), dv

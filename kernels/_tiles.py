@@ -23,8 +23,10 @@ def rounded(x):
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a (m, k) · b (k, n) -> (m, n) float32"""
-    if PRECISION == "bf16":
+    """a (m, k) · b (k, n) -> (m, n) float32. "fp16" is for what cannot overflow it."""
+    if PRECISION == "fp16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16))
+    elif PRECISION == "bf16":
         a, b = rounded(a), rounded(b)
         return tl.dot(a, b) if INTERPRETED else tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
@@ -61,3 +63,29 @@ def put(ptr, stride, rows, n, first, x, SIZE: tl.constexpr, BLOCK: tl.constexpr)
 def finite(x):
     """−∞ -> 0, so that −∞ − x is −∞ and never NaN."""
     return tl.where(x == float("-inf"), 0.0, x)
+
+
+# --- what hidden tokens hold ----------------------------------------------------------------------
+#
+# Σ_n p_mn x_n over a tile in which m may not see all n: p is 0 there, but 0·NaN is NaN. So a row of
+# x that is not finite is left out, and its p is NaN for those who see it. Only tiles that the edge
+# of what is seen cuts have to ask: what the others hold is seen by all or by nobody.
+
+
+@triton.jit
+def sound(ptr, stride, rows, n, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """For a tile that is read again afterwards, so that no registers hold it in between -> `rows`
+    with n, which reads zeros, for those that are not finite; NaN for those, else 0."""
+    x = tile(ptr, stride, rows, n, first, SIZE, BLOCK)
+    odd = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 0
+    return tl.where(odd, n, rows), tl.where(odd, float("nan"), 0.0)
+
+
+@triton.jit
+def hide(p, x, seen, hides):
+    """p (m, n), x (n, k), seen (m, n) -> p and x whose product is right, if the tile hides."""
+    if hides:
+        odd = tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) == 0
+        p = tl.where(seen, p + tl.where(odd, float("nan"), 0.0)[None, :], 0.0)
+        x = tl.where(odd[:, None], 0.0, x)
+    return p, x

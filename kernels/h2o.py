@@ -59,7 +59,8 @@ def credit(
         s = tl.where(visible, s * scale, float("-inf"))
         p = tl.exp(s - finite(tl.max(s, 1))[:, None])
         weight = tl.sum(p, 1)
-        total += tl.sum(p / tl.where(weight == 0, 1.0, weight)[:, None], 0)
+        p = p / tl.where(weight == 0, 1.0, weight)[:, None]
+        total += tl.sum(tl.where(visible, p, 0.0), 0)  # a NaN credits what it sees
     return total
 
 

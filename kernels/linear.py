@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
+from tab.ops._check import real
+
 from ._launch import (
     block,
-    hide,
     launch,
     mask_bytes,
     meta_heads,
@@ -32,7 +33,7 @@ from ._launch import (
 )
 from ._linear import features, inverse, scanned
 from ._segments import meta, one_launch, segments, takes
-from ._tiles import dot, head, put, tile
+from ._tiles import dot, head, put, sound, tile
 
 FUSED_SIZE = 128  # largest D and Dv whose S one program keeps in registers
 
@@ -62,15 +63,19 @@ def linear_outputs(
         num += dot(f, tile(s, DV, d, D, v0, DV, BV), PRECISION)
         den += tl.sum(f * tl.load(z + d, mask=d < D, other=0.0)[None, :], 1)
     if CAUSAL:
-        for j0 in range(part * segment, start + BN, BN):
-            j = j0 + tl.arange(0, BN)
-            p = tl.zeros((BN, BN), tl.float32)  # φ(q_i)·φ(k_j)
-            for d0 in range(0, D, BD):
-                f = features(q, q_n, None, at, N, d0, MAP, D, BD)
-                p += dot(f, tl.trans(features(k, k_n, mask, j, N, d0, MAP, D, BD)), PRECISION)
-            p = tl.where(at[:, None] >= j[None, :], p, 0.0)
-            den += tl.sum(p, 1)
-            num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION)
+        for last in tl.static_range(2):  # the tile that meets itself comes last
+            for j0 in range(start if last else part * segment, start + BN if last else start, BN):
+                j = j0 + tl.arange(0, BN)
+                seen = at[:, None] >= j[None, :]
+                p = tl.zeros((BN, BN), tl.float32)  # φ(q_i)·φ(k_j)
+                for d0 in range(0, D, BD):
+                    f = features(q, q_n, None, at, N, d0, MAP, D, BD)
+                    p += dot(f, tl.trans(features(k, k_n, mask, j, N, d0, MAP, D, BD)), PRECISION)
+                if last:
+                    j, mark = sound(v, v_n, j, N, v0, DV, BV)
+                    p = tl.where(seen, p + mark[None, :], 0.0)
+                den += tl.sum(p, 1)
+                num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION)
     den += eps
     num *= inverse(den)[:, None]
     put(head(o, bh, H, o_b, o_h), o_n, at, N, v0, num, DV, BV)
@@ -118,7 +123,7 @@ def linear_fused(
 
 def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_fwd"""
-    k, v = hide(key_mask, k, v)
+    k, v = real(key_mask, k, v)
     q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
     s0, z0 = whole(s0, z0)
     b, h, n, d = q.shape

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
+from tab.ops._check import answered, real
+
 from . import linear
-from ._launch import hide, launch, mask_bytes, register, rows, strided, token_major_empty, whole
+from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty, whole
 from ._linear import features, inverse, scanned, slope
 from ._segments import meta, one_launch, segments, takes
-from ._tiles import dot, head, put, tile
+from ._tiles import dot, head, hide, put, tile
 
 FUSED_SIZE = 64  # S and dS are both in registers
 
@@ -81,14 +83,16 @@ def linear_grad_q(
         g = i * tile(do, g_n, at, N, v0, DV, BV)
         x += dot(g, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
     if CAUSAL:
-        for j0 in range(part * segment, start + BN, BN):
-            j = j0 + tl.arange(0, BN)
-            p = r_i + tl.zeros((BN, BN), tl.float32)  # g_i·v_j + r_i
-            for v0 in range(0, DV, BV):
-                g = i * tile(do, g_n, at, N, v0, DV, BV)
-                p += dot(g, tl.trans(tile(v, v_n, j, N, v0, DV, BV)), PRECISION)
-            p = tl.where(at[:, None] >= j[None, :], p, 0.0)
-            x += dot(p, features(k, k_n, mask, j, N, d0, MAP, D, BD), PRECISION)
+        for last in tl.static_range(2):  # as in the forward
+            for j0 in range(start if last else part * segment, start + BN if last else start, BN):
+                j = j0 + tl.arange(0, BN)
+                p = r_i + tl.zeros((BN, BN), tl.float32)  # g_i·v_j + r_i
+                for v0 in range(0, DV, BV):
+                    g = i * tile(do, g_n, at, N, v0, DV, BV)
+                    p += dot(g, tl.trans(tile(v, v_n, j, N, v0, DV, BV)), PRECISION)
+                f = features(k, k_n, mask, j, N, d0, MAP, D, BD)
+                p, f = hide(p, f, at[:, None] >= j[None, :], last)
+                x += dot(p, f, PRECISION)
     x *= slope(tile(q, q_n, at, N, d0, D, BD), MAP)
     put(head(dq, bh, H, dq_b, dq_h), dq_n, at, N, d0, x, D, BD)
 
@@ -115,16 +119,19 @@ def linear_grad_k(
         c = tile(v, v_n, at, N, v0, DV, BV)
         x += dot(c, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
     if CAUSAL:
-        for i0 in range(start, tl.minimum((part + 1) * segment, N), BN):
-            i = i0 + tl.arange(0, BN)
-            scale = tl.load(inv + i, mask=i < N, other=0.0)[:, None]
-            # v_j·g_i + r_i
-            p = tl.load(r + i, mask=i < N, other=0.0)[None, :] + tl.zeros((BN, BN), tl.float32)
-            for v0 in range(0, DV, BV):
-                g = scale * tile(do, g_n, i, N, v0, DV, BV)
-                p += dot(tile(v, v_n, at, N, v0, DV, BV), tl.trans(g), PRECISION)
-            p = tl.where(at[:, None] <= i[None, :], p, 0.0)
-            x += dot(p, features(q, q_n, None, i, N, d0, MAP, D, BD), PRECISION)
+        end = tl.minimum((part + 1) * segment, N)
+        for later in tl.static_range(2):  # the tile that meets itself comes first
+            for i0 in range(start + BN if later else start, end if later else start + BN, BN):
+                i = i0 + tl.arange(0, BN)
+                scale = tl.load(inv + i, mask=i < N, other=0.0)[:, None]
+                # v_j·g_i + r_i
+                p = tl.load(r + i, mask=i < N, other=0.0)[None, :] + tl.zeros((BN, BN), tl.float32)
+                for v0 in range(0, DV, BV):
+                    g = scale * tile(do, g_n, i, N, v0, DV, BV)
+                    p += dot(tile(v, v_n, at, N, v0, DV, BV), tl.trans(g), PRECISION)
+                f = features(q, q_n, None, i, N, d0, MAP, D, BD)
+                p, f = hide(p, f, at[:, None] <= i[None, :], 1 - later)
+                x += dot(p, f, PRECISION)
     x *= slope(tile(k, k_n, at, N, d0, D, BD), MAP)
     if mask is not None:
         keep = tl.load(mask + (bh // H).to(tl.int64) * N + at, mask=at < N, other=0) != 0
@@ -153,15 +160,18 @@ def linear_grad_v(
         f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
         x += dot(f, tile(s, DV, d0 + tl.arange(0, BD), D, v0, DV, BV), PRECISION)
     if CAUSAL:
-        for i0 in range(start, tl.minimum((part + 1) * segment, N), BN):
-            i = i0 + tl.arange(0, BN)
-            p = tl.zeros((BN, BN), tl.float32)  # φ(k_j)·φ(q_i)
-            for d0 in range(0, D, BD):
-                f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
-                p += dot(f, tl.trans(features(q, q_n, None, i, N, d0, MAP, D, BD)), PRECISION)
-            p = tl.where(at[:, None] <= i[None, :], p, 0.0)
-            g = tl.load(inv + i, mask=i < N, other=0.0)[:, None] * tile(do, g_n, i, N, v0, DV, BV)
-            x += dot(p, g, PRECISION)
+        end = tl.minimum((part + 1) * segment, N)
+        for later in tl.static_range(2):
+            for i0 in range(start + BN if later else start, end if later else start + BN, BN):
+                i = i0 + tl.arange(0, BN)
+                p = tl.zeros((BN, BN), tl.float32)  # φ(k_j)·φ(q_i)
+                for d0 in range(0, D, BD):
+                    f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
+                    p += dot(f, tl.trans(features(q, q_n, None, i, N, d0, MAP, D, BD)), PRECISION)
+                g = tile(do, g_n, i, N, v0, DV, BV)
+                g *= tl.load(inv + i, mask=i < N, other=0.0)[:, None]
+                p, g = hide(p, g, at[:, None] <= i[None, :], 1 - later)
+                x += dot(p, g, PRECISION)
     put(head(dv, bh, H, dv_b, dv_h), dv_n, at, N, v0, x, DV, BV)
 
 
@@ -230,7 +240,7 @@ def linear_fused_backward(
 
 def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_bwd"""
-    k, v = hide(key_mask, k, v)
+    (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     s0, z0, ds, dz = whole(s0, z0, ds, dz)
     b, h, n, d = q.shape

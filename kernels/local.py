@@ -58,14 +58,15 @@ def forward_part(
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in range(lo, hi, BN):
+    # A line has few masked tiles: they are not worth the memory of reading ahead.
+    for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
         j = start + tl.arange(0, BN)
         seen = None
         if MASKED:
             seen = visible(i[:, None], j[None, :], left, right, cols, N, GRID, CAUSAL)
         o, top, total = forward_tile(
             o, top, total, x, q, q_n, i, N, k, k_n, v, v_n, j, N, v0, seen, scale,
-            D, DV, BD, BV, PRECISION,
+            MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return o, top, total
 

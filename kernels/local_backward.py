@@ -27,14 +27,15 @@ def grad_q_part(
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in range(lo, hi, BN):
+    # A line has few masked tiles: they are not worth the memory of reading ahead.
+    for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
         j = start + tl.arange(0, BN)
         seen = None
         if MASKED:
             seen = visible(i[:, None], j[None, :], left, right, cols, N, GRID, CAUSAL)
         dq = grad_q_tile(
             dq, x, g, top, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, j, N, d0, seen, scale,
-            D, DV, BD, BV, PRECISION,
+            MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return dq
 
@@ -79,14 +80,14 @@ def grad_kv_part(
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in range(lo, hi, BN):
+    for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
         i = start + tl.arange(0, BN)
         seen = None
         if MASKED:
             seen = visible(i[None, :], j[:, None], left, right, cols, N, GRID, CAUSAL)
         dk, dv = grad_kv_tile(
             dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, j, N, d0, v0, seen,
-            scale, D, DV, BD, BV, PRECISION,
+            scale, MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return dk, dv
 

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
+from tab.ops.mla_forms import real_tokens
+
 from ._launch import (
     block,
-    hide,
     launch,
     mask_bytes,
     meta_tensor,
@@ -28,7 +29,7 @@ from ._launch import (
     token_major_empty,
 )
 from ._softmax import LN2, LOG2E, finish, merge
-from ._tiles import dot, head, put, tile
+from ._tiles import dot, head, hide, put, tile
 
 # Dn and Dv, by precision: tf32x3 outgrows the registers.
 MAX_SIZE = {"bf16": 256, "tf32": 256, "tf32x3": 128}
@@ -96,6 +97,8 @@ def mla_forward(
         s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
         p, z, top, total = merge(z, top, total, s)
         v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)  # (BN, BV)
+        hides = start == tl.program_id(1) * BN if CAUSAL else False
+        p, v = hide(p, v, i[:, None] >= j[None, :], hides)
         z += dot(p, v, PRECISION)
     z, log = finish(z, top, total)
     put(head(o, bh, H, o_b, o_h), o_n, i, N, 0, z, DV, BV)
@@ -136,7 +139,7 @@ def meta(q_nope, q_rope, w_uv, causal, backward: bool = False) -> dict:
 
 def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask) -> tuple:
     """The operands, with the strides that the kernels take; one copy where rows are not whole."""
-    c_kv, k_rope = hide(key_mask, c_kv, k_rope)
+    c_kv, k_rope = real_tokens(key_mask, c_kv, k_rope)
     operands = map(rows, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
     return *strided(*operands), mask_bytes(key_mask)
 

@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
+from tab.ops._check import answered
+from tab.ops.mla_forms import real_tokens
+
 from . import mla
 from ._launch import launch, register, rows, strided, token_major_empty, whole
 from ._softmax import LOG2E
-from ._tiles import dot, finite, head, put, tile
+from ._tiles import dot, finite, head, hide, put, tile
 from .mla import arguments, expanded, meta, scores, takes
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -76,14 +79,21 @@ def mla_grad_kv(
         x, y = tile(qn, qn_n, i, N, 0, DN, BK), tile(qr, qr_n, i, N, 0, DR, BP)
         s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
         p, ds, g = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
-        dv += dot(tl.trans(p), g, PRECISION)
-        dk += dot(tl.trans(ds), x, PRECISION)
+        seen, hides = j[:, None] <= i[None, :], i0 == start if CAUSAL else False
+        p, g = hide(tl.trans(p), g, seen, hides)
+        dv += dot(p, g, PRECISION)
+        ds_t, x = hide(tl.trans(ds), x, seen, hides)
+        dk += dot(ds_t, x, PRECISION)
         if DR > 0:
-            drotary += dot(tl.trans(ds), y, PRECISION)
+            ds_t, y = hide(tl.trans(ds), y, seen, hides)
+            drotary += dot(ds_t, y, PRECISION)
         if WITH_Q:
-            put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dot(ds, k, PRECISION), DN, BK)
+            seen = i[:, None] >= j[None, :]
+            ds_q, x = hide(ds, k, seen, hides)
+            put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dot(ds_q, x, PRECISION), DN, BK)
             if DR > 0:
-                dy = dot(ds, rotary, PRECISION)
+                ds_q, y = hide(ds, rotary, seen, hides)
+                dy = dot(ds_q, y, PRECISION)
                 put(head(dqr, bh, H, dqr_b, dqr_h), dqr_n, i, N, 0, dy, DR, BP)
     stride = H * (DN + DV)
     dkv += b * N * stride + h * (DN + DV)
@@ -124,9 +134,12 @@ def mla_grad_q(
         rotary = tile(kr, kr_n, j, N, 0, DR, BP)
         s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)
         _, ds, _ = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
-        dx += dot(ds, k, PRECISION)
+        seen, hides = i[:, None] >= j[None, :], start == tl.program_id(1) * BN if CAUSAL else False
+        ds_k, k = hide(ds, k, seen, hides)
+        dx += dot(ds_k, k, PRECISION)
         if DR > 0:
-            dy += dot(ds, rotary, PRECISION)
+            ds_k, rotary = hide(ds, rotary, seen, hides)
+            dy += dot(ds_k, rotary, PRECISION)
     put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dx, DN, BK)
     if DR > 0:
         put(head(dqr, bh, H, dqr_b, dqr_h), dqr_n, i, N, 0, dy, DR, BP)
@@ -137,6 +150,9 @@ def mla_grad_q(
 
 def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal):
     """tab::mla_bwd"""
+    both = do if None in (key_mask, dlse) else torch.cat([do.float(), dlse[..., None]], -1)
+    q_nope, q_rope, o = answered(key_mask, both, q_nope, q_rope, o)
+    (lse,) = answered(key_mask, both, lse[..., None], fill=torch.inf)
     do, o = rows(do), rows(o)
     lse, dlse = whole(lse, dlse)
     (b, h, n, dn), dr, (dv, r) = q_nope.shape, q_rope.shape[-1], w_uv.shape[1:]
@@ -150,6 +166,7 @@ def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mas
     launch(mla_grad_kv, (b * h, tiles), *given, dkv, dkr, n, h, scale, WITH_Q=tiles == 1, **m)
     if tiles > 1:
         launch(mla_grad_q, (b * h, tiles), *given, n, h, scale, **m)
+    (c_kv,) = real_tokens(key_mask, c_kv)
     dkv, c = dkv.view(b * n, -1), c_kv.reshape(b * n, r)  # (B·N, H·(Dn+Dv)), (B·N, R)
     dc = (dkv @ torch.cat([w_uk, w_uv], 1).flatten(0, 1)).view(b, n, r)
     dw = (dkv.mT @ c).view(h, dn + dv, r)

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
+from tab.ops._check import real
+
 from . import _segments
 from ._launch import (
     block,
-    hide,
     launch,
     mask_bytes,
     meta_heads,
@@ -207,7 +208,7 @@ def one_shift(c) -> tuple:
 
 def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     """tab::performer_fwd"""
-    k, v = hide(key_mask, k, v)
+    k, v = real(key_mask, k, v)
     q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
     w, s0, z0, c0 = whole(projection, s0, z0, c0)
     b, h, n, _ = q.shape

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
+from tab.ops._check import answered, real
+
 from . import performer
 from ._launch import (
     block,
-    hide,
     launch,
     mask_bytes,
     register,
@@ -208,7 +209,8 @@ def backward(
     do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
 ):
     """tab::performer_bwd"""
-    k, v = hide(key_mask, k, v)
+    (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
+    (lse,) = answered(key_mask, do, lse[..., None], fill=torch.inf)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     w, s, z, c, lse, s0, z0, c0, ds, dz = whole(projection, s, z, c, lse, s0, z0, c0, ds, dz)
     b, h, n, d = q.shape

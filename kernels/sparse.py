@@ -141,7 +141,7 @@ def sparse_forward(
         j = tl.load(col + e // SUB) * b + e % SUB * BN + tl.arange(0, BN)
         y, top, total = forward_tile(
             y, top, total, x, q, q_n, i, stop, k, k_n, v, v_n, j, N, v0, None, scale,
-            D, DV, BD, BV, PRECISION,
+            False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
         c = tl.load(col + e // SUB)
@@ -151,7 +151,7 @@ def sparse_forward(
             seen = seen & (j[None, :] <= i[:, None])
         y, top, total = forward_tile(
             y, top, total, x, q, q_n, i, stop, k, k_n, v, v_n, j, end, v0, seen, scale,
-            D, DV, BD, BV, PRECISION,
+            CAUSAL, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     y, top = finish(y, top, total)
     if slot == -1:

@@ -55,7 +55,7 @@ def sparse_grad_q(
         j = tl.load(col + e // SUB) * b + e % SUB * BN + tl.arange(0, BN)
         y = grad_q_tile(
             y, x, g, top, sums, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, j, N, d0, None, scale,
-            D, DV, BD, BV, PRECISION,
+            False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
         c = tl.load(col + e // SUB)
@@ -65,7 +65,7 @@ def sparse_grad_q(
             seen = seen & (j[None, :] <= i[:, None])
         y = grad_q_tile(
             y, x, g, top, sums, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, j, end, d0, seen, scale,
-            D, DV, BD, BV, PRECISION,
+            CAUSAL, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     y *= scale
     if slot == -1:
@@ -108,14 +108,14 @@ def sparse_grad_kv(
             seen = j[:, None] <= i[None, :]
             x, w = grad_kv_tile(
                 x, w, y, z, lse, delta, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, j, stop, d0, v0,
-                seen, scale, D, DV, BD, BV, PRECISION,
+                seen, scale, True, D, DV, BD, BV, PRECISION,
             )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
         r = tl.load(row + e // SUB)
         i, end = r * b + e % SUB * BN + tl.arange(0, BN), tl.minimum((r + 1) * b, N)
         x, w = grad_kv_tile(
             x, w, y, z, lse, delta, q, q_n, do, g_n, i, end, k, k_n, v, v_n, j, stop, d0, v0,
-            None, scale, D, DV, BD, BV, PRECISION,
+            None, scale, False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     x *= scale
     if slot == -1:

@@ -63,28 +63,37 @@ def test_masked_tokens_reach_nobody(name, causal, generator):
     mask[0, 25:] = mask[0, 1] = False
     f = lambda *x: CALLS[name](*x, mask, causal)[0]  # noqa: E731
     values = torch.tensor([math.nan, math.inf, 1e30])[torch.arange(N) % 3, None]
-    dirty = [xs[0], *(torch.where(mask[:, None, :, None], x, values) for x in xs[1:])]
+    dirty = [torch.where(mask[:, None, :, None], x, values) for x in xs]
     for a, b in zip(real_results(f, dirty, mask), real_results(f, xs, mask), strict=True):
         assert a.isfinite().all() and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("with_lse", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
-def test_mla(causal, generator):
+def test_mla(causal, with_lse, generator):
+    """Queries, latents and weights: o, lse, the largest score, and all gradients."""
     shapes = (B, H, N, D), (B, H, N, 4), (B, N, 8), (B, N, 4), (H, D, 8), (H, D, 8)
     q, qr, c, kr, *w = (torch.randn(shape, generator=generator) for shape in shapes)
     mask = torch.ones(B, N, dtype=torch.bool)
     mask[0, 25:] = mask[0, 1] = False
 
-    def call(q, c, kr, mask=mask):
-        return OPS["mla_fwd"].apply("cuda", q, qr, c, kr, *w, mask, 0.3, causal)
+    def call(*x, mask=mask):
+        return OPS["mla_fwd"].apply("cuda", *x, mask, 0.3, causal)
 
-    dirty = [q, *(x.masked_fill(~mask[..., None], math.nan) for x in (c, kr))]
-    given, clean = (real_results(lambda *x: call(*x)[0], x, mask) for x in (dirty, (q, c, kr)))
-    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(given, clean, strict=True))
-    assert torch.equal(call(*dirty)[2], call(q, c, kr)[2])
+    def results(*x):
+        leaves = [t.clone().requires_grad_() for t in x]
+        o, lse, peak = call(*leaves)
+        o, lse = o.transpose(1, 2)[mask], lse.transpose(1, 2)[mask]
+        (o.sin().sum() + (lse.sin().sum() if with_lse else 0)).backward()
+        return o, lse, peak, *(t.grad for t in leaves)
+
+    hidden = (x.masked_fill(~mask[:, None, :, None], math.nan) for x in (q, qr))
+    dirty = *hidden, *(x.masked_fill(~mask[..., None], math.nan) for x in (c, kr)), *w
+    for a, b in zip(results(*dirty), results(q, qr, c, kr, *w), strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
 
     q[0, 0, 5, 2] = math.nan
-    o, _, peak = call(q, c, kr, None)
+    o, _, peak = call(q, qr, c, kr, *w, mask=None)
     assert o[0, 0].isnan().any(-1).nonzero().tolist() == [[5]]
     assert peak.isnan().tolist() == [[True], [False]]
 
