@@ -10,7 +10,9 @@ constexpr A LN2 = A(0.6931471805599453);
 /// max(x, low), NaN where x is: one instruction, where the comparison and choice are two.
 template <class A>
 TAB_INLINE Vec<A> at_least(Vec<A> x, A low) {
-#if TAB_VECTOR_BYTES == 64
+#if TAB_VECTOR_BYTES == 64 && defined(__clang__)
+  if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps512(splat<A>(low), x, 4);
+#elif TAB_VECTOR_BYTES == 64
   if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps512_mask(splat<A>(low), x, x, -1, 4);
 #elif TAB_VECTOR_BYTES == 32
   if constexpr (sizeof(A) == 4) return __builtin_ia32_maxps256(splat<A>(low), x);

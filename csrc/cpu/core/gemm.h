@@ -104,10 +104,9 @@ static __attribute__((noinline)) void lower_times(int64_t count, int64_t width, 
 
 /// y (columns, padded rows) = xᵀ of x (rows, columns), the padding zeroed.
 template <class A>
-static __attribute__((noinline, noclone)) void transpose(int64_t rows, int64_t columns, const A* x,
-                                                         int64_t ldx, A* y, int64_t ldy) {
+static TAB_OUTLINE void transpose(int64_t rows, int64_t columns, const A* x, int64_t ldx, A* y,
+                                  int64_t ldy) {
   typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
-  typedef typename integer<A>::scalar Index __attribute__((vector_size(4 * sizeof(A))));
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     int64_t j = 0;
@@ -117,14 +116,14 @@ static __attribute__((noinline, noclone)) void transpose(int64_t rows, int64_t c
       __builtin_memcpy(&r1, x + (i + 1) * ldx + j, sizeof r1);
       __builtin_memcpy(&r2, x + (i + 2) * ldx + j, sizeof r2);
       __builtin_memcpy(&r3, x + (i + 3) * ldx + j, sizeof r3);
-      const Quad a = __builtin_shuffle(r0, r1, Index{0, 4, 1, 5});
-      const Quad b = __builtin_shuffle(r2, r3, Index{0, 4, 1, 5});
-      const Quad c = __builtin_shuffle(r0, r1, Index{2, 6, 3, 7});
-      const Quad d = __builtin_shuffle(r2, r3, Index{2, 6, 3, 7});
-      r0 = __builtin_shuffle(a, b, Index{0, 1, 4, 5});
-      r1 = __builtin_shuffle(a, b, Index{2, 3, 6, 7});
-      r2 = __builtin_shuffle(c, d, Index{0, 1, 4, 5});
-      r3 = __builtin_shuffle(c, d, Index{2, 3, 6, 7});
+      const Quad a = TAB_SHUFFLE(r0, r1, 0, 4, 1, 5);
+      const Quad b = TAB_SHUFFLE(r2, r3, 0, 4, 1, 5);
+      const Quad c = TAB_SHUFFLE(r0, r1, 2, 6, 3, 7);
+      const Quad d = TAB_SHUFFLE(r2, r3, 2, 6, 3, 7);
+      r0 = TAB_SHUFFLE(a, b, 0, 1, 4, 5);
+      r1 = TAB_SHUFFLE(a, b, 2, 3, 6, 7);
+      r2 = TAB_SHUFFLE(c, d, 0, 1, 4, 5);
+      r3 = TAB_SHUFFLE(c, d, 2, 3, 6, 7);
       __builtin_memcpy(y + j * ldy + i, &r0, sizeof r0);
       __builtin_memcpy(y + (j + 1) * ldy + i, &r1, sizeof r1);
       __builtin_memcpy(y + (j + 2) * ldy + i, &r2, sizeof r2);

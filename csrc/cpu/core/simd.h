@@ -103,7 +103,9 @@ TAB_INLINE void stream(T* p, Vec<acc_t<T>> x) {
 #if defined(__SSE2__)
   if constexpr (sizeof(T) == 4)
     if (reinterpret_cast<uintptr_t>(p) % TAB_VECTOR_BYTES == 0) {
-#if TAB_VECTOR_BYTES == 64
+#if defined(__clang__)
+      __builtin_nontemporal_store(x, reinterpret_cast<Vec<float>*>(p));
+#elif TAB_VECTOR_BYTES == 64
       __builtin_ia32_movntps512(p, x);
 #elif TAB_VECTOR_BYTES == 32
       __builtin_ia32_movntps256(p, x);
@@ -146,27 +148,46 @@ TAB_INLINE Int<A> lanes() {
   __builtin_memcpy(&x, all, sizeof x);
   return x;
 }
+/// x with the lanes `half` apart exchanged.
+template <int half, class V, int... I>
+TAB_INLINE V exchanged(V x, std::integer_sequence<int, I...>) {
+  return TAB_SHUFFLE(x, x, (I ^ half)...);
+}
+template <class A, int half>
+TAB_INLINE Vec<A> exchanged(Vec<A> x) {
+  return exchanged<half>(x, std::make_integer_sequence<int, W<A>>{});
+}
 /// The sum over the lanes by halves: log W additions one after the other, not W.
-template <class A>
+template <class A, int half = W<A> / 2>
 TAB_INLINE A sum(Vec<A> x) {
-#pragma GCC unroll 4
-  for (int half = W<A> / 2; half > 0; half /= 2) x += __builtin_shuffle(x, lanes<A>() ^ half);
-  return x[0];
+  if constexpr (half == 0)
+    return x[0];
+  else
+    return sum<A, half / 2>(x + exchanged<A, half>(x));
 }
 /// x and y with the lanes `half` apart added: sums of x where (lane & half) is 0, else of y.
-template <class A>
-TAB_INLINE Vec<A> fold(Vec<A> x, Vec<A> y, int half) {
-  constexpr typename integer<A>::scalar width = W<A>;
-  const Int<A> lane = lanes<A>(), of_y = (lane & half) != 0 ? Int<A>{} + width : Int<A>{};
-  return __builtin_shuffle(x, y, lane + of_y) + __builtin_shuffle(x, y, (lane ^ half) + of_y);
+template <int half, class V, int... I>
+TAB_INLINE V fold(V x, V y, std::integer_sequence<int, I...>) {
+  constexpr int width = sizeof...(I);
+  return TAB_SHUFFLE(x, y, (I + (I & half ? width : 0))...) +
+         TAB_SHUFFLE(x, y, ((I ^ half) + (I & half ? width : 0))...);
+}
+template <class A, int half>
+TAB_INLINE Vec<A> fold(Vec<A> x, Vec<A> y) {
+  return fold<half>(x, y, std::make_integer_sequence<int, W<A>>{});
+}
+/// Every lane with the sum of those that are a multiple of `half` apart from it.
+template <class A, int half>
+TAB_INLINE Vec<A> sums_apart(Vec<A> x) {
+  if constexpr (half < W<A>)
+    return sums_apart<A, 2 * half>(x + exchanged<A, half>(x));
+  else
+    return x;
 }
 /// The sums over the lanes of four vectors, in lanes 0 to 3: half the shuffles of four times `sum`.
 template <class A>
 TAB_INLINE Vec<A> four_sums(const Vec<A> (&x)[4]) {
-  Vec<A> s = fold<A>(fold<A>(x[0], x[1], 1), fold<A>(x[2], x[3], 1), 2);
-#pragma GCC unroll 4
-  for (int half = 4; half < W<A>; half *= 2) s += __builtin_shuffle(s, lanes<A>() ^ half);
-  return s;
+  return sums_apart<A, 4>(fold<A, 2>(fold<A, 1>(x[0], x[1]), fold<A, 1>(x[2], x[3])));
 }
 /// Lanes 0 to 3 from and to memory.
 template <class A>
@@ -185,12 +206,12 @@ TAB_INLINE Vec<A> maximum(Vec<A> x, Vec<A> y) {
   return x > y ? x : y;
 }
 /// The largest of the lanes.
-template <class A>
+template <class A, int half = W<A> / 2>
 TAB_INLINE A highest(Vec<A> x) {
-#pragma GCC unroll 4
-  for (int half = W<A> / 2; half > 0; half /= 2)
-    x = maximum<A>(x, __builtin_shuffle(x, lanes<A>() ^ half));
-  return x[0];
+  if constexpr (half == 0)
+    return x[0];
+  else
+    return highest<A, half / 2>(maximum<A>(x, exchanged<A, half>(x)));
 }
 
 }  // namespace tab::TAB_ISA

@@ -11,7 +11,7 @@
 
 #include "../../common.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define TAB_WIDE 1
 #else
 #define TAB_WIDE 0  // other machines: the baseline, in the vectors the compiler has
