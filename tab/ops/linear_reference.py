@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._check import accumulate, answered, real, token_major
-from ._softmax import empty_heads
+from ._softmax import empty_heads, weigh
 
 CHUNK = 64  # tokens whose causal scores the reference holds at once
 BLOCK = 1024  # tokens that the reference adds up in one running sum
@@ -135,9 +135,10 @@ def backward_reference(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_m
         last = last[:, :, None] if isinstance(last, Tensor) else last
         after = exclusive_cumsum(sums.flip(2)).flip(2) + last
         scores, dscores = (cq @ ck.mT).tril(), (cg @ cv.mT).tril()
-        dfq = merge(cg @ before.mT + dscores @ ck, n)
-        dfk = merge(cv @ after.mT + dscores.mT @ cq, n)
-        dv1 = merge(ck @ after + scores.mT @ cg, n)
+        seen = torch.ones_like(scores, dtype=torch.bool).tril()
+        dfq = merge(cg @ before.mT + weigh(dscores, ck, seen), n)
+        dfk = merge(cv @ after.mT + weigh(dscores.mT, cq, seen.mT), n)
+        dv1 = merge(ck @ after + weigh(scores.mT, cg, seen.mT), n)
         first = after[:, :, 0] + sums[:, :, 0]
     else:
         first = token_sum(fq, g1) + last  # (B, H, D, Dv+1)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from softmax_cases import FORMS, NAMES, latents, mla, qkv, sees, softmax_op, where
 
+from tab import linear_attention, orthogonal_projection, performer_attention
 from tab.functional import mla_decode
+from tab.ops import OPS
 from tab.ops.mla_forms import max_logits
 
 N, BAD = 40, 13
@@ -109,3 +111,32 @@ def test_unused_cache_rows(_, backend):
         o, lse = mla_decode(qn[:, :, 0], qr[:, :, 0], cache, lengths, uk, uv)
         (o.sum() + lse[:1].sum()).backward()
         assert all(x.grad.isfinite().all() for x in (qn, qr, cache, uk, uv))
+
+
+def causal(op, backend):
+    w = orthogonal_projection(20, 16, generator=torch.Generator().manual_seed(0))
+    if op == "linear":
+        return lambda q, k, v: linear_attention(q, k, v, causal=True, backend=backend)
+    return lambda q, k, v: performer_attention(q, k, v, w, causal=True, backend=backend)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
+@pytest.mark.parametrize(
+    "op, backend", [("linear", "reference"), ("linear", "cpp"), ("performer", "reference")]
+)
+def test_the_causal_future(op, backend, which, generator):
+    """Of sums over features: o and the gradients of tokens that no seen NaN meets."""
+    if OPS[f"{op}_fwd"].why_not(backend):
+        pytest.skip("not built")
+    f, n, bad = causal(op, backend), 70, 45
+    tensors = [torch.randn(1, 2, n, 16, generator=generator) for _ in range(3)]
+    token = torch.arange(n)
+    rows = (slice(None), slice(None), token != bad if which == 0 else token < bad)
+    o, grads = run(f, tensors, rows)
+    tensors[which][:, :, bad, 2] = math.nan
+    dirty, dirty_grads = run(f, tensors, rows)
+    torch.testing.assert_close(dirty[rows], o[rows])
+    torch.testing.assert_close(dirty_grads[0][rows], grads[0][rows])
+    if which == 0:  # else every key meets a query that has seen it
+        for a, b in zip(dirty_grads[1:], grads[1:], strict=True):
+            torch.testing.assert_close(a[:, :, token > bad], b[:, :, token > bad])
