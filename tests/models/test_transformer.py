@@ -17,6 +17,7 @@ from tab.train.steps import Steps, parameter_groups
 SMALL = {
     "model.vit.hidden": 16,
     "model.vit.match": "",
+    "model.vit.depth": 2,
     "model.cnn.hidden": 16,
     "model.cnn.channels": 4,
     "model.cnn.match": "",
