@@ -11,6 +11,7 @@ from tab.recipe.size_matching import parameters_of
 SMALL = {"model.mlp.hidden": 16, "model.cnn.hidden": 16, "model.cnn.channels": 4}
 SMALL |= {"model.mlp.match": "", "model.cnn.match": "", "model.resnet9.match": ""}
 SMALL |= {"model.resnet9.hidden": 16, "model.resnet9.channels": 4}
+SMALL |= {"model.vit.match": "", "model.vit.hidden": 16}
 BOTH = pytest.mark.parametrize("model", model_names())
 
 
