@@ -64,7 +64,10 @@ def linear_outputs(
         den += tl.sum(f * tl.load(z + d, mask=d < D, other=0.0)[None, :], 1)
     if CAUSAL:
         for last in tl.static_range(2):  # the tile that meets itself comes last
-            for j0 in range(start if last else part * segment, start + BN if last else start, BN):
+            for j0 in tl.range(
+                start if last else part * segment, start + BN if last else start, BN,
+                num_stages=1 if last else None,  # nothing to read ahead
+            ):  # fmt: skip
                 j = j0 + tl.arange(0, BN)
                 seen = at[:, None] >= j[None, :]
                 p = tl.zeros((BN, BN), tl.float32)  # φ(q_i)·φ(k_j)

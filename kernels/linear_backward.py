@@ -84,7 +84,10 @@ def linear_grad_q(
         x += dot(g, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
     if CAUSAL:
         for last in tl.static_range(2):  # as in the forward
-            for j0 in range(start if last else part * segment, start + BN if last else start, BN):
+            for j0 in tl.range(
+                start if last else part * segment, start + BN if last else start, BN,
+                num_stages=1 if last else None,  # nothing to read ahead
+            ):  # fmt: skip
                 j = j0 + tl.arange(0, BN)
                 p = r_i + tl.zeros((BN, BN), tl.float32)  # g_i·v_j + r_i
                 for v0 in range(0, DV, BV):
@@ -121,7 +124,10 @@ def linear_grad_k(
     if CAUSAL:
         end = tl.minimum((part + 1) * segment, N)
         for later in tl.static_range(2):  # the tile that meets itself comes first
-            for i0 in range(start + BN if later else start, end if later else start + BN, BN):
+            for i0 in tl.range(
+                start + BN if later else start, end if later else start + BN, BN,
+                num_stages=None if later else 1,
+            ):  # fmt: skip
                 i = i0 + tl.arange(0, BN)
                 scale = tl.load(inv + i, mask=i < N, other=0.0)[:, None]
                 # v_j·g_i + r_i
@@ -162,7 +168,10 @@ def linear_grad_v(
     if CAUSAL:
         end = tl.minimum((part + 1) * segment, N)
         for later in tl.static_range(2):
-            for i0 in range(start + BN if later else start, end if later else start + BN, BN):
+            for i0 in tl.range(
+                start + BN if later else start, end if later else start + BN, BN,
+                num_stages=None if later else 1,
+            ):  # fmt: skip
                 i = i0 + tl.arange(0, BN)
                 p = tl.zeros((BN, BN), tl.float32)  # φ(k_j)·φ(q_i)
                 for d0 in range(0, D, BD):
