@@ -6,6 +6,7 @@ import pytest
 from small_cli import SMALL, flat, tab
 
 from tab import machine
+from tab.cli.given import SPINS
 
 TRAIN = ("train", "mlp", "none", *SMALL)
 
@@ -18,10 +19,14 @@ def test_a_load_beyond_the_cores_is_said_once(load, told, monkeypatch, tmp_path)
     assert flat(done.output).count("times will mean little") == told
 
 
-@pytest.mark.parametrize("given, wanted", [(None, "passive"), ("active", "active")])
-def test_threads_wait_as_the_environment_says_else_asleep(given, wanted, monkeypatch, tmp_path):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_as_the_environment_says_else_soon_asleep(given, spins, monkeypatch, tmp_path):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     done = tab(*TRAIN, "--out", tmp_path / "run")
-    assert done.exit_code == 0 and os.environ["OMP_WAIT_POLICY"] == wanted
+    assert done.exit_code == 0 and os.environ.get("GOMP_SPINCOUNT") == spins
