@@ -9,9 +9,9 @@ from pathlib import Path
 from .. import machine
 from .terminal import bar, errors, say
 
-# Turns of libgomp's loop, of which its own default is 300,000: beside one, two and four other
-# processes on two cores a training step took 1.8, 2.1 and 3.1 times its quiet time, with the default
-# 2.6, 3.4 and 5.4; on a quiet machine it cost nothing (0.99, median of five pairs).
+# Turns of libgomp's waiting loop, of which its own default is 300,000. Beside one, two and four
+# other processes on two cores a training step took 1.8, 2.2 and 3.2 times its quiet time, with the
+# default 2.7, 3.5 and 5.5; on a quiet machine it cost nothing (0.99, median of five pairs).
 SPINS = "4000"
 
 
