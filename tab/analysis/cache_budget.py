@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ..data.batches import Batches
 from ..data.load import hold_out
+from ..functional import h2o_attention
 from ..layers.basic import MultiHeadAttention
-from ..ops.h2o import h2o_attention
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)  # of the tokens
 POLICIES = ("heavy", "recent", "random")

@@ -123,6 +123,10 @@ class Plan:
     def moved(self, out: Path, dataset: Dataset) -> None:
         """Keeps where the data of the comparison in `out` is now; a ValueError if it is other."""
         made_with(out, dataset)
+        self.rewrite(out)
+
+    def rewrite(self, out: Path) -> None:
+        """Replaces the plan of the comparison in `out`."""
         with locked(out):
             write_toml(out / "config.toml", self.table())
 

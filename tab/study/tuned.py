@@ -16,8 +16,6 @@ from pathlib import Path
 
 from ..compare.plan import Grid, Plan
 from ..data.load import Dataset
-from ..files import locked
-from ..formats import write_toml
 from ..recipe.recipe import Recipe, load_recipe
 from ..sweep.driver import SweepWatcher, sweep
 from ..sweep.halving import Budget
@@ -85,8 +83,7 @@ def tuned(
     for pair, ended in best.items():
         recipe = with_chosen(recipe, *pair, ended.entry.params)
     plan = dataclasses.replace(plan, recipe=recipe).for_classes(Grid.load(out).classes)
-    with locked(out):
-        write_toml(out / "config.toml", plan.table())
+    plan.rewrite(out)
     return plan
 
 
