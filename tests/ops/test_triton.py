@@ -33,7 +33,7 @@ SPILLS = {
     ("mla_grad_q", 100): 256,
     ("mla_grad_kv", 90): 192,
     ("mla_grad_kv", 100): 320,
-    ("sparse_grad_kv", 80): 192,
+    ("sparse_grad_kv", 80): 256,
     ("sparse_grad_kv", 90): 256,
     "performer_fused": 512,
     "performer_states": 256,
