@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+SWITCHES = ("TAB_CPP", "TAB_CUDA", "FORCE_CUDA")  # CI sets some for its own build
+WITHOUT_SWITCHES = {name: value for name, value in os.environ.items() if name not in SWITCHES}
 NO_TOOLKIT = "import pathlib; pathlib.Path.is_file = lambda self: False; "
 
 
@@ -17,7 +19,7 @@ def run(code: str, folder: Path = ROOT, **environment: str) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**WITHOUT_SWITCHES, **environment},
         capture_output=True,
         text=True,
         timeout=120,
