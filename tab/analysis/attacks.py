@@ -65,12 +65,12 @@ def attacked(model: torch.nn.Module, test: Batches, images: int, *, seed: int = 
 
     The model is used as it is: put it in eval mode.
     """
-    index, logits = _chosen(test, images, seed), _classifier(model, test)
+    index, logits = chosen(test, images, seed), classifier(model, test)
     generator = torch.Generator().manual_seed(seed)
     right = dict.fromkeys(("clean", "fgsm", "pgd", "random", "large"), 0)
     zero = 0
     for part in index.split(test.batch_size):
-        x, y = _pixels(test, part)
+        x, y = pixels(test, part)
         coin = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
         spoiled = {
             "clean": x,
@@ -97,11 +97,11 @@ def epsilon_curve(
     What fooled the model within a small ball lies within the larger ones too: only images that are
     still right are attacked again. So the curve never rises.
     """
-    index, logits = _chosen(test, images, seed), _classifier(model, test)
+    index, logits = chosen(test, images, seed), classifier(model, test)
     generator = torch.Generator().manual_seed(seed)
     right = torch.zeros(len(EPSILONS), len(index), dtype=torch.bool)
     for place in torch.arange(len(index)).split(test.batch_size):
-        x, y = _pixels(test, index[place])
+        x, y = pixels(test, index[place])
         with torch.no_grad():
             left = (logits(x).argmax(-1) == y).nonzero().flatten()
         for row, epsilon in zip(right, EPSILONS, strict=True):
@@ -112,11 +112,7 @@ def epsilon_curve(
             with torch.no_grad():
                 left = left[logits(moved).argmax(-1) == y[left]]
             row[place[left.cpu()]] = True
-    return {
-        "accuracy": right.double().mean(1).tolist(),
-        "right": [np.packbits(row.numpy()).tobytes().hex() for row in right],
-        "images": len(index),
-    }
+    return _kept(right)
 
 
 def auto_attacked(
@@ -131,8 +127,8 @@ def auto_attacked(
         raise ImportError(
             'AutoAttack is not installed: pip install "transformer-attention-bench[autoattack]"'
         ) from None
-    index, logits = _chosen(test, images, seed), _classifier(model, test)
-    x, y = _pixels(test, index)
+    index, logits = chosen(test, images, seed), classifier(model, test)
+    x, y = pixels(test, index)
     x = x.contiguous()
     with torch.no_grad():
         classes = logits(x[:1]).shape[1]
@@ -156,11 +152,7 @@ def auto_attacked(
             parts = [logits(part).argmax(-1) for part in moved.split(test.batch_size)]
         rows.append((torch.cat(parts) == y).cpu())
     right = torch.stack(rows)
-    return {
-        "accuracy": right.double().mean(1).tolist(),
-        "right": [np.packbits(row.numpy()).tobytes().hex() for row in right],
-        "images": len(index),
-    }
+    return _kept(right)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -175,13 +167,22 @@ class _Contiguous(torch.autograd.Function):
         return g.contiguous()
 
 
+def _kept(right: Tensor) -> dict[str, object]:
+    """right (ε, images) bool as robustness.json holds it."""
+    return {
+        "accuracy": right.double().mean(1).tolist(),
+        "right": [np.packbits(row.numpy()).tobytes().hex() for row in right],
+        "images": right.shape[1],
+    }
+
+
 def still_right(found: dict) -> np.ndarray:
     """The answers that `epsilon_curve` kept → (ε, images) bool."""
     rows = [np.frombuffer(bytes.fromhex(row), np.uint8) for row in found["right"]]
     return np.array([np.unpackbits(row, count=found["images"]) for row in rows], bool)
 
 
-def _chosen(test: Batches, images: int, seed: int) -> Tensor:
+def chosen(test: Batches, images: int, seed: int) -> Tensor:
     """Numbers of `images` test images, of each class its share."""
     labels = test.labels.cpu()
     if images >= len(labels):
@@ -189,12 +190,13 @@ def _chosen(test: Batches, images: int, seed: int) -> Tensor:
     return hold_out(labels, images, seed=seed)[1]
 
 
-def _classifier(model: torch.nn.Module, test: Batches) -> Classifier:
+def classifier(model: torch.nn.Module, test: Batches) -> Classifier:
+    """The model of pixels in 0…1, normalised as `test` is."""
     mean, scale = (part.view(1, 3, 1, 1) for part in (test.mean, test.scale))
     return lambda x: model(((x * 255 - mean) * scale).contiguous(memory_format=torch.channels_last))
 
 
-def _pixels(test: Batches, index: Tensor) -> tuple[Tensor, Tensor]:
+def pixels(test: Batches, index: Tensor) -> tuple[Tensor, Tensor]:
     """x (B, 3, H, W) in 0…1, y (B,)."""
     index = index.to(test.device)
     return test.images[index].permute(0, 3, 1, 2).float() / 255, test.labels[index]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batches import Batches
-from ..data.load import hold_out
 from ..functional import h2o_attention
 from ..layers.basic import MultiHeadAttention
+from .attacks import chosen, classifier, pixels
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)  # of the tokens
 POLICIES = ("heavy", "recent", "random")
@@ -38,10 +38,7 @@ def budget_curves(
 
     The model is used as it is: put it in eval mode. At budget 1 all three are the model itself.
     """
-    labels = test.labels.cpu()
-    index = torch.arange(len(labels))
-    if images < len(labels):
-        index = hold_out(labels, images, seed=seed)[1]
+    index = chosen(test, images, seed)
     curves = {policy: [] for policy in POLICIES}
     for policy, curve in curves.items():
         for share in BUDGETS:
@@ -86,10 +83,8 @@ def _attend(policy: str, share: float, seed: int) -> Attend:
 
 @torch.no_grad()
 def _accuracy(model: nn.Module, test: Batches, index: Tensor) -> float:
-    mean, scale = (part.view(1, 3, 1, 1) for part in (test.mean, test.scale))
-    right = 0
-    for part in index.to(test.device).split(test.batch_size):
-        x = (test.images[part].permute(0, 3, 1, 2).float() - mean) * scale
-        x = x.contiguous(memory_format=torch.channels_last)
-        right += int((model(x).argmax(-1) == test.labels[part]).sum())
+    logits, right = classifier(model, test), 0
+    for part in index.split(test.batch_size):
+        x, y = pixels(test, part)
+        right += int((logits(x).argmax(-1) == y).sum())
     return right / len(index)
