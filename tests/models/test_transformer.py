@@ -45,12 +45,13 @@ def images(generator, count=3):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("attention", layer_names())
+POOLED = [(a, p) for a in layer_names() for p in ("mean", "class")]
+POOLED = [(a, p) for a, p in POOLED if p == "mean" or get_attention(a).mixes_tokens]
+
+
+@pytest.mark.parametrize("attention, pool", POOLED)
 @pytest.mark.parametrize("ffn", [0.0, 2.0])
-@pytest.mark.parametrize("pool", ["mean", "class"])
 def test_every_layer_and_every_parameter_takes_part(attention, ffn, pool, generator):
-    if pool == "class" and not get_attention(attention).mixes_tokens:
-        pytest.skip("the next test")
     more = {"attention__local__vit__two_dimensional": False} if pool == "class" else {}
     net = model_of(attention, model__vit__ffn_ratio=ffn, model__vit__pool=pool, **more)
     x = images(generator, 8)
@@ -251,11 +252,11 @@ def test_every_control_is_here():
 # --- several seeds at once ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", ["mean", "class"])
-@pytest.mark.parametrize("attention", ["multi_head", "deepseek_mla", "mixer", "random", "none"])
+STACKED = ("multi_head", "deepseek_mla", "mixer", "random", "none")
+
+
+@pytest.mark.parametrize("attention, pool", [pair for pair in POOLED if pair[0] in STACKED])
 def test_seeds_at_once_compute_what_each_does_alone(attention, pool, generator):
-    if (attention, pool) == ("none", "class"):
-        pytest.skip("no such model")
     configs = [config_of(attention, seed=s, model__vit__pool=pool) for s in range(2)]
     x, apart = images(generator, 8), []
     for config, part in zip(configs, x.chunk(2), strict=True):
