@@ -23,7 +23,8 @@ def attack_table(mine: list[tuple[Run, Found]]) -> str:
     groups: dict[str, list[tuple[int, dict]]] = {}
     for run, found in mine:
         if "pgd" in found:
-            groups.setdefault(run.attention, []).append((run.seed, found["pgd"]))
+            draws = run.seed if run.draws is None else run.draws  # what pairs with the control
+            groups.setdefault(run.attention, []).append((draws, found["pgd"]))
     if not groups:
         return ""
     means = {a: np.mean([s["accuracy"] for _, s in group], 0) for a, group in groups.items()}

@@ -9,6 +9,7 @@ import pytest
 from tab.analysis.corruptions import OWN
 from tab.analysis.robustness import FILE, read
 from tab.compare.runs import Run
+from tab.report import attacks
 from tab.report.attacks import attack_picture
 from tab.report.comparable import keep_comparable
 from tab.report.robustness import (
@@ -134,3 +135,21 @@ def test_the_cut_cache_stands_beside_its_controls(tmp_path):
     text = robustness_section(runs, {run.id: {"cache": cache} for run in runs}, [])
     assert "| H2O: heavy hitters and latest | 60.0 ± 0.0 |" in text
     assert "| at random | 40.0 ± 0.0 |" in text and "50 test images" in text
+
+
+def test_the_control_again_pairs_by_what_it_drew(tmp_path, monkeypatch):
+    """Its seed 0 has other weights and batches than the control's seed 0."""
+    seen = []
+
+    real = attacks.differences
+    monkeypatch.setattr(
+        attacks, "differences", lambda rows, c: seen.extend(r.seeds for r in rows) or real(rows, c)
+    )
+    runs, found = [], {}
+    for attention, shift in (("none", 0), ("none_again", 1000)):
+        for seed in range(3):
+            path = tmp_path / f"cnn-{attention}-s{seed}"
+            runs.append(Run("cnn", attention, seed, path, "done", draws=seed + shift))
+            found[runs[-1].id] = pgd([0.8, 0.7, 0.6, 0.4, 0.2, 0.0], seed + shift)
+    robustness_section(runs, found, [])
+    assert seen == [(1000, 1001, 1002)]
