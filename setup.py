@@ -18,6 +18,7 @@ the reason (`tab doctor` repeats it), unless it was asked for:
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,7 +156,8 @@ class BuildWhatCompiles(Build):
 def reason(log: str, error: BaseException) -> str:
     """The compiler's first error, or its last word, or what Python says."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("ninja:", "FAILED", "[", "W"))]
+    said_by_others = re.compile(r"ninja:|FAILED|\[|W\d{4} ")  # the last: torch's own warnings
+    lines = [line for line in lines if not said_by_others.match(line)]
     errors = [line for line in lines if "error:" in line or line.endswith("not found")]
     return (errors or lines[-1:] or [f"{type(error).__name__}: {error}"])[0][:300]
 
