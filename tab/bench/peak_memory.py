@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,6 @@ def memory(
     not fit. Default: half of what the machine has free.
     """
     available = _free() / 2 if available is None else available
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     rows = []
     for name in entrants(op):
         before: tuple[int, int] | None = None  # N, bytes
@@ -52,7 +51,7 @@ def memory(
             if before and (guess := before[1] * (n / before[0]) ** 2) > available:
                 row.skipped = f"would take about {guess / 1e9:.0f} GB, {available / 1e9:.0f} may"
                 continue
-            row.peak_bytes = _in_its_own_process(context, case, name)
+            row.peak_bytes = in_its_own_process(f"{name} at {case.name}", _point, case, name)
             before = n, row.peak_bytes
     return rows
 
@@ -70,32 +69,43 @@ def tokens(row: Row) -> int:
     return int(row.case.split("/")[1].removeprefix("n"))
 
 
-def _in_its_own_process(context, case: Case, name: str) -> int:
+def in_its_own_process(what: str, measure: Callable[..., int], *args) -> int:
+    """measure(*args) in a process that holds nothing yet. what: is measured, for errors.
+
+    RuntimeError: it failed there, or its process was killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(send, case, name, torch.get_num_threads()))
+    given = (send, torch.get_num_threads(), measure, *args)
+    process = context.Process(target=_answer, args=given)
     process.start()
     send.close()
     try:
         answer = receive.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"{name} at {case.name} ended with code {process.exitcode}") from None
+        raise RuntimeError(f"{what} ended with code {process.exitcode}") from None
     process.join()
     if isinstance(answer, str):
-        raise RuntimeError(f"{name} at {case.name}: {answer}")
+        raise RuntimeError(f"{what}: {answer}")
     return answer
 
 
-def _measure(send, case: Case, name: str, threads: int) -> None:
+def _answer(send, threads: int, measure: Callable[..., int], *args) -> None:
     try:
         torch.set_num_threads(threads)
         # glibc: blocks from 64 kB on go back to the system when freed, so that only what is held
         # counts; by default it decides by what was freed before.
         ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 16)
-        run(Case(case.op, "tiny"), name)  # libraries and thread stacks are there then
-        send.send(run(case, name))
+        send.send(measure(*args))
     except Exception as error:  # it would only be printed here
         send.send(f"{type(error).__name__}: {error}")
+
+
+def _point(case: Case, name: str) -> int:
+    run(Case(case.op, "tiny"), name)  # libraries and thread stacks are there then
+    return run(case, name)
 
 
 def run(case: Case, name: str) -> int:
@@ -108,7 +118,12 @@ def run(case: Case, name: str) -> int:
         prepare, timed = call(entrant.build(p), p, "both")
         timed(prepare())
 
-    size = peak((find, both), case.device)
+    return known_peak((find, both), case.device)
+
+
+def known_peak(call: tuple[Callable, Callable], device: str) -> int:
+    """`peak`, or a RuntimeError where the system cannot tell."""
+    size = peak(call, device)
     if size is None:
         raise RuntimeError("this system does not tell peak memory (/proc/self/clear_refs)")
     return size

@@ -127,9 +127,12 @@ def _ratio(row: Row, base: Row, direction: str) -> str:
 
 
 def steps_table(rows: list[Row]) -> Table:
-    """A model's training steps: images/s (median, p10–p90), ratios of steps in the same round."""
+    """A model's training steps: images/s (median, p10–p90), ratios of steps in the same round, and
+    the peak of memory where it was measured."""
     table = Table(title=rows[0].case, title_justify="left")
-    for title in ("attention", "images/s", "ms", "× control", "tab is × eager", "difference"):
+    columns = ["attention", "images/s", "ms", "× control", "tab is × eager"]
+    memory = any(row.peak_bytes for row in rows)
+    for title in (*columns, *["peak MB"] * memory, "difference"):
         table.add_column(title, justify="left" if title == "attention" else "right")
     timed = {row.contestant: row for row in rows}
     for row in rows:
@@ -149,6 +152,7 @@ def steps_table(rows: list[Row]) -> Table:
             f"{rates[0]} ({rates[1]}–{rates[2]})",
             f"{1e3 * mid:.1f}",
             *("" if r is None else f"{r[1]:.2f} ({r[0]:.2f}–{r[2]:.2f})" for r in (over, wins)),
+            *["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"] * memory,
             "" if row.error is None else _number(max(row.error, row.gradient_error)),
         )
     return table

@@ -25,6 +25,7 @@ class Row:
     rounds: dict[str, list[int]] = field(default_factory=dict)
     peak_bytes: int | None = None
     batch: int | None = None  # images in a call, where it is a training step
+    tokens: int | None = None  # N of its model
     floor: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)

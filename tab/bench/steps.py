@@ -9,6 +9,9 @@ times that). Contestants at one model, in turns:
     eager NAME      its twin: the same weights, but the layer attends in plain PyTorch, by the
                     function of tab/bench/ops/; everything around it is the same code
 
+With patches of 4, 2 and 1 pixels the vit has 64, 256 and 1024 tokens: time and memory against N, on
+the same images. The case of a vit names its N.
+
 A mechanism whose layer runs no kernel of TAB (multi_head, linformer, …) is PyTorch already and has
 no twin. The experts of deepseek_mla are such a part, in both. A twin whose attention or gradients
 differ from the layer's is not timed.
@@ -17,16 +20,19 @@ differ from the layer's is not timed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.image_model import ImageModel, build_model
-from ..recipe.recipe import Recipe
+from ..models.image_model import ImageModel, build_model, tokens_of
+from ..recipe.recipe import Recipe, load_recipe
 from ..train.steps import Steps
 from ..train.training_run import place
 from .benchmark import Benchmark
 from .measure import take_turns
+from .peak_memory import in_its_own_process, known_peak
 from .registry import benchmarks
 from .rows import Row, worst_of
 
@@ -35,9 +41,42 @@ TOLERANCE = 1e-3  # of the largest value, float32
 SCHEDULE = 10**6  # steps of the learning rate's schedule: more than are ever timed
 
 
+class Subject(NamedTuple):
+    """Whose steps are measured: a model, as a recipe builds it."""
+
+    recipe: Recipe
+    model: str
+
+    @property
+    def name(self) -> str:
+        config = self.recipe.run_config(self.model, "none", 0)
+        length = f"n{tokens_of(config)}/" if self.model == "vit" else ""
+        return f"steps/{self.model}/{length}{self.recipe.name}"
+
+
+def subjects(
+    recipe: str, models: list[str], patches: Iterable[int] = (), changes: Mapping | None = None
+) -> list[Subject]:
+    """Each model, and the vit once for each size of patches. changes: of the recipe, by key.
+
+    ValueError: patches, and no vit among the models.
+    """
+    changes, patches = dict(changes or {}), list(patches)
+    if patches and "vit" not in models:
+        raise ValueError(
+            f"--patch {','.join(map(str, patches))} is of the vit, and the models are "
+            f"{', '.join(models)}; give --models vit"
+        )
+    own = [{"model.vit.patch": patch} for patch in patches] or [{}]
+    return [
+        Subject(load_recipe(recipe, {**changes, **more}), model)
+        for model in models
+        for more in (own if model == "vit" else [{}])
+    ]
+
+
 def steps(
-    recipe: Recipe,
-    model: str,
+    subject: Subject,
     attentions: list[str],
     *,
     batch: int | None = None,
@@ -47,15 +86,11 @@ def steps(
     max_rounds: int = 50,
 ) -> list[Row]:
     """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's."""
-    generator = torch.Generator().manual_seed(0)
-    batch = batch or recipe.run_config(model, "none", 0).train.batch_size
-    x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
-    case = f"steps/{model}/{recipe.name}/b{batch}"
+    batch = batch or _batch(subject)
+    x, y = _images(batch, device)
     rows, calls = [], {}
     for name in ["none", *(a for a in attentions if a != "none")]:
-        config = recipe.run_config(model, name, 0)
+        config = subject.recipe.run_config(subject.model, name, 0)
         ours = place(build_model(config, CLASSES), torch.device(device))
         contestants = {name if name == "none" else f"tab {name}": ours}
         other = twin(ours)
@@ -64,7 +99,7 @@ def steps(
             errors = difference(ours, other, x)
             contestants[f"eager {name}"] = other
         for label, net in contestants.items():
-            row = Row(case, label, batch=batch)
+            row = Row(f"{subject.name}/b{batch}", label, batch=batch, tokens=tokens_of(config))
             rows.append(row)
             if label.startswith("eager"):
                 row.error, row.gradient_error = errors
@@ -78,6 +113,44 @@ def steps(
         if row.contestant in times:
             row.timed("step", times[row.contestant], pace)
     return rows
+
+
+def _batch(subject: Subject) -> int:
+    return subject.recipe.run_config(subject.model, "none", 0).train.batch_size
+
+
+def _images(batch: int, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
+    y = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
+    return x.contiguous(memory_format=torch.channels_last), y
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def add_memory(rows: list[Row], subject: Subject, device: str = "cpu") -> None:
+    """The peak of each contestant's first step, in a process of its own: the model, its optimizer
+    and all that forward and backward hold, above what the process held before."""
+    for row in rows:
+        if row.skipped is None:
+            what = f"{row.contestant} at {row.case}"
+            given = subject, row.contestant, row.batch, device
+            row.peak_bytes = in_its_own_process(what, _peak, *given)
+
+
+def _peak(subject: Subject, contestant: str, batch: int, device: str) -> int:
+    who, _, name = contestant.rpartition(" ")
+    config = subject.recipe.run_config(subject.model, name, 0)
+
+    def build() -> Steps:
+        model = build_model(config, CLASSES)
+        model = twin(model) if who == "eager" else model
+        return Steps(place(model, torch.device(device)), config.train, 10, torch.device(device))
+
+    build().learn([_images(1, device)])  # libraries and thread stacks are there then
+    images = _images(batch, device)
+    return known_peak((build, lambda steps: steps.learn([images])), device)
 
 
 # --- twins ----------------------------------------------------------------------------------------

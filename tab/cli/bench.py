@@ -10,7 +10,7 @@ import typer
 
 from ..machine import command
 from . import bench_compare, options
-from .given import before_work, use_threads
+from .given import before_work, layers_of, use_threads
 from .terminal import console, errors
 
 app = typer.Typer(help="Measure the ops against what you could run instead.")
@@ -173,48 +173,76 @@ def steps_command(
         str,
         typer.Option(metavar="A,B", help="Names of attention mechanisms, or all."),
     ] = "all",
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Sizes of the patches of the vit, separated by commas: 8, 4, 2 and 1 pixels make "
+            "16, 64, 256 and 1024 tokens of an image; by default as in the recipe.",
+        ),
+    ] = None,
+    overrides: options.Overrides = None,
     batch: Annotated[
         int | None,
         typer.Option(
             min=1, metavar="N", help="Number of images in a batch; by default as in the recipe."
         ),
     ] = None,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Measure the peak memory of a step, too, each in its own process."
+        ),
+    ] = False,
     device: On = "cpu",
     budget: Budget = 3.0,
     processes: Processes = 5,
     threads: options.Threads = None,
     out: Out = None,
 ) -> None:
-    """Time whole training steps, against the control and against plain PyTorch attention."""
+    """Time whole training steps, against the control and against plain PyTorch attention.
+
+    With --models vit --patch 4,2,1 against the number of tokens, too; tab lengths draws it."""
     before_work()
     use_threads(threads)
     from ..bench.page import write_page
     from ..bench.results import environment, save, steps_table
-    from ..bench.steps import steps
+    from ..bench.steps import add_memory, steps, subjects
     from ..bench.turns import Load, in_turns
-    from ..layers import attention_names
+    from ..checks import check_keys
+    from ..layers import attention_names, layer_names
     from ..models.image_model import model_names
-    from ..recipe.recipe import load_recipe
+    from ..recipe.recipe import parse_override
 
     facts, load, found = environment(device), Load(), {}
     _warn(load)
-    names = _chosen(attentions, attention_names(), "attention")
+    names = layers_of(attentions, attention_names())
+    check_keys("--attentions", names, layer_names())
+    sizes = [parse_override(f"patch={size}")[1] for size in patch.split(",")] if patch else []
+    changes = dict(map(parse_override, overrides or []))
+    units = subjects(recipe, _chosen(models, model_names(), "model"), sizes, changes)
     one = partial(
         steps,
-        load_recipe(recipe),
         attentions=names,
         batch=batch,
         device=device,
         budget=budget / processes,
         min_rounds=_rounds(processes),
     )
-    for i, group in in_turns(_chosen(models, model_names(), "model"), one, processes):
-        found[i] = group
+
+    def keep() -> None:
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:
             record = save(out, rows, None, facts, command(), load.record())
             write_page(out.with_suffix(".html"), record, rows)
+
+    for i, group in in_turns(units, one, processes):
+        found[i] = group
+        keep()
+    for i, group in found.items() if memory else ():
+        add_memory(group, units[i], device)
+        keep()
     for group in found.values():
         console.print(steps_table(group))
     _warn(load)

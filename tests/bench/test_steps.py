@@ -16,7 +16,7 @@ from tab.bench.registry import cases, problem
 from tab.bench.results import memory_table, steps_table
 from tab.bench.roofline import Roofline
 from tab.bench.rows import Row
-from tab.bench.steps import difference, steps, twin
+from tab.bench.steps import Subject, add_memory, difference, steps, subjects, twin
 from tab.cli.bench import app
 from tab.data.load import load_dataset
 from tab.models.image_model import build_model
@@ -33,6 +33,10 @@ TWINS = {  # and the function of TAB that the layer calls
     "local": "local_attention",
     "deepseek_mla": "mla_attention",
 }
+
+
+def quick(model):
+    return Subject(load_recipe("quick"), model)
 
 
 def model_of(attention, model="cnn"):
@@ -71,13 +75,36 @@ def test_what_is_pytorch_already_has_no_twin():
 
 
 def test_steps():
-    rows = steps(load_recipe("quick"), "mlp", ["none", "linear", "multi_head"], **ONCE)
+    rows = steps(quick("mlp"), ["none", "linear", "multi_head"], **ONCE)
     names = ["none", "tab linear", "eager linear", "tab multi_head"]
     assert [row.contestant for row in rows] == names
     assert {len(row.seconds["step"]) for row in rows} == {1}
     assert {(row.case, row.batch) for row in rows} == {("steps/mlp/quick/b4", 4)}
     assert rows[2].error < 1e-5 and rows[2].gradient_error < 1e-4
     assert steps_table(rows).row_count == 4
+
+
+def test_a_vit_is_measured_at_each_length():
+    small = {"model.vit.hidden": 16, "model.vit.match": ""}
+    found = subjects("quick", ["mlp", "vit"], [8, 4], small)
+    assert [subject.name for subject in found] == [
+        *("steps/mlp/quick", "steps/vit/n16/quick", "steps/vit/n64/quick")
+    ]
+    rows = [row for subject in found for row in steps(subject, ["linear"], **ONCE)]
+    assert [row.tokens for row in rows] == [8] * 3 + [16] * 3 + [64] * 3
+    assert len({row.case for row in rows}) == 3 and not any(row.skipped for row in rows)
+    with pytest.raises(ValueError, match="--models vit"):
+        subjects("quick", ["mlp"], [4])
+
+
+def test_memory_of_a_step():
+    """Masked attention holds the mask, N² bytes and more; what is wrong is not measured."""
+    small = {"model.vit.hidden": 16, "model.vit.match": "", "attention.local.num_heads": 2}
+    rows = [Row("steps", name, batch=2, tokens=1024) for name in ("tab local", "eager local")]
+    wrong = Row("steps", "eager linear", skipped="wrong")
+    add_memory([*rows, wrong], subjects("quick", ["vit"], [1], small)[0])
+    ours, eager = (row.peak_bytes for row in rows)
+    assert 1e6 < ours < eager - 1024**2 and wrong.peak_bytes is None
 
 
 def test_a_step_trains():
@@ -90,7 +117,7 @@ def test_a_step_trains():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        steps(load_recipe("quick"), "mlp", ["none"], **ONCE)
+        steps(quick("mlp"), ["none"], **ONCE)
     assert rows == [True] * 2  # one to warm up
 
 
@@ -106,7 +133,7 @@ def test_a_step_is_the_one_of_training(monkeypatch, tmp_path):
         real(self, x, y)
 
     monkeypatch.setattr(Steps, "_step", step)
-    steps(load_recipe("quick"), "cnn", ["linear"], **ONCE)
+    steps(quick("cnn"), ["linear"], **ONCE)
     timed, found = found, []
     changes = {"train.batch_size": 4, "train.epochs": 1, "data.images": 20, "data.validation": 10}
     config = load_recipe("quick", changes)
@@ -120,7 +147,7 @@ def test_a_step_is_the_one_of_training(monkeypatch, tmp_path):
 def test_a_wrong_twin_is_not_timed(monkeypatch):
     right = linear.eager
     monkeypatch.setattr(linear, "eager", lambda *x, **options: 1.01 * right(*x, **options))
-    rows = steps(load_recipe("quick"), "cnn", ["linear"], **ONCE)
+    rows = steps(quick("cnn"), ["linear"], **ONCE)
     assert rows[2].skipped.startswith("wrong") and not rows[2].seconds
     assert steps_table(rows).row_count == 3
 
