@@ -66,11 +66,14 @@ class LinformerAttention(HeadsAttention):
                 nn.init.normal_(p, std=seq_len**-0.5)
 
     def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        q, k, v = self.compressed(x)  # a masked token is 0, and so is its share in EᵀK and FᵀV
+        # A masked token is 0, and so is its share in EᵀK and FᵀV.
+        q, k, v = self.compressed(x, key_mask)
         y = token_major(once(q, k, v))  # (B, H, N, D)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def compressed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compressed(
+        self, x: Tensor, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, C) -> q (B, H, N, D), EᵀK and FᵀV (B, H, K, D)"""
         n = x.shape[1]
         if n > self.max_seq_len:
@@ -78,7 +81,11 @@ class LinformerAttention(HeadsAttention):
                 f"linformer: N = {n} tokens, but E and F have rows for max_seq_len="
                 f"{self.max_seq_len}; build the layer with max_seq_len={n} or more"
             )
-        return self.with_weights(x, self.qkv.weight, self.E, self.F)
+        qkv = self.qkv.weight
+        if self.qkv.bias is not None:  # as the weight of one more feature, 1 in a token that counts
+            one = torch.ones_like(x[..., :1]) if key_mask is None else key_mask[..., None].to(x)
+            x, qkv = torch.cat([x, one], -1), torch.cat([qkv, self.qkv.bias[:, None]], 1)
+        return self.with_weights(x, qkv, self.E, self.F)
 
     def with_weights(
         self, x: Tensor, qkv: Tensor, E: Tensor, F_: Tensor | None
@@ -121,7 +128,7 @@ class LinformerAttention(HeadsAttention):
 class StackedLinformer(LinformerAttention):
     """E and F (S, 1 or H, N_max, K)"""
 
-    def compressed(self, x: Tensor) -> tuple[Tensor, ...]:
+    def compressed(self, x: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         weights = [w for w in (self.qkv.weight, self.E, self.F) if w is not None]
         x = x.unflatten(0, (len(self.E), -1))
 

@@ -65,6 +65,14 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> ImageMode
     from there, which is enough by itself and says how to prepare images (tab/train/weights.py).
     The model takes x (B, 3, 32, 32) and gives logits (B, classes).
     ValueError, OSError: there is no such run, it has not ended well, or a file is damaged.
+
+    >>> from tab.data.load import load_dataset
+    >>> from tab.recipe.recipe import load_recipe
+    >>> few = {"train.epochs": 1, "data.images": 100, "data.validation": 20}
+    >>> config = load_recipe("quick", few).run_config("mlp", "performer", seed=0)
+    >>> ended = tab.train.train(config, load_dataset("shapes:200/40"), "run")
+    >>> tab.load_model("run")(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     return load_trained(run, device)[0]
 

@@ -2,7 +2,7 @@
 
 from typing import assert_type
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import tab
 from tab import H2OCache, linear_attention
@@ -25,6 +25,7 @@ def public(q: Tensor, state: tuple[Tensor, Tensor], yes: bool) -> None:
     assert_type(tab.BlockPattern.bigbird(64, heads=2), tab.BlockPattern)
     assert_type(H2OCache(heavy=2, recent=2).step(q, q, q), Tensor)
     assert_type(tab.layers.get_attention("self"), type[tab.layers.Attention])
+    assert_type(tab.swap_attention(nn.Linear(1, 1), "performer", seq_len=4), nn.Module)
     with tab.use_backend("reference"):
         pass
 
