@@ -10,12 +10,13 @@ computes the same function from a dense mask.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -24,6 +25,7 @@ from ._base import HeadsAttention
 from ._registry import register_attention
 
 PATTERNS = ("full", "causal", "window", "grid")
+SCORES = ("", "relative")
 SMALLEST = 16  # head dimension that the compiled kernel takes; smaller ones are padded with zeros
 CACHED = 4  # masks that a layer keeps, one for each (N, device)
 
@@ -35,11 +37,15 @@ class FlexAttention(HeadsAttention):
     pattern: "full" (all tokens), "causal" (j ≤ i), "window" (window_size // 2 tokens to either
         side), or "grid" (as many cells in each direction; without a grid the tokens are one row).
     mask_mod(b, h, i, j) -> bool: in place of the pattern. It must not depend on b.
-    score_mod(score, b, h, i, j) -> score: within it.
-    Both are pointwise in their indices, as FlexAttention asks, and may read captured tensors.
+    score: "", or "relative": s_ij + b_h[Δ], a learned table over Δ = place of j − place of i, in
+        rows and columns on a grid (Liu et al. 2021, "Swin Transformer", eq. 4). It starts at 0, and
+        has H · (2·rows − 1)(2·cols − 1) entries; a line is a grid of one row of seq_len cells.
+    score_mod(score, b, h, i, j) -> score: in place of the score.
+    Both functions are pointwise in their indices, as FlexAttention asks, and may read captured tensors.
     A token that sees nothing gives 0.
 
-    Raises ValueError: another pattern, or a negative window_size.
+    Raises ValueError: another pattern or score, a negative window_size, score and score_mod at
+    once, or, with "relative", more tokens than seq_len.
 
     >>> layer = build_attention("flex", 32, seq_len=64, mask_mod=lambda b, h, i, j: i >= j)
     >>> layer.attention_matrix(x)[0, 0, 0, :3].tolist()  # the first token sees itself alone
@@ -48,6 +54,7 @@ class FlexAttention(HeadsAttention):
 
     title, colour = "Flex", 10
     stacking: bool | str = True
+    undecayed = ("relative",)  # a parameter that weight decay leaves alone
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class FlexAttention(HeadsAttention):
         pattern: str = "grid",
         window_size: int = 5,
         mask_mod: Callable | None = None,
+        score: str = "",
         score_mod: Callable | None = None,
         rope: bool = False,
         inner_dim: int | None = None,
@@ -68,9 +76,19 @@ class FlexAttention(HeadsAttention):
         )
         self.own_mask, self.named = mask_mod is not None, (pattern, window_size, grid)
         self.mask_mod: Any = mask_mod or pattern_mask(*self.named)
+        if score not in SCORES:
+            raise ValueError(f"flex: score={score!r}: choose one of {', '.join(map(repr, SCORES))}")
+        if score and score_mod is not None:
+            raise ValueError(f"flex: score={score!r} and a score_mod: give one of the two")
         self.score_mod = score_mod
         if score_mod is not None:
             self.stacking = "its score_mod may ask which image of the batch it sees"
+        self.cells: tuple[int, ...] = ()  # that the table of relative scores is for
+        if score == "relative":
+            self.cells = grid or (1, seq_len)
+            self.relative = nn.Parameter(torch.zeros(num_heads, *(2 * n - 1 for n in self.cells)))
+            self.score_mod = self.relative_score
+            self.stacking = "its table of relative scores has no stacked form"
         self.masks: dict[tuple[str, int, str], Tensor | BlockMask] = {}
 
     def __getstate__(self) -> dict:
@@ -84,6 +102,11 @@ class FlexAttention(HeadsAttention):
             self.mask_mod = pattern_mask(*self.named)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self.cells and q.shape[2] > math.prod(self.cells):
+            raise ValueError(
+                f"flex: {q.shape[2]} tokens, and score='relative' has places for "
+                f"{math.prod(self.cells)}: build the layer with a larger seq_len or grid"
+            )
         if q.is_cuda:
             return self.flex(q, k, v, key_mask, _compiled_flex())
         if not (q.is_meta or torch.compiler.is_compiling()):
@@ -123,6 +146,12 @@ class FlexAttention(HeadsAttention):
             scores = scores.masked_fill(~allowed, -torch.inf)
         nothing = (scores == -torch.inf).all(-1, keepdim=True)
         return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+
+    def relative_score(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """s_ij + b_h[Δ], a score_mod."""
+        rows, cols = self.cells
+        down, right = j // cols - i // cols + rows - 1, j % cols - i % cols + cols - 1
+        return score + self.relative[h, down, right].to(score.dtype)
 
     # --- masks ------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The layer "flex": PyTorch's FlexAttention and the dense path are the same function."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -180,7 +182,47 @@ def test_says_once_that_it_is_dense(generator):
     assert ["no backward on cpu" in str(w.message) for w in said] == [True]
 
 
+@pytest.mark.parametrize(("n", "grid"), [(12, (3, 4)), (12, None), (7, None)])
+def test_relative_scores(n, grid, generator):
+    """Each pair of tokens gets the entry of its rows and columns apart; the table learns."""
+    layer = make(12, grid=grid, pattern="full", score="relative")
+    assert not layer.relative.any()
+    with torch.no_grad():
+        layer.relative.normal_(generator=generator)
+    x = torch.randn(2, n, 12, generator=generator)
+    q, k, v = layer.project(x)
+    rows, cols = grid or (1, 12)
+    scores = q @ k.mT / 2
+    for h in range(3):
+        for i in range(n):
+            for j in range(n):
+                (a, b), (c, d) = divmod(i, cols), divmod(j, cols)
+                scores[:, h, i, j] += layer.relative[h, c - a + rows - 1, d - b + cols - 1]
+    torch.testing.assert_close(layer.attention_matrix(x), scores.softmax(-1))
+    flex, dense = both(layer, x)
+    torch.testing.assert_close(flex, dense)
+    layer(x).square().sum().backward()
+    assert layer.relative.grad.any()
+
+
+def test_a_copy_has_its_own_relative_scores(generator):
+    layer = make(12, pattern="full", score="relative")
+    x = torch.randn(1, 12, 12, generator=generator)
+    before = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            twin.relative.normal_(generator=generator)
+        assert not torch.equal(twin(x), before)
+        assert torch.equal(layer(x), before)
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="score='swin': choose one of '', 'relative'"):
+        make(score="swin")
+    with pytest.raises(ValueError, match="give one of the two"):
+        make(score="relative", score_mod=SCORES["alibi"])
+    with pytest.raises(ValueError, match="66 tokens, and score='relative' has places for 65"):
+        make(score="relative")(torch.zeros(1, 66, 12))
     with pytest.raises(ValueError, match="pattern='ring': choose one of full, causal"):
         make(pattern="ring")
     with pytest.raises(ValueError, match="window_size=-2 must be ≥ 0"):
