@@ -41,7 +41,8 @@ class FlexAttention(HeadsAttention):
         rows and columns on a grid (Liu et al. 2021, "Swin Transformer", eq. 4). It starts at 0, and
         has H · (2·rows − 1)(2·cols − 1) entries; a line is a grid of one row of seq_len cells.
     score_mod(score, b, h, i, j) -> score: in place of the score.
-    Both functions are pointwise in their indices, as FlexAttention asks, and may read captured tensors.
+    Both functions are pointwise in their indices, as FlexAttention asks, and may read captured
+    tensors.
     A token that sees nothing gives 0.
 
     Raises ValueError: another pattern or score, a negative window_size, score and score_mod at

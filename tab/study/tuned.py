@@ -31,8 +31,8 @@ FEWEST = 200  # batches an epoch that make a third of the images enough to choos
 
 
 def budget_of(plan: Plan, dataset: Dataset) -> Budget:
-    """N configurations, of which a third goes on at a ninth, a third and all of the epochs, on a
-    third of the images where these are still FEWEST batches: three times the draws for the price."""
+    """N configurations, of which a third goes on at a ninth, a third and all of the epochs; on a
+    third of the images where these are still FEWEST batches, for three times the draws."""
     config = plan.configs()[0]
     epochs, count = config.train.epochs, len(dataset.train)
     rungs = sorted({max(1, round(epochs / 9)), max(1, round(epochs / 3)), epochs})

@@ -190,7 +190,7 @@ def test_relative_scores(n, grid, generator):
     with torch.no_grad():
         layer.relative.normal_(generator=generator)
     x = torch.randn(2, n, 12, generator=generator)
-    q, k, v = layer.project(x)
+    q, k, _ = layer.project(x)
     rows, cols = grid or (1, 12)
     scores = q @ k.mT / 2
     for h in range(3):
