@@ -215,3 +215,12 @@ def later_options(kind: type) -> dict[str, object]:
 def as_known_now(config: dict) -> dict:
     """`config`, as a run's file has it, with the options that came later."""
     return RunConfig.from_dict(config).to_dict()
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"train.lr": …}: nested tables by dotted names."""
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,8 @@ from .given import (
     read_recipe,
     variants,
 )
-from .terminal import console, errors, or_resume, say, wide
+from .terminal import command_line, console, errors, or_resume, say, wide
+from .watching import watched, watchers
 
 
 def command(
@@ -65,16 +65,15 @@ def command(
     gpus: options.Gpus = None,
     batch_seeds: options.BatchSeeds = None,
     tensorboard: options.TensorBoard = False,
+    watch: options.Watch = None,
 ) -> None:
     """Train every model with every attention and compare them: tables, pictures, a report."""
     before_work()
     from ..compare.driver import compare
     from ..compare.plan import Plan
+    from ..compare.watched import WatchedComparison
 
-    if tensorboard:  # is it there? before anything is written
-        from .tensorboard import Board, summary_writer
-
-        summary_writer()
+    kinds = watched(watch, tensorboard=tensorboard)
     given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
     given |= {"device": device, "batch_seeds": batch_seeds}
     given |= {"control_seeds": control_seeds, "tune": tune}
@@ -99,14 +98,12 @@ def command(
         out = plan.save(out or now("results"), dataset, new=out is None)
         check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
     say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
-    again = f"tab compare --resume {shlex.quote(str(out))}{' --tensorboard' * tensorboard}"
+    again = command_line("compare", "--resume", str(out), tensorboard=tensorboard, watch=watch)
     with or_resume(again):
         if plan.grid.tune:
-            plan = _tuned(plan, dataset, out, executor)
-        with _watcher() as watcher:
-            if tensorboard:
-                watcher = Board(out / "tensorboard", watcher)
-                say(watcher.hint)
+            plan = _tuned(plan, dataset, out, executor, kinds)
+        with watchers(kinds, out) as told, _watcher() as shown:
+            watcher = WatchedComparison(told, shown)
             runs = compare(plan, dataset, out, watcher=watcher, executor=executor)
         path = report.write(out, dataset)
     report.print_tables(runs, plan.grid.models, dataset.note)
@@ -135,14 +132,18 @@ def _grid(given: dict, recipe, ray: str | None):
     )
 
 
-def _tuned(plan, dataset, out: Path, executor):
+def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type]):
     """The comparison with the configuration that won for each row."""
     from ..study.tuned import FOLDER, sweep_of, tuned
     from . import sweep
 
     search = sweep_of(plan, dataset)
     say(f"{out / FOLDER}: {sweep.what(search)}")
-    with sweep.watching(search) as watcher:
+    study = f"{out.resolve().name}/{FOLDER}"
+    with (
+        watchers(kinds, out / FOLDER, study) as told,
+        sweep.watching(search, told) as watcher,
+    ):
         return tuned(plan, dataset, out, watcher=watcher, executor=executor)
 
 

@@ -113,6 +113,15 @@ ResumeFrom = Annotated[
 TensorBoard = Annotated[
     bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard as well.")
 ]
+Watch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--watch",
+        metavar="NAME",
+        help="Program to log every run to: tensorboard, wandb, mlflow, or a watcher of an "
+        "installed package; may be given several times.",
+    ),
+]
 
 # --- where it runs ---
 

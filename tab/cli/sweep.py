@@ -21,7 +21,8 @@ from .given import (
     read_recipe,
     variants,
 )
-from .terminal import bar, errors, or_resume, say, wide
+from .terminal import bar, command_line, errors, or_resume, say, wide
+from .watching import watched, watchers
 
 app = typer.Typer(help="Find each mechanism's hyperparameters by successive halving.")
 
@@ -111,12 +112,15 @@ def command(
     ray: options.RayAddress = None,
     cpus: options.Cpus = None,
     gpus: options.Gpus = None,
+    watch: options.Watch = None,
 ) -> None:
     """Draw, train, keep the best and train those on; the winners become a recipe for compare."""
     if context.invoked_subcommand:
         return
     before_work()
     from ..sweep.driver import sweep
+
+    kinds = watched(watch)
 
     # What a sweep is begun with; it goes on as it was begun.
     wishes = {
@@ -138,7 +142,8 @@ def command(
     if not resume:
         out = plan.save(out or now("results", prefix="sweep_"), dataset, new=out is None)
     say(f"{out}: {what(plan)} on {dataset.note}")
-    with or_resume(f"tab sweep --resume {shlex.quote(str(out))}"), watching(plan) as watcher:
+    again = command_line("sweep", "--resume", str(out), watch=watch)
+    with or_resume(again), watchers(kinds, out) as told, watching(plan, told) as watcher:
         best = sweep(plan, dataset, out, watcher=watcher, executor=where)
     _show(plan, out)
     if lost := ["-".join(pair) for pair in plan.pairs() if pair not in best]:
@@ -253,9 +258,11 @@ def _show(plan, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def watching(plan):
-    """A line for each configuration's rung; on a terminal a bar over the epochs of the step too."""
+def watching(plan, told):
+    """A line for each configuration's rung; on a terminal a bar over the epochs of the step too.
+    told: the programs that its runs are logged to."""
+    from ..sweep.watched import WatchedSweep
     from .sweep_progress import RungLines
 
     with bar("sweep") as show_bar:
-        yield RungLines(wide(), plan.budget.epochs, show_bar)
+        yield WatchedSweep(plan, told, RungLines(wide(), plan.budget.epochs, show_bar))

@@ -9,6 +9,7 @@ import typer
 from . import options
 from .given import before_work, device_of, load_data, now, read_recipe, use_threads
 from .terminal import command_line, or_resume, pairs, say
+from .watching import watched, watchers
 
 
 def command(
@@ -30,6 +31,7 @@ def command(
     device: options.Device = None,
     threads: options.Threads = None,
     tensorboard: options.TensorBoard = False,
+    watch: options.Watch = None,
 ) -> None:
     """Train one model with one attention."""
     before_work()
@@ -39,10 +41,7 @@ def command(
     from ..train.run_files import read_run_file
     from .progress import accuracies
 
-    if tensorboard:
-        from .tensorboard import Board, summary_writer
-
-        summary_writer()
+    kinds = watched(watch, tensorboard=tensorboard)
     if resume and not out:
         raise ValueError("--resume needs --out DIR, the directory of the run to continue")
     if resume and not (out / "run.json").exists():
@@ -58,14 +57,8 @@ def command(
     out = out or fresh(now("runs", suffix=f"_{config.id}"))
     say(f"{out}: {config.id} on {dataset.note}")
 
-    board = None
-    if tensorboard:
-        board = Board(out / "tensorboard")
-        say(board.hint)
-
     def show(row: dict) -> None:
-        if board:
-            board.epoch(config, row)
+        told.epoch(config.id, config, row)
         text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
         say(f"{text}{accuracies(row)}  {row['seconds']:.1f} s")
 
@@ -81,10 +74,13 @@ def command(
         device=device,
         threads=threads,
         tensorboard=tensorboard,
+        watch=watch,
         resume=True,
     )
-    with or_resume(again):
+    study = out.resolve().parent.name
+    with or_resume(again), watchers(kinds, out, study) as told:
         outcome = train(
             config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
         )
+        told.end(config.id, outcome.status, outcome.summary)
     pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))

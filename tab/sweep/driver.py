@@ -251,7 +251,12 @@ class _Driver:
 
     def _folder(self, pair: Pair, configuration: int) -> Path:
         """Below the sweep's directory, which can be moved."""
-        return Path("runs") / f"{pair[0]}-{pair[1]}-c{configuration:03}"
+        return Path("runs") / run_name(pair, configuration)
+
+
+def run_name(pair: Pair, configuration: int) -> str:
+    """What a configuration's run is called, and its directory."""
+    return f"{pair[0]}-{pair[1]}-c{configuration:03}"
 
 
 def train_rung(

@@ -17,7 +17,7 @@ from ..files import Corrupt, locked
 from ..formats import reading
 from ..layers import get_attention
 from ..models.image_model import ImageModel, build_model
-from ..run_config import RunConfig, as_known_now
+from ..run_config import RunConfig, as_known_now, flat
 from . import checkpoint
 from .run_files import RunFile, again, read_rows, read_run_file
 from .training_run import Outcome, TrainingRun, place
@@ -136,7 +136,7 @@ def found_run(
     was = found["config"]
     with contextlib.suppress(ValueError):  # one that is none any more is told as it stands
         was = as_known_now(was)
-    old, new = _flat(was), _flat(config.to_dict())
+    old, new = flat(was), flat(config.to_dict())
     if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
         was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
         raise ValueError(f"the run in {out} is another one: {was}; give another directory")
@@ -150,11 +150,3 @@ def found_run(
 
 def _with(together: list[str] | None) -> str:
     return f"together with {', '.join(together)}" if together else "by itself"
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat

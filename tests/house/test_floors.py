@@ -14,7 +14,7 @@ from paths import ROOT
 FLOORS = (
     ("checks", "files", "machine", "ops", "statistics", "web"),
     ("formats", "kernels", "layers", "run_config", "tasks"),
-    ("data", "doctor", "models", "swap"),
+    ("data", "doctor", "models", "swap", "tracking"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),
     ("report", "study"),

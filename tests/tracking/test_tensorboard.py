@@ -1,4 +1,4 @@
-"""--tensorboard: what is in the event files is what is in the rows."""
+"""--tensorboard, or --watch tensorboard: what is in the event files is what is in the rows."""
 
 import json
 import sys
@@ -9,29 +9,51 @@ from small_cli import SMALL, flat, tab
 NAMES = ("--models", "mlp", "--attentions", "none,multi_head")
 
 
-def scalars(folder) -> dict[str, list]:
+def events_of(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    return {
-        name: [(event.step, event.value) for event in events.Scalars(name)]
-        for name in events.Tags()["scalars"]
-    }
+    return events
 
 
 def agree(folder, run) -> None:
     rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-    found = scalars(folder)
+    events = events_of(folder)
+    found = {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
     wanted = [(row["epoch"], pytest.approx(row["train_loss"])) for row in rows]
     assert found["loss/train"] == wanted
-    assert found["accuracy/test"] == [(rows[-1]["epoch"], pytest.approx(rows[-1]["test_accuracy"]))]
+    final = (rows[-1]["epoch"], pytest.approx(rows[-1]["test_accuracy"]))
+    assert found["accuracy/test"] == found["summary/final_test_accuracy"] == [final]
     assert {"accuracy/validation", "cost/seconds", "learning_rate"} <= set(found)
     assert "epoch" not in found and len(found["cost/seconds"]) == len(rows)
+    about = json.loads((run / "run.json").read_text())
+    assert (
+        json.loads(events.Tensors("config/text_summary")[0].tensor_proto.string_val[0])
+        == (about["config"])
+    )
+    # What TensorBoard's HParams tab reads: the options of the run, and which figures are its end.
+    hparams = plugin_data(events, "_hparams_/session_start_info").session_start_info.hparams
+    config = about["config"]
+    assert hparams["train.lr"].number_value == config["train"]["lr"]
+    assert hparams["attention"].string_value == config["attention"]
+    assert hparams["status"].string_value == "done"
+    metrics = plugin_data(events, "_hparams_/experiment").experiment.metric_infos
+    assert "summary/final_test_accuracy" in {info.name.tag for info in metrics}
 
 
-def test_compare_logs_each_run(tmp_path):
+def plugin_data(events, tag):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+
+
+@pytest.mark.parametrize("option", [["--tensorboard"], ["--watch", "tensorboard"]])
+def test_compare_logs_each_run(option, tmp_path):
     pytest.importorskip("tensorboard")
-    result = tab("compare", *NAMES, *SMALL, "--epochs", 2, "--out", tmp_path / "g", "--tensorboard")
+    result = tab("compare", *NAMES, *SMALL, "--epochs", 2, "--out", tmp_path / "g", *option)
     assert result.exit_code == 0, result.output
     assert "tensorboard --logdir" in result.output and "epoch 2/2" in result.output
     for name in ("mlp-none-s0", "mlp-multi_head-s0"):

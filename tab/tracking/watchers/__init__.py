@@ -1,0 +1,1 @@
+"""The watchers that come with TAB, one a file."""
