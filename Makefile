@@ -6,7 +6,7 @@ BUILT := $(VENV)/.built
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup compare test lint bench kernels oldest two-torch sanitize clean
+.PHONY: setup compare test lint docs bench kernels oldest two-torch sanitize clean
 
 # What the tests need beside TAB itself, Ray among it.
 setup: $(READY)
@@ -40,6 +40,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*/*.* tests/support/*.h tests/support/*.cpp)
+
+# The documentation as a site, in build/site; a dead link or an unknown name is an error.
+docs: $(BUILT)
+	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	    print(*extras['optional-dependencies']['docs'], sep='\n')" > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Throughput of the ops against what you could run instead; SIZES and OPS as in bench/conftest.py.
 bench: setup

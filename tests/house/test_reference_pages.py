@@ -1,0 +1,209 @@
+"""The pages that list every key, column, error and figure are held to the code and the results."""
+
+import ast
+import dataclasses
+import re
+import typing
+
+import pytest
+from documents import blocks, named, rows, section, text_of
+from paths import ROOT
+
+from tab import run_config
+from tab.bench import results
+from tab.bench.rows import Row, percentiles, row_speedup
+from tab.compare import columns
+from tab.compare.plan import Grid
+from tab.layers import attention_options, layer_names
+from tab.sweep.plan import SweepFile
+from tab.sweep.trials import BESIDE
+from tab.train.facts import Facts
+from tab.train.run_files import RunFile
+
+RECIPES, FILES = ROOT / "docs" / "recipes.md", ROOT / "docs" / "output-files.md"
+TROUBLES, BENCHMARKS = ROOT / "docs" / "troubleshooting.md", ROOT / "docs" / "benchmarks.md"
+MEASURED = ROOT / "bench" / "results" / "epyc-2core-avx512"
+
+
+def first_cells(text: str) -> list[str]:
+    return [name for line in rows(text) for name in named(line[0])]
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def keys(text: str) -> dict[str, list[str]]:
+    return {name: line for line in rows(text) for name in named(line[0])}
+
+
+@pytest.mark.parametrize("name", run_config.SECTIONS)
+def test_every_key_of_a_section_is_described(name):
+    told = keys(section(RECIPES, f"## `[{name}]`"))
+    check_fields(told, dataclasses.fields(run_config.SECTIONS[name]), run_config.SECTIONS[name])
+
+
+def test_every_key_of_the_models_is_described():
+    """Those of all, then what each has beside them, below the line that names it."""
+    text = section(RECIPES, "## `[model.NAME]`")
+    parts = re.split(r"^`\[model\.(\w+)\]` also has$", text, flags=re.MULTILINE)
+    shared = dataclasses.fields(run_config.Mlp)
+    check_fields(keys(parts[0]), shared, run_config.Mlp)
+    told = dict(zip(parts[1::2], map(keys, parts[2::2]), strict=True))
+    for model, kind in run_config.MODELS.items():
+        own = [f for f in dataclasses.fields(kind) if f.name not in {s.name for s in shared}]
+        assert (model in told) == bool(own), model
+        check_fields(told.get(model, {}), own, kind)
+
+
+def check_fields(told: dict[str, list[str]], fields, kind: type) -> None:
+    """Names, the choices of a Literal, and defaults."""
+    assert [*told] == [field.name for field in fields], kind.__name__
+    hints = typing.get_type_hints(kind)
+    for field in fields:
+        _, values, default, meaning = told[field.name]
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            choices = [str(x) for x in typing.get_args(hints[field.name])]
+            assert re.findall(r"[\w.]+", values) == choices, field.name
+        stated = "" if field.default is dataclasses.MISSING else str(field.default)
+        assert default.strip("`") == stated and meaning, field.name
+
+
+def test_every_option_of_every_mechanism_is_described():
+    told: dict[str, set[str]] = {}
+    for option, where, default, meaning in rows(section(RECIPES, "## Options of the mechanisms")):
+        names = set(named(where))
+        if where.startswith("all but"):
+            names = set(layer_names()) - names
+        assert names <= set(layer_names()) and default and meaning, option
+        for name in named(option):
+            assert name not in told, f"{name} stands twice"
+            told[name] = names
+    has: dict[str, set[str]] = {}
+    for name in layer_names():
+        for option in attention_options(name):
+            has.setdefault(option, set()).add(name)
+    assert told == has
+
+
+# --- output files ---------------------------------------------------------------------------------
+
+
+def test_every_column_of_a_comparison_is_described():
+    summary = first_cells(section(FILES, "### experiment_summary.csv"))
+    assert summary == columns.NAMES + [column.name for column in columns.SUMMARY]
+    assert first_cells(section(FILES, "### experiment_results.csv")) == (
+        columns.NAMES + columns.RESULTS
+    )
+
+
+def test_every_column_of_a_sweep_is_described():
+    assert sorted(first_cells(section(FILES, "### trials.csv"))) == sorted(BESIDE)
+
+
+@pytest.mark.parametrize(
+    "heading, names",
+    [
+        ("### config.toml", [f.name for f in dataclasses.fields(Grid)]),
+        ("### environment.json", typing.get_type_hints(Facts)),
+        ("### run.json", typing.get_type_hints(RunFile)),
+        ("### sweep.toml", typing.get_type_hints(SweepFile)),
+        ("## Of a benchmark", [*typing.get_type_hints(results.Record)]),
+        ("## Of a benchmark", [f.name for f in dataclasses.fields(Row)]),
+    ],
+    ids=str,
+)
+def test_every_key_of_a_file_is_described(heading, names):
+    assert set(names) <= set(first_cells(section(FILES, heading)))
+
+
+def keys_within(found: object, known: set[str], stop: set[str]) -> set[str]:
+    """The keys, at any depth, that are not described; below `stop` they are of the reader's own."""
+    if isinstance(found, list):
+        return set().union(*(keys_within(item, known, stop) for item in found))
+    if not isinstance(found, dict):
+        return set()
+    below = [value for key, value in found.items() if key not in stop]
+    missing = {key for key in found if key not in known}
+    return missing.union(*(keys_within(value, known, stop) for value in below))
+
+
+def test_what_was_really_written_holds_no_other_key():
+    known = set(re.findall(r"`([\w.]+)`", text_of(FILES))) | {"forward", "backward", "both", "step"}
+    known |= {"format", "overrides", "p_holm"}
+    written = [*MEASURED.glob("*.json"), *ROOT.glob("results/examples/*/environment.json")]
+    assert len(written) >= 5
+    for path in written:
+        found = results.read_json(path, dict, "")
+        assert not keys_within(found, known, {"backends", "overrides"}), path
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def texts() -> list[list[str]]:
+    """Every text of the code: its fixed parts, between which something is filled in."""
+    found = []
+    for path in [*ROOT.glob("tab/**/*.py"), ROOT / "setup.py"]:
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value for p in node.values if isinstance(p, ast.Constant)]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts = [node.value]
+            else:
+                continue
+            if sum(map(len, parts)) >= 20:
+                found.append(parts)
+    return found
+
+
+def says(line: str, parts: list[str]) -> bool:
+    """The line has all of them, in this order."""
+    at = 0
+    for part in parts:
+        at = line.find(part, at) + len(part)
+        if at < len(part):
+            return False
+    return True
+
+
+def test_a_message_is_known_by_its_fixed_parts_in_order():
+    assert says("a = 1: give b", ["a = ", ": give "]) and says("xx", [])
+    assert not says(": give a = ", ["a = ", ": give "]) and not says("a", ["b"])
+
+
+def test_the_errors_that_are_explained_are_those_of_the_code():
+    known = texts()
+    messages = [line for block in blocks(TROUBLES, "text") for line in block.splitlines()]
+    assert len(messages) >= 15
+    assert not [line for line in messages if not any(says(line, parts) for parts in known)]
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_kernel_speed_is_that_of_the_files():
+    """Milliseconds, and the best of everything else: the least median of the rounds' ratios."""
+    told = rows(section(BENCHMARKS, "## Kernel speed"))
+    assert told
+    for where, *cells in told:
+        op, size = re.fullmatch(r"`(\w+)` (\w+)", where).groups()
+        _, found = results.load(MEASURED / f"{op}.json")
+        case = [row for row in found if row.case.startswith(f"{op}/{size}/") and not row.skipped]
+        (ours,) = (row for row in case if row.contestant == "tab")
+        for direction, ms, best in zip(("forward", "both"), cells[::2], cells[1::2], strict=True):
+            rivals = [row for row in case if row is not ours and direction in row.seconds]
+            ratios = {row.contestant: row_speedup(row, ours, direction) for row in rivals}
+            name, (low, mid, high) = min(ratios.items(), key=lambda item: item[1][1])
+            assert ms == f"{1e3 * percentiles(ours.seconds[direction])[1]:.1f}", (where, direction)
+            assert best == f"{mid:.1f}× ({low:.1f}–{high:.1f}) {name}", (where, direction)
+
+
+def test_the_table_of_memory_is_that_of_the_file():
+    _, found = results.load(MEASURED / "memory.json")
+    peaks = {(tuple(row.case.split("/")[:2]), row.contestant): row.peak_bytes for row in found}
+    told = rows(section(BENCHMARKS, "## Memory"))
+    assert {(op.strip("`"), name) for op, name, *_ in told} == {(k[0][0], k[1]) for k in peaks}
+    for op, name, *cells in told:
+        for n, cell in zip((1024, 4096, 8192, 16384), cells, strict=True):
+            peak = peaks[(op.strip("`"), f"n{n}"), name]
+            assert cell == ("–" if peak is None else f"{peak / 1e6:,.0f}"), (op, name, n)
