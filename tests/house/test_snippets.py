@@ -72,14 +72,15 @@ def test_a_command_that_does_not_exist_is_found(line):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_python_runs(path, tmp_path, monkeypatch):
-    """Each block by itself. One that trains for long says why it is not run, in a comment before
-    it: <!-- not run: trains for minutes -->"""
+    """The blocks of a page, from its top to its end. One that trains for long says why it is not
+    run, in a comment before it: <!-- not run: trains for minutes -->"""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))
+    names = {"__name__": "snippet"}
     for body, run in run_blocks(path, "python"):
         code = compile(body, name_of(path), "exec")
         if run:
-            monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))
-            exec(code, {"__name__": "snippet"})
+            exec(code, names)
 
 
 def test_readme_shows_python_that_runs():
