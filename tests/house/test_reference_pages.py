@@ -9,6 +9,7 @@ import pytest
 from documents import blocks, named, rows, section, text_of
 from paths import ROOT
 
+import tab
 from tab import run_config
 from tab.bench import results
 from tab.bench.rows import Row, percentiles, row_speedup
@@ -83,6 +84,17 @@ def test_every_option_of_every_mechanism_is_described():
         for option in attention_options(name):
             has.setdefault(option, set()).add(name)
     assert told == has
+
+
+# --- Python ---------------------------------------------------------------------------------------
+
+
+def test_every_public_name_has_its_docstring_on_the_site():
+    told = re.findall(
+        r"^::: tab\.(?:\w+\.)*(\w+)$", text_of(ROOT / "docs" / "api.md"), re.MULTILINE
+    )
+    assert len(set(told)) == len(told)
+    assert {name for name in tab.__all__ if name != "functional"} <= set(told)
 
 
 # --- output files ---------------------------------------------------------------------------------

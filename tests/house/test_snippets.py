@@ -12,6 +12,7 @@ from paths import ROOT
 from tab.cli.main import app
 from tab.layers import _registry
 
+TAB = typer.main.get_command(app)
 EXTRAS = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
 TOOLS = {"git", "ray", "optuna-dashboard", "tensorboard"}  # not ours
@@ -26,7 +27,7 @@ def commands(block: str) -> list[list[str]]:
 
 def parse(words: list[str]) -> None:
     """A command of `tab`: an unknown name or option, or a value of the wrong kind, raises."""
-    command, args, context = typer.main.get_command(app), words[1:], None
+    command, args, context = TAB, words[1:], None
     while True:
         context = command.make_context(command.name, [*args], parent=context)
         rest = [*getattr(context, "_protected_args", ()), *context.args]
