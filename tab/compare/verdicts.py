@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BETTER, WORSE = "better", "worse"
 EQUIVALENT = f"equivalent within ±{100 * st.MARGIN:g}"
 UNDECIDED, ONE_SEED = "undecided", "one seed: no verdict"
+KINDS = ("better", "worse", "equivalent", "undecided")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ def words(interval: tuple[float, float] | None, seeds: int) -> str:
         less = f", by less than {100 * st.MARGIN:g}" if equal else ""
         return (BETTER if low > 0 else WORSE) + less
     return EQUIVALENT if equal else UNDECIDED
+
+
+def kind(verdict: str) -> str:
+    """The one of KINDS that a verdict in words is; "" where one seed gave none."""
+    first = verdict.split(" ")[0].rstrip(",")
+    return first if first in KINDS else ""
 
 
 def is_attention(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from .. import files
 from ..analysis.robustness import measure, weights_of
-from ..analysis.same_function import identity
+from ..analysis.same_function import Identity, identity
 from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
 from ..data.load import Dataset
@@ -23,6 +23,7 @@ from . import markdown, pictures
 from .attacks import attack_picture
 from .chart_data import NOTE, Group, charts, looks
 from .comparable import keep_comparable
+from .forest import forest_group, forest_picture
 from .html import html_page
 from .published import beside, published_charts, published_picture, published_section
 from .robustness import robustness_section, severity_picture
@@ -71,22 +72,34 @@ def write_report(
         if progress:
             progress(len(done), len(done), "pictures")
         shown |= _from_models(folder, images, found, dataset)
-    sections = _sections(out, runs, grid, dataset)
+    ranked = {model: ranking(runs, model) for model in grid.models}
+    for model, entries in ranked.items():
+        if caption := forest_picture(folder / f"forest_{model}.png", model, entries):
+            shown[f"forest_{model}"] = caption
+    alike = identity(
+        load_recipe((out / "config.toml").resolve()),
+        grid.models,
+        grid.attentions,
+        classes=grid.classes,
+    )
+    twins = alike.twins()
+    sections = _sections(runs, grid, dataset, alike)
     sections.append(robustness_section(runs, found, left))
     if grid.tune and trials:
         sections.append(tuning_section(trials, grid))
     if trials:
         sections.append(sweep_section(trials, told(sweep)))
     path = out / "report.md"
-    files.write(path, markdown.report(runs, facts, grid, shown, sections).encode())
-    ranked = {model: ranking(runs, model) for model in grid.models}
+    files.write(path, markdown.report(runs, facts, grid, shown, sections, twins).encode())
     groups = _groups(runs, curves, grid, found)
+    if first := forest_group(ranked):
+        groups.insert(0, first)
     if trials:
         groups.append(sweep_charts(trials))
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
     names = looks([*grid.attentions, *(attention for _, attention in trials)])
-    words = markdown.report(runs, facts, grid, {}, sections)
-    text = html_page(words, ranked, names, groups, embedded, bench)
+    words = markdown.report(runs, facts, grid, {}, sections, twins)
+    text = html_page(words, names, groups, embedded, bench)
     files.write(out / "report.html", text.encode())
     return path
 
@@ -113,9 +126,7 @@ def _groups(runs: list[Run], curves: list[Run], grid: Grid, found: dict[str, dic
     return groups
 
 
-def _sections(out: Path, runs: list[Run], grid: Grid, dataset: Dataset) -> list[str]:
-    recipe = load_recipe((out / "config.toml").resolve())
-    found = identity(recipe, grid.models, grid.attentions, classes=grid.classes)
+def _sections(runs: list[Run], grid: Grid, dataset: Dataset, found: Identity) -> list[str]:
     sections = [identity_section(found, runs)]
     if grid.recipe == "published":
         sections.insert(0, published_section(runs, dataset.note))

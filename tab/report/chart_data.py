@@ -18,11 +18,11 @@ from .style import look
 from .tables import ranking, title
 
 NOTE = (
-    "Curves are means over seeds. Trade-offs: a filled circle is matched by no other in accuracy, "
-    "time, memory and accuracy under noise together; the dashed line is the front of the two axes. "
+    "Curves are means over seeds; the band of the one that is pointed at reaches from its lowest "
+    "seed to its highest. Trade-offs: a filled circle is matched by no other in accuracy, time, "
+    "memory and accuracy under noise together; the dashed line is the front of the two axes. "
     "Memory is missing on a CPU, where that of one run cannot be told from the process's. "
-    "Point at a curve or a circle for its numbers; press a name to hide it; press the head of a "
-    "table's column to sort by it."
+    "Press a name to hide it."
 )
 POINTS = 200  # of a curve; of a longer one as many, evenly chosen
 PARETO = ("accuracy", "time", "memory", "noise")
@@ -36,6 +36,7 @@ class Group(NamedTuple):
     note: str
     charts: list[dict]
     small: bool = False  # many little ones side by side
+    wide: bool = False  # each over the whole width
 
 
 def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[dict]:
@@ -65,7 +66,8 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
             chart = {"title": f"{model.upper()}: {heading}", "xlabel": x, "ylabel": y}
             series = _series(mine, names, points)
             if series:
-                drawn.append(chart | {"shared": "time" not in x, "series": series})
+                chart |= {"kind": "curves", "shared": "time" not in x, "series": series}
+                drawn.append(chart)
     return drawn
 
 
@@ -90,9 +92,12 @@ def _series(runs: list[Run], names: list[str], points: Callable) -> list[dict]:
     for name in names:
         line = averaged([run for run in runs if run.attention == name], points)
         if line:
-            x, y = line[0], line[1].mean(0)
-            kept = np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int)
-            series.append({"key": name, "x": _numbers(x[kept]), "y": _numbers(y[kept])})
+            kept = np.linspace(0, len(line[0]) - 1, min(len(line[0]), POINTS)).round().astype(int)
+            x, y = line[0][kept], line[1][:, kept]
+            one = {"key": name, "x": _numbers(x), "y": _numbers(y.mean(0))}
+            if len(y) > 1:
+                one |= {"low": _numbers(y.min(0)), "high": _numbers(y.max(0))}
+            series.append(one)
     return series
 
 
@@ -140,6 +145,7 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
     area = next((k for k in ("memory", "parameters") if k in have), "time")
     return [
         {
+            "kind": "tradeoff",
             "title": f"{model.upper()}: trade-offs (area: {quantities[area][0]})",
             "area": area,
             "pareto": [k for k in PARETO if k in have],

@@ -5,38 +5,48 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from ..analysis.same_function import Alike
 from ..compare.csv_files import DISTURBED
 from ..compare.plan import Grid
 from ..compare.runs import Run
 from ..compare.verdicts import is_control_again
 from ..statistics import LEVEL, MARGIN
+from .headline import answers
 from .tables import Standing, markdown_table, name, ranking, statistics_table
 from .text import code, counted, plain
 from .tuning import tuned_or_not
 
+FIRST = "forest"  # pictures that stand below the answer
 MATCHED = 0.02  # sizes this near to the control's count as the same
 
 
 def report(
-    runs: list[Run], facts: dict, grid: Grid, shown: dict[str, str], sections: Sequence[str] = ()
+    runs: list[Run],
+    facts: dict,
+    grid: Grid,
+    shown: dict[str, str],
+    sections: Sequence[str] = (),
+    alike: Sequence[Alike] = (),
 ) -> str:
-    """shown: name of a picture in pictures/ -> its caption. sections: more, after the tables."""
+    """shown: name of a picture in pictures/ -> its caption. sections: more, after the tables.
+    alike: the names of one function, which the answer names as one."""
     ranked = {model: ranking(runs, model) for model in grid.models}
     epochs = max((max(run.epochs, len(run.rows)) for run in runs), default=0)
     seeds = counted(grid.seeds, "seed")
     parts = [
         f"# Attention compared on {plain(facts['dataset']['name'])}",
+        "\n>\n".join(f"> {answer}" for answer in answers(ranked, alike)),
+        *(picture(file, shown[file]) for file in shown if file.startswith(FIRST)),
         f"Recipe {code(grid.recipe)}, {epochs} epochs, {seeds}. "
         f"{machine(facts, runs)}, torch {facts['torch']}, "
         f"Python {facts['python']}, TAB {facts['tab']}"
         + (f" ({facts['commit'][:10]})." if facts["commit"] else "."),
         tuned_or_not(grid),
         *origin(facts, runs),
-        *(summary(model, entries) for model, entries in ranked.items()),
         *unfinished(runs),
     ]
     for model, entries in ranked.items():
-        parts += [f"## {model.upper()}", markdown_table(entries)]
+        parts += [f"## {model.upper()}", summary(model, entries), markdown_table(entries)]
         parts += [disturbance(entries), sizes(entries)]
     parts += [explanation(grid.seeds, grid.batch_seeds)]
     if grid.seeds > 1:
@@ -48,12 +58,15 @@ def report(
         ]
         parts += [what_it_means(ranked)]
     parts += sections
-    parts += ["## Pictures" if shown else ""]
-    parts += [
-        f"![{plain(caption)}](pictures/{file}.png)\n\n*{plain(caption)}*"
-        for file, caption in shown.items()
-    ]
+    later = [file for file in shown if not file.startswith(FIRST)]
+    parts += ["## Pictures" if later else "", *(picture(file, shown[file]) for file in later)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def picture(file: str, caption: str) -> str:
+    """Its first sentence stands for it where it cannot be seen."""
+    alone = plain(caption.split(". ")[0])
+    return f"![{alone}](pictures/{file}.png)\n\n*{plain(caption)}*"
 
 
 def origin(facts: dict, runs: list[Run]) -> list[str]:

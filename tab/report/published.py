@@ -127,7 +127,7 @@ def published_charts(pairs: dict[Pair, tuple[Lines, Lines]]) -> Group:
         ]
         heading = f"{model.upper()}: {title(attention)}"
         chart = {"title": heading, "xlabel": "epoch", "ylabel": "accuracy (%)", "series": series}
-        found.append({**chart, "shared": True, "whole": True})
+        found.append({**chart, "kind": "curves", "shared": True, "own": True})
     note = "Drawn through: here, means over seeds; dashed: published. Thick: test; thin: training."
     return Group(HEADING, note, found, small=len(found) > 2)
 

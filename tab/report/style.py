@@ -16,6 +16,14 @@ import numpy as np
 
 from ..layers import claimed_colours, known_layer
 
+# Of a verdict: hues of the same palettes, each with a marker of its own.
+VERDICT = {
+    "better": ("#0072B2", "o"),
+    "worse": ("#D55E00", "D"),
+    "equivalent": ("#009E73", "s"),
+    "undecided": ("#7A7A7A", "o"),
+    "": ("#7A7A7A", "o"),
+}
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#882255")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
 _SETTINGS = {
@@ -32,6 +40,8 @@ _SETTINGS = {
     "figure.dpi": 130,
     "savefig.bbox": "tight",
     "hatch.linewidth": 0.8,
+    "svg.fonttype": "none",  # words stay words
+    "svg.hashsalt": "tab",  # and equal numbers give equal files
 }
 
 
@@ -57,22 +67,37 @@ def place(attention: str) -> int | None:
 
 
 @contextmanager
-def figure(path: Path, panels: int, *, width: float = 6.4, height: float = 4.8, columns: int = 2):
-    """Yields the axes of a new figure and saves it as `path`."""
+def figure(
+    path: Path,
+    panels: int,
+    *,
+    width: float = 6.4,
+    height: float = 4.8,
+    columns: int = 2,
+    ratios: tuple[float, ...] | None = None,
+    svg: bool = False,
+):
+    """Yields the axes of a new figure and saves it as `path`. ratios: of the columns' widths. svg:
+    beside it also as .svg."""
     with plt.rc_context(_SETTINGS):
         columns = min(columns, panels)
         rows = -(-panels // columns)
         fig, axes = plt.subplots(
-            rows, columns, figsize=(width * columns, height * rows), squeeze=False
+            rows,
+            columns,
+            figsize=(width * columns, height * rows),
+            squeeze=False,
+            width_ratios=ratios,
         )
         try:
             for spare in axes.flat[panels:]:
                 spare.set_axis_off()
             fig.subplots_adjust(wspace=0.55, hspace=0.35)
             yield fig, list(axes.flat[:panels])
-            temporary = path.with_suffix(".tmp.png")
-            fig.savefig(temporary)
-            temporary.replace(path)
+            for file in [path, *([path.with_suffix(".svg")] if svg else [])]:
+                temporary = file.with_suffix(f".tmp{file.suffix}")
+                fig.savefig(temporary)
+                temporary.replace(file)
         finally:
             plt.close(fig)
 

@@ -129,11 +129,12 @@ def sweep_charts(found: Trials) -> Group:
         score = f": {100 * won.score:.1f} %" if won else ""
         charts.append(
             {
+                "kind": "curves",
                 "title": f"{model.upper()} {name_of(attention)}{score}",
                 "xlabel": "epoch",
                 "ylabel": "validation accuracy (%)",
                 "shared": False,
-                "whole": True,
+                "own": True,
                 "series": series,
             }
         )

@@ -6,15 +6,21 @@ import json
 from html import escape
 from importlib.resources import files
 
+# What draws the charts of a page, in this order; tables.js needs none of them.
+CHARTS = ("draw.js", "forest.js", "curves.js", "tradeoff.js", "page.js")
 
-def document(title: str, body: str, scripts: tuple[str, ...], data: object = None) -> str:
-    """body: HTML, escaped already. data: what a script reads from #data, as JSON."""
+
+def document(
+    title: str, body: str, scripts: tuple[str, ...], data: object = None, contents: str = ""
+) -> str:
+    """body: HTML, escaped already. data: what a script reads from #data, as JSON. contents: HTML
+    that stands at the left."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
         f"<title>{escape(title)}</title><style>{asset('page.css')}</style></head>",
-        f"<body><main>{body}</main>",
+        f"<body>{contents}<main>{body}</main>",
     ]
     if data is not None:
         parts.append(f'<script type="application/json" id="data">{_json(data)}</script>')

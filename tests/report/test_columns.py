@@ -36,7 +36,7 @@ def test_a_metric_is_one_entry(tmp_path, monkeypatch):
     place = table[0].index(" Best epoch ")
     assert [line[place] for line in table[2:4]] == [" 3 (3–3) "] * 2
     ranked = {"cnn": ranking(RUNS, "cnn")}
-    page = html_page(text, ranked, {}, [], {}, None)
+    page = html_page(text, {}, [], {}, None)
     assert "Best epoch</th>" in page and "3 (3–3)</td>" in page
     console = Console(width=200)
     with console.capture() as said:

@@ -13,9 +13,11 @@ from tab.compare.plan import Grid
 from tab.layers import Attention, register_attention
 from tab.report import markdown, pictures, style
 from tab.report.chart_data import Group, charts, looks
+from tab.report.forest import forest_group, forest_picture
 from tab.report.html import html_page
 from tab.report.tables import markdown_lines, ranking, terminal_table
 from tab.report.text import code, plain
+from tab.web import CHARTS
 
 NASTY = [
     *("$x$", "a|b", "<b>", "</script><script>alert(1)</script>", "_x_", "`y`", "a[/b]", "[red]"),
@@ -82,9 +84,10 @@ def test_report_and_page_show_the_name(name, tmp_path):
     before = Words(MD.render(report_of(["plain"])[1]))
     assert shown.tags == before.tags  # the same elements as with a name that is none
     group = Group("Charts", "note", charts(runs, runs, "test", {}))
-    page = html_page(text, {"cnn": ranking(runs, "cnn")}, looks(["none", name]), [group], {}, None)
+    groups = [forest_group({"cnn": ranking(runs, "cnn")}), group]
+    page = html_page(text, looks(["none", name]), groups, {}, None)
     found = Words(page)
-    assert found.text.count(name) >= 5 and found.tags.count("script") == 3
+    assert found.text.count(name) >= 5 and found.tags.count("script") == 2 + len(CHARTS)
     data = re.search('id="data">(.*?)</script>', page, re.S).group(1)
     assert "<" not in data
 
@@ -101,8 +104,9 @@ def test_pictures_draw_the_name(name, tmp_path, monkeypatch):
     )
     pictures.per_epoch(tmp_path / "a.png", runs, "train_loss", f"loss {name}", name)
     pictures.bars(tmp_path / "b.png", ranking(runs, "cnn"), name)
+    forest_picture(tmp_path / "c.png", name, ranking(runs, "cnn"))
     mine = [text for text in seen if name in text.get_text()]
-    assert len(mine) >= 4 and not any(text.get_parse_math() for text in mine)
+    assert len(mine) >= 6 and not any(text.get_parse_math() for text in mine)
     assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()
 
 

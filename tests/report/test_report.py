@@ -21,7 +21,7 @@ from tab.layers import attention_names
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
 from tab.report.averages import Mean, Median, count
-from tab.report.html import answers
+from tab.report.headline import answers
 from tab.report.tables import markdown_table, ranking, statistics_table
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -125,9 +125,12 @@ def test_summary_names_the_best_row_that_is_no_attention():
     placed = [line.split("|")[1].strip() for line in lines if line.split("|")[13].strip() != "–"]
     assert placed == ["Local", "Self-Attention"]
     (answer,) = answers({"cnn": table})
-    assert "of 2 attention mechanisms Local did best" in answer
-    assert "above the best row that is no attention, Token-wise FFN (" in answer
-    assert answer.endswith("so attention helped.")
+    assert answer.startswith(
+        "**CNN:** **2 of 2** attention mechanisms are better than no attention"
+    )
+    assert (
+        "**1 of 2** is better than the best row that is no attention, Token-wise FFN: Lo" in answer
+    )
 
 
 def test_one_seed_beside_a_control_of_many_is_one_seed():
