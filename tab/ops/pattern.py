@@ -1,5 +1,8 @@
 """BlockPattern: which blocks of queries see which blocks of keys, as compressed rows per head.
 
+Patterns by a rule are in pattern_bigbird.py and pattern_rules.py, FlexAttention's BlockMask in
+pattern_flex.py.
+
 BigBird (Zaheer et al. 2020, sec. 2 and appendix D, the internal transformer construction): with
 nb = ⌈N/b⌉ blocks, the first and last `num_global` rows of blocks see everything and their columns
 are seen by all; every other row i sees its window {i − w//2, …, i + w//2} and `num_random` others,
@@ -9,9 +12,16 @@ drawn per head, none twice and none that it sees already.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from . import pattern_rules
+from .pattern_bigbird import bigbird
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -23,8 +33,9 @@ class BlockPattern:
     col_ptr (Hp, nb+1), row (nnz,): the transpose; who sees block column i.
 
     It serves `heads` heads, any number if None; Hp is 1 where they share the rows, else `heads`.
-    The last block is shorter when block_size does not divide n. Make one by `bigbird` or
-    `from_blocks`; both raise a ValueError that names what does not fit.
+    The last block is shorter when block_size does not divide n. Make one by `bigbird`,
+    `sliding_window`, `dilated`, `strided`, `fixed`, `from_blocks` or, of FlexAttention's BlockMask,
+    `from_block_mask`; all raise a ValueError that names what does not fit.
 
     Example: 4 blocks of 16 tokens, each of which sees itself and the first.
         >>> mask = torch.eye(4, dtype=torch.bool)
@@ -67,13 +78,13 @@ class BlockPattern:
                 f"BigBird's window is odd, as many blocks before as after: got {window}; "
                 f"nearest: {near}"
             )
-        for name, value, least in (
-            ("heads", heads, 1), ("num_global", num_global, 0), ("num_random", num_random, 0)
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"BigBird wants {name} ≥ {least}, got {value}; nearest: {least}")
+        _check_least(
+            "bigbird", heads=(heads, 1), num_global=(num_global, 0), num_random=(num_random, 0)
+        )
         with torch.device("cpu"), torch.inference_mode(False):  # whatever goes on around it
-            return _bigbird(n, block_size, heads, window // 2, num_global, num_random, seed)
+            nb = -(-n // block_size)
+            seen = bigbird(nb, heads, window // 2, num_global, num_random, seed)
+            return _compress(n, block_size, heads, *seen)
 
     @staticmethod
     def from_blocks(mask: Tensor, block_size: int, n: int) -> BlockPattern:
@@ -88,6 +99,109 @@ class BlockPattern:
             coordinates = (mask if mask.dim() == 3 else mask[None]).cpu().nonzero().T  # (3, nnz)
             heads = mask.shape[0] if mask.dim() == 3 else None
             return _compress(n, block_size, heads, heads or 1, *coordinates)
+
+    @staticmethod
+    def sliding_window(
+        n: int, *, window: int, sinks: int = 0, block_size: int = 64
+    ) -> BlockPattern:
+        """The last `window` blocks, its own among them, and the first `sinks` blocks of the
+        sequence, which hold the attention sinks:
+
+            A(i) = {j ≤ i : j > i − window or j < sinks}, i and j blocks
+
+        Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", sec. 3.2. All
+        heads share it. Call `sparse_attention` with causal=True, which cuts the own block.
+        """
+        nb = _check_size(n, block_size)
+        _check_least("sliding_window", window=(window, 1), sinks=(sinks, 0))
+        return _shared(n, block_size, pattern_rules.sliding_window(nb, window, sinks))
+
+    @staticmethod
+    def dilated(n: int, *, window: int, dilation: int, block_size: int = 64) -> BlockPattern:
+        """`window` (odd) blocks around each, `dilation` blocks apart:
+
+            A(i) = {i + dilation·t : |t| ≤ (window − 1)/2}, within the sequence
+
+        Beltagy et al. 2020, "Longformer", sec. 3.1, "dilated sliding window". All heads share it.
+        """
+        nb = _check_size(n, block_size)
+        _check_least("dilated", window=(window, 1), dilation=(dilation, 1))
+        if window % 2 == 0:
+            raise ValueError(
+                "BlockPattern.dilated wants an odd window, as many blocks before as after: got "
+                f"{window}; nearest: {window - 1} or {window + 1}"
+            )
+        return _shared(n, block_size, pattern_rules.dilated(nb, window, dilation))
+
+    @staticmethod
+    def strided(n: int, *, stride: int, block_size: int = 64) -> BlockPattern:
+        """The last `stride` blocks, its own among them, and every stride-th one before:
+
+            A(i) = {j ≤ i : i − j < stride or (i − j) mod stride = 0}, i and j blocks
+
+        Child et al. 2019, "Generating Long Sequences with Sparse Transformers", sec. 4.2, the
+        strided pattern, both parts merged in every head (sec. 4.3). stride = ⌈√nb⌉ sees the fewest
+        blocks. Call `sparse_attention` with causal=True, which cuts the own block.
+        """
+        nb = _check_size(n, block_size)
+        _check_least("strided", stride=(stride, 1))
+        return _shared(n, block_size, pattern_rules.strided(nb, stride))
+
+    @staticmethod
+    def fixed(n: int, *, stride: int, summary: int = 1, block_size: int = 64) -> BlockPattern:
+        """The blocks of its own stretch of `stride`, and the last `summary` ones of each before:
+
+            A(i) = {j ≤ i : ⌊j/stride⌋ = ⌊i/stride⌋ or j mod stride ≥ stride − summary}
+
+        Child et al. 2019, sec. 4.2, the fixed pattern, both parts merged in every head (sec. 4.3).
+        Call `sparse_attention` with causal=True, which cuts the own block.
+        """
+        nb = _check_size(n, block_size)
+        _check_least("fixed", stride=(stride, 1), summary=(summary, 0))
+        if summary > stride:
+            raise ValueError(
+                f"BlockPattern.fixed wants summary ≤ stride = {stride}, got {summary}; "
+                f"nearest: {stride}"
+            )
+        return _shared(n, block_size, pattern_rules.fixed(nb, stride, summary))
+
+    @staticmethod
+    def from_block_mask(mask: BlockMask, *, causal: bool = False) -> BlockPattern:
+        """The pattern of FlexAttention's BlockMask, whose blocks have to be seen whole.
+
+        causal: the pattern is for `sparse_attention(…, causal=True)`: of the blocks seen, the mask
+            shows the tokens j ≤ i and no later one. Without it, each shows all of its tokens.
+
+        `mask_mod` is called for the blocks that the mask calls partial, to see what they hold.
+
+        Raises:
+            ValueError: a block is seen in part; batch entries differ; N_q ≠ N_k; the blocks are no
+                squares. The message says where.
+
+        Example: a causal mask of FlexAttention's, and the same attention here.
+            >>> from torch.nn.attention.flex_attention import create_block_mask
+            >>> def earlier(b, h, i, j):
+            ...     return j <= i
+            >>> mask = create_block_mask(earlier, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+            >>> pattern = tab.BlockPattern.from_block_mask(mask, causal=True)
+            >>> pattern
+            BlockPattern(n=64, block_size=16, heads=None, density=0.625)
+        """
+        from .pattern_flex import blocks_of  # FlexAttention takes two seconds to import
+
+        return BlockPattern.from_blocks(*blocks_of(mask, causal))
+
+    def to_block_mask(self, *, causal: bool = False) -> BlockMask:
+        """The same for FlexAttention, on this pattern's device: `flex_attention(q, k, v,
+        block_mask=pattern.to_block_mask())` is `sparse_attention(q, k, v, pattern)`, but for
+        queries that see nothing. causal: of the blocks seen only tokens j ≤ i.
+
+        O(nb²) memory a head, as every BlockMask. FlexAttention's compiled kernels want blocks of a
+        multiple of 128 tokens.
+        """
+        from .pattern_flex import block_mask_of
+
+        return block_mask_of(self, causal)
 
     @property
     def blocks(self) -> int:
@@ -150,25 +264,18 @@ def _check_size(n: int, block_size: int) -> int:
     return -(-n // block_size)
 
 
-def _bigbird(
-    n: int, block_size: int, heads: int, reach: int, num_global: int, num_random: int, seed: int
-) -> BlockPattern:
-    nb = -(-n // block_size)
-    ends = min(num_global, (nb + 1) // 2)
-    full = torch.tensor(sorted({*range(ends), *range(nb - ends, nb)}), dtype=torch.int64)
-    middle = torch.arange(ends, max(ends, nb - ends))  # (R,)
-    fixed = _fixed_columns(middle, full, reach, nb)  # (R, F)
-    drawn = _draw(fixed, nb, heads, num_random, seed)  # (Hp, R, num_random)
-    hp = drawn.shape[0]
-    seen = torch.cat([fixed.expand(hp, -1, -1), drawn], -1)
-    rows = middle[:, None].expand_as(seen)
-    head = torch.arange(hp)[:, None, None].expand_as(seen)
-    real = seen < nb
-    every = torch.cartesian_prod(torch.arange(hp), full, torch.arange(nb)).reshape(-1, 3)
-    head, rows, cols = (
-        torch.cat([a[real], b]) for a, b in zip((head, rows, seen), every.T, strict=True)
-    )
-    return _compress(n, block_size, heads, hp, head, rows, cols)
+def _check_least(rule: str, **given: tuple[int, int]) -> None:
+    """Each (value, least value) by its name."""
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ValueError(
+                f"BlockPattern.{rule} wants {name} ≥ {least}, got {value}; nearest: {least}"
+            )
+
+
+def _shared(n: int, block_size: int, blocks: tuple[Tensor, Tensor]) -> BlockPattern:
+    """For all heads, of the rows and columns of the blocks that are seen."""
+    return _compress(n, block_size, None, 1, torch.zeros_like(blocks[0]), *blocks)
 
 
 def _compress(
@@ -185,39 +292,3 @@ def _compress(
         return torch.cat([start, end], 1).int(), (key % nb).int()
 
     return BlockPattern(n, block_size, heads, *csr(rows, cols), *csr(cols, rows))
-
-
-def _fixed_columns(rows: Tensor, full: Tensor, reach: int, nb: int) -> Tensor:
-    """rows (R,) -> the window and the global columns of each, (R, F), sorted; nb where there is
-    none."""
-    window = rows[:, None] + torch.arange(-reach, reach + 1)
-    window = window.masked_fill((window < 0) | (window >= nb), nb)
-    columns = torch.cat([window, full.expand(len(rows), -1)], 1).sort(1).values
-    repeat = columns[:, 1:] == columns[:, :-1]
-    columns[:, 1:] = columns[:, 1:].masked_fill(repeat, nb)
-    return columns.sort(1).values
-
-
-def _draw(fixed: Tensor, nb: int, heads: int, count: int, seed: int) -> Tensor:
-    """`count` columns outside fixed (R, F) for each head and row, (H, R, count); nb where no column
-    is left. Without a draw all heads are the same: (1, R, 0).
-
-    Floyd's sampling (Bentley 1987): the j-th of r from m candidates is t = random(0 … m−r+j), or
-    m−r+j itself if t was drawn before. O(r²) a row, whatever m is.
-    """
-    rows = len(fixed)
-    left = nb - (fixed < nb).sum(1)  # (R,) candidates
-    if count == 0 or rows == 0 or int(left.max()) == 0:
-        return fixed.new_empty(1, rows, 0)
-    wanted = left.clamp(max=count)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = fixed.new_full((heads, rows, min(count, int(left.max()))), nb)
-    for j in range(drawn.shape[-1]):
-        last = left - wanted + j
-        uniform = torch.rand(heads, rows, generator=generator, dtype=torch.float64)
-        t = (uniform * (last + 1)).long().minimum(last)
-        t = torch.where((drawn == t[..., None]).any(-1), last, t)
-        drawn[..., j] = torch.where(j < wanted, t, nb)
-    for column in fixed.T:  # ascending: the rank among the candidates becomes a column
-        drawn = drawn + ((drawn >= column[:, None]) & (drawn < nb))
-    return drawn
