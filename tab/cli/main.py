@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, check, compare, data, doctor, report, robustness, sweep, train
+from . import bench, check, compare, data, doctor, lengths, report, robustness, sweep, train
 from .terminal import Commands, say
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("compare")(compare.command)
 app.command("train")(train.command)
 app.command("data")(data.command)
 app.command("report")(report.command)
+app.command("lengths")(lengths.command)
 app.command("robustness")(robustness.command)
 app.command("doctor")(doctor.command)
 app.command("check")(check.command)

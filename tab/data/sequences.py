@@ -88,6 +88,24 @@ def draw(task: str, n: int, count: int, *, stream: int) -> SequenceSplit:
     return SequenceSplit(torch.from_numpy(x), torch.from_numpy(labels))
 
 
+def answer_places(split: SequenceSplit) -> Tensor:
+    """(M, Q): the place where the answer to each question stands."""
+    keys, asked = split.tokens[..., 0], split.labels.shape[1]
+    if not keys.any():  # copy
+        return torch.arange(asked).expand(len(split), -1)
+    known, wanted = keys[:, :-asked], keys[:, -asked:]
+    return (known[:, None] == wanted[..., None]).int().argmax(-1)
+
+
+def most_common(split: SequenceSplit) -> float:
+    """The share of right answers of one who sees all values of a sequence and no keys, and always
+    says the most common of them."""
+    values = split.tokens[..., 1]
+    given = values != BLANK
+    counts = torch.stack([(given & (values == v)).sum(1) for v in range(VALUES)])  # (VALUES, M)
+    return (counts.amax(0) / given.sum(1)).mean().item()
+
+
 def fingerprint(*splits: SequenceSplit) -> str:
     """Of all tokens and labels."""
     digest = hashlib.sha256()
