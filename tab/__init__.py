@@ -1,27 +1,55 @@
 """TAB, Transformer Attention Bench: which attention, how fast, and does it help?
 
-The operators come with torch, which takes a second to import, so they load at first use
-(PEP 562): `tab --help` does not wait for them. What there is stands in `tab.functional.__all__` and
-below.
+What computes comes with torch, which takes a second to import, so it loads at first use (PEP 562):
+`tab --help` does not wait for it.
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 _PACKAGES = ("functional", "layers", "ops")
 # name -> where it lies, apart from the operators: these do not need what trains.
-_ELSEWHERE = {"load_model": "train", "swap_attention": "swap"}
+_ELSEWHERE = {
+    **{"bench": "api", "compare": "api", "load_study": "api", "sweep": "api"},
+    **{"load_model": "train", "swap_attention": "swap"},
+}
 
 if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from . import functional as functional
     from . import layers as layers
     from . import ops as ops
+    from .api import bench as bench
+    from .api import compare as compare
+    from .api import load_study as load_study
+    from .api import sweep as sweep
     from .functional import *  # noqa: F403
     from .ops import use_backend as use_backend
     from .swap import swap_attention as swap_attention
     from .train import load_model as load_model
 else:
+
+    class _Callable(ModuleType):
+        """A package that is named as a function is: `tab.compare(…)` calls tab.api's, and
+        `tab.compare.driver` is a module of the package."""
+
+        @property
+        def __wrapped__(self):  # whose signature and docstring are shown
+            return getattr(importlib.import_module("tab.api"), self.__name__.rpartition(".")[2])
+
+        @property
+        def __doc__(self):
+            return self.__wrapped__.__doc__
+
+        def __call__(self, *args, **options):
+            return self.__wrapped__(*args, **options)
+
+        def __reduce__(self):
+            return importlib.import_module, (self.__name__,)
+
+    for _name in ("bench", "compare", "sweep"):  # whose __init__.py import nothing
+        importlib.import_module(f"{__name__}.{_name}").__class__ = _Callable
 
     def __getattr__(name: str):
         if name in _PACKAGES:

@@ -137,15 +137,11 @@ def _free() -> int:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Peak against N, both logarithmic, a panel for each op; dotted lines grow as N and N²."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from ..figures import Picture  # what only measures needs no matplotlib
 
     ops = list(dict.fromkeys(row.case.split("/")[0] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(ops), figsize=(3.2 * len(ops) + 1, 3.6), sharey=True, squeeze=False
-    )
+    figure = Picture(figsize=(3.2 * len(ops) + 1, 3.6), layout="tight")
+    axes = figure.subplots(1, len(ops), sharey=True, squeeze=False)
     for axis, op in zip(axes[0], ops, strict=True):
         mine = [row for row in rows if row.case.startswith(f"{op}/") and row.peak_bytes]
         for name in dict.fromkeys(row.contestant for row in mine):
@@ -166,7 +162,4 @@ def picture(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("peak MB, forward + backward")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.keep(path, dpi=110)

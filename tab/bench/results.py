@@ -183,24 +183,16 @@ def _number(x: float | None) -> str:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Horizontal bars: time over the floor of the machine, a panel per case, shorter is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from ..figures import Picture  # what only measures needs no matplotlib
 
     groups = {
         case: [row for row in group if row.seconds and not row.skipped]
         for case, group in _grouped(rows).items()
     }
     heights = [len(group) for group in groups.values()]
-    figure, axes = plt.subplots(
-        len(groups),
-        1,
-        figsize=(8, 0.9 + sum(0.36 * h + 0.7 for h in heights)),
-        gridspec_kw={"height_ratios": heights},
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (8, 0.9 + sum(0.36 * h + 0.7 for h in heights))
+    figure = Picture(figsize=size, layout="constrained")
+    axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)
     for axis, (case, group) in zip(axes[:, 0], groups.items(), strict=True):
         direction = "both" if any("both" in row.seconds for row in group) else "forward"
         timed = [row for row in group if direction in row.seconds]
@@ -219,9 +211,7 @@ def picture(rows: list[Row], path: Path) -> None:
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("time over the floor of this machine (log)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.keep(path, dpi=110)
 
 
 def _grouped(rows: list[Row]) -> dict[str, list[Row]]:

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from ..figures import Picture
 from ..layers import claimed_colours, known_layer
 
 # Of a verdict: hues of the same palettes, each with a marker of its own.
@@ -38,7 +36,6 @@ _SETTINGS = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "figure.dpi": 130,
-    "savefig.bbox": "tight",
     "hatch.linewidth": 0.8,
     "svg.fonttype": "none",  # words stay words
     "svg.hashsalt": "tab",  # and equal numbers give equal files
@@ -79,27 +76,16 @@ def figure(
 ):
     """Yields the axes of a new figure and saves it as `path`. ratios: of the columns' widths. svg:
     beside it also as .svg."""
-    with plt.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS):
         columns = min(columns, panels)
         rows = -(-panels // columns)
-        fig, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(width * columns, height * rows),
-            squeeze=False,
-            width_ratios=ratios,
-        )
-        try:
-            for spare in axes.flat[panels:]:
-                spare.set_axis_off()
-            fig.subplots_adjust(wspace=0.55, hspace=0.35)
-            yield fig, list(axes.flat[:panels])
-            for file in [path, *([path.with_suffix(".svg")] if svg else [])]:
-                temporary = file.with_suffix(f".tmp{file.suffix}")
-                fig.savefig(temporary)
-                temporary.replace(file)
-        finally:
-            plt.close(fig)
+        fig = Picture(figsize=(width * columns, height * rows))
+        axes = fig.subplots(rows, columns, squeeze=False, width_ratios=ratios)
+        for spare in axes.flat[panels:]:
+            spare.set_axis_off()
+        fig.subplots_adjust(wspace=0.55, hspace=0.35)
+        yield fig, list(axes.flat[:panels])
+        fig.keep(path, *[path.with_suffix(".svg")] * svg)
 
 
 def label_ends(ax, ends: list[tuple[float, float, str, dict]]) -> None:

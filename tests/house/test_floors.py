@@ -12,14 +12,15 @@ from pathlib import Path
 from paths import ROOT
 
 FLOORS = (
-    ("checks", "files", "machine", "ops", "statistics", "web"),
+    ("checks", "figures", "files", "machine", "ops", "statistics", "web"),
     ("formats", "kernels", "layers", "run_config", "tasks"),
     ("data", "doctor", "models", "swap", "tracking"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),
     ("report", "study"),
     ("cli",),
-    ("__main__",),
+    # api, a front as cli is, stands above it: what names and places stand for is said in cli once.
+    ("__main__", "api"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FREE = {"__init__", "functional"}  # the public names: they hand on what lies elsewhere

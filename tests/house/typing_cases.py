@@ -1,5 +1,6 @@
 """What a type checker sees of the public names: read by `make lint`, run by nobody."""
 
+from pathlib import Path
 from typing import assert_type
 
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ def public(q: Tensor, state: tuple[Tensor, Tensor], yes: bool) -> None:
     assert_type(H2OCache(heavy=2, recent=2).step(q, q, q), Tensor)
     assert_type(tab.layers.get_attention("self"), type[tab.layers.Attention])
     assert_type(tab.swap_attention(nn.Linear(1, 1), "performer", seq_len=4), nn.Module)
+    assert_type(tab.compare(["none", "linear"], seeds=2), tab.api.Comparison)
+    assert_type(tab.sweep("self", "mlp", epochs=(1, 2)), tab.api.Sweep)
+    assert_type(tab.bench("linear", processes=1).directory, Path | None)
+    assert_type(tab.load_study("results/x"), tab.api.Comparison | tab.api.Sweep)
     with tab.use_backend("reference"):
         pass
 
@@ -36,4 +41,5 @@ def refused(q: Tensor) -> None:
     tab.local_attention(q, q, q, window=2, backend="gpu")  # type: ignore[arg-type]
     tab.mla_attention(q, q, q, q, q, q, form="fast")  # type: ignore[call-overload]
     tab.use_backend("fast")  # type: ignore[arg-type]
+    tab.compare(seed=1)  # type: ignore[call-arg]
     _ = tab.nothing  # type: ignore[attr-defined]

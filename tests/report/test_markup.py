@@ -96,9 +96,9 @@ def test_report_and_page_show_the_name(name, tmp_path):
 def test_pictures_draw_the_name(name, tmp_path, monkeypatch):
     runs = [run("none"), run(name, 0.6)]
     seen = []
-    real = style.plt.Figure.savefig
+    real = style.Picture.savefig
     monkeypatch.setattr(
-        style.plt.Figure,
+        style.Picture,
         "savefig",
         lambda self, *a, **k: (seen.extend(_texts(self)), real(self, *a, **k))[1],
     )
@@ -128,8 +128,9 @@ def test_the_terminal_prints_the_name(name, monkeypatch, capsys):
 def test_every_picture_is_inside_the_context_that_draws_names_as_they_are():
     """No module of the report makes figures but by style.figure."""
     folder = Path(style.__file__).parent
-    makers = [p.name for p in folder.glob("*.py") if "plt." in p.read_text()]
-    assert makers == ["style.py"]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    assert [name for name, text in sources.items() if "Picture(" in text] == ["style.py"]
+    assert not [name for name, text in sources.items() if "pyplot" in text or "Figure(" in text]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,16 @@
+"""Names as they are given from Python: in a list, or separated by commas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def joined(names: str | Iterable[str]) -> str:
+    """As the shell writes them."""
+    return names if isinstance(names, str) else ",".join(names)
+
+
+def listed(names: str | Iterable[str], everything: Iterable[str]) -> list[str]:
+    """In a list. everything: what "all" stands for."""
+    parts = [part.strip() for part in joined(names).split(",")]
+    return list(everything) if parts == ["all"] else parts
