@@ -22,6 +22,7 @@ from .verdicts import COLUMNS as OF_VERDICT
 
 Unit = Literal["percent", "seconds", "count", "bytes", "number"]
 Over = Literal["mean", "median", "any"]
+Better = Literal["", "more", "less"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,15 @@ class Column:
     title: str = ""  # its heading in tables; "": it stands in the CSV file alone
     unit: Unit = "number"
     over: Over = "mean"  # of the seeds; any: all have the same
-    lead: bool = False  # it stands before the verdict
+    lead: bool = False  # it stands beside the verdict, and not in the table of costs
+    better: Better = ""  # which way is: an arrow in its heading
     terminal: bool = True  # also in the terminal's table, which has less room
     on_cpu: bool = True  # False: there it is the whole process's, so that tables leave it out
     measured: bool = False  # it differs between two equal runs: a time, or what follows from one
     group: bool = False  # of the mechanism over its seeds, and the same in the line of each
 
     def __post_init__(self):
-        for key, kind in (("unit", Unit), ("over", Over)):
+        for key, kind in (("unit", Unit), ("over", Over), ("better", Better)):
             if getattr(self, key) not in get_args(kind):
                 given, known = getattr(self, key), ", ".join(get_args(kind))
                 raise ValueError(f"column {self.name}: {key} = {given!r}: give one of {known}")
@@ -59,7 +61,7 @@ NAMES = ["model_name", "architecture", "attention_type"]
 SUMMARY = [
     Column("final_test_accuracy"),  # in tables it is the mean that verdicts speak of
     Column("max_test_accuracy"),
-    Column("final_train_accuracy", title="Train acc.", unit="percent", lead=True),
+    Column("final_train_accuracy", title="Train acc.", unit="percent", lead=True, better="more"),
     Column("final_train_loss"),
     Column("min_train_loss"),
     Column(
@@ -68,6 +70,7 @@ SUMMARY = [
         unit="seconds",
         over="median",
         lead=True,
+        better="less",
         measured=True,
     ),
     Column("num_epochs"),
@@ -78,6 +81,7 @@ SUMMARY = [
         title="Images/s",
         unit="count",
         over="median",
+        better="more",
         terminal=False,
         measured=True,
     ),
@@ -94,6 +98,7 @@ SUMMARY = [
         title="Peak memory",
         unit="bytes",
         over="any",
+        better="less",
         terminal=False,
         on_cpu=False,
         measured=True,

@@ -81,17 +81,21 @@ def average(column: Column, runs: list[Run]) -> Mean | Median | None:
     return Mean.of(values) if column.over == "mean" else Median.of(values)
 
 
-def shown(found: Mean | Median | None, unit: str) -> str:
-    """In a table."""
+UNITS = {"seconds": "s", "percent": "%", "bytes": "MiB"}  # of a metric, where it has one
+
+
+def shown(found: Mean | Median | None, unit: str, *, bare: bool = False) -> str:
+    """In a table. bare: without the unit, which the head of the column then names."""
     if found is None:
         return "–"
+    said = "" if bare or unit not in UNITS else f" {UNITS[unit]}"
     if unit == "count":
         return count(found.value)
     if unit == "seconds":
-        return marked(found, ".0f" if found.value >= 10 else ".2f", " s")
+        return marked(found, ".0f" if found.value >= 10 else ".2f", said)
     if unit == "percent":
-        return found.show(".1f", 100, " %")
-    return found.show(".0f", 2**-20, " MiB") if unit == "bytes" else found.show(".4g")
+        return found.show(".1f", 100, said)
+    return found.show(".0f", 2**-20, said) if unit == "bytes" else found.show(".4g")
 
 
 def marked(found: Mean | Median, form: str, unit: str) -> str:

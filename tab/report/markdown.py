@@ -12,7 +12,15 @@ from ..compare.runs import Run
 from ..compare.verdicts import is_control_again
 from ..statistics import LEVEL, MARGIN
 from .headline import answers
-from .tables import Standing, markdown_table, name, ranking, statistics_table
+from .tables import (
+    Standing,
+    best_control_table,
+    costs_table,
+    markdown_table,
+    name,
+    ranking,
+    statistics_table,
+)
 from .text import code, counted, plain
 from .tuning import tuned_or_not
 
@@ -47,20 +55,31 @@ def report(
     ]
     for model, entries in ranked.items():
         parts += [f"## {model.upper()}", summary(model, entries), markdown_table(entries)]
-        parts += [disturbance(entries), sizes(entries)]
+        parts += [disturbance(entries)]
+        if costs := costs_table(entries):
+            parts += ["What each of them took:", costs]
+        parts += [sizes(entries)]
     parts += [explanation(grid.seeds, grid.batch_seeds)]
     if grid.seeds > 1:
         parts += ["## Statistics"]
         parts += [
-            f"**{model.upper()}**\n\n{statistics_table(entries)}"
+            part
             for model, entries in ranked.items()
             if any(entry.verdict for entry in entries)
+            for part in _statistics(model, entries)
         ]
         parts += [what_it_means(ranked)]
     parts += sections
     later = [file for file in shown if not file.startswith(FIRST)]
     parts += ["## Pictures" if later else "", *(picture(file, shown[file]) for file in later)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _statistics(model: str, entries: list[Standing]) -> list[str]:
+    parts = [f"**{model.upper()}**, against the control:", statistics_table(entries)]
+    if best := best_control_table(entries):
+        parts += [f"**{model.upper()}**, against the best row that is no attention:", best]
+    return parts
 
 
 def picture(file: str, caption: str) -> str:
@@ -214,8 +233,8 @@ def unfinished(runs: list[Run]) -> list[str]:
 
 def explanation(seeds: int, at_once: int = 1) -> str:
     text = (
-        "Ranked by the final test accuracy. Train accuracy is the mean over the last epoch as the "
-        "weights moved. vs control: points of test accuracy. Time ratio: training time over the "
+        "Ranked by the final test accuracy; an arrow shows which way is better. Train accuracy is "
+        "the mean over the last epoch as the weights moved. Time ratio: training time over the "
         "control's."
     )
     if seeds > 1:

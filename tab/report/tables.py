@@ -14,7 +14,7 @@ from ..compare.columns import Column
 from ..compare.runs import Run
 from ..compare.verdicts import Verdict, verdicts
 from ..layers import known_layer
-from .averages import Mean, Median, average, marked, shown
+from .averages import UNITS, Mean, Median, average, marked, shown
 from .text import plain
 
 
@@ -111,41 +111,60 @@ def p_value(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+ARROWS = {"": "", "more": " ↑", "less": " ↓"}  # in a heading: which way is better
 WORDS = (  # columns of text, set left
-    *("Model", "Attention", "Verdict", "Best control", "Verdict ", "Note", "No gradient"),
+    *("Model", "Attention", "Verdict", "Best control", "Note", "No gradient"),
     *("Affine", "Noise", "Only a bias", "Tokens meet"),
     *("Same function as", "Test accuracy", "Winner"),
 )
 FIRST: dict[str, Callable[[Standing], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),
-    "Test acc.": lambda e: e.test.show(".1f", 100, " %") if e.test else e.notes,
+    "Test acc. (%) ↑": lambda e: e.test.show(".1f", 100) if e.test else e.notes,
 }
 COMPARED: dict[str, Callable[[Standing], str]] = {
-    "vs control": versus,
-    "p (Dunnett)": lambda e: p_value(e.verdict and e.verdict.p_adjusted),
+    "vs control (points) ↑": versus,
     "Verdict": lambda e: (e.verdict and e.verdict.verdict) or "–",
-    "Time ratio": lambda e: marked(e.ratio, ".2f", "×") if e.ratio else "–",
+    "p (Dunnett)": lambda e: p_value(e.verdict and e.verdict.p_adjusted),
+    "Time ratio (×) ↓": lambda e: marked(e.ratio, ".2f", "") if e.ratio else "–",
 }
 LAST: dict[str, Callable[[Standing], str]] = {"Note": lambda e: e.notes if e.test else ""}
 
 
 def ranked_columns(terminal: bool = False) -> dict[str, Callable[[Standing], str]]:
     """Heading -> what stands below it; the metrics are those of compare/columns.py."""
-    metrics = [c for c in columns.SUMMARY if c.title and (c.terminal or not terminal)]
-    lead, others = (
-        {c.title: partial(_metric, c) for c in metrics if c.lead is lead} for lead in (True, False)
-    )
-    return FIRST | lead | COMPARED | others | LAST
+    return answer_columns() | cost_columns(terminal)
+
+
+def answer_columns() -> dict[str, Callable[[Standing], str]]:
+    """Of the first table, which says what was found."""
+    return FIRST | COMPARED | _metrics(lead=True) | LAST
+
+
+def cost_columns(terminal: bool = False) -> dict[str, Callable[[Standing], str]]:
+    """Of the second, which says what it took."""
+    return {"Attention": FIRST["Attention"]} | _metrics(lead=False, terminal=terminal)
+
+
+def _metrics(lead: bool, terminal: bool = False) -> dict[str, Callable[[Standing], str]]:
+    found = [c for c in columns.SUMMARY if c.title and c.lead is lead]
+    return {head(c): partial(_metric, c) for c in found if c.terminal or not terminal}
+
+
+def head(column: Column) -> str:
+    """Of a metric: its title, unit, and the way that is better."""
+    unit = f" ({UNITS[column.unit]})" if column.unit in UNITS else ""
+    return f"{column.title}{unit}{ARROWS[column.better]}"
 
 
 def _metric(column: Column, entry: Standing) -> str:
-    return shown(entry.averages[column.name], column.unit)
+    return shown(entry.averages[column.name], column.unit, bare=True)
 
 
-def cells(entries: list[Standing], terminal: bool = False) -> tuple[list, list[list[str]]]:
+def cells(
+    entries: list[Standing], shows: dict[str, Callable[[Standing], str]]
+) -> tuple[list[str], list[list[str]]]:
     """Header and lines; a column that no entry fills is left out."""
-    shows = ranked_columns(terminal)
     lines = [[show(entry) for show in shows.values()] for entry in entries]
     filled = [i for i in range(len(shows)) if any(line[i] not in ("–", "") for line in lines)]
     header = [*shows]
@@ -153,8 +172,13 @@ def cells(entries: list[Standing], terminal: bool = False) -> tuple[list, list[l
 
 
 def markdown_table(entries: list[Standing]) -> str:
-    header, lines = cells(entries)
-    return markdown_lines(header, lines)
+    return markdown_lines(*cells(entries, answer_columns()))
+
+
+def costs_table(entries: list[Standing]) -> str:
+    """ "" where none of it is known."""
+    header, lines = cells(entries, cost_columns())
+    return markdown_lines(header, lines) if len(header) > 1 else ""
 
 
 def markdown_lines(header: list[str], lines: list[list[str]]) -> str:
@@ -166,30 +190,39 @@ def markdown_lines(header: list[str], lines: list[list[str]]) -> str:
 STATISTICS: dict[str, Callable[[Verdict], str]] = {
     "Attention": lambda v: title(v.attention),
     "Seeds": lambda v: str(v.seeds),
-    "Test acc. (%)": lambda v: percent(v.accuracy_mean),
-    "SD": lambda v: percent(v.accuracy_std),
-    "95 %": lambda v: ends(v.accuracy_low, v.accuracy_high),
-    "Difference": lambda v: percent(v.difference, "+"),
-    "95 % ": lambda v: ends(v.difference_low, v.difference_high, "+"),
+    "Test acc. (%) ↑": lambda v: percent(v.accuracy_mean),
+    "SD (points)": lambda v: percent(v.accuracy_std),
+    "95 % interval (%)": lambda v: ends(v.accuracy_low, v.accuracy_high),
+    "vs control (points) ↑": lambda v: percent(v.difference, "+"),
+    "95 % interval (points)": lambda v: ends(v.difference_low, v.difference_high, "+"),
+    "Verdict": lambda v: v.verdict or "–",
     "p": lambda v: p_value(v.p),
     "p (Dunnett)": lambda v: p_value(v.p_adjusted),
-    "McNemar": lambda v: p_value(v.p_mcnemar),
-    "Equivalence": lambda v: p_value(v.p_equivalent),
-    "Verdict": lambda v: v.verdict or "–",
+    "p (McNemar)": lambda v: p_value(v.p_mcnemar),
+    "p (equivalence)": lambda v: p_value(v.p_equivalent),
 }
 BEST_CONTROL: dict[str, Callable[[Verdict], str]] = {  # where several rows are no attention
-    "Best control": lambda v: title(v.best_control) if v.best_control else "–",
-    "Above it": lambda v: percent(v.best_control_difference, "+"),
-    "95 %  ": lambda v: ends(v.best_control_low, v.best_control_high, "+"),
-    "Verdict ": lambda v: v.best_control_verdict or "–",
+    "Attention": lambda v: title(v.attention),
+    "Best control": lambda v: title(v.best_control),
+    "Above it (points) ↑": lambda v: percent(v.best_control_difference, "+"),
+    "95 % interval (points)": lambda v: ends(v.best_control_low, v.best_control_high, "+"),
+    "Verdict": lambda v: v.best_control_verdict or "–",
 }
 
 
 def statistics_table(entries: list[Standing]) -> str:
     """Of report.md: what each verdict rests on."""
-    rows = [entry.verdict for entry in entries if entry.verdict]
-    shows = STATISTICS | (BEST_CONTROL if any(v.best_control for v in rows) else {})
-    return markdown_lines([*shows], [[show(v) for show in shows.values()] for v in rows])
+    return _of_verdicts(STATISTICS, [entry.verdict for entry in entries if entry.verdict])
+
+
+def best_control_table(entries: list[Standing]) -> str:
+    """The same against the best row that is no attention; "" where there are not several."""
+    found = [e.verdict for e in entries if e.verdict and e.verdict.best_control]
+    return _of_verdicts(BEST_CONTROL, found) if found else ""
+
+
+def _of_verdicts(shows: dict[str, Callable[[Verdict], str]], found: list[Verdict]) -> str:
+    return markdown_lines([*shows], [[show(v) for show in shows.values()] for v in found])
 
 
 def percent(x: float | None, sign: str = "") -> str:
@@ -201,7 +234,7 @@ def ends(low: float | None, high: float | None, sign: str = "") -> str:
 
 
 def terminal_table(entries: list[Standing], caption: str) -> Table:
-    header, lines = cells(entries, terminal=True)
+    header, lines = cells(entries, ranked_columns(terminal=True))
     table = Table(title=caption, title_justify="left", title_style="bold")
     for name in header:
         table.add_column(name, justify="left" if name in WORDS else "right")

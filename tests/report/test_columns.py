@@ -22,6 +22,7 @@ BEST = Column(
     lambda run: max(run.rows, key=lambda row: row["test_accuracy"])["epoch"],
     title="Best epoch",
     over="median",
+    better="more",
 )
 
 
@@ -33,11 +34,12 @@ def test_a_metric_is_one_entry(tmp_path, monkeypatch):
     grid = Grid("fair", ["cnn"], ["none", "self"], 2, "shapes", "cpu")
     text = markdown.report(RUNS, FACTS, grid, {})
     table = [line.split("|") for line in text.splitlines() if line.startswith("|")]
-    place = table[0].index(" Best epoch ")
-    assert [line[place] for line in table[2:4]] == [" 3 (3–3) "] * 2
+    first = next(i for i, line in enumerate(table) if " Best epoch ↑ " in line)
+    place = table[first].index(" Best epoch ↑ ")
+    assert [line[place] for line in table[first + 2 : first + 4]] == [" 3 (3–3) "] * 2
     ranked = {"cnn": ranking(RUNS, "cnn")}
     page = html_page(text, {}, [], {}, None)
-    assert "Best epoch</th>" in page and "3 (3–3)</td>" in page
+    assert "Best epoch ↑</th>" in page and "3 (3–3)</td>" in page
     console = Console(width=200)
     with console.capture() as said:
         console.print(terminal_table(ranked["cnn"], "CNN"))
@@ -46,11 +48,13 @@ def test_a_metric_is_one_entry(tmp_path, monkeypatch):
 
 def test_the_tables_have_the_columns_of_before():
     assert [*ranked_columns()] == [
-        *("Rank", "Attention", "Test acc.", "Train acc.", "Train time", "vs control"),
-        *("p (Dunnett)", "Verdict", "Time ratio", "Images/s", "Parameters", "In blocks"),
-        *("FLOPs/image", "Branch share", "FFN share", "Peak memory", "Note"),
+        *("Rank", "Attention", "Test acc. (%) ↑", "vs control (points) ↑", "Verdict"),
+        *("p (Dunnett)", "Time ratio (×) ↓", "Train acc. (%) ↑", "Train time (s) ↓", "Note"),
+        *("Images/s ↑", "Parameters", "In blocks", "FLOPs/image", "Branch share (%)"),
+        *("FFN share (%)", "Peak memory (MiB) ↓"),
     ]
-    left_out = {"Images/s", "In blocks", "FLOPs/image", "Branch share", "FFN share", "Peak memory"}
+    left_out = {"Images/s ↑", "In blocks", "FLOPs/image", "Branch share (%)", "FFN share (%)"}
+    left_out.add("Peak memory (MiB) ↓")
     assert set(ranked_columns()) - set(ranked_columns(terminal=True)) == left_out
 
 

@@ -91,7 +91,7 @@ def test_times_that_seeds_do_not_share_are_marked(tmp_path):
     assert lines["self", "0"]["load_average"] == "0.5"
     entries = ranking(runs, "cnn")
     text = "\n".join([markdown.markdown_table(entries), markdown.disturbance(entries)])
-    assert "26 s (20–31) \\*" in text and "11 s (10–12) |" in text
+    assert "| 26 (20–31) \\* |" in text and "| 11 (10–12) |" in text
     assert "more than 1.5 times" in text and "(Self-Attention)" in text
     assert "though times were disturbed" in markdown.summary("cnn", entries)
     assert markdown.disturbance(ranking(runs[:2], "cnn")) == ""
