@@ -63,18 +63,22 @@ def meta_heads(b: int, h: int, n: int, size: int, dtype: torch.dtype) -> Tensor:
 
 # --- launching ------------------------------------------------------------------------------------
 
-_recorder = None
+HOPPER = 90
+MOST_BLOCKS = 65535  # of a grid, in its second and third dimension
+
+_recorder, _arch = None, HOPPER
 
 
 @contextlib.contextmanager
-def recording(recorder):
-    """Within the block, launches call recorder(kernel, grid, *args, **options) and run nothing."""
-    global _recorder
-    before, _recorder = _recorder, recorder
+def recording(recorder, arch: int = HOPPER):
+    """Within the block, launches call recorder(kernel, grid, *args, **options) and run nothing;
+    launchers choose as for this architecture, 10 · major + minor of its capability."""
+    global _recorder, _arch
+    before, (_recorder, _arch) = (_recorder, _arch), (recorder, arch)
     try:
         yield
     finally:
-        _recorder = before
+        _recorder, _arch = before
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
@@ -82,6 +86,11 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     tab.doctor.kernel_launches can write down what would run."""
     if _recorder is not None:
         return _recorder(kernel, grid, *args, **options)
+    if max(grid[1:], default=1) > MOST_BLOCKS:
+        raise ValueError(
+            f"{kernel.__name__}: a grid of {' × '.join(map(str, grid))} programs, and CUDA takes "
+            f"{MOST_BLOCKS} at most beyond the first dimension: give fewer tokens at once"
+        )
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **options)
@@ -98,6 +107,14 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def capability(device: torch.device) -> int:
+    """10 · major + minor; without a GPU that of a Hopper, or of what is compiled for."""
+    if device.type != "cuda":
+        return _arch
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def precision(x: Tensor) -> str:

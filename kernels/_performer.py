@@ -185,7 +185,7 @@ def state(
             Z *= less
             top = new
         f = key_features(a, top, KERNEL)  # (BN, BM)
-        S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION)
+        S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION, "b")
         Z += tl.sum(f, 0)
     put(s, DV, m, M, v0, S, DV, BV)
     if v0 == 0:
@@ -235,9 +235,9 @@ def output(
                 y = tile(v, v_n, j, N, v0, DV, BV)
                 if j0 == start:
                     p, y = hide(p, y, keep, True)
-                    num += dot(p, y, PRECISION)
+                    num += dot(p, y, PRECISION, "b")
                 else:
-                    num += dot(p, y, PRECISION)
+                    num += dot(p, y, PRECISION, "b")
                 seen = top
     den += eps
     none = den == 0

@@ -137,7 +137,7 @@ def pulled(
         at = start + tl.arange(0, BN)
         b, _ = project(q, q_n, w, at, N, m0, D, M, BN, BM, BD, EXACT)
         f = query_features(b, known, vector(lse, at, N, float("inf")), KERNEL)  # (BN, BM)
-        S += dot(tl.trans(f), tile(do, g_n, at, N, v0, DV, BV), PRECISION)
+        S += dot(tl.trans(f), tile(do, g_n, at, N, v0, DV, BV), PRECISION, "b")
         Z += tl.sum(f * vector(r, at, N, 0.0)[:, None], 0)
     return S, Z
 
@@ -176,7 +176,7 @@ def keys(
                 keep, far = i[:, None] >= at[None, :], is_far(top, low, KERNEL)
                 seen = at[:, None] <= i[None, :]
                 p = pairs(b, a, top, norm, keep, far, KERNEL, BN, PRECISION)
-                dy += dot(tl.trans(p), tile(do, g_n, i, N, x0, DV, BX), PRECISION)
+                dy += dot(tl.trans(p), tile(do, g_n, i, N, x0, DV, BX), PRECISION, "b")
                 r_i = vector(r, i, N, 0.0)
                 g = pair_gradients(do, g_n, r_i, v, v_n, i, at, N, DV, BN, BV, PRECISION)
                 da += pull_keys(g, b, a, top, norm, seen, i0 == start, far, KERNEL, BN, PRECISION)

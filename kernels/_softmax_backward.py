@@ -57,7 +57,9 @@ def grad_q_tile(
     if HIDES:
         ds = tl.where(seen, ds, 0.0)
     y = piece(y, k, k_n, at, stop_j, d0, D, BD)
-    return dq + dot(ds, y, "tf32" if PRECISION == "fp16" else PRECISION)  # dS can overflow float16
+    return dq + dot(
+        ds, y, "tf32" if PRECISION == "fp16" else PRECISION, "b"
+    )  # dS can overflow float16
 
 
 @triton.jit
@@ -89,4 +91,4 @@ def grad_kv_tile(
     if HIDES:
         ds = tl.where(seen, ds, 0.0)
     x = piece(x, q, q_n, at_q, stop_i, d0, D, BD)
-    return dk + dot(ds, x, "tf32" if PRECISION == "fp16" else PRECISION), dv
+    return dk + dot(ds, x, "tf32" if PRECISION == "fp16" else PRECISION, "b"), dv

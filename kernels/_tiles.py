@@ -22,13 +22,36 @@ def rounded(x):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a (m, k) · b (k, n) -> (m, n) float32. "fp16" is for what cannot overflow it."""
+def tf32(x):
+    """float32 x rounded to tf32, ties away from 0. Tensor cores would drop the bits instead."""
+    if INTERPRETED:
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -8192
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, LOADED: tl.constexpr = ""):
+    """a (m, k) · b (k, n) -> (m, n) float32. "fp16" is for what cannot overflow it.
+
+    LOADED: "a", "b" or "ab", which hold 16-bit numbers as they were loaded: tf32 holds those, and
+    what need not be rounded can stay in shared memory.
+    """
     if PRECISION == "fp16":
         return tl.dot(a.to(tl.float16), b.to(tl.float16))
     elif PRECISION == "bf16":
         a, b = rounded(a), rounded(b)
         return tl.dot(a, b) if INTERPRETED else tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "tf32":
+        if LOADED != "a" and LOADED != "ab":
+            a = tf32(a)
+        if LOADED != "b" and LOADED != "ab":
+            b = tf32(b)
+        return tl.dot(a, b, input_precision="tf32")
     else:
         return tl.dot(a, b, input_precision=PRECISION)
 

@@ -49,7 +49,7 @@ def credit(
             inside = live[None, :] & (d < D)[:, None]
             at = k + token[None, :].to(tl.int64) * k_n + d[:, None]
             keys = tl.load(at, mask=inside, other=0.0).to(tl.float32)  # (BD, BS)
-            s += dot(tile(q, q_n, i, stop, d0, D, BD), keys, PRECISION)
+            s += dot(tile(q, q_n, i, stop, d0, D, BD), keys, PRECISION, "ab")
         counted = i < stop
         if mask is not None:  # what padding attends to counts for nothing
             counted = counted & (tl.load(mask + i, mask=counted, other=0) != 0)

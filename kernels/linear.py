@@ -78,7 +78,7 @@ def linear_outputs(
                     j, mark = sound(v, v_n, j, N, v0, DV, BV)
                     p = tl.where(seen, p + mark[None, :], 0.0)
                 den += tl.sum(p, 1)
-                num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION)
+                num += dot(p, tile(v, v_n, j, N, v0, DV, BV), PRECISION, "b")
     den += eps
     num *= inverse(den)[:, None]
     put(head(o, bh, H, o_b, o_h), o_n, at, N, v0, num, DV, BV)
@@ -107,7 +107,7 @@ def linear_fused(
     for start in range(0, N, BN):
         at = start + tl.arange(0, BN)
         f = features(k, k_n, mask, at, N, 0, MAP, D, BD)  # (BN, BD)
-        S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION)
+        S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION, "b")
         Z += tl.sum(f, 0)
     put(s, DV, d, D, v0, S, DV, BV)
     if v0 == 0:

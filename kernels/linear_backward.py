@@ -16,9 +16,18 @@ from triton import cdiv
 from tab.ops._check import answered, real
 
 from . import linear
-from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty, whole
+from ._launch import (
+    capability,
+    launch,
+    mask_bytes,
+    register,
+    rows,
+    strided,
+    token_major_empty,
+    whole,
+)
 from ._linear import features, inverse, scanned, slope
-from ._segments import meta, one_launch, segments, takes
+from ._segments import meta, one_launch, one_state, segments, takes
 from ._tiles import dot, head, hide, put, tile
 
 FUSED_SIZE = 64  # S and dS are both in registers
@@ -92,7 +101,7 @@ def linear_grad_q(
                 p = r_i + tl.zeros((BN, BN), tl.float32)  # g_i·v_j + r_i
                 for v0 in range(0, DV, BV):
                     g = i * tile(do, g_n, at, N, v0, DV, BV)
-                    p += dot(g, tl.trans(tile(v, v_n, j, N, v0, DV, BV)), PRECISION)
+                    p += dot(g, tl.trans(tile(v, v_n, j, N, v0, DV, BV)), PRECISION, "b")
                 f = features(k, k_n, mask, j, N, d0, MAP, D, BD)
                 p, f = hide(p, f, at[:, None] >= j[None, :], last)
                 x += dot(p, f, PRECISION)
@@ -120,7 +129,7 @@ def linear_grad_k(
     x = tl.zeros((BN, BD), tl.float32) + tl.load(z + d, mask=d < D, other=0.0)[None, :]
     for v0 in range(0, DV, BV):
         c = tile(v, v_n, at, N, v0, DV, BV)
-        x += dot(c, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
+        x += dot(c, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION, "a")
     if CAUSAL:
         end = tl.minimum((part + 1) * segment, N)
         for later in tl.static_range(2):  # the tile that meets itself comes first
@@ -134,7 +143,7 @@ def linear_grad_k(
                 p = tl.load(r + i, mask=i < N, other=0.0)[None, :] + tl.zeros((BN, BN), tl.float32)
                 for v0 in range(0, DV, BV):
                     g = scale * tile(do, g_n, i, N, v0, DV, BV)
-                    p += dot(tile(v, v_n, at, N, v0, DV, BV), tl.trans(g), PRECISION)
+                    p += dot(tile(v, v_n, at, N, v0, DV, BV), tl.trans(g), PRECISION, "a")
                 f = features(q, q_n, None, i, N, d0, MAP, D, BD)
                 p, f = hide(p, f, at[:, None] <= i[None, :], 1 - later)
                 x += dot(p, f, PRECISION)
@@ -187,12 +196,12 @@ def linear_grad_v(
 @triton.jit
 def linear_fused_backward(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n,
-    mask, s0, z0, ds, dz, dq, dq_b, dq_h, dq_n, dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n,
+    mask, s, z, ds, dz, dq, dq_b, dq_h, dq_n, dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n,
     ds0, dz0, N, H, eps,
     MAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Bidirectional, one program per (batch, head): keys, queries, keys again."""
+    """Bidirectional, one program per (batch, head): queries, then keys. s and z: of forward."""
     bh = tl.program_id(0)
     q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
     do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
@@ -204,16 +213,8 @@ def linear_fused_backward(
     if mask is not None:
         mask += (bh // H).to(tl.int64) * N
     d, at_s, at_z = tl.arange(0, BD), bh.to(tl.int64) * D * DV, bh.to(tl.int64) * D
-    S = tl.zeros((BD, BV), tl.float32)
-    Z = tl.zeros((BD,), tl.float32)
-    if s0 is not None:
-        S += tile(s0 + at_s, DV, d, D, 0, DV, BV)
-        Z += tl.load(z0 + at_z + d, mask=d < D, other=0.0)
-    for start in range(0, N, BN):
-        at = start + tl.arange(0, BN)
-        f = features(k, k_n, mask, at, N, 0, MAP, D, BD)  # (BN, BD)
-        S += dot(tl.trans(f), tile(v, v_n, at, N, 0, DV, BV), PRECISION)
-        Z += tl.sum(f, 0)
+    S = tile(s + at_s, DV, d, D, 0, DV, BV)
+    Z = tl.load(z + at_z + d, mask=d < D, other=0.0)
     dS = tl.zeros((BD, BV), tl.float32)
     dZ = tl.zeros((BD,), tl.float32)
     if ds is not None:
@@ -237,7 +238,7 @@ def linear_fused_backward(
         f = features(k, k_n, mask, at, N, 0, MAP, D, BD)
         c = tile(v, v_n, at, N, 0, DV, BV)
         put(dv, dv_n, at, N, 0, dot(f, dS, PRECISION), DV, BV)
-        x = dot(c, tl.trans(dS), PRECISION) + dZ[None, :]
+        x = dot(c, tl.trans(dS), PRECISION, "a") + dZ[None, :]
         x *= slope(tile(k, k_n, at, N, 0, D, BD), MAP)
         if mask is not None:
             x = tl.where((tl.load(mask + at, mask=at < N, other=0) != 0)[:, None], x, 0.0)
@@ -251,7 +252,7 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
     """tab::linear_bwd"""
     (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
-    s0, z0, ds, dz = whole(s0, z0, ds, dz)
+    s, z, s0, z0, ds, dz = whole(s, z, s0, z0, ds, dz)
     b, h, n, d = q.shape
     dim_v, m = v.shape[-1], {"MAP": feature_map, **meta(q, v)}
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
@@ -259,15 +260,19 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
         ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
         dz0 = ds0.new_empty(b, h, d)
         m |= {"BN": 32, "num_warps": 8}  # S and dS crowd the registers
+        if m["PRECISION"] == "bf16" and capability(q.device) >= 90:
+            m["maxnreg"] = 128  # 133 on sm_90: then one program alone would fill a processor
         launch(
-            linear_fused_backward, (b * h,), *strided(q, k, v, do, o), mask, s0, z0, ds, dz,
+            linear_fused_backward, (b * h,), *strided(q, k, v, do, o), mask, s, z, ds, dz,
             *strided(dq, dk, dv), ds0, dz0, n, h, eps, **m,
         )  # fmt: skip
         return dq, dk, dv, ds0, dz0
     size, count = segments(q, v, d, causal)
     tiles, across, across_v = cdiv(n, m["BN"]), cdiv(d, m["BD"]), cdiv(dim_v, m["BV"])
     m_out = {"CAUSAL": causal, **m}
-    _, _, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
+    seen = one_state(s, z)
+    if causal:
+        _, _, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     inv = q.new_empty(b * h, n, dtype=torch.float32)
     r = torch.empty_like(inv)
     launch(

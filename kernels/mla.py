@@ -47,7 +47,7 @@ def expanded(
     x = tl.zeros((BN, BLOCK), tl.float32)
     for r0 in range(0, R, BR):
         chunk = tile(w, w_d, tl.arange(0, BLOCK), SIZE, r0, R, BR)  # (BLOCK, BR)
-        x += dot(tile(c, c_n, at, N, r0, R, BR), tl.trans(chunk), PRECISION)
+        x += dot(tile(c, c_n, at, N, r0, R, BR), tl.trans(chunk), PRECISION, "ab")
     return x
 
 
@@ -57,9 +57,9 @@ def scores(
     CAUSAL: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2(e)·S of queries i and keys j, −inf where i must not see j and outside N."""
-    s = dot(qn, tl.trans(k), PRECISION)
+    s = dot(qn, tl.trans(k), PRECISION, "a")
     if DR > 0:
-        s += dot(qr, tl.trans(kr), PRECISION)
+        s += dot(qr, tl.trans(kr), PRECISION, "ab")
     seen = j < N
     if mask is not None:
         seen = seen & (tl.load(mask + j, mask=j < N, other=0) != 0)

@@ -40,7 +40,7 @@ def slopes(
     delta = tl.sum(g * tile(o, o_n, i, N, 0, DV, BV), 1)
     if dlse is not None:
         delta -= tl.load(dlse + i, mask=i < N, other=0.0)
-    ds = p * (dot(g, tl.trans(v), PRECISION) - delta[:, None]) * scale
+    ds = p * (dot(g, tl.trans(v), PRECISION, "a") - delta[:, None]) * scale
     return p, ds, g
 
 
@@ -81,19 +81,19 @@ def mla_grad_kv(
         p, ds, g = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
         seen, hides = j[:, None] <= i[None, :], i0 == start if CAUSAL else False
         p, g = hide(tl.trans(p), g, seen, hides)
-        dv += dot(p, g, PRECISION)
+        dv += dot(p, g, PRECISION, "b")
         ds_t, x = hide(tl.trans(ds), x, seen, hides)
-        dk += dot(ds_t, x, PRECISION)
+        dk += dot(ds_t, x, PRECISION, "b")
         if DR > 0:
             ds_t, y = hide(tl.trans(ds), y, seen, hides)
-            drotary += dot(ds_t, y, PRECISION)
+            drotary += dot(ds_t, y, PRECISION, "b")
         if WITH_Q:
             seen = i[:, None] >= j[None, :]
             ds_q, x = hide(ds, k, seen, hides)
             put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dot(ds_q, x, PRECISION), DN, BK)
             if DR > 0:
                 ds_q, y = hide(ds, rotary, seen, hides)
-                dy = dot(ds_q, y, PRECISION)
+                dy = dot(ds_q, y, PRECISION, "b")
                 put(head(dqr, bh, H, dqr_b, dqr_h), dqr_n, i, N, 0, dy, DR, BP)
     stride = H * (DN + DV)
     dkv += b * N * stride + h * (DN + DV)
@@ -139,7 +139,7 @@ def mla_grad_q(
         dx += dot(ds_k, k, PRECISION)
         if DR > 0:
             ds_k, rotary = hide(ds, rotary, seen, hides)
-            dy += dot(ds_k, rotary, PRECISION)
+            dy += dot(ds_k, rotary, PRECISION, "b")
     put(head(dqn, bh, H, dqn_b, dqn_h), dqn_n, i, N, 0, dx, DN, BK)
     if DR > 0:
         put(head(dqr, bh, H, dqr_b, dqr_h), dqr_n, i, N, 0, dy, DR, BP)

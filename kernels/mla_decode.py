@@ -67,17 +67,17 @@ def mla_decode_split(
         j = start + tl.arange(0, BN)
         c = tile(cache, c_n, j, n, v0, R, BV)  # (BN, BV); rows past the length are never read
         if whole:
-            s = dot(latent, tl.trans(c), PRECISION)  # (BH, BN)
+            s = dot(latent, tl.trans(c), PRECISION, "b")  # (BH, BN)
         else:
             s = tl.zeros((BH, BN), tl.float32)
             for r0 in range(0, R, BR):
                 x = tile(q, q_h, h, H, r0, R, BR)
-                s += dot(x, tl.trans(tile(cache, c_n, j, n, r0, R, BR)), PRECISION)
+                s += dot(x, tl.trans(tile(cache, c_n, j, n, r0, R, BR)), PRECISION, "b")
         if DR > 0:
-            s += dot(rotary, tl.trans(tile(cache + R, c_n, j, n, 0, DR, BP)), PRECISION)
+            s += dot(rotary, tl.trans(tile(cache + R, c_n, j, n, 0, DR, BP)), PRECISION, "b")
         s = tl.where((j < n)[None, :], s * (scale * LOG2E), float("-inf"))
         p, out, top, total = merge(out, top, total, s)
-        out += dot(p, c, PRECISION)
+        out += dot(p, c, PRECISION, "b")
     out, log = finish(out, top, total)
     if v0 == 0:
         at = (part.to(tl.int64) * tl.num_programs(0) + b) * H + h

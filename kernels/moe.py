@@ -58,7 +58,7 @@ def moe_rows(
             i = i0 + tl.arange(0, BI)
             where = w + o[None, :].to(tl.int64) * w_o + i[:, None].to(tl.int64) * w_i
             part_w = tl.load(where, mask=(i < I)[:, None] & (o < O)[None, :], other=0.0)
-            acc += dot(tile(x, x_m, at, end, i0, I, BI), part_w.to(tl.float32), PRECISION)
+            acc += dot(tile(x, x_m, at, end, i0, I, BI), part_w.to(tl.float32), PRECISION, "ab")
         put(y, O, at, end, o0, acc, O, BO)
 
 
@@ -81,7 +81,7 @@ def moe_outer(
     for row in range(first + split * length, end, BM):
         at = row + tl.arange(0, BM)
         a, b = tile(g, g_m, at, end, o0, O, BO), tile(x, x_m, at, end, i0, I, BI)
-        acc += dot(tl.trans(a), b, PRECISION)
+        acc += dot(tl.trans(a), b, PRECISION, "ab")
     dw += (split.to(tl.int64) * E + group) * (O * I)
     put(dw, I, o0 + tl.arange(0, BO), O, i0, acc, I, BI)
 

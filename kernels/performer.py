@@ -23,6 +23,7 @@ from tab.ops._check import real
 from . import _segments
 from ._launch import (
     block,
+    capability,
     launch,
     mask_bytes,
     meta_heads,
@@ -168,7 +169,7 @@ def meta(q, v, w, kernel, causal) -> dict:
     m = {"KERNEL": kernel, "M": w.shape[0], "BM": block(w.shape[0]), **_segments.meta(q, v)}
     # Exponents want more than bfloat16's 8 bits; features lie in [0, 1] and add up.
     m["EXACT"] = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return m | ({"BN": 32} if causal and OLD else {})
+    return m | ({"BN": 32} if causal and OLD and capability(q.device) >= 100 else {})
 
 
 def scanned(k, v, w, mask, s0, z0, c0, size, count, causal, m):

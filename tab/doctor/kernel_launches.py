@@ -19,8 +19,8 @@ class Launch(NamedTuple):
         return [triton_type(x) for x in self.args]
 
 
-def launches() -> dict[str, list[Launch]]:
-    """Op -> its distinct launches; a file NAME_backward.py counts with NAME."""
+def launches(arch: int) -> dict[str, list[Launch]]:
+    """Op -> its distinct launches on an architecture; NAME_backward.py counts with NAME."""
     from .. import kernels
     from ..kernels._launch import LAUNCHERS
 
@@ -29,17 +29,17 @@ def launches() -> dict[str, list[Launch]]:
     for launcher in LAUNCHERS.values():
         op = launcher.run.__module__.rpartition(".")[2].removesuffix("_backward")
         for case in launcher.cases():
-            found.setdefault(op, []).extend(recorded(launcher.run, *case))
+            found.setdefault(op, []).extend(recorded(launcher.run, *case, arch=arch))
     return {op: distinct(found[op]) for op in sorted(found)}
 
 
-def recorded(run: Callable, *args) -> list[Launch]:
-    """What run(*args) launches; nothing runs."""
+def recorded(run: Callable, *args, arch: int = 90) -> list[Launch]:
+    """What run(*args) launches on this architecture; nothing runs."""
     from ..kernels._launch import recording
 
     seen: list[Launch] = []
     with recording(
-        lambda kernel, grid, *args, **options: seen.append(Launch(kernel, args, options))
+        lambda kernel, grid, *args, **options: seen.append(Launch(kernel, args, options)), arch
     ):
         run(*args)
     return seen

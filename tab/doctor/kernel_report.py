@@ -26,7 +26,7 @@ from .kernel_launches import Launch, launches
 # Compute capability -> bytes of shared memory that one block may ask for (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 # --- Triton ---------------------------------------------------------------------------------------
 
@@ -62,7 +62,17 @@ def compiled(op: str, launch: Launch, arch: int) -> dict:
         "op": op, "kernel": kernel.__name__, "config": f"{kind} {config}", "arch": arch,
         "registers": usage["registers"], "spilled": usage["spilled"],
         "shared": code.metadata.shared, "limit": SHARED_LIMIT[arch],
+        "warps": resident(arch, usage["registers"], code.metadata.shared, options["num_warps"]),
     }  # fmt: skip
+
+
+def resident(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Warps of a kernel that one multiprocessor holds at once, of 64: as many blocks of `warps` as
+    its 65,536 registers, given out to a warp by 256, and its shared memory take, 1 KiB of which
+    each block has for the system (CUDA C++ Programming Guide, "Compute Capabilities")."""
+    by_registers = 65536 // (32 * warps * -(-registers // 8) * 8)
+    by_memory = (SHARED_LIMIT[arch] + 1024) // (shared + 1024)
+    return warps * min(by_registers, by_memory, 64 // warps)
 
 
 def _compiled_in_thread(*work) -> dict:
@@ -123,11 +133,13 @@ def built() -> list[dict]:
         name = torch._C._demangle(symbol)
         # run<tab::few::LinearForward<float>, 128, 199168l>: problem, threads, most shared memory
         problem, kind, threads, shared = re.search(r"::(\w+)<(\w+)>, (\d+), (\d+)", name).groups()
+        memory = usage["shared"] + int(shared)
         rows.append({
             "op": op_of(problem), "kernel": f"cuda {problem}",
             "config": f"{kind} threads={threads}",
             "arch": arch, "registers": usage["registers"], "spilled": usage["spilled"],
-            "shared": usage["shared"] + int(shared), "limit": SHARED_LIMIT[arch],
+            "shared": memory, "limit": SHARED_LIMIT[arch],
+            "warps": resident(arch, usage["registers"], memory, int(threads) // 32),
         })  # fmt: skip
     return rows
 
@@ -139,17 +151,18 @@ def report_rows(
     archs: tuple[int, ...] = tuple(SHARED_LIMIT), ops: Set[str] | None = None
 ) -> list[dict]:
     """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
-    (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block).
+    (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block), warps
+    (that a multiprocessor holds at once; below 16 little hides the wait for memory).
 
     Compiles what Triton's cache does not hold; minutes when it holds nothing and cores are few.
     ops: only these, by the names of their files in kernels/.
     """
     work = [
         (op, launch, arch)
-        for op, found in launches().items()
+        for arch in archs
+        for op, found in launches(arch).items()
         if ops is None or op in ops
         for launch in found
-        for arch in archs
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(lambda item: _compiled_in_thread(*item), work))

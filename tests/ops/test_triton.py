@@ -126,23 +126,3 @@ def test_compiled_ones():
     assert len(launches) == 3 + 6 + 9
     for launch in launches:
         assert compiled("ones", launch, 90)["registers"] > 0
-
-
-LAUNCHES = [  # B, N, causal -> launches forward, backward
-    (1, 64, False, 1, 1),
-    (512, 1024, False, 1, 1),  # heads fill the GPU
-    (1, 1024, False, 3, 4),
-    (1, 1024, True, 3, 6),
-]
-
-
-@pytest.mark.parametrize("b, n, causal, forward, backward", LAUNCHES)
-def test_launches_of_performer(b, n, causal, forward, backward):
-    from tab.kernels import performer, performer_backward
-
-    q, w = torch.empty(b, 2, n, 16, device="meta"), torch.empty(32, 16, device="meta")
-    options = *(None,) * 4, 0, causal
-    assert len(recorded(performer.forward, q, q, q, w, *options, 0.0)) == forward
-    s, z, lse = q.new_empty(b, 2, 32, 16), q.new_empty(b, 2, 32), q.new_empty(b, 2, n)
-    given = q, None, None, q, q, q, w, q, s, z, z, lse
-    assert len(recorded(performer_backward.backward, *given, *options)) == backward

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import triton
+from triton._C.libtriton import ir
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from tab import kernels
 from tab.ops import OPS
@@ -11,6 +14,25 @@ from tab.ops import OPS
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
 kernels.load()
+
+exact = InterpreterBuilder.create_dot
+
+
+def create_dot(builder, a, b, d, input_precision, most):
+    """As tensor cores do it: of a float32 operand of a tf32 product the last 13 bits are dropped,
+    not rounded. (The interpreter multiplies exactly.)"""
+    if input_precision == ir.INPUT_PRECISION.TF32:
+        a, b = truncated(a), truncated(b)
+    return exact(builder, a, b, d, input_precision, most)
+
+
+def truncated(x: TensorHandle) -> TensorHandle:
+    if x.data.dtype != np.float32:
+        return x
+    return TensorHandle((x.data.view(np.uint32) & 0xFFFFE000).view(np.float32), x.dtype)
+
+
+InterpreterBuilder.create_dot = create_dot
 
 
 def interpreted(*ops: str, instead_of: str = "tab_cuda") -> list[Callable]:

@@ -1,0 +1,74 @@
+"""What the Triton launchers launch, and how many warps a multiprocessor holds; nothing runs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tab.doctor.kernel_launches import launches, recorded
+from tab.doctor.kernel_report import compiled, resident
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    "arch, registers, shared, warps, blocks",
+    [
+        (90, 133, 28672, 8, 1),  # 136 registers of 256 threads: the second block lacks 4 KiB
+        (90, 122, 28672, 8, 2),
+        (90, 32, 0, 4, 16),  # as many warps as there are places
+        (90, 64, 113 * 1024, 4, 2),  # memory to the last byte
+        (90, 64, 113 * 1024 + 1, 4, 1),
+        (80, 255, 98304, 8, 1),
+    ],
+)
+def test_resident_warps(arch, registers, shared, warps, blocks):
+    assert resident(arch, registers, shared, warps) == warps * blocks
+
+
+def test_two_blocks_of_the_backward_of_linear():
+    """Of bfloat16 at the sizes of CIFAR-10 on Hopper, which the limit of registers is for."""
+    launch = next(
+        launch
+        for launch in launches(90)["linear"]
+        if launch.kernel.__name__ == "linear_fused_backward" and "*bf16" in launch.types
+    )
+    row = compiled("linear", launch, 90)
+    assert row["warps"] == 16 and row["spilled"] == 0
+
+
+def test_a_grid_that_cuda_does_not_take(monkeypatch):
+    from tab.kernels import _launch
+
+    with pytest.raises(ValueError, match=r"f: a grid of 9 × 65536 programs.*fewer tokens"):
+        _launch.launch(SimpleNamespace(__name__="f"), (9, 65536), torch.empty(1))
+
+
+@pytest.mark.parametrize("causal, backward", [(False, 6), (True, 8)])
+def test_launches_of_linear(causal, backward):
+    """What all tokens see stands in the forward's state, and is not summed again."""
+    from tab.kernels import linear_backward
+
+    q, s, z = (torch.empty(1, 2, *n, device="meta") for n in ((1024, 16), (16, 16), (16,)))
+    given = q, None, None, q, q, q, q, s, z, None, None, None, 0, causal, 0.0
+    assert len(recorded(linear_backward.backward, *given)) == backward
+
+
+LAUNCHES = [  # B, N, causal -> launches forward, backward
+    (1, 64, False, 1, 1),
+    (512, 1024, False, 1, 1),  # heads fill the GPU
+    (1, 1024, False, 3, 4),
+    (1, 1024, True, 3, 6),
+]
+
+
+@pytest.mark.parametrize("b, n, causal, forward, backward", LAUNCHES)
+def test_launches_of_performer(b, n, causal, forward, backward):
+    from tab.kernels import performer, performer_backward
+
+    q, w = torch.empty(b, 2, n, 16, device="meta"), torch.empty(32, 16, device="meta")
+    options = *(None,) * 4, 0, causal
+    assert len(recorded(performer.forward, q, q, q, w, *options, 0.0)) == forward
+    s, z, lse = q.new_empty(b, 2, 32, 16), q.new_empty(b, 2, 32), q.new_empty(b, 2, n)
+    given = q, None, None, q, q, q, w, q, s, z, z, lse
+    assert len(recorded(performer_backward.backward, *given, *options)) == backward
