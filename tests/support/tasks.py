@@ -104,3 +104,14 @@ def count_slowly(steps: int, seconds: float, *, folder: Path, emit) -> int:
         time.sleep(seconds)
 
     return count(steps, folder=folder, emit=told)
+
+
+def count_and_be_preempted_at(fatal: int, steps: int, *, folder: Path, emit) -> int:
+    """As count; SLURM's warning comes once, when it has reached `fatal`."""
+
+    def told(done: int) -> None:
+        emit(done)
+        if done == fatal:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    return count(steps, folder=folder, emit=told)
