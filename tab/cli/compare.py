@@ -61,6 +61,7 @@ def command(
     jobs: options.Jobs = 1,
     threads: options.Threads = None,
     ray: options.RayAddress = None,
+    slurm: options.SlurmSettings = None,
     cpus: options.Cpus = None,
     gpus: options.Gpus = None,
     batch_seeds: options.BatchSeeds = None,
@@ -82,18 +83,18 @@ def command(
         raise ValueError("--resume continues in its own directory: drop --out")
     changes = {"epochs": epochs, "overrides": overrides, "compiled": compiled}
     if resume:
-        plan, out = _resumed(resume, given, recipe, changes, ray), resume
+        plan, out = _resumed(resume, given, recipe, changes, ray or slurm), resume
         plan.configs()
-        executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
+        executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
         dataset = load_data(plan.grid.data, kept=True)
         if data:
             plan.moved(out, dataset)
         say(f"Resuming {out}")
     else:
         found = read_recipe(recipe or "fair", **changes)
-        plan = Plan(found, _grid(given, found, ray))
+        plan = Plan(found, _grid(given, found, ray or slurm))
         plan.configs()  # every name and option is checked before anything is fetched or written
-        executor = executor_for(plan.grid.device, jobs, threads, ray, cpus, gpus)
+        executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
         dataset = load_data(plan.grid.data)
         out = plan.save(out or now("results"), dataset, new=out is None)
         check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
@@ -115,7 +116,7 @@ def command(
         raise typer.Exit(1)
 
 
-def _grid(given: dict, recipe, ray: str | None):
+def _grid(given: dict, recipe, cluster: str | None):
     from ..compare.plan import Grid
 
     models, attentions = variants(given.get("models"), given.get("attentions"), recipe.attentions())
@@ -125,7 +126,7 @@ def _grid(given: dict, recipe, ray: str | None):
         attentions=attentions,
         seeds=given.get("seeds", 1),
         data=place_of(given.get("data", "cifar10")),
-        device=device_of(given.get("device"), ray=ray),
+        device=device_of(given.get("device"), cluster=cluster),
         batch_seeds=given.get("batch_seeds", 1),
         control_seeds=given.get("control_seeds", 0),
         tune=given.get("tune", 0),
@@ -147,7 +148,7 @@ def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type]):
         return tuned(plan, dataset, out, watcher=watcher, executor=executor)
 
 
-def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, ray: str | None):
+def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, cluster: str | None):
     """The stored plan; an option that says otherwise is an error that names both values. The data
     may lie elsewhere now: whether it is the same is seen when it has been read."""
     from ..compare.plan import Plan
@@ -156,7 +157,7 @@ def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, ray: 
     plan = Plan.load(resume)
     was = vars(plan.grid)
     stored = {**was, "models": ",".join(was["models"]), "attentions": ",".join(was["attentions"])}
-    new = vars(_grid({**stored, **given}, plan.recipe, ray))
+    new = vars(_grid({**stored, **given}, plan.recipe, cluster))
     differ = [
         f"--{key.replace('_', '-')}: was {was[key]!r}, now {new[key]!r}"
         for key in given

@@ -91,10 +91,10 @@ def load_data(spec: str, *, kept: bool = False):
         return load_dataset(spec, progress=show)
 
 
-def device_of(name: str | None, *, ray: str | None = None) -> str:
+def device_of(name: str | None, *, cluster: str | None = None) -> str:
     import torch
 
-    if ray is not None and name == "cuda":
+    if cluster is not None and name == "cuda":
         return name  # of the cluster's nodes: this one may have none
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,16 +128,19 @@ def executor_for(
     jobs: int,
     threads: int | None,
     ray: str | None,
+    slurm: str | None,
     cpus: int | None,
     gpus: float | None,
 ):
     """Where tasks for `device` run, as the options say."""
     from ..tasks.choose import executor
 
-    if ray is None and (cpus, gpus) != (None, None):
-        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray: give it too")
-    if ray is not None and device.startswith("cuda:"):
-        raise ValueError(f"--device {device}: Ray chooses the GPU of each task; give --device cuda")
+    cluster = "Ray" if ray is not None else "SLURM" if slurm is not None else ""
+    if not cluster and (cpus, gpus) != (None, None):
+        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray or --slurm: give one")
+    if cluster and device.startswith("cuda:"):
+        text = f"{cluster} chooses the GPU of each task; give --device cuda"
+        raise ValueError(f"--device {device}: {text}")
     if gpus is None:
         gpus = 1 if device.startswith("cuda") else 0
-    return executor(jobs, ray, threads=threads, cpus=cpus or 1, gpus=gpus)
+    return executor(jobs, ray, slurm=slurm, threads=threads, cpus=cpus or 1, gpus=gpus)

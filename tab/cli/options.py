@@ -167,13 +167,22 @@ RayAddress = Annotated[
         help="Address of a Ray cluster to run on, or local for one that is started here.",
     ),
 ]
+SlurmSettings = Annotated[
+    str | None,
+    typer.Option(
+        "--slurm",
+        metavar="KEY=VALUE,…|local",
+        help="Settings of the SLURM jobs to run as, such as partition=gpu,timeout_min=120, or "
+        "local for processes that are started here.",
+    ),
+]
 Cpus = Annotated[
     int | None,
     typer.Option(
         "--cpus-per-task",
         min=1,
         metavar="N",
-        help="Number of cores, and of threads, of each run on Ray; by default 1.",
+        help="Number of cores, and of threads, of each run on Ray or SLURM; by default 1.",
     ),
 ]
 Gpus = Annotated[
@@ -182,7 +191,7 @@ Gpus = Annotated[
         "--gpus-per-task",
         min=0,
         metavar="X",
-        help="Number of GPUs of each run on Ray, which may be a fraction; by default 1 with "
-        "--device cuda, else 0.",
+        help="Number of GPUs of each run on Ray, which may be a fraction, or on SLURM; by default "
+        "1 with --device cuda, else 0.",
     ),
 ]

@@ -110,6 +110,7 @@ def command(
     jobs: options.Jobs = 1,
     threads: options.Threads = None,
     ray: options.RayAddress = None,
+    slurm: options.SlurmSettings = None,
     cpus: options.Cpus = None,
     gpus: options.Gpus = None,
     watch: options.Watch = None,
@@ -133,9 +134,9 @@ def command(
     if resume:
         plan, out = _resumed(resume, wishes, data, storage), resume
     else:
-        plan = _plan(wishes, data or "cifar10", storage or "", ray)
+        plan = _plan(wishes, data or "cifar10", storage or "", ray or slurm)
         plan.check()
-    where = executor_for(plan.device, jobs, threads, ray, cpus, gpus)
+    where = executor_for(plan.device, jobs, threads, ray, slurm, cpus, gpus)
     dataset = load_data(plan.data, kept=bool(resume))
     if resume and data:
         plan.moved(out, dataset)
@@ -175,7 +176,7 @@ def show(
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def _plan(wishes: dict, data: str, storage: str, ray: str | None):
+def _plan(wishes: dict, data: str, storage: str, cluster: str | None):
     from ..layers import attention_names
     from ..sweep.halving import named_budget
     from ..sweep.plan import SweepPlan
@@ -193,7 +194,7 @@ def _plan(wishes: dict, data: str, storage: str, ray: str | None):
         models=models,
         attentions=attentions,
         data=place_of(data),
-        device=device_of(wishes.get("device"), ray=ray),
+        device=device_of(wishes.get("device"), cluster=cluster),
         seed=wishes.get("seed", 0),
         sampler=wishes.get("sampler", "random"),
         brackets=wishes.get("brackets", 1),

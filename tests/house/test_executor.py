@@ -113,7 +113,7 @@ def test_what_the_options_ask_for():
     assert isinstance(executor(), InProcess)
     assert executor(2, threads=3).threads == 3
     assert executor(10**6).threads == 1
-    assert device_of("cuda", ray="auto") == "cuda"  # though there may be none here
+    assert device_of("cuda", cluster="auto") == "cuda"  # though there may be none here
     for wrong in ({"jobs": 0}, {"jobs": 2, "threads": 0}, {"jobs": 2, "ray": "local"}):
         with pytest.raises(ValueError, match="jobs"):
             executor(**wrong)
@@ -128,4 +128,4 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 
 def test_ray_chooses_the_gpu():
     with pytest.raises(ValueError, match="--device cuda"):
-        executor_for("cuda:1", 1, None, "auto", None, None)
+        executor_for("cuda:1", 1, None, "auto", None, None, None)

@@ -37,6 +37,7 @@ def run(tasks: list[Task], **options) -> tuple[dict[int, Done], dict[int, list]]
     return {done.index: done for done in found}, events
 
 
+@pytest.mark.slow
 def test_values_errors_events_and_deaths(tmp_path, caplog):
     """As of the other executors: an exception ends its own task; a job that dies, or is put back
     into the queue, goes on from its folder, and no event comes twice."""
