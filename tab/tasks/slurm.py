@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..checks import check_keys
 from ..machine import cores
 from .tasks import ATTEMPTS, Done, OnEvent, T, Task, attempt, died, log, portable
 
@@ -28,6 +29,8 @@ except ImportError as error:
     ) from error
 
 FOLDER = "jobs"  # beside the tasks' folders: what submitit keeps of each job, its logs among it
+GENERIC = ("timeout_min", "mem_gb")  # under submitit's own names
+OPTIONS = submitit.SlurmExecutor._valid_parameters()
 MINUTES = 240  # a job's time limit unless the settings state one
 
 
@@ -44,10 +47,16 @@ class Slurm:
             raise ValueError(
                 f"cpus = {cpus:g}, gpus = {gpus:g}: SLURM gives a job whole ones, at least one CPU"
             )
-        self.cluster = "local" if settings == "local" else "slurm"
-        self.given = {} if settings == "local" else _parsed(settings)
+        local = settings == "local"
+        self.cluster, self.given = ("local", {}) if local else ("slurm", _parsed(settings))
+        check_keys("--slurm", self.given, ["at_once", *GENERIC, *sorted(OPTIONS)])
+        if not local and submitit.SlurmExecutor.affinity() < 0:
+            raise ValueError(
+                "this is no machine of a SLURM cluster: run TAB where sbatch and srun are, or try "
+                "--slurm local"
+            )
         self.cpus, self.gpus = int(cpus), int(gpus)
-        every = max(1, cores() // self.cpus) if settings == "local" else 10**9
+        every = max(1, cores() // self.cpus) if local else 10**9
         self.at_once = self.given.pop("at_once", every)
         if not isinstance(self.at_once, int) or self.at_once < 1:
             raise ValueError(f"at_once = {self.at_once!r}: give a number of jobs, at least 1")
@@ -87,25 +96,14 @@ class Slurm:
                 job.job.cancel(check=False)
 
     def _executor(self, folder: Path) -> submitit.AutoExecutor:
-        try:
-            executor = submitit.AutoExecutor(
-                folder, cluster=self.cluster, slurm_max_num_timeout=ATTEMPTS
-            )
-        except RuntimeError as error:
-            raise ValueError(
-                f"this is no machine of a SLURM cluster ({error}): run TAB where sbatch and srun "
-                "are, or try --slurm local"
-            ) from None
-        generic = executor._typed_parameters()
-        named = {k if k in generic else f"slurm_{k}": v for k, v in self.given.items()}
+        executor = submitit.AutoExecutor(
+            folder, cluster=self.cluster, slurm_max_num_timeout=ATTEMPTS
+        )
+        named = {k if k in GENERIC else f"slurm_{k}": v for k, v in self.given.items()}
         named = {"name": "tab", "timeout_min": MINUTES, "cpus_per_task": self.cpus, **named}
         if self.gpus:
             named["gpus_per_node"] = self.gpus
-        try:
-            executor.update_parameters(**named)
-        except (NameError, AssertionError) as error:
-            text = " ".join(str(error).split())
-            raise ValueError(f"--slurm {self.given}: {text}") from None
+        executor.update_parameters(**named)
         return executor
 
 
