@@ -13,6 +13,8 @@ from typing import Literal
 
 from .checks import between, check_keys, check_type, positive
 
+IMAGE = 32  # data.size where nothing says it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -49,11 +51,27 @@ class Data:
     translate: int  # pixels, at most, in each direction
     flip: bool
     drop_last: bool
+    size: int = IMAGE  # rows and columns of an image
+    # How a picture of another size becomes one. crop: its short side is resized, its centre kept.
+    # stretch: both sides are resized. "": crop, but stretch at 32, as before there was a choice
+    fit: Literal["", "crop", "stretch"] = ""
 
     def __post_init__(self):
         between(self, "data", "images", 0, 10**9)
         between(self, "data", "validation", 0, 10**9)
-        between(self, "data", "translate", 0, 31)
+        between(self, "data", "size", 8, 1024)
+        if self.size % 8:
+            raise ValueError(
+                f"data.size = {self.size}: models halve images three times; give a multiple of 8, "
+                f"such as {round(self.size / 8) * 8}"
+            )
+        between(self, "data", "translate", 0, self.size - 1)
+        object.__setattr__(self, "fit", self.fit or usual_fit(self.size))
+
+
+def usual_fit(size: int) -> Literal["crop", "stretch"]:
+    """What data.fit is where nothing says it."""
+    return "stretch" if size == IMAGE else "crop"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.cifar import CLASSES
-from ..data.load import SIDE, Dataset, Split
+from ..data.load import Dataset, Split
+
+SIDE = 32  # of the official arrays
 
 SEVERITIES = 5
 OFFICIAL = (
@@ -81,7 +83,7 @@ def corrupt(images: Tensor, kind: str, severity: int, *, seed: int = 0) -> Tenso
 
 def check_cifar10c(folder: Path, dataset: Dataset) -> None:
     """An error now, rather than after an hour, if a file is missing or not what it should be."""
-    _check_classes(dataset, "CIFAR-10-C")
+    _check_fits(dataset, "CIFAR-10-C")
     labels = _array(folder / "labels.npy", ())
     for name in OFFICIAL:
         _check_length(
@@ -102,7 +104,7 @@ def cifar10c(folder: Path, name: str, severity: int) -> Split:
 
 def cifar101(folder: Path, dataset: Dataset) -> tuple[str, Split]:
     """("v6" or "v4", its images)."""
-    _check_classes(dataset, "CIFAR-10.1")
+    _check_fits(dataset, "CIFAR-10.1")
     for version in ("v6", "v4"):
         path = folder / f"cifar10.1_{version}_data.npy"
         if path.is_file():
@@ -147,9 +149,14 @@ def _check_length(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
         )
 
 
-def _check_classes(dataset: Dataset, what: str) -> None:
+def _check_fits(dataset: Dataset, what: str) -> None:
     if dataset.classes != CLASSES:
         raise ValueError(
             f"{what} has CIFAR-10's classes, {dataset.name} has {', '.join(dataset.classes)}: "
             "measure models that were trained on CIFAR-10"
+        )
+    if dataset.size != SIDE:
+        raise ValueError(
+            f"{what} has images of {SIDE}×{SIDE}, and {dataset.name} was read with {dataset.size}×"
+            f"{dataset.size}: measure models that were trained at data.size = {SIDE}"
         )

@@ -87,7 +87,7 @@ def steps(
 ) -> list[Row]:
     """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's."""
     batch = batch or _batch(subject)
-    x, y = _images(batch, device)
+    x, y = _images(subject, batch, device)
     rows, calls = [], {}
     for name in ["none", *(a for a in attentions if a != "none")]:
         config = subject.recipe.run_config(subject.model, name, 0)
@@ -119,9 +119,9 @@ def _batch(subject: Subject) -> int:
     return subject.recipe.run_config(subject.model, "none", 0).train.batch_size
 
 
-def _images(batch: int, device: str) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
+def _images(subject: Subject, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    generator, side = torch.Generator().manual_seed(0), subject.recipe.data().size
+    x = torch.randn(batch, 3, side, side, generator=generator).to(device)
     y = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
     return x.contiguous(memory_format=torch.channels_last), y
 
@@ -148,8 +148,8 @@ def _peak(subject: Subject, contestant: str, batch: int, device: str) -> int:
         model = twin(model) if who == "eager" else model
         return Steps(place(model, torch.device(device)), config.train, 10, torch.device(device))
 
-    build().learn([_images(1, device)])  # libraries and thread stacks are there then
-    images = _images(batch, device)
+    build().learn([_images(subject, 1, device)])  # libraries and thread stacks are there then
+    images = _images(subject, batch, device)
     return known_peak((build, lambda steps: steps.learn([images])), device)
 
 

@@ -21,7 +21,7 @@ def command(
     use_threads(threads)
     found = read_recipe(recipe or "fair", overrides=overrides)
     chosen = variants(models, attentions, found.attentions())
-    classes = len(load_data(data).classes) if data else 10
+    classes = len(load_data(data, found.data()).classes) if data else 10
     same = say_same(found, *chosen, classes)
     wide().print(identity_table(same, f"Identity check of {found.name}"))
 

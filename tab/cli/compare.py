@@ -86,7 +86,7 @@ def command(
         plan, out = _resumed(resume, given, recipe, changes, ray or slurm), resume
         plan.configs()
         executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
-        dataset = load_data(plan.grid.data, kept=True)
+        dataset = load_data(plan.grid.data, plan.recipe.data(), kept=True)
         if data:
             plan.moved(out, dataset)
         say(f"Resuming {out}")
@@ -95,7 +95,7 @@ def command(
         plan = Plan(found, _grid(given, found, ray or slurm))
         plan.configs()  # every name and option is checked before anything is fetched or written
         executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
-        dataset = load_data(plan.grid.data)
+        dataset = load_data(plan.grid.data, plan.recipe.data())
         out = plan.save(out or now("results"), dataset, new=out is None)
         check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
     say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")

@@ -72,6 +72,10 @@ def now(folder: str, prefix: str = "", suffix: str = "") -> Path:
 
 def place_of(data: str) -> str:
     """A folder or archive by its full path, so that work can resume from anywhere."""
+    from ..data.huggingface import PREFIX, Source
+
+    if data.startswith(PREFIX):
+        return Source.of(data).spec
     return data if _named(data) or not Path(data).exists() else str(Path(data).resolve())
 
 
@@ -81,14 +85,16 @@ def _named(data: str) -> bool:
     return data.split(":")[0] in NAMED
 
 
-def load_data(spec: str, *, kept: bool = False):
-    """kept: `spec` is what a result was made with."""
+def load_data(spec: str, images=None, *, kept: bool = False):
+    """images: a recipe's or run's [data], which says their size; by default 32. kept: `spec` is
+    what a result was made with."""
     from ..data.load import load_dataset
 
     if kept and not _named(spec) and not Path(spec).exists():
         raise ValueError(f"the data is no longer at {spec}: say where it is now, with --data")
     with bar("data") as show:
-        return load_dataset(spec, progress=show)
+        how = {"size": images.size, "fit": images.fit} if images else {}
+        return load_dataset(spec, **how, progress=show)
 
 
 def device_of(name: str | None, *, cluster: str | None = None) -> str:

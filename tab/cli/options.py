@@ -67,8 +67,9 @@ Compile = Annotated[
 # --- the data and the results ---
 
 SETS = (
-    "Data set: cifar10, shapes, shapes:TRAIN/TEST, recall, copy or needle (also recall:TOKENS), or "
-    "a folder or an archive (of pictures, or of CIFAR's own files); by default cifar10."
+    "Data set: cifar10, shapes, shapes:TRAIN/TEST, recall, copy or needle (also recall:TOKENS), "
+    "hf:NAME of Hugging Face, or a folder or an archive (of pictures, or of CIFAR's own files); by "
+    "default cifar10."
 )
 Data = Annotated[
     str | None,

@@ -33,12 +33,13 @@ def command(
 ) -> None:
     """Rebuild tables, pictures, report.md and report.html of a comparison, without training."""
     from ..compare.csv_files import write_csvs
-    from ..compare.plan import Grid
+    from ..compare.plan import Plan
     from ..compare.runs import read_runs
 
     use_threads(threads)
-    grid = Grid.load(run)
-    dataset = load_data(data or grid.data, kept=not data)
+    plan = Plan.load(run)
+    grid = plan.grid
+    dataset = load_data(data or grid.data, plan.recipe.data(), kept=not data)
     runs = read_runs(run, grid)
     write_csvs(run, runs)
     path = write(run, dataset, bench=bench, sweep=sweep)

@@ -45,12 +45,15 @@ def command(
     before_work()
     from ..analysis.robustness import Options, measure
     from ..compare.runs import trained_runs
+    from ..run_config import RunConfig
+    from ..train.run_files import read_run_file
 
     use_threads(threads)
     runs, spec = trained_runs(run)
     if data is None and spec.startswith("folder:"):
         raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")
-    dataset = load_data(data or spec, kept=not data)
+    images_of = RunConfig.from_dict(read_run_file(runs[0])["config"]).data
+    dataset = load_data(data or spec, images_of, kept=not data)
     chosen, where = Options(images, cifar10c, cifar101, autoattack), shlex.quote(str(run))
     again = f"tab robustness {where} (with the same options)"
     for path in runs:

@@ -137,7 +137,7 @@ def command(
         plan = _plan(wishes, data or "cifar10", storage or "", ray or slurm)
         plan.check()
     where = executor_for(plan.device, jobs, threads, ray, slurm, cpus, gpus)
-    dataset = load_data(plan.data, kept=bool(resume))
+    dataset = load_data(plan.data, plan.recipe.data(), kept=bool(resume))
     if resume and data:
         plan.moved(out, dataset)
     if not resume:

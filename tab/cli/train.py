@@ -49,7 +49,7 @@ def command(
     use_threads(threads)
     found = read_recipe(recipe or "fair", epochs, overrides, compiled=compiled)
     for_ten = found.run_config(model, attention, seed)  # checked before anything is fetched
-    dataset = load_data(data or "cifar10")
+    dataset = load_data(data or "cifar10", found.data())
     config = found.run_config(model, attention, seed, classes=len(dataset.classes))
     # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
     if resume and (was := read_run_file(out)) and as_known_now(was["config"]) == for_ten.to_dict():

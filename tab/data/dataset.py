@@ -1,4 +1,4 @@
-"""What an image set is in memory: uint8 (N, 32, 32, 3) in RGB, labels, class names."""
+"""What an image set is in memory: uint8 (N, S, S, 3) in RGB, labels, class names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sequences import SequenceSplit
 
 @dataclass(frozen=True)
 class Split:
-    """images uint8 (N, 32, 32, 3), labels int64 (N,)."""
+    """images uint8 (N, S, S, 3), labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -47,11 +47,17 @@ class Dataset:
     test: Any
     note: str
     fingerprint: str  # of all images, labels and class names
+    fit: str = "stretch"  # how pictures became squares (data.fit)
 
     @property
     def sequences(self) -> bool:
         """Whether it is one of sequences of tokens, and not of images."""
         return isinstance(self.train, SequenceSplit)
+
+    @property
+    def size(self) -> int:
+        """Rows and columns of an image (data.size); 0 of sequences."""
+        return 0 if self.sequences else self.train.images.shape[1]
 
     def __post_init__(self):
         for name, split in (("train", self.train), ("test", self.test)):
@@ -68,7 +74,7 @@ class Dataset:
                 )
 
 
-def dataset_of(name: str, classes, train, test, note: str) -> Dataset:
+def dataset_of(name: str, classes, train, test, note: str, fit: str = "stretch") -> Dataset:
     """From numpy pairs (images, labels)."""
     digest = hashlib.sha256("\n".join(classes).encode())
     for array in (*train, *test):
@@ -78,4 +84,4 @@ def dataset_of(name: str, classes, train, test, note: str) -> Dataset:
         Split(torch.from_numpy(images), torch.from_numpy(labels))
         for images, labels in (train, test)
     )
-    return Dataset(name, tuple(classes), first, second, note, digest.hexdigest()[:16])
+    return Dataset(name, tuple(classes), first, second, note, digest.hexdigest()[:16], fit)

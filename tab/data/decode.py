@@ -1,16 +1,19 @@
 """One picture file as a uint8 RGB array.
 
 Turned as its EXIF or XMP says, transparency laid over white, grey, palette, CMYK and 16-bit grey
-converted to RGB, and stretched to a square whatever its proportions. Of several frames or pages
+converted to RGB, and made a square: its centre cut out, or stretched. Of several frames or pages
 the first counts. Orientation that cannot be read is none: viewers show such a picture as it lies.
 """
 
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 NAMES = "JPEG, PNG, WebP, BMP, GIF, TIFF and PPM"
@@ -19,6 +22,8 @@ ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".tga", ".svg"),
 )
+BLOCK = 250  # pictures decoded by a thread between two reports of progress
+Progress = Callable[[int, int, str], None]  # (done, total, what)
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,7 +42,76 @@ def looks_like_picture(start: bytes) -> bool:
     return start.startswith(known) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
-def decoded(data: bytes, side: int) -> tuple[np.ndarray, bool]:
+def decode_all(
+    count: int,
+    fetch: Callable[[int, int], list[bytes]],
+    at: Callable[[int], str],
+    side: int,
+    fit: str,
+    progress: Progress | None,
+) -> tuple[np.ndarray, int]:
+    """(images uint8 (count, side, side, 3), how many had another size).
+
+    fetch(start, stop): these pictures' files. at(i): where the i-th lies, for a ValueError.
+    """
+    images = np.empty((count, side, side, 3), np.uint8)
+
+    def block(start: int) -> int:
+        resized = 0
+        for i, data in enumerate(fetch(start, min(start + BLOCK, count)), start):
+            try:
+                images[i], other = decoded(data, side, fit)
+            except Exception as error:  # Pillow raises whatever its readers stumble over
+                raise ValueError(
+                    f"{at(i)} is no whole picture ({_short(error)}); replace or remove it"
+                ) from error
+            resized += other
+        return resized
+
+    total, starts = 0, range(0, count, BLOCK)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start, resized in zip(starts, pool.map(block, starts), strict=True):
+            total += resized
+            if progress:
+                progress(min(start + BLOCK, count), count, "decoding pictures")
+    return images, total
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory
+        return f"it does not begin as one; {NAMES} can be read"
+    return str(error) or type(error).__name__
+
+
+def resized_note(count: int, side: int, fit: str) -> str:
+    """What a data set's note says of pictures of other sizes."""
+    if not count:
+        return ""
+    how = " after cutting out their centres" if fit == "crop" else ""
+    return f", {count:,} of them resized to {side}×{side}{how}"
+
+
+def resized_array(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (N, H, H, 3) -> uint8 (N, side, side, 3)."""
+    if images.shape[1] == side:
+        return images
+    new = np.empty((len(images), side, side, 3), np.uint8)
+    for i, image in enumerate(images):
+        new[i] = np.asarray(squared(Image.fromarray(image), side, "stretch"))
+    return new
+
+
+def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
+    """Of side × side pixels. fit: "crop" resizes the short side and cuts out the centre, "stretch"
+    resizes both."""
+    if image.size == (side, side):
+        return image
+    if fit == "crop":
+        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def decoded(data: bytes, side: int, fit: str) -> tuple[np.ndarray, bool]:
     """(uint8 (side, side, 3), whether it had another size); any exception: it cannot be read."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         opened.load()  # what is wrong with its pixels is said here
@@ -50,10 +124,7 @@ def decoded(data: bytes, side: int) -> tuple[np.ndarray, bool]:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        other = image.size != (side, side)
-        if other:
-            image = image.resize((side, side), Image.Resampling.BICUBIC)
-        return np.asarray(image), other
+        return np.asarray(squared(image, side, fit)), image.size != (side, side)
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
-"""Image sets in memory: CIFAR-10, a folder or archive of pictures, or the built-in `shapes`.
+"""Image sets in memory: CIFAR-10, a folder or archive of pictures, Hugging Face's, or `shapes`.
 
-Everything is uint8 (N, 32, 32, 3) in RGB. What took time to read is cached under the data root:
+Everything is uint8 (N, S, S, 3) in RGB. What took time to read is cached under the data root:
 `root`, else $TAB_DATA, else ./data.
 """
 
@@ -15,20 +15,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from ..run_config import IMAGE, usual_fit
 from ..tasks.tasks import Shared
 from . import cache as _cache
 from . import cifar as _cifar
+from . import huggingface as _huggingface
 from . import pictures as _pictures
 from . import sequences, shapes
 from .dataset import Dataset, Split, dataset_of
+from .decode import resized_array
+from .describe import describe, statistics
+from .held_out import hold_out
 from .tree import FILE, Archive, Folder, is_archive, locate, open_tree, shown, stamp
 
 __all__ = ["Dataset", "Split", "describe", "hold_out", "load_dataset", "share", "statistics"]
 
-SIDE = 32
-NAMED = ("cifar10", "shapes", *sequences.TASKS)  # sets that are no files of the user
+NAMED = ("cifar10", "shapes", "hf", *sequences.TASKS)  # sets that are no files of the user
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 # What a folder or archive can hold, and what tells it by the entries of a folder.
 KINDS = {"pictures": _pictures.is_set, **_cifar.KINDS}
@@ -37,6 +40,8 @@ KINDS = {"pictures": _pictures.is_set, **_cifar.KINDS}
 def load_dataset(
     spec: str = "cifar10",
     *,
+    size: int = IMAGE,
+    fit: str = "",
     root: str | Path | None = None,
     download: bool = True,
     progress: Progress | None = None,
@@ -47,23 +52,27 @@ def load_dataset(
     already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. "recall",
     "copy", "needle", or with sizes "recall:256:20000/2000": sequences of tokens (sequences.py). A
     folder, or an archive of one (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), at whatever depth:
-    pictures train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM; stretched to
-    32×32), or the official Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to
-    disk.
+    pictures train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM), or the official
+    Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to disk. "hf:NAME", with
+    keys "hf:NAME?label=fine_label": Hugging Face's (huggingface.py).
+    size, fit: rows and columns of an image, and how pictures become so: as data.size and data.fit
+    of a recipe, which must be the same.
     ValueError or OSError name the file at fault and the way out.
     """
     root = Path(root or os.environ.get("TAB_DATA") or "data")
-    spec = str(spec)
+    spec, fit = str(spec), fit or usual_fit(size)
     if spec == "cifar10":
-        return _cifar10(root, download)
+        return _cifar10(root, download, size, fit)
     if spec == "shapes" or spec.startswith("shapes:"):
-        return _shapes(spec)
+        return _shapes(spec, size, fit)
     if sequences.named(spec):
         return _sequences(spec)
+    if spec.startswith(_huggingface.PREFIX):
+        return _hugging_face(_huggingface.Source.of(spec), root, size, fit, progress)
     path = Path(spec).expanduser()
     try:
         if path.is_dir() or is_archive(path):
-            return _from_files(path, root, progress)
+            return _from_files(path, root, size, fit, progress)
     except PermissionError as error:
         raise PermissionError(
             f"{shown(error.filename)} may not be read: allow it (chmod), or give a copy that may"
@@ -75,13 +84,15 @@ def share(dataset: Dataset, spec: str, *, root: str | Path | None = None) -> Sha
     """`dataset` for tasks of an executor: another process loads it by `spec`, from the cache that
     loading it here has filled, and makes sure that it is the same."""
     root = Path(root or os.environ.get("TAB_DATA") or "data").resolve()
-    shared = Shared(dataset.fingerprint, partial(_load_same, spec, root, dataset.fingerprint))
+    how = {"size": dataset.size or IMAGE, "fit": dataset.fit}
+    load = partial(_load_same, spec, root, dataset.fingerprint, how)
+    shared = Shared(dataset.fingerprint, load)
     shared.put(dataset)
     return shared
 
 
-def _load_same(spec: str, root: Path, fingerprint: str) -> Dataset:
-    dataset = load_dataset(spec, root=root, download=False)
+def _load_same(spec: str, root: Path, fingerprint: str, how: dict) -> Dataset:
+    dataset = load_dataset(spec, root=root, download=False, **how)
     if dataset.fingerprint != fingerprint:
         raise ValueError(
             f"{spec} is no longer the data set that this began with ({dataset.fingerprint}, was "
@@ -90,99 +101,7 @@ def _load_same(spec: str, root: Path, fingerprint: str) -> Dataset:
     return dataset
 
 
-def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, std), float64 (3,) in 0…255 units, of images uint8 (N, H, W, 3); std is population.
-
-    From the histogram of each channel, so that no sum can lose digits: a float32 sum over
-    51 million pixels does.
-    """
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(
-            f"statistics wants uint8 (N ≥ 1, H, W, 3), got {images.dtype} {tuple(images.shape)}"
-        )
-    value = torch.arange(256, dtype=torch.float64)
-    mean, std = torch.empty(3, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
-    for c in range(3):
-        weight = torch.bincount(images[..., c].flatten(), minlength=256).double().cpu()
-        weight /= weight.sum()
-        mean[c] = (weight * value).sum()
-        std[c] = (weight * (value - mean[c]) ** 2).sum().sqrt()
-    return mean, std
-
-
-def hold_out(
-    labels: Tensor, count: int, *, seed: int, least: tuple[int, int] = (0, 0)
-) -> tuple[Tensor, Tensor]:
-    """(train, validation): sorted int64 indices; validation holds `count`, each class its share.
-
-    Shares are count·n_c/N rounded down; the remainder goes to the largest fractions, lower class
-    first. least: images of each class that train and validation have at least; a class with fewer
-    has all of its own there. ValueError if `count` leaves no room for that.
-    """
-    if labels.dtype != torch.int64 or labels.dim() != 1:
-        raise ValueError(f"labels must be int64 (N,), got {labels.dtype} {tuple(labels.shape)}")
-    if not 0 < count < len(labels):
-        raise ValueError(f"cannot hold out {count} of {len(labels)} images: give 1…N−1")
-    sizes = torch.bincount(labels)  # (classes,)
-    low, high = sizes.clamp(max=least[1]), sizes - sizes.clamp(max=least[0])
-    if (low > high).any() or not low.sum() <= count <= high.sum():
-        raise ValueError(
-            f"cannot hold out {count} of {len(labels)} images of {int((sizes > 0).sum())} classes "
-            f"and keep {least[0]} of each, and hold out {least[1]}: give "
-            f"{int(low.sum())}…{int(high.sum())}"
-        )
-    shares = _shares(sizes, count, low, high)
-    generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label, share in enumerate(shares.tolist()):
-        members = (labels == label).nonzero().flatten()
-        held[members[torch.randperm(len(members), generator=generator)[:share]]] = True
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
-
-
-def _shares(sizes: Tensor, count: int, low: Tensor, high: Tensor) -> Tensor:
-    """int64 (classes,), low ≤ share ≤ high, `count` in all, as near to the sizes as can be."""
-    total = int(sizes.sum())
-    shares = (sizes * count // total).clamp(low, high)
-    while left := count - int(shares.sum()):
-        step = 1 if left > 0 else -1
-        owed = (sizes * count - shares * total) * step  # in 1/total of an image
-        room = shares < high if step > 0 else shares > low
-        most = torch.argsort(owed.masked_fill(~room, -(2**62)), descending=True, stable=True)
-        shares[most[: min(abs(left), int(room.sum()))]] += step
-    return shares
-
-
-def describe(dataset: Dataset) -> list[tuple[str, str]]:
-    """(what, value) rows for a table: counts, statistics, size, note, fingerprint."""
-    train, test = dataset.train, dataset.test
-    if dataset.sequences:
-        return [
-            ("name", dataset.name),
-            ("note", dataset.note),
-            ("sequences", f"{len(train):,} train, {len(test):,} test"),
-            ("tokens", f"{train.tokens.shape[1]}, each a key and a value"),
-            ("questions", f"{train.labels.shape[1]} in each, {len(dataset.classes)} answers"),
-            ("fingerprint", dataset.fingerprint),
-        ]
-    mean, std = statistics(train.images)
-    counts = (torch.bincount(s.labels, minlength=len(dataset.classes)) for s in (train, test))
-    size = sum(s.images.numel() for s in (train, test)) / 2**20
-    return [
-        ("name", dataset.name),
-        ("note", dataset.note),
-        ("images", f"{len(train):,} train, {len(test):,} test, {size:,.1f} MiB as uint8"),
-        *(
-            (f"class {i} {name}", f"{a:,} train, {b:,} test")
-            for i, (name, a, b) in enumerate(zip(dataset.classes, *counts, strict=True))
-        ),
-        ("train mean", " ".join(f"{x:.4f}" for x in mean.tolist()) + "  (RGB, of 0…255)"),
-        ("train std", " ".join(f"{x:.4f}" for x in std.tolist())),
-        ("fingerprint", dataset.fingerprint),
-    ]
-
-
-def _shapes(spec: str, seed: int = 0) -> Dataset:
+def _shapes(spec: str, size: int, fit: str, seed: int = 0) -> Dataset:
     sizes = re.fullmatch(r"shapes(?::(\d+)/(\d+))?", spec)
     if not sizes or any(n and int(n) < len(shapes.CLASSES) for n in sizes.groups()):
         raise ValueError(
@@ -190,13 +109,18 @@ def _shapes(spec: str, seed: int = 0) -> Dataset:
             f"least {len(shapes.CLASSES)}, e.g. 'shapes:4000/1000'"
         )
     train, test = (int(n) for n in sizes.groups()) if ":" in spec else (10000, 2000)
-    return dataset_of(
-        spec,
-        shapes.CLASSES,
-        shapes.draw(train, seed=seed, stream=0),
-        shapes.draw(test, seed=seed, stream=1),
-        f"shapes: synthetic pictures drawn by TAB, not CIFAR-10 ({train:,} train, {test:,} test)",
-    )
+    drawn, tested = (shapes.draw(n, seed=seed, stream=i) for i, n in enumerate((train, test)))
+    note = f"shapes: synthetic pictures drawn by TAB, not CIFAR-10 ({train:,} train, {test:,} test)"
+    return dataset_of(spec, *_sized((shapes.CLASSES, drawn, tested, note), size), fit)
+
+
+def _sized(read: _cifar.Read, size: int) -> _cifar.Read:
+    """Images of 32×32 at another size, and a note that says so."""
+    classes, *pairs, note = read
+    if size == IMAGE:
+        return read
+    train, test = ((resized_array(images, size), labels) for images, labels in pairs)
+    return classes, train, test, f"{note}; resized to {size}×{size}"
 
 
 def _sequences(spec: str) -> Dataset:
@@ -208,8 +132,13 @@ def _sequences(spec: str) -> Dataset:
     return Dataset(spec, classes, train, test, note, sequences.fingerprint(train, test))
 
 
-def _cached(file: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
+def _cached(
+    root: Path, name: str, key: str, size: int, fit: str, make: Callable[[], Dataset]
+) -> Dataset:
     """The data set from the cache, if that was made of `key`; else made, and cached."""
+    name += "" if size == IMAGE else f"-{size}"
+    name += "" if fit == usual_fit(size) else f"-{fit}"
+    file = root / "cache" / f"{name}.npz"
     if (found := _cache.load(file, key)) is None:
         dataset = make()
         _cache.save(
@@ -234,31 +163,42 @@ def _cached(file: Path, key: str, make: Callable[[], Dataset]) -> Dataset:
         test=Split(arrays["test_images"], arrays["test_labels"]),
         note=str(found["note"]),
         fingerprint=str(found["fingerprint"]),
+        fit=fit,
     )
 
 
-def _cifar10(root: Path, download: bool) -> Dataset:
+def _cifar10(root: Path, download: bool, size: int, fit: str) -> Dataset:
     def make() -> Dataset:
-        return dataset_of("cifar10", *_cifar.official(root, download))
+        return dataset_of("cifar10", *_sized(_cifar.official(root, download), size), fit)
 
-    return _cached(root / "cache" / "cifar10.npz", "cifar10", make)
+    return _cached(root, "cifar10", "cifar10", size, fit, make)
 
 
-def _from_files(path: Path, root: Path, progress: Progress | None) -> Dataset:
+def _hugging_face(
+    source: _huggingface.Source, root: Path, size: int, fit: str, progress: Progress | None
+) -> Dataset:
+    def make() -> Dataset:
+        return dataset_of(source.spec, *_huggingface.read(source, size, fit, progress), fit)
+
+    place = hashlib.sha256(source.spec.encode()).hexdigest()[:8]
+    name = f"hf-{shown(Path(source.name).name)[:40]}-{place}"
+    return _cached(root, name, source.key(), size, fit, make)
+
+
+def _from_files(path: Path, root: Path, size: int, fit: str, progress: Progress | None) -> Dataset:
     path = path.resolve()
 
     def make() -> Dataset:
         tree = open_tree(path)
         kind, base = _located(tree)
         if kind == "pictures":
-            read = _pictures.read(tree, base, _cifar.CLASSES, SIDE, progress)
+            read = _pictures.read(tree, base, _cifar.CLASSES, size, fit, progress)
         else:
-            read = _cifar.read(tree, kind, base)
-        return dataset_of(f"folder:{shown(path.name)}", *read)
+            read = _sized(_cifar.read(tree, kind, base), size)
+        return dataset_of(f"folder:{shown(path.name)}", *read, fit)
 
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    file = root / "cache" / f"{shown(path.name)[:40]}-{place}.npz"
-    return _cached(file, _key(path), make)
+    return _cached(root, f"{shown(path.name)[:40]}-{place}", _key(path), size, fit, make)
 
 
 def _key(path: Path) -> str:
@@ -292,6 +232,6 @@ def _unknown(spec: str, path: Path) -> str:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
         f"no data set {spec!r}{hint} Choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, "
-        "needle, or an existing folder or archive (tar, zip) with train/<class>/* and "
+        "needle, hf:NAME, or an existing folder or archive (tar, zip) with train/<class>/* and "
         "test/<class>/*"
     )

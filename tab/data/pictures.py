@@ -8,22 +8,16 @@ named in the note.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from .decode import ENDINGS, NAMES, decoded, looks_like_picture
-from .tree import FILE, FOLDER, LOST, Archive, Fetch, Folder, shown, stamp, visible
+from .decode import ENDINGS, Progress, decode_all, looks_like_picture, resized_note
+from .tree import FILE, FOLDER, LOST, Archive, Folder, shown, stamp, visible
 
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
-BLOCK = 250  # pictures decoded by a thread between two reports of progress
 LAYOUT = "wanted are pictures train/<class>/* and test/<class>/*"
 Pair = tuple[np.ndarray, np.ndarray]  # images uint8 (N, side, side, 3), labels int64 (N,)
-Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
 def is_set(entries: dict[str, str]) -> bool:
@@ -109,6 +103,7 @@ def read(
     base: str,
     order: tuple[str, ...],
     side: int,
+    fit: str,
     progress: Progress | None,
 ) -> tuple[tuple[str, ...], Pair, Pair, str]:
     """(classes, train, test, note); classes in `order` if they are just those, else sorted."""
@@ -127,18 +122,22 @@ def read(
             names += [_join(base, split, name, file) for file in files]
             labels += [label] * len(files)
         counts.append(len(names))
-    images, resized = _decode_all(tree, names, fetch, side, progress)  # (train + test, side, side)
+
+    def contents(start: int, stop: int) -> list[bytes]:
+        return [fetch(name) for name in names[start:stop]]
+
+    def at(i: int) -> str:
+        return _at(tree, names[i])
+
+    images, resized = decode_all(len(names), contents, at, side, fit, progress)  # train, then test
     n, both = counts[0], np.asarray(labels, np.int64)
-    note = _note(tree, found, names, n, resized, side)
+    note = _note(tree, found, names, n, resized_note(resized, side, fit))
     return tuple(map(shown, classes)), (images[:n], both[:n]), (images[n:], both[n:]), note
 
 
-def _note(
-    tree: Folder | Archive, found: Layout, names: list[str], train: int, resized: int, side: int
-) -> str:
+def _note(tree: Folder | Archive, found: Layout, names: list[str], train: int, resized: str) -> str:
     note = f"pictures from {shown(tree.path.name)}: {train:,} train, {len(names) - train:,} test"
-    if resized:
-        note += f", {resized:,} of them resized to {side}×{side}"
+    note += resized
     if found.test != "test":
         note += f"; there is no folder test: the pictures in {found.test} are the test set"
     if found.other:
@@ -176,44 +175,6 @@ def _classes(
                 f"{_at(tree, base, name)} is empty; add pictures, or remove the class from both"
             )
     return order if train == set(order) else tuple(sorted(train))
-
-
-def _decode_all(
-    tree: Folder | Archive,
-    names: list[str],
-    fetch: Fetch,
-    side: int,
-    progress: Progress | None,
-) -> tuple[np.ndarray, int]:
-    """(images uint8 (len(names), side, side, 3), how many had another size)."""
-    images = np.empty((len(names), side, side, 3), np.uint8)
-
-    def block(start: int) -> int:
-        resized = 0
-        for i, name in enumerate(names[start : start + BLOCK], start):
-            data = fetch(name)
-            try:
-                images[i], other = decoded(data, side)
-            except Exception as error:  # Pillow raises whatever its readers stumble over
-                raise ValueError(
-                    f"{_at(tree, name)} is no whole picture ({_short(error)}); replace or remove it"
-                ) from error
-            resized += other
-        return resized
-
-    total, starts = 0, range(0, len(names), BLOCK)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start, resized in zip(starts, pool.map(block, starts), strict=True):
-            total += resized
-            if progress:
-                progress(min(start + BLOCK, len(names)), len(names), "decoding pictures")
-    return images, total
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory
-        return f"it does not begin as one; {NAMES} can be read"
-    return str(error) or type(error).__name__
 
 
 def _meant(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..run_config import RunConfig
+from ..run_config import IMAGE, RunConfig
 from .batches import Batches
 from .load import Dataset, Split, hold_out, statistics
 from .sequences import SequenceBatches
@@ -32,6 +32,11 @@ def split_batches(
     if dataset.sequences:
         return _of_sequences(config, dataset, device)
     data, labels = config.data, dataset.train.labels
+    if data.size != dataset.size:
+        raise ValueError(
+            f"{dataset.name} was read with images of {dataset.size}×{dataset.size}, and "
+            f"data.size = {data.size}: read it with load_dataset(…, size={data.size})"
+        )
     if config.evaluate.split != "test" and not data.validation:
         raise ValueError(
             f'evaluate.split = "{config.evaluate.split}" needs data.validation above 0, images to '
@@ -97,6 +102,8 @@ def _of_sequences(
             f"model.tokens.tokens={n}, or --data {dataset.name.split(':')[0]}:"
             f"{config.model_options.tokens}"
         )
+    if data.size != IMAGE:
+        raise ValueError(f"data.size = {data.size}, but {dataset.name} has no images: leave it out")
     if data.translate or data.flip:
         raise ValueError(
             f"{dataset.name} is of sequences, which are not moved or mirrored: give --set "

@@ -1,9 +1,9 @@
-"""What makes tokens (B, N, C) of images x (B, 3, 32, 32). Each backbone has:
+"""What makes tokens (B, N, C) of images x (B, 3, S, S), S = data.size. Each backbone has:
 
-grid(options)    (rows, cols) if its tokens are the cells of a feature map, else None
-tokens(options)  their number N
-pool(options)    how the head makes one vector of them
-filters()        the first layer's weights as pictures, (F, 3, rows, cols)
+grid(options, side)    (rows, cols) if its tokens are the cells of a feature map, else None
+tokens(options, side)  their number N
+pool(options)          how the head makes one vector of them
+filters()              the first layer's weights as pictures, (F, 3, rows, cols)
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..run_config import Cnn, Mlp, Resnet9, Tokens, Vit
-
-IMAGE = 32  # rows and columns
-CELLS = (IMAGE // 4, IMAGE // 4)  # of the CNN's last feature map
+from ..run_config import IMAGE, Cnn, Mlp, Resnet9, Tokens, Vit
 
 
 class Backbone(nn.Module):
@@ -22,69 +19,73 @@ class Backbone(nn.Module):
     side."""
 
     undecayed: tuple[str, ...] = ()  # parameters that weight decay leaves alone
+    side: int  # rows and columns of an image
 
     @classmethod
-    def grid(cls, options: Mlp) -> tuple[int, int] | None:
+    def grid(cls, options: Mlp, side: int) -> tuple[int, int] | None:
         return None
 
     @classmethod
-    def cells(cls, options: Mlp) -> tuple[int, int] | None:
+    def cells(cls, options: Mlp, side: int) -> tuple[int, int] | None:
         """The grid that fixed positions are of, also where other tokens stand in front of it."""
-        return cls.grid(options)
+        return cls.grid(options, side)
 
     @classmethod
-    def tokens(cls, options: Mlp) -> int:
-        grid = cls.grid(options)
+    def tokens(cls, options: Mlp, side: int) -> int:
+        grid = cls.grid(options, side)
         return grid[0] * grid[1] if grid else options.tokens
 
     @classmethod
     def pool(cls, options: Mlp) -> str:
-        return "mean" if cls.grid(options) else "flatten"
+        return "mean" if options.tokens == "grid" else "flatten"
 
     @classmethod
-    def build(cls, options: Mlp, classes: int) -> Backbone:
-        return cls(options)
+    def build(cls, options: Mlp, classes: int, side: int) -> Backbone:
+        return cls(options, side)
 
-    @staticmethod
-    def example() -> Tensor:
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def example(self) -> Tensor:
         """One input, to count operations on."""
-        return torch.zeros(1, 3, IMAGE, IMAGE)
+        return torch.zeros(1, 3, self.side, self.side)
 
     def filters(self) -> Tensor:
         raise NotImplementedError
 
 
 class MlpBackbone(Backbone):
-    """Linear(3072 → N·C), ReLU. Pixels are flattened as 32×32×3, the order in memory."""
+    """Linear(3·S² → N·C), ReLU. Pixels are flattened as S×S×3, the order in memory."""
 
     stacking = True  # tab/layers/_stacking.py
 
-    def __init__(self, options: Mlp):
-        super().__init__()
+    def __init__(self, options: Mlp, side: int):
+        super().__init__(side)
         self.count = options.tokens
-        self.linear = nn.Linear(3 * IMAGE * IMAGE, options.tokens * options.hidden)
+        self.linear = nn.Linear(3 * side * side, options.tokens * options.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.permute(0, 2, 3, 1).flatten(1)  # (B, 3072)
+        flat = x.permute(0, 2, 3, 1).flatten(1)  # (B, 3·S²)
         return self.linear(flat).relu().unflatten(1, (self.count, -1))
 
     def filters(self) -> Tensor:
-        return self.linear.weight.unflatten(1, (IMAGE, IMAGE, 3)).permute(0, 3, 1, 2)
+        return self.linear.weight.unflatten(1, (self.side, self.side, 3)).permute(0, 3, 1, 2)
 
 
 class CnnBackbone(Backbone):
-    """Two convolutions to 8×8 cells, and as many more there as the recipe says; the cells are the
-    tokens, or flatten → Linear → N tokens."""
+    """Two convolutions to S/4 × S/4 cells, and as many more there as the recipe says; the cells are
+    the tokens, or flatten → Linear → N tokens."""
 
     stacking = True  # tab/layers/_stacking.py
     folded = "convolutions"  # run on several seeds beside each other in the channels
 
     @classmethod
-    def grid(cls, options: Cnn) -> tuple[int, int] | None:
-        return CELLS if options.tokens == "grid" else None
+    def grid(cls, options: Cnn, side: int) -> tuple[int, int] | None:
+        return (side // 4, side // 4) if options.tokens == "grid" else None
 
-    def __init__(self, options: Cnn):
-        super().__init__()
+    def __init__(self, options: Cnn, side: int):
+        super().__init__(side)
         first = options.channels
         last = options.hidden if options.tokens == "grid" else 2 * first
         self.convolutions = nn.Sequential(
@@ -94,11 +95,11 @@ class CnnBackbone(Backbone):
             self.convolutions.extend(_conv(last, last, "keep"))
         self.count, self.linear = options.tokens, None
         if options.tokens != "grid":
-            cells = CELLS[0] * CELLS[1] * last
+            cells = (side // 4) ** 2 * last
             self.linear = nn.Linear(cells, options.tokens * options.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        cells = self.convolutions(x).permute(0, 2, 3, 1)  # (B, 8, 8, C)
+        cells = self.convolutions(x).permute(0, 2, 3, 1)  # (B, S/4, S/4, C)
         if self.linear is None:
             return cells.flatten(1, 2)
         return self.linear(cells.flatten(1)).unflatten(1, (self.count, -1))
@@ -108,7 +109,8 @@ class CnnBackbone(Backbone):
 
 
 class Resnet9Backbone(Backbone):
-    """Eight convolutions to 4×4 or 8×8 cells of width C; the head is the ninth layer.
+    """Eight convolutions to cells of width C, 4×4 or 8×8 of an image of 32×32; the head is the
+    ninth layer.
 
     The shape of Page 2018, "How to Train Your ResNet": widths c, 2c (and a residual block), 4c,
     C (and a residual block), each halved but the first; max pooling over the cells in the head.
@@ -119,15 +121,15 @@ class Resnet9Backbone(Backbone):
     folded = "convolutions"  # run on several seeds beside each other in the channels
 
     @classmethod
-    def grid(cls, options: Resnet9) -> tuple[int, int]:
-        return (options.cells, options.cells)
+    def grid(cls, options: Resnet9, side: int) -> tuple[int, int]:
+        return (options.cells * side // IMAGE,) * 2
 
     @classmethod
     def pool(cls, options: Resnet9) -> str:
         return "max"
 
-    def __init__(self, options: Resnet9):
-        super().__init__()
+    def __init__(self, options: Resnet9, side: int):
+        super().__init__(side)
         c, last = options.channels, options.hidden
         self.convolutions = nn.Sequential(
             *_conv(3, c, "keep"),
@@ -146,29 +148,29 @@ class Resnet9Backbone(Backbone):
 
 
 class VitBackbone(Backbone):
-    """One Linear of each patch of p×p pixels, (32/p)² of them (Dosovitskiy et al. 2021), and in
+    """One Linear of each patch of p×p pixels, (S/p)² of them (Dosovitskiy et al. 2021), and in
     front of them a class token if the head is to read that."""
 
     undecayed = ("class_token",)
 
     @classmethod
-    def grid(cls, options: Vit) -> tuple[int, int] | None:
-        return None if options.pool == "class" else (IMAGE // options.patch,) * 2
+    def grid(cls, options: Vit, side: int) -> tuple[int, int] | None:
+        return None if options.pool == "class" else cls.cells(options, side)
 
     @classmethod
-    def cells(cls, options: Vit) -> tuple[int, int]:
-        return (IMAGE // options.patch,) * 2
+    def cells(cls, options: Vit, side: int) -> tuple[int, int]:
+        return (side // options.patch,) * 2
 
     @classmethod
-    def tokens(cls, options: Vit) -> int:
-        return (IMAGE // options.patch) ** 2 + (options.pool == "class")
+    def tokens(cls, options: Vit, side: int) -> int:
+        return (side // options.patch) ** 2 + (options.pool == "class")
 
     @classmethod
     def pool(cls, options: Vit) -> str:
         return options.pool
 
-    def __init__(self, options: Vit):
-        super().__init__()
+    def __init__(self, options: Vit, side: int):
+        super().__init__(side)
         self.patch, c = options.patch, options.hidden
         self.linear = nn.Linear(3 * self.patch**2, c)
         self.class_token = None
@@ -202,11 +204,11 @@ class TokensBackbone(Backbone):
         return "each"
 
     @classmethod
-    def build(cls, options: Tokens, classes: int) -> TokensBackbone:
+    def build(cls, options: Tokens, classes: int, side: int) -> TokensBackbone:
         return cls(options, classes)
 
     def __init__(self, options: Tokens, classes: int):
-        super().__init__()
+        super().__init__(0)  # no image
         self.count = options.tokens
         self.keys = nn.Embedding(options.tokens + 1, options.hidden)
         self.values = nn.Embedding(classes + 1, options.hidden)

@@ -28,16 +28,16 @@ from .transformer import Block, TransformerModel
 def build_model(config: RunConfig, classes: int) -> ImageModel:
     """The model of this run with its initial weights, on the CPU."""
     options, c = config.model_options, config.model_options.hidden
-    kind = BACKBONES[config.model]
-    n, pool = kind.tokens(options), kind.pool(options)
+    kind, side = BACKBONES[config.model], config.data.size
+    n, pool = kind.tokens(options, side), kind.pool(options)
     with _own_seed(config.draws, "backbone"):
-        backbone = kind.build(options, classes)
+        backbone = kind.build(options, classes, side)
     position = None
     if options.position == "learned":
         with _own_seed(config.draws, "position"):
             position = nn.Parameter(nn.init.trunc_normal_(torch.empty(n, c), std=0.02))
     elif options.position == "sincos":
-        position = sincos(n, c, kind.cells(options))
+        position = sincos(n, c, kind.cells(options, side))
     with _own_seed(config.draws, "head"):
         into = n * c if pool == "flatten" else c
         head = Head(into, c, options.head_layers, classes, pool=pool)
@@ -77,7 +77,7 @@ def build_layer(config: RunConfig, index: int = 0) -> Attention:
             config.attention,
             options.hidden,
             seq_len=tokens_of(config),
-            grid=BACKBONES[config.model].grid(options),
+            grid=BACKBONES[config.model].grid(options, config.data.size),
             published=published,
             **{**extra, **config.attention_options},
         )
@@ -85,7 +85,7 @@ def build_layer(config: RunConfig, index: int = 0) -> Attention:
 
 def tokens_of(config: RunConfig) -> int:
     """N, the tokens that the attention sees."""
-    return BACKBONES[config.model].tokens(config.model_options)
+    return BACKBONES[config.model].tokens(config.model_options, config.data.size)
 
 
 def sincos(n: int, c: int, grid: tuple[int, int] | None) -> Tensor:

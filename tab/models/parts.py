@@ -47,7 +47,7 @@ def shares(branches: list[Branch]) -> dict[str, float | None]:
 
 
 class ImageModel(nn.Module):
-    """x (B, 3, 32, 32) -> logits (B, classes)"""
+    """x (B, 3, S, S) -> logits (B, classes)"""
 
     undecayed = ("position",)  # parameters that weight decay leaves alone
 

@@ -148,7 +148,7 @@ class PerSeed(nn.Module):
 
 @stacks(ImageModel)
 class SeedModel(ImageModel):
-    """position (S, N, C). x (S·B, 3, 32, 32) -> logits (S·B, classes)"""
+    """position (S, N, C). x (S·B, 3, rows, cols) -> logits (S·B, classes)"""
 
     seeds: tuple[ImageModel, ...]
 

@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class TransformerModel(ImageModel):
-    """backbone → positions → blocks → norm → head; x (B, 3, 32, 32) -> logits (B, classes)"""
+    """backbone → positions → blocks → norm → head; x (B, 3, S, S) -> logits (B, classes)"""
 
     def __init__(
         self, backbone: nn.Module, position: Tensor | None, blocks: list[Block], head: Head, c: int

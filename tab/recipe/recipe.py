@@ -28,7 +28,7 @@ from ..layers import (
     layer_names,
     option_types,
 )
-from ..run_config import MODELS, SECTIONS, RunConfig, later_options, model_class, options
+from ..run_config import MODELS, SECTIONS, Data, RunConfig, later_options, model_class, options
 from .published import published_attentions
 from .size_matching import check_match, matched, reference_of
 
@@ -95,6 +95,10 @@ class Recipe:
         if reference in ("", attention):
             return config
         return matched(config, self.run_config(model, reference, seed, classes=classes), classes)
+
+    def data(self) -> Data:
+        """Which images every variant gets."""
+        return options(Data, "data", self.tables["data"])
 
     def attentions(self) -> list[str]:
         """All that this recipe is about: those of the published table if it trains their forms."""

@@ -63,7 +63,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> ImageMode
 
     run: its directory, as of `tab train` or one of runs/ of a comparison; or a model.safetensors
     from there, which is enough by itself and says how to prepare images (tab/train/weights.py).
-    The model takes x (B, 3, 32, 32) and gives logits (B, classes).
+    The model takes x (B, 3, S, S), S = data.size, and gives logits (B, classes).
     ValueError, OSError: there is no such run, it has not ended well, or a file is damaged.
 
     >>> from tab.data.load import load_dataset

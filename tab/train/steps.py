@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..models.image_model import ImageModel
 from ..run_config import Train
 
-Batch = tuple[Tensor, Tensor]  # x (B, 3, 32, 32), y (B,)
+Batch = tuple[Tensor, Tensor]  # x (B, 3, S, S), y (B,)
 WARM_UP = 3  # runs before a capture: they compile kernels and choose algorithms
 
 

@@ -171,7 +171,7 @@ class _Group:
             run.add(rate, loss, correct, seconds, len(runs))
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        """x (S·B, 3, 32, 32), y (S·B,): of each seed its own batch."""
+        """x (S·B, 3, rows, cols), y (S·B,): of each seed its own batch."""
         for batches in zip(*(run.batches.epoch(epoch) for run in self.runs), strict=True):
             images, labels = zip(*batches, strict=True)
             yield torch.cat(images), torch.cat(labels)

@@ -13,7 +13,7 @@ from tab.data.decode import decoded
 def read(image, form="PNG", **options):
     out = io.BytesIO()
     image.save(out, form, **options)
-    return decoded(out.getvalue(), 32)
+    return decoded(out.getvalue(), 32, "stretch")
 
 
 def upright(width=64, height=128):
@@ -138,4 +138,4 @@ def test_damage_after_the_header_is_an_error():
         out = io.BytesIO()
         Image.fromarray(noise).save(out, form)
         with pytest.raises(Exception):  # noqa: B017
-            decoded(out.getvalue()[: len(out.getvalue()) // 2], 32)
+            decoded(out.getvalue()[: len(out.getvalue()) // 2], 32, "stretch")
