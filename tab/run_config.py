@@ -53,8 +53,8 @@ class Data:
     drop_last: bool
     size: int = IMAGE  # rows and columns of an image
     # How a picture of another size becomes one. crop: its short side is resized, its centre kept.
-    # stretch: both sides are resized. "": crop, but stretch at 32, as before there was a choice
-    fit: Literal["", "crop", "stretch"] = ""
+    # stretch: both sides are resized. auto: crop, but stretch at 32, as before there was a choice
+    fit: Literal["auto", "crop", "stretch"] = "auto"
 
     def __post_init__(self):
         between(self, "data", "images", 0, 10**9)
@@ -66,11 +66,12 @@ class Data:
                 f"such as {round(self.size / 8) * 8}"
             )
         between(self, "data", "translate", 0, self.size - 1)
-        object.__setattr__(self, "fit", self.fit or usual_fit(self.size))
+        if self.fit == "auto":
+            object.__setattr__(self, "fit", usual_fit(self.size))
 
 
 def usual_fit(size: int) -> Literal["crop", "stretch"]:
-    """What data.fit is where nothing says it."""
+    """What data.fit = "auto" means."""
     return "stretch" if size == IMAGE else "crop"
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -41,7 +42,7 @@ def load_dataset(
     spec: str = "cifar10",
     *,
     size: int = IMAGE,
-    fit: str = "",
+    fit: Literal["auto", "crop", "stretch"] = "auto",
     root: str | Path | None = None,
     download: bool = True,
     progress: Progress | None = None,
@@ -60,7 +61,7 @@ def load_dataset(
     ValueError or OSError name the file at fault and the way out.
     """
     root = Path(root or os.environ.get("TAB_DATA") or "data")
-    spec, fit = str(spec), fit or usual_fit(size)
+    spec, fit = str(spec), usual_fit(size) if fit == "auto" else fit
     if spec == "cifar10":
         return _cifar10(root, download, size, fit)
     if spec == "shapes" or spec.startswith("shapes:"):

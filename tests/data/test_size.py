@@ -83,11 +83,11 @@ def test_every_source_is_read_at_the_size(tmp_path):
     wide.save(folder / "train/apple/wide.png")
     found = {
         (size, fit): load_dataset(folder, size=size, fit=fit, root=tmp_path)
-        for size, fit in ((32, ""), (32, "crop"), (48, ""), (48, "stretch"))
+        for size, fit in ((32, "auto"), (32, "crop"), (48, "auto"), (48, "stretch"))
     }
     assert {key: data.size for key, data in found.items()} == {key: key[0] for key in found}
     assert len({data.fingerprint for data in found.values()}) == 4
-    assert "resized to 48×48 after cutting out their centres" in found[48, ""].note
+    assert "resized to 48×48 after cutting out their centres" in found[48, "auto"].note
     for key, data in found.items():  # each has a cache of its own, which gives the same
         again = load_dataset(folder, size=key[0], fit=key[1], root=tmp_path)
         assert (again.fingerprint, again.fit) == (data.fingerprint, data.fit)
