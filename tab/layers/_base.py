@@ -47,6 +47,14 @@ class Attention(Shown):
     recipes that match blocks choose one of them (`size_option`).
     reads_stream: `forward` takes the residual stream too, beside x, which is its norm.
     takes_mask: False where a key mask is an error.
+
+    >>> class Mean(tab.layers.Attention):
+    ...     def compute(self, x, key_mask):
+    ...         real = 1.0 if key_mask is None else key_mask[..., None]
+    ...         return (x * real).sum(1, keepdim=True).expand_as(x)
+    >>> mask = torch.arange(64) < torch.tensor([[64], [9]])
+    >>> Mean()(x, mask)[1, 9:].any()  # masked tokens
+    tensor(False)
     """
 
     title: str = ""
@@ -151,6 +159,12 @@ class HeadsAttention(Attention):
     Subclasses write `attend(q, k, v, key_mask)` and `weights(q, k)`.
     inner_dim: the width of each of Q, K and V, all heads together; `dim` if None.
     rope: rotate q and k by position, in two dimensions when a grid is given (Su et al. 2021).
+
+    >>> class Mine(tab.layers.HeadsAttention):
+    ...     def attend(self, q, k, v, key_mask):
+    ...         return tab.linear_attention(q, k, v, key_mask=key_mask)
+    >>> Mine(32, seq_len=64, num_heads=4)(x).shape
+    torch.Size([2, 64, 32])
     """
 
     size_options: tuple[str, ...] = ("inner_dim",)

@@ -33,6 +33,15 @@ def register_attention(
 
     published: as what the published study ran under that name (tab/layers/published.py).
     ValueError: a name that cannot be part of a directory's, or an item of a list with commas.
+
+    >>> @tab.layers.register_attention("mean")
+    ... class Mean(tab.layers.Attention):
+    ...     def __init__(self, dim, *, seq_len, grid=None):
+    ...         super().__init__()
+    ...     def compute(self, x, key_mask):
+    ...         return x.mean(1, keepdim=True).expand_as(x)
+    >>> tab.layers.build_attention("mean", 32, seq_len=64)(x).shape
+    torch.Size([2, 64, 32])
     """
     layers = _published if published else _layers
     if (
@@ -61,18 +70,30 @@ def register_attention(
 
 def attention_names() -> list[str]:
     """What "all" stands for: the built-in twelve, `none` among them, in the order of the
-    documentation, then attentions from elsewhere."""
+    documentation, then attentions from elsewhere.
+
+    >>> tab.layers.attention_names()[:4]
+    ['none', 'self', 'multi_head', 'linear']
+    """
     known = [name for name, layer in _layers.items() if layer.is_attention or name == "none"]
     return [*known, *sorted(set(_entry_points()) - set(_layers))]
 
 
 def control_names() -> list[str]:
-    """What "ladder" stands for: the layers that are no attention, `none` first."""
+    """What "ladder" stands for: the layers that are no attention, `none` first.
+
+    >>> tab.layers.control_names()[:4]
+    ['none', 'none_again', 'ffn', 'uniform']
+    """
     return [name for name, layer in _layers.items() if not layer.is_attention]
 
 
 def layer_names() -> list[str]:
-    """Every registered name: `attention_names`, then the other controls."""
+    """Every registered name: `attention_names`, then the other controls.
+
+    >>> {"none", "performer", "uniform"} <= {*tab.layers.layer_names()}
+    True
+    """
     return list(dict.fromkeys([*attention_names(), *control_names()]))
 
 
@@ -80,6 +101,13 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
     """The layer class called `name`, or a ValueError with the nearest name.
 
     published: the form that the published study ran, where it was another.
+
+    >>> tab.layers.get_attention("performer").__name__
+    'PerformerAttention'
+    >>> tab.layers.get_attention("perfomer")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown attention 'perfomer'; did you mean 'performer'? Choose one of: none, ...
     """
     if name not in _layers:
         if name not in (found := _entry_points()):
@@ -93,7 +121,11 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
 
 def known_layer(name: str) -> type[Attention] | None:
     """The layer class called `name`; None where it is not installed, as in a report on runs of
-    another machine, or its package does not load, which a warning says."""
+    another machine, or its package does not load, which a warning says.
+
+    >>> tab.layers.known_layer("linear").title, tab.layers.known_layer("of another machine")
+    ('Linear', None)
+    """
     if name not in _layers and name not in _entry_points():
         return None
     try:
@@ -107,12 +139,20 @@ def known_layer(name: str) -> type[Attention] | None:
 
 
 def claimed_colours() -> set[int]:
-    """Of all layers that are loaded."""
+    """Of all layers that are loaded.
+
+    >>> tab.layers.get_attention("linear").colour in tab.layers.claimed_colours()
+    True
+    """
     return {layer.colour for layer in _layers.values() if layer.colour is not None}
 
 
 def attention_options(name: str, *, published: bool = False) -> dict[str, object]:
-    """The layer's own options with their defaults, read off its signature."""
+    """The layer's own options with their defaults, read off its signature.
+
+    >>> tab.layers.attention_options("local")["window_size"]
+    16
+    """
     layer = get_attention(name, published=published)
     parameters = inspect.signature(layer.__init__).parameters.values()
     common = {"self", "dim", "seq_len", "grid"}
@@ -122,7 +162,11 @@ def attention_options(name: str, *, published: bool = False) -> dict[str, object
 
 
 def option_types(name: str) -> dict[str, object]:
-    """The annotations of these options, as far as they can be read."""
+    """The annotations of these options, as far as they can be read.
+
+    >>> tab.layers.option_types("local")["window_size"]
+    <class 'int'>
+    """
     try:
         return typing.get_type_hints(get_attention(name).__init__)
     except NameError:  # names that only a type checker imports
@@ -141,6 +185,10 @@ def build_attention(
     """The layer `name` for tokens (B, N, dim), N ≤ seq_len, with its own options.
 
     grid (rows, cols): the tokens are the cells of an image, rows · cols = seq_len.
+
+    >>> layer = tab.layers.build_attention("local", 32, seq_len=64, grid=(8, 8), window_size=5)
+    >>> layer(x).shape
+    torch.Size([2, 64, 32])
     """
     known = attention_options(name, published=published)
     if unknown := sorted(set(options) - set(known)):

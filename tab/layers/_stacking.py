@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 
 
 def stacks(layer: Any) -> Callable[[Kind], Kind]:
-    """Class decorator: this subclass of `layer` is what S of them run as."""
+    """Class decorator: this subclass of `layer` is what S of them run as.
+
+    >>> class Mine(tab.layers.HeadsAttention):
+    ...     pass
+    >>> @tab.layers.stacks(Mine)
+    ... class StackedMine(Mine):
+    ...     pass
+    >>> Mine.stacking is StackedMine
+    True
+    """
 
     def register(form: Kind) -> Kind:
         if not issubclass(form, layer):

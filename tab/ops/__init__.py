@@ -9,7 +9,7 @@ from ._op import BACKENDS as BACKENDS
 from ._op import OPS as OPS
 from ._op import Op as Op
 from ._op import choose as choose
-from ._op import load_kernels
+from ._op import load_kernels as _load_kernels
 from ._op import no_flops as no_flops
 from ._op import use_backend as use_backend
 from .h2o import h2o_attention as h2o_attention
@@ -26,4 +26,4 @@ from .projection import orthogonal_projection as orthogonal_projection
 from .router import noaux_tc_gate as noaux_tc_gate
 from .sparse import sparse_attention as sparse_attention
 
-load_kernels()
+_load_kernels()

@@ -19,7 +19,11 @@ Given = TypeVar("Given", bound=Tensor | None)
 
 
 def accumulate(*tensors: Tensor) -> torch.dtype:
-    """float32 for half types, else the type itself: sums and softmaxes run in it."""
+    """float32 for half types, else the type itself: sums and softmaxes run in it.
+
+    >>> tab.ops.accumulate(torch.zeros(1, dtype=torch.bfloat16))
+    torch.float32
+    """
     return torch.promote_types(tensors[0].dtype, torch.float32)
 
 
@@ -27,6 +31,9 @@ def token_major(x: Tensor) -> Tensor:
     """x (B, H, N, D) laid out in memory as (B, N, H, D), so that merging the heads costs nothing.
 
     Every op returns its (B, H, N, D) tensors like this, from every backend.
+
+    >>> tab.ops.token_major(torch.zeros(1, 4, 16, 8)).stride()
+    (512, 8, 32, 1)
     """
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -117,7 +124,15 @@ def shapes(**tensors: Tensor | None) -> str:
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (B, H, N, D) and v (B, H, N, Dv), cast under autocast: one floating dtype, one device.
-    B and N may be 0."""
+    B and N may be 0.
+
+    >>> q = torch.zeros(1, 4, 16, 8)
+    >>> q, k, v = tab.ops.check_qkv("mine", q, q, q)
+    >>> tab.ops.check_qkv("mine", q, q, q[0])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: mine wants q, k (B, H, N, D) and v (B, H, N, Dv); got q (1, 4, 16, 8) float32 ...
+    """
     q, k, v = operands(op, q=q, k=k, v=v)
     rule, shape, wide = None, q.shape, v.shape
     if len(shape) != 4 or k.dim() != 4 or len(wide) != 4:
@@ -148,7 +163,15 @@ def same(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> None:
-    """key_mask (B, N) bool, True where a token is real."""
+    """key_mask (B, N) bool, True where a token is real; None hides nothing.
+
+    >>> k = torch.zeros(1, 4, 16, 8)
+    >>> tab.ops.check_key_mask("mine", torch.ones(1, 16, dtype=torch.bool), k)
+    >>> tab.ops.check_key_mask("mine", torch.ones(1, 16), k)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: mine wants key_mask (B, N) = (1, 16) bool, True where a token is real; got ...
+    """
     if key_mask is None:
         return
     if key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2]):

@@ -45,7 +45,11 @@ def _without_autocast(reference: Callable) -> Callable:
 
 
 def no_flops(*_, **__) -> int:
-    """Of an op whose work is not counted: it sorts, gathers, or has no matrix product."""
+    """Of an op whose work is not counted: it sorts, gathers, or has no matrix product.
+
+    >>> tab.ops.no_flops((2, 4, 16, 8))
+    0
+    """
     return 0
 
 
@@ -55,6 +59,10 @@ class Op:
     flops: FLOPs of one call, from the shapes of its arguments, as torch.utils.flop_counter calls a
         formula: matrix products by what the formula needs, two a multiply-add, whatever a kernel
         does beside it. What a backward op is not given, such as the scores, it has to form again.
+
+    >>> op = tab.ops.OPS["linear_fwd"]
+    >>> op.name, op.tensors > 2  # of its arguments
+    ('linear_fwd', True)
     """
 
     def __init__(self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int]):
@@ -218,6 +226,14 @@ def choose(backend: Backend, op: Op, x: Tensor, *others: Tensor, cuda: bool = Tr
 
     `cuda` says whether the CUDA C++ kernel, where there is one, takes this problem. An explicit
     backend that cannot run raises a RuntimeError that says why; it never falls back.
+
+    >>> op, x = tab.ops.OPS["linear_fwd"], torch.zeros(1, 4, 16, 8)
+    >>> tab.ops.choose("reference", op, x)
+    'reference'
+    >>> tab.ops.choose("triton", op, x)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    RuntimeError: backend='triton' of linear_fwd runs on cuda tensors, these are on cpu; ...
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+import pytest
+from nbclient import NotebookClient
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -50,3 +53,23 @@ def test_an_attention_in_a_package_of_its_own(tmp_path):
     run(*words, folder=tmp_path, path=package)
     summary = (tmp_path / "results/experiment_summary.csv").read_text()
     assert "MLP - sigmoid" in summary
+
+
+@pytest.mark.any_torch  # a kernel and three trainings: once is enough
+def test_notebook(tmp_path, monkeypatch):
+    """From its top to its end, in a kernel of its own; what is committed has no outputs."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(EXAMPLES / "study.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in cells if cell.outputs or cell.execution_count]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    shown = [
+        {k: v for out in cell.outputs for k, v in out.get("data", {}).items()} for cell in cells
+    ]
+    table, summary, picture, best, same, swapped, timings = shown[1:]
+    assert table["text/html"].count("<tr>") == 4 and "3 of 3 runs done" in table["text/html"]
+    assert "dataframe" in summary["text/html"] and "image/png" in picture
+    assert "torch.Size([1, 10])" in best["text/plain"]
+    assert float(same["text/plain"][len("tensor(") : -1]) < 1e-5
+    assert "PerformerAttention" in swapped["text/plain"] and "eager" in timings["text/html"]
