@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import re
 import typing
 
@@ -193,21 +194,44 @@ def test_the_errors_that_are_explained_are_those_of_the_code():
 # --- figures --------------------------------------------------------------------------------------
 
 
-def test_the_table_of_kernel_speed_is_that_of_the_files():
-    """Milliseconds, and the best of everything else: the least median of the rounds' ratios."""
+@pytest.fixture(scope="module")
+def kernel_speed():
+    """The script that draws README's picture."""
+    spec = importlib.util.spec_from_file_location("ks", ROOT / "bench" / "kernel_speed.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernel_speed_is_that_of_the_files(kernel_speed, tmp_path):
+    """In the table: milliseconds, and the best of everything else, which is who has the least
+    median of the rounds' ratios. In the picture, as it is committed and as it is drawn now. In
+    README: from the least to the most of an operator, forward and backward."""
     told = rows(section(BENCHMARKS, "## Kernel speed"))
-    assert told
+    best = kernel_speed.best_others(MEASURED)
+    kernel_speed.draw(MEASURED, tmp_path / "drawn.svg")
+    pictures = [text_of(path) for path in (kernel_speed.PICTURE, tmp_path / "drawn.svg")]
+    assert len(told) == len(best)
+    wins: dict[str, list[float]] = {}
     for where, *cells in told:
         op, size = re.fullmatch(r"`(\w+)` (\w+)", where).groups()
         _, found = results.load(MEASURED / f"{op}.json")
         case = [row for row in found if row.case.startswith(f"{op}/{size}/") and not row.skipped]
         (ours,) = (row for row in case if row.contestant == "tab")
-        for direction, ms, best in zip(("forward", "both"), cells[::2], cells[1::2], strict=True):
+        for direction, ms, cell in zip(("forward", "both"), cells[::2], cells[1::2], strict=True):
             rivals = [row for row in case if row is not ours and direction in row.seconds]
             ratios = {row.contestant: row_speedup(row, ours, direction) for row in rivals}
             name, (low, mid, high) = min(ratios.items(), key=lambda item: item[1][1])
             assert ms == f"{1e3 * percentiles(ours.seconds[direction])[1]:.1f}", (where, direction)
-            assert best == f"{mid:.1f}× ({low:.1f}–{high:.1f}) {name}", (where, direction)
+            assert cell == f"{mid:.1f}× ({low:.1f}–{high:.1f}) {name}", (where, direction)
+            assert best[op, size][direction] == (name, (low, mid, high))
+            assert all(f"{mid:.1f}× {name}" in picture for picture in pictures)
+        wins.setdefault(op, []).append(mid)
+    readme = " ".join(text_of(ROOT / "README.md").split())
+    for op, all_wins in wins.items():
+        ends = [f"{x:.1f}" if x < 9.95 else f"{x:.0f}" for x in (min(all_wins), max(all_wins))]
+        span = "× to ".join(dict.fromkeys(ends))
+        assert f"{'latent attention' if op == 'mla' else op} {span}×" in readme, (op, span)
 
 
 def test_the_table_of_memory_is_that_of_the_file():

@@ -1,0 +1,79 @@
+"""README's picture, of the committed times: python bench/kernel_speed.py [RESULTS] [PICTURE]
+
+For each operator and size: how many times slower than TAB's kernel the best of everything else is,
+the median and the 10th and 90th percentile of the ratio within a round. docs/benchmarks.md has the
+same figures as a table, and says how they are measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tab.bench import results
+from tab.bench.rows import Row, row_speedup
+from tab.report.style import figure
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "bench" / "results" / "epyc-2core-avx512"
+PICTURE = ROOT / "docs" / "pictures" / "kernel-speed.svg"
+OPS = ("linear", "performer", "local", "sparse", "mla")
+LOOKS = {  # direction -> its name, marker, colour and place within a row
+    "both": ("forward + backward", "o", "#0072B2", -0.2),
+    "forward": ("forward", "D", "#E69F00", 0.2),
+}
+TICKS = (1, 2, 3, 5, 10, 20, 30)
+Ratio = tuple[float, float, float]  # p10, p50, p90
+
+
+def best_others(folder: Path) -> dict[tuple[str, str], dict[str, tuple[str, Ratio]]]:
+    """(operator, size) -> direction -> who of everything else is the fastest, and how many times
+    slower than TAB's kernel."""
+    found: dict[tuple[str, str], dict[str, tuple[str, Ratio]]] = {}
+    for op in OPS:
+        cases: dict[str, list[Row]] = {}
+        for row in results.load(folder / f"{op}.json")[1]:
+            if not row.skipped:
+                cases.setdefault(row.case, []).append(row)
+        for case, (ours, *others) in cases.items():
+            best = {
+                direction: min(
+                    ((row.contestant, row_speedup(row, ours, direction)) for row in others
+                     if direction in row.seconds),
+                    key=lambda one: one[1][1],
+                )
+                for direction in LOOKS
+            }  # fmt: skip
+            found[op, case.split("/")[1]] = best
+    return found
+
+
+def draw(folder: Path, path: Path) -> None:
+    found = best_others(folder)
+    environment = results.load(folder / f"{OPS[0]}.json")[0]["environment"]
+    with figure(path, 1, width=8.2, height=5.4) as (_, (ax,)):
+        for y, best in enumerate(found.values()):
+            for direction, (name, marker, colour, shift) in LOOKS.items():
+                contestant, (low, mid, high) = best[direction]
+                style = {"color": colour, "zorder": 3}
+                ax.plot([low, high], [y + shift] * 2, linewidth=1.6, **style)
+                said = name if y == 0 else None
+                ax.plot([mid], [y + shift], marker, markersize=5, label=said, **style)
+                words = f"{mid:.1f}× {contestant}"
+                ax.text(1.05 * high, y + shift, words, va="center", fontsize=7, color="#444444")
+        ax.axvline(1, color="#000000", linewidth=1.2)
+        ax.set_xscale("log")
+        ax.set_xlim(0.97, 62)
+        ax.set_xticks(TICKS, [f"{tick}×" for tick in TICKS])
+        ax.minorticks_off()
+        ax.set_yticks(range(len(found)), [f"{op}, {size}" for op, size in found])
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        where = f"{environment['cpu']}, {environment['threads']} threads, float32"
+        ax.set_xlabel(f"time of the best of everything else over that of TAB's kernel ({where})")
+        ax.legend(loc="upper right", frameon=False)
+
+
+if __name__ == "__main__":
+    given = [Path(word) for word in sys.argv[1:]]
+    draw(given[0] if given else MEASURED, given[1] if len(given) > 1 else PICTURE)
