@@ -6,7 +6,7 @@ BUILT := $(VENV)/.built
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup compare test lint docs bench kernels oldest two-torch sanitize clean
+.PHONY: setup compare test lint docs bench kernels oldest two-torch sanitize installs aarch64 clean
 
 # What the tests need beside TAB itself, Ray among it.
 setup: $(READY)
@@ -89,6 +89,14 @@ sanitize: setup
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/sanitize $(BIN)/python tests/support/sanitized.py
+
+# Every way to install TAB, each in a fresh environment; WAYS="wheel clang" for some of them.
+installs: setup
+	$(BIN)/python tests/support/installs.py $(WAYS)
+
+# The C++ kernels, cross-compiled for aarch64, run under qemu against the references in float64.
+aarch64: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/foreign.py
 
 clean:
 	rm -rf $(VENV) $(OLD) build dist *.egg-info tab/*.so

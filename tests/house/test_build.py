@@ -91,7 +91,7 @@ def test_without_a_compiler_the_rest_is_built_and_says_why(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("tab._C", "tab._host"):
         assert f"{name} is left out" in done.stderr
-    assert "/nowhere/c++: not found" in done.stderr and "TAB_CPP=1" in done.stderr
+    assert "/nowhere/c++" in done.stderr and "TAB_CPP=1" in done.stderr
     (built,) = folder.glob("build/lib*/tab")
     said = json.loads((built / "left_out.json").read_text())
     assert "/nowhere/c++" in said["tab._C"] and "TAB_CPP=1" in said["tab._host"]
