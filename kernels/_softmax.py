@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tab.ops._softmax import own_heads
+
 from ._launch import block, meta_heads, outside, precision
 from ._tiles import INTERPRETED, dot, finite, rounded, sound, tile
 
@@ -102,8 +104,8 @@ def forward_tile(
 # --- launching ------------------------------------------------------------------------------------
 
 
-def takes(q, *_) -> str | None:
-    return outside(q)
+def takes(q, k, *_) -> str | None:
+    return outside(q) or own_heads(q, k)
 
 
 def meta(q, v, backward=False) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ NUMBERS = {  # option -> what to do where it was to be learned
 
 
 Given = TypeVar("Given", bound=Tensor | None)
+Layout = Literal["bhnd", "bnhd"]  # of what a public function takes and returns
 
 
 def accumulate(*tensors: Tensor) -> torch.dtype:
@@ -113,6 +114,32 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
+def heads_first(op: str, layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views (B, H, N, ·) of what the caller gave; from there on errors print these shapes."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"{op}: layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
+    if layout == "bhnd":
+        return tensors
+    return tuple(x.transpose(1, 2) if x.dim() == 4 and not x.is_nested else x for x in tensors)
+
+
+def as_given(layout: Layout, o: Tensor) -> Tensor:
+    """An output (B, H, N, Dv), token-major as from every op, in the caller's layout: a view."""
+    return o if layout == "bhnd" else o.transpose(1, 2)
+
+
+def check_causal(op: str, causal: bool, is_causal: bool | None) -> bool:
+    """The option under either of its names."""
+    if is_causal is None:
+        return bool(causal)
+    if causal and not is_causal:
+        raise ValueError(
+            f"{op} got causal={causal} and is_causal={is_causal}, two names of one option; "
+            "pass one of them"
+        )
+    return bool(is_causal)
+
+
 def shapes(**tensors: Tensor | None) -> str:
     """'q (2, 4, 64, 32) float32 cpu, …' for error messages."""
     return ", ".join(
@@ -122,9 +149,11 @@ def shapes(**tensors: Tensor | None) -> str:
     )
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def check_qkv(
+    op: str, q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (B, H, N, D) and v (B, H, N, Dv), cast under autocast: one floating dtype, one device.
-    B and N may be 0.
+    B and N may be 0. grouped: k and v may have fewer heads, H_kv, which divides H.
 
     >>> q = torch.zeros(1, 4, 16, 8)
     >>> q, k, v = tab.ops.check_qkv("mine", q, q, q)
@@ -139,9 +168,13 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
     else:
         (b, h, n, d), (*rows, dv) = shape, wide
-        if k.shape != shape or [b, h, n] != rows:
-            rule = "q and k of one shape, v with the same B, H, N"
-        elif not (h and d and dv):
+        heads = k.shape[1] if grouped else h
+        if heads and h % heads:
+            rule = f"a number of heads of k and v that divides the {h} of q"
+        elif k.shape != (b, heads, n, d) or [b, heads, n] != rows:
+            few = ", or both with fewer heads than q" if grouped else ""
+            rule = f"q and k of one shape, v with the same B, H, N{few}"
+        elif not (h and heads and d and dv):
             rule = "at least one head and D, Dv ≥ 1"
     if rule:
         raise ValueError(f"{op} wants {rule}; got {shapes(q=q, k=k, v=v)}")

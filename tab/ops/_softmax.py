@@ -80,6 +80,41 @@ def row_sums(do: Tensor, o: Tensor) -> Tensor:
     return (do * o).masked_fill(do == 0, 0.0).sum(-1)
 
 
+def own_heads(q: Tensor, k: Tensor, *_) -> str | None:
+    """Why a kernel in which each head of q has its own of k and v does not take these, or None."""
+    if q.shape[1] == k.shape[1]:
+        return None
+    return f"it takes as many heads of k and v as of q, got {k.shape[1]} and {q.shape[1]}"
+
+
+def check_lse_gradient(op: str, backend: str) -> None:
+    """CUDA C++ forms Δ as Σ P∘dP, in which no gradient of L can be put."""
+    if backend == "cuda":
+        raise RuntimeError(
+            f'tab_cuda::{op} has no gradient of lse; use backend="triton" or "reference", or '
+            "lse.detach()"
+        )
+
+
+def lse_as_column(
+    do: Tensor | None, dlse: Tensor, v: Tensor, o: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """do, v and o with one more column, by which Δ = Σ dO∘O becomes Σ dO∘O − dL: 1 in do, 0 in v,
+    and −dL in o. So a backward kernel that forms Δ from o needs no argument for dL."""
+    do = torch.zeros_like(o) if do is None else do
+    extra = do.new_ones(*do.shape[:-1], 1), v.new_zeros(*v.shape[:-1], 1), -dlse[..., None]
+    do, v, o = (torch.cat([x, y.to(x.dtype)], -1) for x, y in zip((do, v, o), extra, strict=True))
+    return do, v, o
+
+
+def shared_heads(kv: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """x (B, H, …) by the head of k and v that it shares, (B, H_kv, H/H_kv, …), and k and v with a
+    dimension that broadcasts against that; all as they are where q has as many heads."""
+    if all(x.shape[1] == kv for x in tensors):
+        return tensors
+    return tuple(x[:, :, None] if x.shape[1] == kv else x.unflatten(1, (kv, -1)) for x in tensors)
+
+
 def _scores(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
     s = q @ k.mT * scale
     return s if allowed is None else s.masked_fill(~allowed, -torch.inf)
@@ -92,7 +127,9 @@ def _finite(x: Tensor) -> Tensor:
 
 def empty_outputs(q: Tensor, v: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     """o (B, H, N, Dv) token-major and lse (B, H, N), not filled: what a forward op returns."""
-    return empty_heads(v), q.new_empty(q.shape[:3], dtype=acc)
+    b, h, n, _ = q.shape
+    o = v.new_empty(b, n, h, v.shape[3]).transpose(1, 2)
+    return o, q.new_empty(b, h, n, dtype=acc)
 
 
 def empty_heads(x: Tensor) -> Tensor:

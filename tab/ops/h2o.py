@@ -16,7 +16,15 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ._check import check_key_mask, check_qkv, real
+from ._check import (
+    Layout,
+    as_given,
+    check_causal,
+    check_key_mask,
+    check_qkv,
+    heads_first,
+    real,
+)
 from ._softmax import score_scale
 from .h2o_attend import h2o_attend
 from .h2o_cache import check_budget
@@ -34,10 +42,12 @@ def h2o_attention(
     heavy: int,
     recent: int,
     causal: bool = False,
+    is_causal: bool | None = None,
     mode: Mode = "streaming",
     block: int = 64,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    layout: Layout = "bhnd",
 ) -> Tensor:
     """Attention through a cache of heavy + recent tokens per head, `o_i = Σ_j p_ij v_j` with
     p_i = softmax over the cache S_i, whose heavy hitters have the largest A_j = Σ_{t<i} p_tj
@@ -58,11 +68,13 @@ def h2o_attention(
         q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device.
         heavy, recent: slots for heavy hitters and for the latest tokens; at least one in all.
         causal: token i sees no token j > i.
+        is_causal: another name of `causal`.
         block: tokens per step of "streaming".
         scale: of the scores, D^(-1/2) by default.
         key_mask: (B, N) bool, True where a token is real; the others are never attended, credit
             nothing, and do not count as recent. What they hold reaches nobody, not even their own
             outputs: those are of q = 0.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype. A query that sees no real token gets 0.
@@ -76,7 +88,9 @@ def h2o_attention(
         >>> tab.h2o_attention(q, k, v, heavy=8, recent=8, causal=True, block=1).shape
         torch.Size([2, 4, 64, 32])
     """
+    q, k, v = heads_first("h2o_attention", layout, q, k, v)
     q, k, v = check_qkv("h2o_attention", q, k, v)
+    causal = check_causal("h2o_attention", causal, is_causal)
     check_key_mask("h2o_attention", key_mask, k)
     check_budget(heavy, recent)
     if mode not in MODES:
@@ -94,4 +108,5 @@ def h2o_attention(
     else:
         chosen = h2o_choose_exact.apply("auto", *operands, scale)
         block = 1 if causal else max(1, q.shape[2])
-    return h2o_attend.apply("auto", q, k, v, chosen, key_mask, stream, causal, block, scale)[0]
+    o = h2o_attend.apply("auto", q, k, v, chosen, key_mask, stream, causal, block, scale)[0]
+    return as_given(layout, o)

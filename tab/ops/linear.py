@@ -14,7 +14,18 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ._check import accumulate, check_key_mask, check_qkv, number, same, shapes
+from ._check import (
+    Layout,
+    accumulate,
+    as_given,
+    check_causal,
+    check_key_mask,
+    check_qkv,
+    heads_first,
+    number,
+    same,
+    shapes,
+)
 from ._op import Backend, Op, choose
 from .linear_reference import backward_reference, forward_reference
 
@@ -80,10 +91,12 @@ def linear_attention(
     *,
     feature_map: FeatureMap = ...,
     causal: bool = ...,
+    is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     initial_state: tuple[Tensor, Tensor] | None = ...,
     return_state: Literal[False] = ...,
     eps: float = ...,
+    layout: Layout = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
 @overload
@@ -94,10 +107,12 @@ def linear_attention(
     *,
     feature_map: FeatureMap = ...,
     causal: bool = ...,
+    is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     initial_state: tuple[Tensor, Tensor] | None = ...,
     return_state: Literal[True],
     eps: float = ...,
+    layout: Layout = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
@@ -109,10 +124,12 @@ def linear_attention(
     *,
     feature_map: FeatureMap = "elu1",
     causal: bool = False,
+    is_causal: bool | None = None,
     key_mask: Tensor | None = None,
     initial_state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
     eps: float = 0.0,
+    layout: Layout = "bhnd",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """Linear attention, `o_i = φ(q_i)ᵀS / (φ(q_i)ᵀz + eps)` (Katharopoulos 2020, eq. 5, 9).
@@ -124,12 +141,14 @@ def linear_attention(
         feature_map: "elu1" (elu + 1), "relu", "identity" (q and k are features already) or
             "softmax" (of each q over D, of k over the tokens; Shen et al. 2021; not causal).
         causal: token i sees tokens j ≤ i.
+        is_causal: another name of `causal`.
         key_mask: (B, N) bool, True where a token is real; the others vanish from S and from z.
             What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
             token is seen in every output that attends to it.
         initial_state: (S (B, H, D, Dv), z (B, H, D)) float32, from earlier tokens.
         return_state: also return the state after the last token.
         eps: added to the denominator. A row whose denominator is 0 gives 0.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
@@ -151,7 +170,9 @@ def linear_attention(
         >>> torch.allclose(o, whole[:, :, later], atol=1e-5)
         True
     """
+    q, k, v = heads_first("linear_attention", layout, q, k, v)
     q, k, v = check_qkv("linear_attention", q, k, v)
+    causal = check_causal("linear_attention", causal, is_causal)
     check_key_mask("linear_attention", key_mask, k)
     eps = number("linear_attention", "eps", eps)
     s0, z0 = _check_state(q, v, initial_state)
@@ -169,8 +190,9 @@ def linear_attention(
             '(a learned map is applied by the layer "linear")'
         )
     backend = choose(backend, linear_fwd, q, k, v)
-    options = FEATURE_MAPS[feature_map], bool(causal), eps
+    options = FEATURE_MAPS[feature_map], causal, eps
     o, s, z = linear_fwd.apply(backend, q, k, v, key_mask, s0, z0, *options)
+    o = as_given(layout, o)
     return (o, (s, z)) if return_state else o
 
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._check import check_key_mask, check_qkv, operands, real, same, shapes
+from ._check import (
+    Layout,
+    as_given,
+    check_key_mask,
+    check_qkv,
+    heads_first,
+    operands,
+    real,
+    same,
+    shapes,
+)
 from ._sdpa import sdpa
 from ._softmax import score_scale
 
@@ -24,6 +34,7 @@ def linformer_attention(
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    layout: Layout = "bhnd",
 ) -> Tensor:
     """Attention on a sequence projected from N to K rows, `o = softmax(scale·q (Eᵀk)ᵀ) Fᵀv`
     (Wang et al. 2020, eq. 7).
@@ -35,6 +46,7 @@ def linformer_attention(
         key_mask: (B, N) bool, True where a token is real; the others are zero in q, Eᵀk and Fᵀv,
             whatever they hold. So their own output is the mean of the K rows of Fᵀv.
         scale: of the scores, D^(-1/2) by default.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype.
@@ -49,6 +61,7 @@ def linformer_attention(
         >>> tab.linformer_attention(q, k, v, E).shape
         torch.Size([2, 4, 64, 32])
     """
+    q, k, v = heads_first("linformer_attention", layout, q, k, v)
     q, k, v = check_qkv("linformer_attention", q, k, v)
     (E,) = operands("linformer_attention", E=E)
     F = E if F is None else operands("linformer_attention", F=F)[0]
@@ -72,4 +85,4 @@ def linformer_attention(
     q, k, v = real(key_mask, q, k, v)  # q too: its NaN would reach E, k and v in the backward pass
     short_k = E.narrow(-2, 0, n).mT @ k  # (B, H, K, D)
     short_v = F.narrow(-2, 0, n).mT @ v  # (B, H, K, Dv)
-    return sdpa(q, short_k, short_v, scale)
+    return as_given(layout, sdpa(q, short_k, short_v, scale))

@@ -16,17 +16,30 @@ Read top to bottom: reference → ops → autograd → public function.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._check import accumulate, check_qkv, token_major
+from ._check import (
+    Layout,
+    accumulate,
+    as_given,
+    check_causal,
+    check_qkv,
+    heads_first,
+    token_major,
+)
 from ._op import Backend, Op, choose
 from ._softmax import (
+    check_lse_gradient,
     empty_heads,
     empty_outputs,
+    lse_as_column,
+    own_heads,
     row_sums,
     score_scale,
+    shared_heads,
     softmax_backward,
     softmax_forward,
 )
@@ -50,7 +63,7 @@ def tiles(
     q: Tensor, left: int, right: int, cols: int, causal: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Per chunk of queries: the queries, the band of keys that they can see, who sees whom."""
-    n, width = q.shape[2], cols or 1  # on a line every token is its own row
+    n, width = q.shape[-2], cols or 1  # on a line every token is its own row
     for start in range(0, max(n, 1), CHUNK):  # without tokens one empty tile
         stop = min(start + CHUNK, n)
         first = max(0, (start // width - left) * width)
@@ -66,28 +79,33 @@ def forward_reference(q, k, v, left, right, rows, cols, causal, scale):
     acc = accumulate(q)
     if q.is_meta:  # shapes need no walk
         return empty_outputs(q, v, acc)
-    parts, (q, k, v), dtype = [], (x.to(acc) for x in (q, k, v)), q.dtype
+    dtype, parts = q.dtype, []
+    q, k, v = shared_heads(k.shape[1], q.to(acc), k.to(acc), v.to(acc))
     for i, j, seen in tiles(q, left, right, cols, causal):
-        parts.append(softmax_forward(q[:, :, i], k[:, :, j], v[:, :, j], seen, scale)[:2])
-    o, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return token_major(o.to(dtype)), lse.detach()
+        tile = q[..., i, :], k[..., j, :], v[..., j, :]
+        parts.append(softmax_forward(*tile, seen, scale)[:2])
+    o, lse = (torch.cat([x[which] for x in parts], dim) for which, dim in ((0, -2), (1, -1)))
+    if o.dim() == 5:
+        o, lse = o.flatten(1, 2), lse.flatten(1, 2)
+    return token_major(o.to(dtype)), lse
 
 
 def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, scale):
     """-> dq, dk, dv. P is recomputed tile by tile from lse; Δ = Σ do∘o."""
     if q.is_meta:
         return empty_heads(q), empty_heads(k), empty_heads(v)
-    acc, dtype = accumulate(q), q.dtype
+    acc, dtype, shape = accumulate(q), q.dtype, q.shape
     do, q, k, v = do.to(acc), q.to(acc), k.to(acc), v.to(acc)
     delta = row_sums(do, o.to(acc))  # (B, H, N)
     dq, dk, dv = [], do.new_zeros(k.shape), do.new_zeros(v.shape)
+    do, q, k, v, lse, delta = shared_heads(k.shape[1], do, q, k, v, lse, delta)
     for i, j, seen in tiles(q, left, right, cols, causal):
-        tile = do[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], lse[:, :, i], delta[:, :, i]
+        tile = do[..., i, :], q[..., i, :], k[..., j, :], v[..., j, :], lse[..., i], delta[..., i]
         dq_tile, dk_tile, dv_tile = softmax_backward(*tile, seen, scale)
         dq.append(dq_tile)
-        dk[:, :, j] += dk_tile
-        dv[:, :, j] += dv_tile
-    return tuple(token_major(x.to(dtype)) for x in (torch.cat(dq, 2), dk, dv))
+        dk[:, :, j] += dk_tile if dk_tile.dim() == 4 else dk_tile.sum(2)
+        dv[:, :, j] += dv_tile if dv_tile.dim() == 4 else dv_tile.sum(2)
+    return tuple(token_major(x.to(dtype)) for x in (torch.cat(dq, -2).view(shape), dk, dv))
 
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -131,13 +149,52 @@ local_bwd = Op(
 
 
 def _gradients(backend, grads, q, k, v, o, lse, *options):
-    (do,) = grads
-    return () if do is None else local_bwd.below(backend, do, q, k, v, o, lse, *options)
+    do, dlse = grads
+    if do is None and dlse is None:
+        return ()
+    if dlse is not None:
+        check_lse_gradient("local_bwd", backend)
+        do, v, o = lse_as_column(do, dlse, v, o)
+    dq, dk, dv = local_bwd.below(backend, do, q, k, v, o, lse, *options)
+    return dq, dk, dv if dlse is None else dv[..., :-1]
 
 
-local_fwd.differentiable(_gradients, by=local_bwd, constant=1)
+local_fwd.takes["cuda"] = own_heads
+local_fwd.differentiable(_gradients, by=local_bwd)
 
 # --- public ---------------------------------------------------------------------------------------
+
+
+@overload
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | tuple[int, int],
+    causal: bool = ...,
+    is_causal: bool | None = ...,
+    grid: tuple[int, int] | None = ...,
+    scale: float | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | tuple[int, int],
+    causal: bool = ...,
+    is_causal: bool | None = ...,
+    grid: tuple[int, int] | None = ...,
+    scale: float | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def local_attention(
@@ -147,15 +204,21 @@ def local_attention(
     *,
     window: int | tuple[int, int],
     causal: bool = False,
+    is_causal: bool | None = None,
     grid: tuple[int, int] | None = None,
     scale: float | None = None,
+    layout: Layout = "bhnd",
+    return_lse: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention within a window, `o_i = Σ_j softmax_j(scale·q_i·k_j) v_j` over the keys
     i − left ≤ j ≤ i + right (Beltagy et al. 2020, sec. 3.1; on a grid Ramachandran et al. 2019).
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One floating dtype, one device.
+            Sums run in float32. H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v
+            (grouped-query attention, Ainslie et al. 2023; multi-query with H_kv = 1), which the C++
+            kernel reads in place.
         window: (left, right), both inclusive, or one number for both; 0 sees only itself. Any size:
             edges truncate.
         causal: only keys j ≤ i. On a line that is right = 0. On a grid the order is the raster's:
@@ -163,11 +226,16 @@ def local_attention(
         grid: (rows, cols), rows · cols = N: the tokens are the cells of an image in raster order,
             and the window is two-dimensional: left upwards and to the left, right downwards and to
             the right. Without it a window wraps around the edges of an image.
+        is_causal: another name of `causal`.
         scale: of the scores, 1/√D unless given.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
+        return_lse: also return L_i = log Σ_j exp(s_ij), differentiable; parts of the keys merge by
+            it (`tab.merge_attention`).
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
-        o (B, H, N, Dv) in the input's dtype.
+        o (B, H, N, Dv) in the input's dtype, or (o, lse), lse (B, H, N) float32 (float64 for
+        float64 input) in both layouts.
 
     Raises:
         ValueError: shapes, dtypes, devices, window or grid do not fit; the message says how.
@@ -179,7 +247,9 @@ def local_attention(
         >>> tab.local_attention(q, k, v, window=1, grid=(8, 8)).shape
         torch.Size([2, 4, 64, 32])
     """
-    q, k, v = check_qkv("local_attention", q, k, v)
+    q, k, v = heads_first("local_attention", layout, q, k, v)
+    q, k, v = check_qkv("local_attention", q, k, v, grouped=True)
+    causal = check_causal("local_attention", causal, is_causal)
     n = q.shape[2]
     left, right = check_window("local_attention", window)
     rows, cols = check_grid("local_attention", grid, n) if grid is not None else (0, 0)
@@ -195,9 +265,9 @@ def local_attention(
     #   B 128 H 4 N 64 D 64     5.8 and  9.3,  18.4 and 29.2 (window 8: 4.8 and 9.1, 14.6 and 28.7)
     #   B 512 H 4 N 16 D 32     2.7 and  3.3,   9.1 and 10.3
     #   B 1 H 2 N 1024 D 64     2.6 and  5.6,   8.9 and 19.9
-    backend = choose(backend, local_fwd, q)
-    options = left, right, rows, cols, bool(causal), scale
-    return local_fwd.apply(backend, q, k, v, *options)[0]
+    backend = choose(backend, local_fwd, q, k, cuda=k.shape[1] == q.shape[1] and not return_lse)
+    o, lse = local_fwd.apply(backend, q, k, v, left, right, rows, cols, causal, scale)
+    return (as_given(layout, o), lse) if return_lse else as_given(layout, o)
 
 
 def check_window(op: str, window: int | tuple[int, int]) -> tuple[int, int]:

@@ -20,7 +20,16 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from ._check import check_key_mask, operands, same, shapes
+from ._check import (
+    Layout,
+    as_given,
+    check_causal,
+    check_key_mask,
+    heads_first,
+    operands,
+    same,
+    shapes,
+)
 from ._op import Backend, Op, choose
 from ._softmax import score_scale
 from .mla_forms import compose
@@ -93,8 +102,10 @@ def mla_attention(
     w_uv: Tensor,
     *,
     causal: bool = ...,
+    is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    layout: Layout = ...,
     form: Form = ...,
     return_lse: Literal[False] = ...,
     return_max_logits: Literal[False] = ...,
@@ -110,8 +121,10 @@ def mla_attention(
     w_uv: Tensor,
     *,
     causal: bool = ...,
+    is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    layout: Layout = ...,
     form: Form = ...,
     return_lse: bool = ...,
     return_max_logits: bool = ...,
@@ -128,8 +141,10 @@ def mla_attention(
     w_uv: Tensor,
     *,
     causal: bool = False,
+    is_causal: bool | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    layout: Layout = "bhnd",
     form: Form = "auto",
     return_lse: bool = False,
     return_max_logits: bool = False,
@@ -143,9 +158,12 @@ def mla_attention(
         q_nope: (B, H, N, Dn); q_rope: (B, H, N, Dr), Dr ≥ 0; c_kv: (B, N, R); k_rope: (B, N, Dr);
             w_uk: (H, Dn, R); w_uv: (H, Dv, R). One floating dtype, one device. Sums in float32.
         causal: token i sees tokens j ≤ i.
+        is_causal: another name of `causal`.
         key_mask: (B, N) bool, True where a token is real; what the others hold, NaN too, reaches
             no real token, forward or backward. A query that sees no key gives 0.
         scale: 1/√(Dn + Dr) when None.
+        layout: "bhnd", or "bnhd" where q_nope, q_rope and o are (B, N, H, ·): views, nothing is
+            copied.
         form: "fused" (K_h and V_h never written; the only form with kernels of its own), "expand"
             (K_h and V_h written, then SDPA), "absorb" (attention among the latents, by SDPA), or
             "auto": fused where a compiled kernel is there and N ≤ 8192 (on a GPU 256) or, on a CPU,
@@ -174,6 +192,8 @@ def mla_attention(
         >>> torch.allclose(o, tab.mla_attention(*x, causal=True, form="absorb"), atol=1e-4)
         True
     """
+    q_nope, q_rope = heads_first("mla_attention", layout, q_nope, q_rope)
+    causal = check_causal("mla_attention", causal, is_causal)
     x = operands(
         "mla_attention",
         q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope, w_uk=w_uk, w_uv=w_uv,
@@ -184,9 +204,10 @@ def mla_attention(
     form, backend = _choose_form(form, backend, x, flash)
     scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
     if form == "fused":
-        o, lse, peak = mla_fwd.apply(backend, *x, key_mask, scale, bool(causal))
+        o, lse, peak = mla_fwd.apply(backend, *x, key_mask, scale, causal)
     else:
         o, lse, peak = compose(form, x, scale, causal, key_mask, return_lse, return_max_logits)
+    o = as_given(layout, o)
     extra = (*((lse,) if return_lse else ()), *((peak,) if return_max_logits else ()))
     return (o, *extra) if extra else o
 

@@ -23,7 +23,18 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ._check import accumulate, check_key_mask, check_qkv, number, same, shapes
+from ._check import (
+    Layout,
+    accumulate,
+    as_given,
+    check_causal,
+    check_key_mask,
+    check_qkv,
+    heads_first,
+    number,
+    same,
+    shapes,
+)
 from ._op import Backend, Op, choose
 from .performer_reference import backward_reference, forward_reference
 
@@ -94,10 +105,12 @@ def performer_attention(
     *,
     kernel: Kernel = ...,
     causal: bool = ...,
+    is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     initial_state: tuple[Tensor, Tensor, Tensor] | None = ...,
     return_state: Literal[False] = ...,
     eps: float = ...,
+    layout: Layout = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
 @overload
@@ -109,10 +122,12 @@ def performer_attention(
     *,
     kernel: Kernel = ...,
     causal: bool = ...,
+    is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     initial_state: tuple[Tensor, Tensor, Tensor] | None = ...,
     return_state: Literal[True],
     eps: float = ...,
+    layout: Layout = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]: ...
 
@@ -125,10 +140,12 @@ def performer_attention(
     *,
     kernel: Kernel = "softmax",
     causal: bool = False,
+    is_causal: bool | None = None,
     key_mask: Tensor | None = None,
     initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
     return_state: bool = False,
     eps: float = 0.0,
+    layout: Layout = "bhnd",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Softmax attention, scale D^(-1/2), estimated in M random features: `o_i = φ(q_i)ᵀS /
@@ -142,6 +159,7 @@ def performer_attention(
             a constant, it gets no gradient.
         kernel: "softmax" (positive features, e^(w·x̂ - ‖x̂‖²/2)) or "relu" (relu(w·x̂)).
         causal: token i sees tokens j ≤ i.
+        is_causal: another name of `causal`.
         key_mask: (B, N) bool, True where a token is real; the others vanish from S, z and c.
             What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
             token is seen in every output that attends to it.
@@ -152,6 +170,7 @@ def performer_attention(
         eps: added to the shifted denominator (≥ 1 for "softmax"), the shift held constant in the
             gradient. A row whose denominator is 0 (nothing to see, or "relu" features that do not
             meet) gives 0.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
@@ -170,7 +189,9 @@ def performer_attention(
         >>> bool((o - exact).abs().mean() < 0.02)
         True
     """
+    q, k, v = heads_first("performer_attention", layout, q, k, v)
     q, k, v = check_qkv("performer_attention", q, k, v)
+    causal = check_causal("performer_attention", causal, is_causal)
     check_key_mask("performer_attention", key_mask, k)
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
@@ -183,8 +204,9 @@ def performer_attention(
     # it is asked for.
     simple = not causal and initial_state is None and not return_state
     backend = choose(backend, performer_fwd, q, k, v, projection, cuda=simple)
-    options = KERNELS[kernel], bool(causal), eps
+    options = KERNELS[kernel], causal, eps
     o, *state, _ = performer_fwd.apply(backend, q, k, v, projection, key_mask, *state, *options)
+    o = as_given(layout, o)
     return (o, tuple(state)) if return_state else o
 
 

@@ -12,16 +12,28 @@ O(nnz·b²) scores. Read top to bottom: reference → ops → autograd → publi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._check import accumulate, check_qkv, token_major
+from ._check import (
+    Layout,
+    accumulate,
+    as_given,
+    check_causal,
+    check_qkv,
+    heads_first,
+    token_major,
+)
 from ._op import Backend, Op, choose
 from ._softmax import (
+    check_lse_gradient,
     empty_heads,
     empty_outputs,
+    lse_as_column,
+    own_heads,
     row_sums,
     score_scale,
     softmax_backward,
@@ -45,10 +57,11 @@ def from_blocks(x: Tensor, h: int, n: int) -> Tensor:
 
 
 def groups(
-    row_ptr: Tensor, col: Tensor, h: int, n: int, b: int, causal: bool
+    row_ptr: Tensor, col: Tensor, h: int, kv: int, n: int, b: int, causal: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per length of block rows that occurs: the block rows (G,) and the blocks that each sees
-    (G, L), as indices into (H·nb), and the tokens allowed among them (G, b, L·b)."""
+    """Per length of block rows that occurs: the block rows (G,), as indices into (H·nb), the blocks
+    that each sees (G, L), as indices into (H_kv·nb), and the tokens allowed among them
+    (G, b, L·b)."""
     nb = row_ptr.shape[1] - 1
     start = row_ptr[:, :-1].expand(h, nb).reshape(-1)  # (H·nb,)
     length = row_ptr.diff().expand(h, nb).reshape(-1)
@@ -63,30 +76,30 @@ def groups(
         allowed = (j < n)[:, None, :].expand(-1, b, -1)
         if causal:
             allowed = allowed & (j[:, None, :] <= i[..., None])
-        yield rows, (rows // nb)[:, None] * nb + seen, allowed
+        yield rows, (rows // nb // (h // kv))[:, None] * nb + seen, allowed
 
 
 def gather(x: Tensor, seen: Tensor) -> Tensor:
-    """x (B, H·nb, b, D), seen (G, L) -> (B, G, L·b, D)"""
+    """x (B, H_kv·nb, b, D), seen (G, L) -> (B, G, L·b, D)"""
     return x[:, seen].flatten(2, 3)
 
 
 def forward_reference(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
     """-> o (B, H, N, Dv), lse (B, H, N) in the accumulation type, −∞ for an empty row."""
-    acc, (_, h, n, _) = accumulate(q), q.shape
+    acc, (_, h, n, _), kv = accumulate(q), q.shape, k.shape[1]
     if q.is_meta:  # the pattern has no values to walk over
         return empty_outputs(q, v, acc)
     if n == 0:
-        o, lse, _ = softmax_forward(q, k, v, None, scale)
-        return token_major(o), lse.to(acc).detach()
+        o, lse = empty_outputs(q, v, acc)  # with a graph all the same
+        return o + (q.sum() + k.sum() + v.sum()), lse + q.sum()
     qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (q, k, v))
     o = qb.new_zeros(*qb.shape[:3], v.shape[-1])
     lse = qb.new_full(qb.shape[:3], -torch.inf)
-    for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
+    for rows, seen, allowed in groups(row_ptr, col, h, kv, n, block_size, causal):
         tile = softmax_forward(qb[:, rows], gather(kb, seen), gather(vb, seen), allowed, scale)
         o, lse = o.index_copy(1, rows, tile[0]), lse.index_copy(1, rows, tile[1])
     o, lse = from_blocks(o, h, n).to(v.dtype), from_blocks(lse, h, n)
-    return token_major(o), lse.contiguous().detach()
+    return token_major(o), lse.contiguous()
 
 
 def backward_reference(
@@ -95,19 +108,20 @@ def backward_reference(
     """-> dq, dk, dv. P is recomputed group by group from lse; Δ = Σ do∘o."""
     if q.is_meta or q.shape[2] == 0:
         return empty_heads(q), empty_heads(k), empty_heads(v)
-    acc, (_, h, n, _) = accumulate(q), q.shape
+    acc, (_, h, n, _), kv = accumulate(q), q.shape, k.shape[1]
     delta = row_sums(do.to(acc), o.to(acc))  # (B, H, N)
     dob, qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (do, q, k, v))
     lb, db = to_blocks(lse, block_size), to_blocks(delta, block_size)
     dq, dk, dv = (dob.new_zeros(x.shape) for x in (qb, kb, vb))
-    for rows, seen, allowed in groups(row_ptr, col, h, n, block_size, causal):
+    for rows, seen, allowed in groups(row_ptr, col, h, kv, n, block_size, causal):
         keys = gather(kb, seen), gather(vb, seen)
         dq[:, rows], dk_seen, dv_seen = softmax_backward(
             dob[:, rows], qb[:, rows], *keys, lb[:, rows], db[:, rows], allowed, scale
         )
         dk.index_add_(1, seen.flatten(), dk_seen.unflatten(2, (-1, block_size)).flatten(1, 2))
         dv.index_add_(1, seen.flatten(), dv_seen.unflatten(2, (-1, block_size)).flatten(1, 2))
-    return tuple(token_major(from_blocks(x, h, n).to(q.dtype)) for x in (dq, dk, dv))
+    heads = zip((dq, dk, dv), (h, kv, kv), strict=True)
+    return tuple(token_major(from_blocks(x, count, n).to(q.dtype)) for x, count in heads)
 
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -151,14 +165,50 @@ sparse_bwd = Op(
 
 
 def _gradients(backend, grads, q, k, v, row_ptr, col, col_ptr, row, o, lse, *options):
-    (do,) = grads
-    pattern = row_ptr, col, col_ptr, row
-    return () if do is None else sparse_bwd.below(backend, do, q, k, v, o, lse, *pattern, *options)
+    (do, dlse), pattern = grads, (row_ptr, col, col_ptr, row)
+    if do is None and dlse is None:
+        return ()
+    if dlse is not None:
+        check_lse_gradient("sparse_bwd", backend)
+        do, v, o = lse_as_column(do, dlse, v, o)
+    dq, dk, dv = sparse_bwd.below(backend, do, q, k, v, o, lse, *pattern, *options)
+    return dq, dk, dv if dlse is None else dv[..., :-1]
 
 
-sparse_fwd.differentiable(_gradients, by=sparse_bwd, constant=1)
+sparse_fwd.takes["cuda"] = own_heads
+sparse_fwd.differentiable(_gradients, by=sparse_bwd)
 
 # --- public ---------------------------------------------------------------------------------------
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = ...,
+    is_causal: bool | None = ...,
+    scale: float | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = ...,
+    is_causal: bool | None = ...,
+    scale: float | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def sparse_attention(
@@ -168,21 +218,32 @@ def sparse_attention(
     pattern: BlockPattern,
     *,
     causal: bool = False,
+    is_causal: bool | None = None,
     scale: float | None = None,
+    layout: Layout = "bhnd",
+    return_lse: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the blocks of a pattern, `o_i = Σ_j softmax_j(scale·q_i·k_j) v_j` over
     the tokens j of the blocks that the block of i sees (Zaheer et al. 2020, "Big Bird").
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device. Sums run in float32.
+        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One floating dtype, one device.
+            Sums run in float32. H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v
+            (grouped-query attention, Ainslie et al. 2023; multi-query with H_kv = 1), which the C++
+            kernel reads in place.
         pattern: for N tokens, and for H heads or shared by all; moved to the tensors' device once.
         causal: of the blocks seen only tokens j ≤ i.
+        is_causal: another name of `causal`.
         scale: of the scores, 1/√D unless given.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
+        return_lse: also return L_i = log Σ_j exp(s_ij), differentiable; parts of the keys merge by
+            it (`tab.merge_attention`).
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
-        o (B, H, N, Dv) in the input's dtype; 0 where a token sees nothing.
+        o (B, H, N, Dv) in the input's dtype, or (o, lse), lse (B, H, N) float32 (float64 for
+        float64 input) in both layouts; 0 and −∞ where a token sees nothing.
 
     Raises:
         ValueError: shapes, dtypes, devices or the pattern do not fit; the message prints them.
@@ -195,7 +256,9 @@ def sparse_attention(
         >>> tab.sparse_attention(q, k, v, pattern).shape
         torch.Size([2, 4, 64, 32])
     """
-    q, k, v = check_qkv("sparse_attention", q, k, v)
+    q, k, v = heads_first("sparse_attention", layout, q, k, v)
+    q, k, v = check_qkv("sparse_attention", q, k, v, grouped=True)
+    causal = check_causal("sparse_attention", causal, is_causal)
     if not isinstance(pattern, BlockPattern):
         raise ValueError(
             f"sparse_attention wants a BlockPattern, got {type(pattern).__name__}; make one with "
@@ -212,6 +275,7 @@ def sparse_attention(
     # one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
     #   B 128 H 4 N 64 D 64, blocks of 8   5.7 and 9.0,  18.1 and 31.4
     #   B 1 H 2 N 1024 D 64, blocks of 64  2.6 and 5.6,   8.8 and 20.0
-    backend = choose(backend, sparse_fwd, q)
-    options = pattern.block_size, bool(causal), scale
-    return sparse_fwd.apply(backend, q, k, v, *pattern.tensors, *options)[0]
+    backend = choose(backend, sparse_fwd, q, k, cuda=k.shape[1] == q.shape[1] and not return_lse)
+    options = pattern.block_size, causal, scale
+    o, lse = sparse_fwd.apply(backend, q, k, v, *pattern.tensors, *options)
+    return (as_given(layout, o), lse) if return_lse else as_given(layout, o)

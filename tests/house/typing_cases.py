@@ -38,7 +38,7 @@ def public(q: Tensor, state: tuple[Tensor, Tensor], yes: bool) -> None:
 def refused(q: Tensor) -> None:
     """An ignore that nothing needs is an error: so each of these is one."""
     tab.linear_attention(q, q, q, feature_map="gelu")  # type: ignore[call-overload]
-    tab.local_attention(q, q, q, window=2, backend="gpu")  # type: ignore[arg-type]
+    tab.local_attention(q, q, q, window=2, backend="gpu")  # type: ignore[call-overload]
     tab.mla_attention(q, q, q, q, q, q, form="fast")  # type: ignore[call-overload]
     tab.use_backend("fast")  # type: ignore[arg-type]
     tab.compare(seed=1)  # type: ignore[call-arg]

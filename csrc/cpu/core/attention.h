@@ -17,8 +17,8 @@ struct Inputs {
   std::optional<Tensor> mask;
 
   Inputs(const char* op, Attention& a, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-         const std::optional<Tensor>& mask_ = {}) {
-    check_qkv(op, q_, k_, v_);
+         const std::optional<Tensor>& mask_ = {}, bool grouped = false) {
+    check_qkv(op, q_, k_, v_, grouped);
     a.b = q_.size(0), a.h = q_.size(1), a.n = q_.size(2), a.d = q_.size(3), a.e = v_.size(3);
     check_mask(op, mask_, a.b, a.n);
     q = unit_last(q_), k = unit_last(k_), v = unit_last(v_), mask = contiguous(mask_);
@@ -32,8 +32,8 @@ struct Gradients {
 
   Gradients(Attention& a, const Inputs& in)
       : dq(token_major(in.q, a.b, a.h, a.n, a.d)),
-        dk(token_major(in.k, a.b, a.h, a.n, a.d)),
-        dv(token_major(in.v, a.b, a.h, a.n, a.e)) {
+        dk(token_major(in.k, a.b, in.k.size(1), a.n, a.d)),
+        dv(token_major(in.v, a.b, in.v.size(1), a.n, a.e)) {
     a.dq = Rows(dq), a.dk = Rows(dk), a.dv = Rows(dv);
   }
 };

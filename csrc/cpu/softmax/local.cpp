@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t left, i
                                    int64_t rows, int64_t cols, bool causal, double scale) {
   constexpr const char* op = "local_fwd";
   Local a{};
-  const Inputs in(op, a, q, k, v);
+  const Inputs in(op, a, q, k, v, {}, true);
   prepare(op, a, left, right, rows, cols, causal, scale);
   return dispatch(op, in.q, [&]<class T>() {
     return softmax_forward<T>(a, TAB_SELECT(local_kernels<T>), most_runs(a), in);
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
                                             int64_t cols, bool causal, double scale) {
   constexpr const char* op = "local_bwd";
   Local a{};
-  const Inputs in(op, a, q, k, v);
+  const Inputs in(op, a, q, k, v, {}, true);
   prepare(op, a, left, right, rows, cols, causal, scale);
   const Cotangents given(op, a, grad, q, o, lse);
   const baseline::Window<float, false> line{a, 0, 0, 1, {}, {}, {}};

@@ -74,14 +74,15 @@ template <bool grid, class T>
 static void strips(const Local& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
                    void* scratch) {
   using A = acc_t<T>;
-  for (int64_t i = part.first; i < part.last; i += part.step) {
-    const auto rule = Window<A, grid>::at(a, i * Q<A>);
+  for (int64_t t = part.first; t < part.last; t += part.step) {
+    const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * Q<A>;
+    const auto rule = Window<A, grid>::at(a, i0);
     const int64_t count = list_keys(rule, runs);
     const Arena<A> arena{static_cast<A*>(scratch)};
     if (sums == nullptr)
-      strip_forward<T>(a, rule, part.head, i * Q<A>, runs, runs + count, stretch, arena);
+      strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, arena);
     else
-      strip_backward<T>(a, rule, part.head, i * Q<A>, runs, runs + count, stretch, *sums, arena);
+      strip_backward<T>(a, rule, head, i0, runs, runs + count, stretch, *sums, arena);
   }
 }
 

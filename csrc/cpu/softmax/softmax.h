@@ -15,8 +15,10 @@
 namespace tab {
 
 struct Softmax : Attention {
-  int64_t chunk;  // keys whose scores are held at once
-  bool copy;      // K and V go through scratch: to convert them or to pad their rows
+  int64_t kv, group;  // heads of k and v; heads of q that share one of them: H / kv
+  int64_t strips;     // of one head of q
+  int64_t chunk;      // keys whose scores are held at once
+  bool copy;          // K and V go through scratch: to convert them or to pad their rows
   bool causal;
   double scale;
   void* lse;  // (B, H, N) in the accumulation type
@@ -38,7 +40,8 @@ struct Sums {
   int64_t ldk, ldv, first, last;
 };
 
-/// The strips first, first + step, … below last of one (b, h).
+/// The strips first, first + step, … below last of one (b, head of k and v): those of its first head
+/// of q, then those of the next.
 struct Part {
   int64_t head, first, last, step;
 };

@@ -65,7 +65,7 @@ static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int
   A *s = arena.take(a.chunk * Q<A>), *ds = arena.take(a.chunk * Q<A>);
   A *k = nullptr, *v = nullptr;
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
-  Keys<T> keys{a, b, h, k, v, stretch};
+  Keys<T> keys{a, b, h / a.group, k, v, stretch};
   A l[Q<A>], delta[Q<A>];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
@@ -117,10 +117,10 @@ static void add_parts(const Rows& out, int64_t width, const Softmax& a, int64_t 
       const A* sums = static_cast<const A*>(values ? p->dv : p->dk);
       add_scaled(total, A(1), sums + (j - p->first) * padded<A>(width), padded<A>(width));
     }
-  store_row(row<T>(out, head / a.h, head % a.h, j), width, total, A(1));
+  store_row(row<T>(out, head / a.kv, head % a.kv, j), width, total, A(1));
 }
 
-/// dk and dv of the keys j0 … j1 of one head: the sums of all parts that hold them, in order.
+/// dk and dv of the keys j0 … j1 of one head of theirs: the sums of all parts that hold them, in order.
 template <class T, class Args>
 static void finish(const Args& a, int64_t head, int64_t j0, int64_t j1, const Sums* parts,
                    int64_t count, void* scratch) {

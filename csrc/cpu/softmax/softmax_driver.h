@@ -1,9 +1,10 @@
 // How local.cpp and sparse.cpp run their strips: checks, outputs, threads, memory. Included after
 // each_isa.h.
 //
-// Forward, a task is a group of neighbouring strips. Backward, a task is one (b, h) or, when there
-// are too few of those for the threads, a segment of its strips, with sums of dK and dV of its own
-// that are added up in order at the end: no atomics, and the same bits in every run.
+// Forward, a task is some neighbouring strips. Backward, a task is one (b, head of k and v) or, when
+// there are too few of those for the threads, a segment of its strips, with sums of dK and dV of its
+// own that are added up in order at the end: no atomics, and the same bits in every run. The heads of
+// q that share one of k and v are one list of strips, so k and v are read in place.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,8 @@ struct Cotangents {
 
 /// How much is held at once.
 template <class T>
-void prepare(Softmax& a, int64_t lanes) {
+void prepare(Softmax& a, int64_t lanes, const Inputs& in) {
+  a.kv = in.k.size(1), a.group = a.kv > 0 ? a.h / a.kv : 1, a.strips = ceiling(a.n, 2 * lanes);
   a.copy = !std::is_same_v<T, acc_t<T>> || a.d % lanes != 0 || a.e % lanes != 0;
   // Scores, and K and V when they are copied, fit the L2 together.
   a.chunk = std::clamp<int64_t>(65536 / (a.d + a.e) / 8 * 8, 64, 512);
@@ -49,18 +51,18 @@ inline int64_t softmax_scratch(const Softmax& a, int64_t lanes) {
 template <class T, class Args>
 std::tuple<Tensor, Tensor> softmax_forward(Args& a, const SoftmaxKernels<Args>& kernels,
                                            int64_t most_runs, const Inputs& in) {
-  prepare<T>(a, kernels.lanes);
+  prepare<T>(a, kernels.lanes, in);
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
   const Tensor lse = torch::stable::new_empty(in.q, {a.b, a.h, a.n}, accumulator(in.q));
   a.o = Rows(o), a.lse = lse.data_ptr();
-  const int64_t queries = 2 * kernels.lanes, strips = ceiling(a.n, queries);
-  const int64_t heads = a.b * a.h, work = softmax_scratch(a, kernels.lanes);
-  const int64_t group = std::clamp<int64_t>(heads * strips / (8 * threads()), 1, 16);
-  const int64_t groups = ceiling(strips, group);
-  parallel(heads * groups, [&](int64_t task) {
+  const int64_t heads = a.b * a.kv, strips = a.group * a.strips;
+  const int64_t work = softmax_scratch(a, kernels.lanes);
+  const int64_t few = std::clamp<int64_t>(heads * strips / (8 * threads()), 1, 16);
+  const int64_t tasks = ceiling(strips, few);
+  parallel(heads * tasks, [&](int64_t task) {
     // First, last, second, …: BigBird's long rows are at both ends and must not come last.
-    const int64_t t = task % groups, g = t % 2 == 0 ? t / 2 : groups - 1 - t / 2;
-    const Part part{task / groups, g * group, std::min((g + 1) * group, strips), 1};
+    const int64_t t = task % tasks, g = t % 2 == 0 ? t / 2 : tasks - 1 - t / 2;
+    const Part part{task / tasks, g * few, std::min((g + 1) * few, strips), 1};
     kernels.strips(a, part, nullptr, arena<Run>(most_runs).next, arena<Stretch>(most_runs).next,
                    arena<acc_t<T>>(work).next);
   });
@@ -75,10 +77,10 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
                                                     const Bounds& keys, const Inputs& in) {
   using A = acc_t<T>;
   const int64_t lanes = kernels.lanes;
-  prepare<T>(a, lanes);
+  prepare<T>(a, lanes, in);
   const Gradients out(a, in);
-  const int64_t queries = 2 * lanes, strips = ceiling(a.n, queries);
-  const int64_t heads = a.b * a.h, work = softmax_scratch(a, lanes);
+  const int64_t queries = 2 * lanes, strips = a.group * a.strips;
+  const int64_t heads = a.b * a.kv, work = softmax_scratch(a, lanes);
   const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes);
   const int64_t length = ceiling(strips, segments(heads, strips)), count = ceiling(strips, length);
   const auto run = [&](const Part& part, const Sums& sums, A* scratch) {
@@ -92,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
       A* scratch = arena<A>(rows + work).next;
       Sums sums{scratch, scratch + a.n * dp, dp, ep, 0, a.n};
       if (!a.copy) {  // the outputs themselves
-        const int64_t b = head / a.h, h = head % a.h;
+        const int64_t b = head / a.kv, h = head % a.kv;
         A* x = static_cast<A*>(a.dk.data) + b * a.dk.b + h * a.dk.h;
         A* y = static_cast<A*>(a.dv.data) + b * a.dv.b + h * a.dv.h;
         sums = {x, y, a.dk.n, a.dv.n, 0, a.n};
@@ -111,10 +113,10 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
   std::vector<Sums> parts(heads * count);
   int64_t size = 0;
   for (int64_t task = 0; task < heads * count; ++task) {
-    const int64_t s = task % count;
-    const auto [from, to] =
-        deal ? std::pair<int64_t, int64_t>(0, a.n)
-             : keys(s * length * queries, std::min((s + 1) * length * queries, a.n));
+    const int64_t begin = task % count * length, last = std::min(begin + length, strips) - 1;
+    const int64_t i0 = begin % a.strips * queries, i1 = (last % a.strips + 1) * queries;
+    const bool all = deal || begin / a.strips != last / a.strips;  // or of two heads
+    const auto [from, to] = all ? std::pair<int64_t, int64_t>(0, a.n) : keys(i0, std::min(i1, a.n));
     parts[task] = {nullptr, nullptr, dp, ep, from, to};
     size += (to - from) * (dp + ep);
   }

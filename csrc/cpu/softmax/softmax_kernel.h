@@ -29,7 +29,7 @@ static void turn(int64_t count, int64_t width, const A* x, A scale, A* y) {
 
 // --- keys -----------------------------------------------------------------------------------------
 
-/// The keys of one (b, h) and, a chunk at a time, where their rows are.
+/// The keys of one (b, head of k and v) and, a chunk at a time, where their rows are.
 template <class T>
 struct Keys {
   using A = acc_t<T>;
@@ -202,7 +202,7 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
   A *qt = arena.take(a.d * Q<A>), *q = arena.take(Q<A> * dp), *o = arena.take(Q<A> * ep);
   A *s = arena.take(a.chunk * Q<A>), *k = nullptr, *v = nullptr;
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
-  Keys<T> keys{a, b, h, k, v, stretch};
+  Keys<T> keys{a, b, h / a.group, k, v, stretch};
   A top[Q<A>], old[Q<A>], total[Q<A>];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr,
                                    Tensor, int64_t block_size, bool causal, double scale) {
   constexpr const char* op = "sparse_fwd";
   Sparse a{};
-  const Inputs in(op, a, q, k, v);
+  const Inputs in(op, a, q, k, v, {}, true);
   const Pattern pattern(op, a, row_ptr, col, block_size, causal, scale);
   return dispatch(op, in.q, [&]<class T>() {
     return softmax_forward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a), in);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
                                             int64_t block_size, bool causal, double scale) {
   constexpr const char* op = "sparse_bwd";
   Sparse a{};
-  const Inputs in(op, a, q, k, v);
+  const Inputs in(op, a, q, k, v, {}, true);
   const Pattern pattern(op, a, row_ptr, col, block_size, causal, scale);
   const Cotangents given(op, a, grad, q, o, lse);
   const auto all = [&](int64_t, int64_t) { return std::pair<int64_t, int64_t>(0, a.n); };

@@ -1,0 +1,72 @@
+"""Two attentions over disjoint keys, put together: by their log-sum-exp, exactly.
+
+    L = log(e^L₁ + e^L₂),  o = e^(L₁ − L) o₁ + e^(L₂ − L) o₂
+
+Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", sec. 3; Dao 2023,
+"FlashAttention-2", sec. 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._check import Layout, accumulate, as_given, heads_first, same, shapes
+
+
+def merge_attention(
+    o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, layout: Layout = "bhnd"
+) -> tuple[Tensor, Tensor]:
+    """What attention to both sets of keys would have given, of the attentions to each:
+    `o = e^(L₁ − L)·o₁ + e^(L₂ − L)·o₂`, `L = log(e^L₁ + e^L₂)` (Dao 2023, sec. 3.1).
+
+    The same queries, the same scale, and no key in both sets. More parts merge one after the other,
+    in any order. It is made of PyTorch's operators, which have derivatives of any order.
+
+    Args:
+        o1, o2: (B, H, N, Dv), of one dtype and device.
+        lse1, lse2: (B, H, N), in the accumulation type (float32, float64 of float64), as
+            `return_lse` gives them; −∞ where a query saw nothing, and then o counts for nothing.
+        layout: "bhnd", or "bnhd" where o1 and o2 are (B, N, H, Dv); lse is (B, H, N) in both.
+
+    Returns:
+        o, like o1, and lse, like lse1; 0 and −∞ where a query saw nothing in either.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message prints them.
+
+    Example: the tokens nearby, and those that a pattern adds.
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> blocks = torch.eye(4).bool()
+        >>> own, others = (tab.BlockPattern.from_blocks(x, 16, 64) for x in (blocks, ~blocks))
+        >>> parts = [tab.sparse_attention(q, k, v, p, return_lse=True) for p in (own, others)]
+        >>> o, lse = tab.merge_attention(*parts[0], *parts[1])
+        >>> whole = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> torch.allclose(o, whole, atol=1e-5)
+        True
+    """
+    o1, o2 = heads_first("merge_attention", layout, o1, o2)
+    acc, given = accumulate(o1), {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
+    if o1.dim() != 4 or o2.shape != o1.shape or any(x.shape != o1.shape[:3] for x in (lse1, lse2)):
+        raise ValueError(
+            "merge_attention wants o1, o2 (B, H, N, Dv) of one shape and lse1, lse2 (B, H, N); got "
+            + shapes(**given)
+        )
+    if not lse1.dtype == lse2.dtype == acc:
+        raise ValueError(
+            f"merge_attention wants lse1 and lse2 in {str(acc).removeprefix('torch.')}, as "
+            f"return_lse gives them; got {shapes(**given)}"
+        )
+    same("merge_attention", o1=o1, o2=o2)
+    top = torch.maximum(lse1, lse2).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    w1, w2 = (lse1 - top).exp(), (lse2 - top).exp()  # ≤ 1
+    total = w1 + w2
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    lse = (top + total.log()).masked_fill(nothing, -torch.inf)
+    x, y = (
+        o.to(acc).masked_fill((w == 0)[..., None], 0.0) * (w / total)[..., None]
+        for o, w in ((o1, w1), (o2, w2))
+    )
+    return as_given(layout, (x + y).to(o1.dtype)), lse
