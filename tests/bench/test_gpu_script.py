@@ -1,75 +1,122 @@
-"""bench/gpu.sh as far as it goes without a GPU, and the table that it prints."""
+"""bench/gpu.sh: whole on a CPU, each step at its smallest; its limits by a clock of the test."""
 
 import os
 import re
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import gpu_steps
+from gpu_steps import TOTAL, Step, executed, perform, steps
 from images_per_second import rates, table
+
+
+def plan(out: Path, **options) -> list[Step]:
+    known = {"dry": False, "data": "shapes:100/20", "assemblers": {"bundled": "", "wheel": "/p"}}
+    return steps(out, **known | options)
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "work").mkdir()
+    return tmp_path
 
 
 def run(out, **environment):
     return subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu.sh"), str(out)],
         env={**os.environ, "PYTHON": sys.executable, **environment},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
-def test_the_steps_and_their_times(tmp_path):
-    done = run(tmp_path, DRY="1", TAB_DATA="shapes:100/20")
-    assert done.returncode == 0, done.stderr
-    steps = dict(re.findall(r"^(\w+), (\d+) s: ", done.stdout, re.M))
-    fixed = ["build", "sanitizer", "study", "bench"]
-    tests = {name for name in steps if name not in fixed}
-    assert [name for name in steps if name not in tests] == fixed
-    assert "--data shapes:100/20 --device cuda" in done.stdout
-    times = [int(steps[name]) for name in ("build", "train_step", "sanitizer", "study", "bench")]
-    assert times == [150, 220, 45, 150, 170]
-    mark = "mark" + ".gpu"  # in two words: this file has none
-    paths = [path for path in ROOT.glob("tests/*/test_*.py") if mark in path.read_text()]
-    marked = {f"{path.parent.name}_{path.stem.removeprefix('test_')}" for path in paths}
-    assert tests == marked | {"ops_triton_gpu_performer"}
-    assert not (ROOT / "tab" / "kernels").is_symlink()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_dry_it_runs_whole_on_a_cpu(out):
+    done = run(out, DRY="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("machine", "smoke", "bench", "tests", "study"):
+        assert re.search(rf"^{name}: ok, ", done.stdout, re.M), done.stdout
+    assert re.search(r"^sanitizer: nothing to do", done.stdout, re.M)
+    assert re.search(r"^smoke dry performer cpp: ", done.stdout, re.M)
+    assert re.search(r"^MLP +Linear +[\d,]+ images/s", done.stdout, re.M)
+    with tarfile.open(out / "all.tgz") as tar:
+        names = set(tar.getnames())
+    assert {"bench.json", "summary.txt", "work/smoke.log", "work/study/report.md"} <= names
+    assert sum(path.is_file() for path in out.iterdir()) <= 8
 
 
-PYTHON = """#!/bin/sh
-case "$*" in
-*get_device_capability*) echo 9.0 ;;
-*build_ext*) echo "error: no compiler"; exit 1 ;;
-*test_step.py*) echo "begun"; sleep 60 ;;
-*pytest*) echo "3 passed in 1.00s" ;;
-*"tab compare"*) while [ "$1" != --out ]; do shift; done; mkdir "$2"; exit 2 ;;
-esac
-"""
+def test_no_step_takes_what_is_reserved_for_the_later_ones(out, monkeypatch):
+    """Every step takes all that it is given, by a clock of the test's, and the whole still fits."""
+    monkeypatch.setattr(gpu_steps, "missing", lambda modules: [])
+    monkeypatch.setattr(gpu_steps, "carried", lambda: False)
+    now, given = [0.0], {}
+
+    def greedy(step, seconds, log):
+        given[step.name] = seconds
+        now[0] += seconds
+        return "CUT, out of time"
+
+    told = perform(plan(out), out, run=greedy, clock=lambda: now[0])
+    assert now[0] <= TOTAL and min(given.values()) >= 15
+    assert list(given) == ["machine", "build", "smoke", "bench", "tests", "study", "sanitizer"]
+    assert [what for _, what, _ in told] == ["CUT, out of time"] * 7
+    with tarfile.open(out / "all.tgz") as tar:
+        assert tar.getnames() == ["summary.txt"]
 
 
-def test_what_fails_and_what_hangs_costs_only_itself(tmp_path):
-    """With a Python that only says what its steps might: the summary is whole, and last."""
-    python = tmp_path / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    done = run(tmp_path / "out", PYTHON=str(python), MOST="2", TORCH_CUDA_ARCH_LIST="")
-    assert done.returncode == 1
-    summary = done.stdout
-    assert re.search(r"^build: FAILED \(1\), \d s\nerror: no compiler$", summary, re.M)
-    assert re.search(r"^train_step: CUT, out of time, \d s$", summary, re.M)
-    assert re.search(r"^ops_triton_gpu: ok, \d s\n3 passed", summary, re.M)
-    assert re.search(r"^study: FAILED \(2\)", summary, re.M)
-    assert summary.splitlines()[-1] == "3 passed in 1.00s"  # the bench
-    assert (tmp_path / "out" / "study.tgz").exists()
-    assert (tmp_path / "out" / "train_step.log").read_text() == "begun\n"
+def test_what_is_left_over_goes_to_the_next(out, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "missing", lambda modules: [])
+    given = {}
+
+    def quick(step, seconds, log):
+        given[step.name] = seconds
+        return "ok"
+
+    perform(plan(out), out, run=quick, clock=lambda: 0.0)
+    assert given["bench"] == 170 and given["tests"] == 150 and given["study"] == 100
+
+
+def test_a_step_without_its_modules_is_left_out_by_name(out):
+    step = Step("study", 9, [["true"]], needs=("tomllib", "no_such_module"))
+    ((_, what, _),) = perform([step], out, run=lambda *_: "ok")
+    assert what.startswith("left out: no no_such_module here; WHEELS=")
+
+
+def test_what_fails_and_what_hangs_costs_only_itself(out):
+    hangs = "import time; print('begun', flush=True); time.sleep(60)"
+    todo = [
+        Step("none", 5, [["no-such-command"]]),
+        Step("fails", 9, [[sys.executable, "-c", "print('E  wrong'); raise SystemExit(3)"]]),
+        Step("hangs", 3, [[sys.executable, "-S", "-c", hangs]]),
+        Step("both", 9, [["true"], ["false"]], variables=({"A": "1"}, {"A": "2"})),
+        Step("last", 9, [["true"]]),
+    ]
+    told = {name: what for name, what, _ in perform(todo, out, run=executed)}
+    assert told["none"].startswith("FAILED (No such file") and told["last"] == "ok"
+    assert told["fails"] == "FAILED (3)" and told["both"] == "FAILED (1)"
+    assert told["hangs"] == "CUT, out of time"
+    assert (out / "work" / "hangs.log").read_text().startswith("begun")
+    assert "E  wrong" in (out / "summary.txt").read_text()
+
+
+def test_assemblers_run_side_by_side_with_caches_of_their_own(out):
+    smoke = next(step for step in plan(out) if step.name == "smoke")
+    assert len(smoke.commands) == len(smoke.variables) == 2
+    bundled, wheel = smoke.variables
+    assert "TRITON_PTXAS_PATH" not in bundled and wheel["TRITON_PTXAS_PATH"] == "/p"
+    assert bundled["TRITON_CACHE_DIR"] != wheel["TRITON_CACHE_DIR"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said(tmp_path):
-    done = run(tmp_path)
-    assert done.returncode == 1 and done.stdout.startswith("no GPU: torch cannot name one")
+def test_no_gpu_is_said(out):
+    done = run(out)
+    assert done.returncode == 1 and done.stderr.startswith("no GPU: torch cannot name one")
 
 
 def test_table_of_the_last_epoch(tmp_path):
