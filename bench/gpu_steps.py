@@ -60,7 +60,7 @@ def steps(out: Path, *, dry: bool, data: str, assemblers: dict[str, str]) -> lis
     study = [python, "-m", "tab", "compare", "--device", device, "--data", data]
     study += ["--out", str(out / "work" / "study")]
     if dry:
-        tests = [*pytest, "--collect-only"]
+        tests = [*pytest[:-1], "tests/train", "--collect-only"]
         bench += options("--ops linear --sizes cifar --contestants none")
         bench += options("--budget 0.01 --processes 1")
         study += options("--recipe quick --models mlp --attentions none,linear --epochs 1")
