@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..cli.given import device_of, layers_of, now, place_of
+from ..cli.given import device_of, layers_of, load_data, now, place_of
 from ..compare.columns import SUMMARY
 from ..compare.driver import compare as run_all
 from ..compare.plan import Grid, Plan
 from ..compare.runs import Run, read_runs
 from ..compare.verdicts import COLUMNS
 from ..compare.watched import WatchedComparison
-from ..data.load import load_dataset
 from ..figures import Picture
 from ..models.image_model import STUDY, model_names
 from ..recipe.recipe import load_recipe
@@ -34,10 +33,11 @@ from .rows import Rows
 from .told import Tell, ToldRungs, ToldRuns, silent
 
 SHOWN = {
-    **{"model": "model", "title": "attention", "accuracy_mean": "test", "difference": "difference"},
-    **{"difference_low": "from", "difference_high": "to", "verdict": "verdict"},
-    **{"time_ratio": "time", "notes": "note"},
+    **{"model": "model", "title": "attention", "accuracy_mean": "test %"},
+    **{"difference": "vs control", "difference_low": "from", "difference_high": "to"},
+    **{"verdict": "verdict", "time_ratio": "time ×", "notes": "note"},
 }
+PERCENT = ("accuracy_mean", "difference", "difference_low", "difference_high")
 
 
 def compare(
@@ -108,7 +108,7 @@ def compare(
     plan = Plan(found, grid)
     plan.configs()  # every name and option is checked before anything is fetched or written
     check(list(watch))
-    dataset = load_dataset(grid.data)
+    dataset = load_data(grid.data, found.data())
     place = plan.save(Path(out) if out else now("results"), dataset, new=out is None)
     return Comparison(place).resume(jobs=jobs, executor=executor, tell=tell, watch=watch)
 
@@ -149,22 +149,23 @@ class Comparison(Result):
         """Runs what has not ended. data: where the data is now, if it has moved; else as `compare`.
         -> itself"""
         plan, out, say = Plan.load(self.directory), self.directory, tell or silent
-        dataset = load_dataset(place_of(str(data or plan.grid.data)))
+        where = place_of(str(data or plan.grid.data))
+        dataset = load_data(where, plan.recipe.data(), kept=not data)
         if data:
-            moved = dataclasses.replace(plan.grid, data=place_of(str(data)))
-            plan = dataclasses.replace(plan, grid=moved)
+            plan = dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, data=where))
             plan.moved(out, dataset)
-        where, kinds = executor or executor_of(jobs), check(list(watch))
+        executor, kinds = executor or executor_of(jobs), check(list(watch))
         say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
         try:
             if plan.grid.tune:
                 search, told = sweep_of(plan, dataset), ToldRungs(say)
-                with Watchers(kinds, out / FOLDER, out.resolve().name, say=say) as others:
+                study = f"{out.resolve().name}/{FOLDER}"
+                with Watchers(kinds, out / FOLDER, study, say=say) as others:
                     watcher = WatchedSweep(search, others, told)
-                    plan = tuned(plan, dataset, out, watcher=watcher, executor=where)
+                    plan = tuned(plan, dataset, out, watcher=watcher, executor=executor)
             with Watchers(kinds, out, say=say) as others:
                 watcher = WatchedComparison(others, ToldRuns(say))
-                runs = run_all(plan, dataset, out, watcher=watcher, executor=where)
+                runs = run_all(plan, dataset, out, watcher=watcher, executor=executor)
         except KeyboardInterrupt:
             say(f"stopped; go on with tab.load_study({str(out)!r}).resume()")
             raise
@@ -177,7 +178,8 @@ class Comparison(Result):
         """Writes report.html, report.md and the pictures into the directory, as the shell does at
         the end of a comparison; -> the path of report.html. bench: a folder with JSON of `bench`.
         sweep: the directory of a sweep to show."""
-        dataset = load_dataset(self.grid.data)
+        plan = Plan.load(self.directory)
+        dataset = load_data(plan.grid.data, plan.recipe.data(), kept=True)
         more = {"bench": Path(bench) if bench else None, "sweep": Path(sweep) if sweep else None}
         return write_report(self.directory, dataset, **more).with_suffix(".html")
 
@@ -186,7 +188,7 @@ class Comparison(Result):
         on, and means over the seeds (docs/output-files.md has every name)."""
         found = [_row(entry) for model in self.grid.models for entry in self.ranked(model)]
         shown = SHOWN if any(row["notes"] for row in found) else {**SHOWN, "notes": ""}
-        return Rows(found, {key: head for key, head in shown.items() if head})
+        return Rows(found, {key: head for key, head in shown.items() if head}, percent=PERCENT)
 
     def headline(self) -> str:
         done = sum(run.status == "done" for run in self.runs)

@@ -16,7 +16,8 @@ WIDTH = 120  # of the text, in characters
 
 class Rows(list[dict[str, Any]]):
     """A list of dicts with the same keys that shows itself as a table: in Python's shell, in a
-    notebook and with rich. shown: the keys that are, and their heads; by default all.
+    notebook and with rich. shown: the keys that are, and their heads; by default all. percent: keys
+    of shares of 1 that are shown times 100.
 
     >>> from tab.api.rows import Rows
     >>> Rows([{"attention": "linear", "test": 0.5, "note": None}])
@@ -25,13 +26,27 @@ class Rows(list[dict[str, Any]]):
      linear       0.5   –
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]] = (), shown: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]] = (),
+        shown: Mapping[str, str] | None = None,
+        percent: Iterable[str] = (),
+    ):
         super().__init__(rows)
         keys = self[0] if self else ()
-        self.shown = dict(shown or zip(keys, keys, strict=True))
+        self.shown, self.percent = dict(shown or zip(keys, keys, strict=True)), set(percent)
 
     def cells(self) -> list[list[str]]:
-        return [[_cell(row[key]) for key in self.shown] for row in self]
+        """As they are shown, a list a line."""
+        return [[self._cell(row, key) for key in self.shown] for row in self]
+
+    def _cell(self, row: dict[str, Any], key: str) -> str:
+        value = row[key]
+        if value is None or value == "":
+            return "–"
+        if key in self.percent:
+            return f"{100 * value:.2f}"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     def __rich__(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
@@ -57,9 +72,3 @@ class Rows(list[dict[str, Any]]):
         body = "".join(f"<tr>{line('td', cells)}</tr>" for cells in self.cells())
         head = line("th", self.shown.values())
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(value: object) -> str:
-    if value is None or value == "":
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

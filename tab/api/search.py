@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ..cli.given import device_of, layers_of, now, place_of
-from ..data.load import load_dataset
+from ..cli.given import device_of, layers_of, load_data, now, place_of
 from ..figures import Picture
 from ..layers import attention_names
 from ..models.image_model import STUDY, model_names
@@ -94,7 +93,7 @@ def sweep(
     )
     plan.check()
     check(list(watch))
-    dataset = load_dataset(plan.data)
+    dataset = load_data(plan.data, plan.recipe.data())
     new = now("results", prefix="sweep_")
     place = plan.save(Path(out) if out else new, dataset, new=out is None)
     found = Sweep(place)
@@ -137,16 +136,16 @@ class Sweep(Result):
         """Runs what has not ended. data: where the data is now, if it has moved; else as `sweep`.
         -> itself"""
         plan, out, say = self.plan, self.directory, tell or silent
-        dataset = load_dataset(place_of(str(data or plan.data)))
+        where = place_of(str(data or plan.data))
+        dataset = load_data(where, plan.recipe.data(), kept=not data)
         if data:
-            plan = dataclasses.replace(plan, data=place_of(str(data)))
+            plan = dataclasses.replace(plan, data=where)
             plan.moved(out, dataset)
         say(f"{out}: {len(plan.pairs())} × {plan.budget.configurations} configurations")
         try:
             with Watchers(check(list(watch)), out, say=say) as others:
                 watcher = WatchedSweep(plan, others, ToldRungs(say))
-                where = executor or executor_of(jobs)
-                run_all(plan, dataset, out, watcher=watcher, executor=where)
+                run_all(plan, dataset, out, watcher=watcher, executor=executor or executor_of(jobs))
         except KeyboardInterrupt:
             say(f"stopped; go on with tab.load_study({str(out)!r}).resume()")
             raise

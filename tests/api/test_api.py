@@ -159,6 +159,12 @@ def test_errors_come_before_anything_is_written(tmp_path, changes, words):
     assert not (tmp_path / "x").exists()
 
 
+def test_images_of_the_size_that_the_recipe_says(tmp_path):
+    sized = {**GIVEN, "overrides": GIVEN["overrides"] | {"data.size": 24}}
+    found = tab.compare("self", "mlp", out=tmp_path, tell=None, **sized)
+    assert found.runs[0].status == "done" and found.resume(tell=None).rows() == found.rows()
+
+
 def test_a_directory_is_not_begun_twice(comparison):
     with pytest.raises(ValueError, match="already holds a comparison"):
         tab.compare("self", "mlp", out=comparison.directory, **GIVEN)
@@ -226,3 +232,4 @@ def test_rows_escape_what_they_show():
     rows = Rows([{"name": "<b>[red]", "x": 0.12345, "none": None}])
     assert "&lt;b&gt;[red]" in rows._repr_html_() and "<b>[red]" in repr(rows)
     assert "0.123" in repr(rows) and "–" in repr(rows) and repr(Rows()) == ""
+    assert " 12.35" in repr(Rows(rows, {"x": "x"}, percent=["x"]))

@@ -1,6 +1,7 @@
 """`tab.swap_attention`: the same function where it can be the same, an error where it cannot."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -263,6 +264,16 @@ def test_a_module_in_two_places_stays_one():
     model.layers[1].self_attn = model.layers[0].self_attn
     tab.swap_attention(model, "performer", seq_len=N)
     assert model.layers[0].self_attn is model.layers[1].self_attn
+
+
+def test_it_compiles_and_is_pickled(x):
+    """In one graph, with padding: what is checked of a mask breaks none."""
+    model = tab.swap_attention(encoder(1), "performer", seq_len=N).layers[0]
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    given = {"src_key_padding_mask": torch.zeros(3, N).masked_fill(padding(), -torch.inf)}
+    torch.testing.assert_close(run(x, **given), model(x, **given))
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(other(x, **given), model(x, **given))
 
 
 # --- never in silence -----------------------------------------------------------------------------
