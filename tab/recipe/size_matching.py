@@ -49,7 +49,8 @@ BLOCK, BLOCK_FLOPS = "block:", "block-flops:"
 def check_match(where: str, match: str, block: str) -> None:
     """A ValueError unless `match` is one of the above, and fits the kind of block."""
     ways = ("", "flops:", BLOCK, BLOCK_FLOPS)
-    check_keys(where, [match], ["", *(f"{way}{name}" for way in ways for name in layer_names())])
+    names = layer_names()
+    check_keys(where, [match], ["", *(f"{way}{name}" for way in ways for name in names)])
     if match.startswith((BLOCK, BLOCK_FLOPS)) and block != "pre_norm":
         raise ValueError(
             f'{where} = "{match}" matches transformer blocks, but block = "{block}"; give '
@@ -181,19 +182,39 @@ def _same_for_every_seed(config: RunConfig) -> str:
     return json.dumps(dataclasses.replace(config, seed=0, attention_options=same).to_dict())
 
 
-@functools.cache
+def _remembered(measure: Callable[..., int]) -> Callable[..., int]:
+    """`functools.cache`, of what a layer refuses too: that is asked as often."""
+
+    @functools.cache
+    def tried(*given) -> tuple[int, str | None]:
+        try:
+            return measure(*given), None
+        except ValueError as error:
+            return 0, str(error)
+
+    @functools.wraps(measure)
+    def known(*given) -> int:
+        size, refusal = tried(*given)
+        if refusal is not None:
+            raise ValueError(refusal)
+        return size
+
+    return known
+
+
+@_remembered
 def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int) -> int:
     run = RunConfig.from_dict(json.loads(config))
     return _undrawn(lambda: measure(build_model(run, classes)))
 
 
-@functools.cache
+@_remembered
 def _parameters_of_block(config: str) -> int:
     run = RunConfig.from_dict(json.loads(config))
     return _undrawn(lambda: parameter_count(build_block(run)))
 
 
-@functools.cache
+@_remembered
 def _flops_of_block(config: str) -> int:
     run = RunConfig.from_dict(json.loads(config))
     shape = (1, tokens_of(run), run.model_options.hidden)
