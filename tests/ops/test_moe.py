@@ -3,7 +3,7 @@
 import pytest
 import torch
 from proof import assert_accurate, outputs_and_gradients
-from torch.nn import functional as F
+from textbook.moe import experts
 
 from tab.functional import moe_experts, noaux_tc_gate
 from tab.ops.grouped import (
@@ -15,23 +15,8 @@ from tab.ops.grouped import (
 from tab.ops.router import expert_counts
 
 
-def slow_experts(index):
-    """The formula word for word: each token with its own copy of its i-th expert's matrices."""
-
-    def f(x, w13, w2, weights):
-        y = 0.0
-        for i in range(index.shape[-1]):
-            e = index[..., i]
-            gate, up = torch.einsum("...c,...fc->...f", x, w13[e]).chunk(2, -1)
-            out = torch.einsum("...f,...cf->...c", F.silu(gate) * up, w2[e])
-            y = y + out * weights[..., i, None]
-        return y.to(x.dtype)
-
-    return f
-
-
-def fast_experts(index, experts):
-    counts = expert_counts(index, experts)
+def fast_experts(index, number):
+    counts = expert_counts(index, number)
     return lambda x, w13, w2, weights: moe_experts(x, w13, w2, weights, index, counts)
 
 
@@ -58,7 +43,7 @@ CASES = [  # lead, E, k, C, F, experts in use
 def test_experts_accurate(case, generator):
     *sizes, used = case
     x, index = routed(*sizes, generator, choose_from=used)
-    f, g = fast_experts(index, sizes[1]), slow_experts(index)
+    f, g = fast_experts(index, sizes[1]), experts(index)
     assert_accurate(f, g, x, names="y dx dw13 dw2 dweights")
     dw13 = outputs_and_gradients(f, x)[2]
     idle = expert_counts(index, sizes[1]) == 0
@@ -69,7 +54,7 @@ def test_experts_accurate(case, generator):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_experts_dtypes(dtype, generator):
     x, index = routed((2, 9), 4, 2, 8, 8, generator, dtype, choose_from=3)
-    assert_accurate(fast_experts(index, 4), slow_experts(index), x)
+    assert_accurate(fast_experts(index, 4), experts(index), x)
     assert fast_experts(index, 4)(*x).dtype == dtype
 
 
@@ -78,7 +63,7 @@ def test_experts_strides(generator):
     strange = [x.mT.contiguous().mT, w13.mT.contiguous().mT, torch.cat([w2, w2], -1)[..., ::2]]
     strange.append(weights.T.contiguous().T if weights.dim() == 2 else weights)
     assert not any(t.is_contiguous() for t in strange[:3])
-    truth = slow_experts(index)
+    truth = experts(index)
     for a, b in zip(
         outputs_and_gradients(fast_experts(index, 4), strange),
         outputs_and_gradients(truth, strange),
@@ -159,7 +144,7 @@ def test_opcheck(generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_asks_the_device_nothing(dtype, generator):
     x, index = routed((2, 64), 8, 2, 32, 16, generator, dtype, choose_from=5)
-    truth = slow_experts(index)(*(t.double() for t in x))
+    truth = experts(index)(*(t.double() for t in x))
     x, index = [t.cuda().requires_grad_() for t in x], index.cuda()
     fast_experts(index, 8)(*x).sum().backward()  # loads the libraries, which may synchronise
     torch.cuda.set_sync_debug_mode("error")

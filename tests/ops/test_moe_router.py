@@ -2,22 +2,10 @@
 
 import pytest
 import torch
+from textbook.moe import gate
 
 from tab.functional import noaux_tc_gate
 from tab.ops.router import expert_counts
-
-
-def slow_gate(logits, bias, top_k, n_group, topk_group, route_scale):
-    """DeepSeek-V3 eq. 13-16 for one token, in Python numbers. -> {expert: weight}"""
-    s = [1 / (1 + torch.tensor(-x).exp().item()) for x in logits.tolist()]
-    biased = [a + b for a, b in zip(s, bias.tolist(), strict=True)]
-    per = len(s) // n_group
-    groups = [range(g * per, (g + 1) * per) for g in range(n_group)]
-    best = sorted(groups, key=lambda g: -sum(sorted((biased[e] for e in g), reverse=True)[:2]))
-    allowed = [e for g in best[:topk_group] for e in g]
-    chosen = sorted(allowed, key=lambda e: -biased[e])[:top_k]
-    total = sum(s[e] for e in chosen)
-    return {e: s[e] / total * route_scale for e in chosen}
 
 
 @pytest.mark.parametrize("shift", [0.0, -5.0, 5.0], ids=lambda s: f"bias {s:+}")
@@ -33,7 +21,7 @@ def test_gate(experts, top_k, n_group, topk_group, shift, generator):
     assert weights.shape == index.shape == (3, 7, top_k)
     for b in range(3):
         for t in range(7):
-            slow = slow_gate(logits[b, t], bias, top_k, **options)
+            slow = gate(logits[b, t], bias, top_k, **options)
             given = dict(zip(index[b, t].tolist(), weights[b, t].tolist(), strict=True))
             assert given == pytest.approx(slow)
     assert counts.tolist() == torch.bincount(index.flatten(), minlength=experts).tolist()

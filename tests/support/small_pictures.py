@@ -1,5 +1,6 @@
 """A small set of pictures for the tests of data, as a folder and in archives."""
 
+import io
 import os
 import stat
 import tarfile
@@ -20,6 +21,13 @@ def build(folder: Path) -> Path:
                 colour = (100 * label, 10 * i, 255 if split == "test" else 0)
                 Image.new("RGB", (32, 32), colour).save(folder / f"{split}/{name}/{i}.png")
     return folder
+
+
+def picture(colour=(9, 8, 7), form="PNG", **options) -> bytes:
+    """One of 32×32, as a file."""
+    out = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(out, form, **options)
+    return out.getvalue()
 
 
 def pack(folder: Path, archive: Path, mode: str = "w:xz", prefix: str = "top") -> Path:
