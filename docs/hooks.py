@@ -1,4 +1,5 @@
-"""What MkDocs does not do by itself: links from docs/ to the rest of the repository.
+"""What MkDocs does not do by itself: links from docs/ to the rest of the repository, and the
+certainty that a page, once it is there, asks no other machine for anything.
 
 Read in the repository, they lead to the file. The site has no such file, so it comes along:
 documents at the root become pages, any other file is copied below files/. A folder cannot be opened
@@ -11,11 +12,13 @@ import os
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")  # at the root, and pages of the site
+FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?(https?://[^\s\">]+)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -57,3 +60,9 @@ def place(path: Path, config, files) -> str | None:
     if files.get_file_from_path(uri) is None:
         files.append(File.generated(config, uri, abs_src_path=str(path)))
     return uri
+
+
+def on_post_build(config):
+    for page in Path(config.site_dir).rglob("*.html"):
+        if found := FETCHED.findall(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.name} would fetch {found[0]}: let the site bring it along")

@@ -71,6 +71,11 @@ def test_a_command_that_does_not_exist_is_found(line):
         check(shlex.split(line))
 
 
+def test_every_target_of_make_is_described():
+    told = "".join(text_of(ROOT / name) for name in ("README.md", "CONTRIBUTING.md"))
+    assert not {target for target in TARGETS - {"clean", "oldest"} if f"make {target}" not in told}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_python_runs(path, tmp_path, monkeypatch):
     """The blocks of a page, from its top to its end. One that trains for long says why it is not
