@@ -5,16 +5,15 @@ What computes comes with torch, which takes a second to import, so it loads at f
 """
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 _PACKAGES = ("functional", "layers", "ops")
+_CALLED = ("bench", "compare", "sweep")  # packages, and functions of tab.api
 # name -> where it lies, apart from the operators: these do not need what trains.
-_ELSEWHERE = {
-    **{"bench": "api", "compare": "api", "load_study": "api", "sweep": "api"},
-    **{"load_model": "train", "swap_attention": "swap"},
-}
+_ELSEWHERE = {"load_model": "train", "load_study": "api", "swap_attention": "swap"}
 
 if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from . import functional as functional
@@ -48,11 +47,18 @@ else:
         def __reduce__(self):
             return importlib.import_module, (self.__name__,)
 
-    for _name in ("bench", "compare", "sweep"):  # whose __init__.py import nothing
-        importlib.import_module(f"{__name__}.{_name}").__class__ = _Callable
+    class _Package(ModuleType):
+        """This one. Python binds a package here when it is first imported, by whatever name."""
+
+        def __setattr__(self, name, value):
+            if name in _CALLED and isinstance(value, ModuleType):
+                value.__class__ = _Callable
+            super().__setattr__(name, value)
+
+    sys.modules[__name__].__class__ = _Package
 
     def __getattr__(name: str):
-        if name in _PACKAGES:
+        if name in _PACKAGES or name in _CALLED:
             return importlib.import_module(f"{__name__}.{name}")
         if name in _ELSEWHERE:
             return getattr(importlib.import_module(f"{__name__}.{_ELSEWHERE[name]}"), name)
@@ -61,7 +67,7 @@ else:
         functional, ops = (importlib.import_module(f"{__name__}.{x}") for x in _PACKAGES[::2])
         public = {name: getattr(functional, name) for name in functional.__all__}
         public |= {"functional": functional, "use_backend": ops.use_backend}
-        globals().update(public, __all__=[*public, *_ELSEWHERE])
+        globals().update(public, __all__=[*public, *_CALLED, *_ELSEWHERE])
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals()[name]

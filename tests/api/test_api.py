@@ -51,6 +51,13 @@ def test_a_package_that_is_called_as_a_function(name):
     assert tab.compare.driver.compare is not tab.compare
 
 
+@pytest.mark.parametrize("first", ["import tab.compare.plan", "from tab import compare", "pass"])
+def test_it_can_be_called_whatever_was_imported_first(first):
+    program = f"import tab; {first}; assert callable(tab.compare), tab.compare; print(tab.compare)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("<module 'tab.compare'"), done.stderr
+
+
 # --- a comparison ---------------------------------------------------------------------------------
 
 
