@@ -14,7 +14,7 @@ of tokens that is linear, under a mean over the tokens, is such a sum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,13 +76,16 @@ def identity(
     *,
     seed: int = 0,
     classes: int = 10,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Identity:
     """The check, for each model by itself. A layer that raises is left out, and named in `failed`:
-    its run will tell, and the others go on."""
+    its run will tell, and the others go on. progress: told (done, total, what)."""
     layers, alike, failed = [], [], {}
-    for model in models:
-        configs = []
-        for attention in attentions:
+    show, total = progress or (lambda *_: None), len(models) * (len(attentions) + 1)
+    for i, model in enumerate(models):
+        configs, start = [], i * (len(attentions) + 1)
+        for j, attention in enumerate(attentions):
+            show(start + j, total, f"{model}-{attention}")
             try:
                 config = recipe.run_config(model, attention, seed, classes=classes)
                 biases, meet = _in_the_model(config, classes)
@@ -90,6 +93,7 @@ def identity(
                 configs.append(config)
             except Exception as error:
                 failed[model, attention] = f"{type(error).__name__}: {error}"
+        show(start + len(attentions), total, f"pairs of {model}")
         groups = _groups(configs)
         alike += [group for group, _ in groups if len(group.attentions) > 1]
         alike += _but_for_heads([members[0] for _, members in groups])

@@ -33,12 +33,15 @@ def entrants(op: str) -> list[str]:
 
 
 def memory(
-    op: str, lengths: tuple[int, ...] = LENGTHS, available: float | None = None
+    op: str,
+    lengths: tuple[int, ...] = LENGTHS,
+    available: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """One row for each contestant and N, `peak_bytes` or the reason why it was not run.
 
     available: bytes that a point may take. A point is not run when the last one, grown as N², would
-    not fit. Default: half of what the machine has free.
+    not fit. Default: half of what the machine has free. progress: told each point before it is run.
     """
     available = _free() / 2 if available is None else available
     rows = []
@@ -48,6 +51,8 @@ def memory(
             case = Case(op, f"n{n}")
             row = Row(case.name, name)
             rows.append(row)
+            if progress:
+                progress(f"{case.name} {name}")
             if before and (guess := before[1] * (n / before[0]) ** 2) > available:
                 row.skipped = f"would take about {guess / 1e9:.0f} GB, {available / 1e9:.0f} may"
                 continue

@@ -1,4 +1,4 @@
-"""What a run leaves: one JSON, a table for the terminal, a picture."""
+"""What a run leaves: one JSON and a picture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from rich.table import Table
 
 from .. import __version__
 from ..formats import check, read_json, reading, write_json
-from .peak_memory import growth, tokens
 from .roofline import Roofline
-from .rows import DIRECTIONS, Row, percentiles, row_speedup
+from .rows import Row, percentiles
 
 
 def environment(device: str) -> dict[str, object]:
@@ -76,109 +74,6 @@ def load(path: Path) -> tuple[dict, list[Row]]:
     record = read_json(path, Record, way_out)
     with reading(path, way_out):
         return record, [Row(**check("a row", row, Row)) for row in record["rows"]]
-
-
-def tables(rows: list[Row]) -> list[Table]:
-    """One table a case: milliseconds (median, p10–p90), our speed-up over it, rates, % of floor."""
-    return [_table(case, group) for case, group in _grouped(rows).items()]
-
-
-def _table(case: str, rows: list[Row]) -> Table:
-    table = Table(title=case, title_justify="left")
-    table.add_column("contestant")
-    directions = [d for d in DIRECTIONS if any(d in row.seconds for row in rows)]
-    for d in directions:
-        table.add_column(f"{d} ms", justify="right")
-        table.add_column("tab is ×", justify="right")
-    for title in ("GFLOP/s", "GB/s", "% of floor", "peak MB", "error", "gradient"):
-        table.add_column(title, justify="right")
-    base = rows[0]
-    for row in rows:
-        if row.skipped:
-            continue
-        cells = [row.contestant]
-        for d in directions:
-            if d not in row.seconds:
-                cells += ["–", "–"]
-                continue
-            low, mid, high = (1e3 * x for x in percentiles(row.seconds[d]))
-            cells += [f"{mid:.2f} ({low:.2f}–{high:.2f})", _ratio(row, base, d)]
-        last = directions[0]
-        seconds = percentiles(row.seconds[last])[1] if last in row.seconds else float("nan")
-        cells += [
-            f"{row.flops[last] / seconds / 1e9:.1f}",
-            f"{row.moved[last] / seconds / 1e9:.1f}",
-            f"{100 * row.floor[last] / seconds:.0f}",
-            "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
-            _number(row.error),
-            _number(row.gradient_error),
-        ]
-        table.add_row(*cells)
-    absent = [f"{row.contestant}: {row.skipped}" for row in rows if row.skipped]
-    table.caption, table.caption_justify = "\n".join(absent), "left"
-    return table
-
-
-def _ratio(row: Row, base: Row, direction: str) -> str:
-    if row is base or direction not in base.seconds:
-        return ""
-    low, mid, high = row_speedup(row, base, direction)
-    return f"{mid:.2f} ({low:.2f}–{high:.2f})"
-
-
-def steps_table(rows: list[Row]) -> Table:
-    """A model's training steps: images/s (median, p10–p90), ratios of steps in the same round, and
-    the peak of memory where it was measured."""
-    table = Table(title=rows[0].case, title_justify="left")
-    columns = ["attention", "images/s", "ms", "× control", "tab is × eager"]
-    memory = any(row.peak_bytes for row in rows)
-    for title in (*columns, *["peak MB"] * memory, "difference"):
-        table.add_column(title, justify="left" if title == "attention" else "right")
-    timed = {row.contestant: row for row in rows}
-    for row in rows:
-        if row.skipped:
-            table.add_row(row.contestant, row.skipped)
-            continue
-        times = row.seconds["step"]
-        low, mid, high = percentiles(times)
-        rates = [f"{row.batch / x:,.0f}" for x in (mid, high, low)]
-        control, eager = timed["none"], timed.get(row.contestant.replace("tab ", "eager ", 1))
-        over = row_speedup(row, control, "step") if row is not control else None
-        wins = None
-        if row.contestant.startswith("tab ") and eager and not eager.skipped:
-            wins = row_speedup(eager, row, "step")
-        table.add_row(
-            row.contestant,
-            f"{rates[0]} ({rates[1]}–{rates[2]})",
-            f"{1e3 * mid:.1f}",
-            *("" if r is None else f"{r[1]:.2f} ({r[0]:.2f}–{r[2]:.2f})" for r in (over, wins)),
-            *["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"] * memory,
-            "" if row.error is None else _number(max(row.error, row.gradient_error)),
-        )
-    return table
-
-
-def memory_table(rows: list[Row]) -> Table:
-    """Peak MB of one op for each N, and the exponent of its growth."""
-    table = Table(title=f"{rows[0].case.split('/')[0]}: peak MB, forward + backward")
-    table.title_justify = "left"
-    lengths = sorted({tokens(row) for row in rows})
-    for title in ("contestant", *(f"N {n}" for n in lengths), "grows as"):
-        table.add_column(title, justify="left" if title == "contestant" else "right")
-    for name in dict.fromkeys(row.contestant for row in rows):
-        mine = {tokens(row): row for row in rows if row.contestant == name}
-        cells = [
-            "–" if r.skipped else f"{r.peak_bytes / 1e6:,.1f}" for _, r in sorted(mine.items())
-        ]
-        exponent = growth(list(mine.values()))
-        table.add_row(name, *cells, "–" if exponent is None else f"N^{exponent:.2f}")
-    notes = [f"{r.contestant} at {r.case}: {r.skipped}" for r in rows if r.skipped]
-    table.caption, table.caption_justify = "\n".join(notes), "left"
-    return table
-
-
-def _number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.0e}"
 
 
 def picture(rows: list[Row], path: Path) -> None:

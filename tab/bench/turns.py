@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
+from ..plugins import Plugin, load, loaded
 from .rows import Row, worst_of
 
 BUSY = 0.5  # threads of others, on average, from which on times are disturbed
@@ -37,7 +38,8 @@ def _fresh(measure: Callable, unit: object) -> list[Row]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         try:
-            return pool.submit(_measure, measure, unit, torch.get_num_threads()).result()
+            threads = torch.get_num_threads()
+            return pool.submit(_measure, measure, unit, threads, loaded()).result()
         except BrokenProcessPool:
             raise RuntimeError(
                 f"the process that measured {getattr(unit, 'name', unit)} was killed; was there "
@@ -45,7 +47,10 @@ def _fresh(measure: Callable, unit: object) -> list[Row]:
             ) from None
 
 
-def _measure(measure: Callable, unit: object, threads: int) -> list[Row]:
+def _measure(
+    measure: Callable, unit: object, threads: int, plugins: tuple[Plugin, ...]
+) -> list[Row]:
+    load(plugins)
     torch.set_num_threads(threads)
     return measure(unit)
 

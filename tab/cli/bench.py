@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +11,11 @@ import typer
 
 from ..machine import command
 from . import bench_compare, options
-from .given import before_work, layers_of, use_threads
-from .terminal import console, errors
+from .answer import Answer
+from .given import before_work, layers_of, use_plugins, use_threads
+from .terminal import bar, command_group, command_line, errors, next_command, say
 
-app = typer.Typer(help="Measure the ops against what you could run instead.")
+app = command_group("Measure the ops against what you could run instead.")
 app.command("compare")(bench_compare.command)
 
 Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
@@ -83,10 +85,13 @@ def run(
     processes: Processes = 5,
     threads: options.Threads = None,
     out: Out = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check each contestant against float64, then time them in turns."""
     if context.invoked_subcommand:
         return
+    answer = Answer(quiet=quiet, as_json=as_json)
     before_work(trains=False)
     use_threads(threads)
     import torch
@@ -95,10 +100,11 @@ def run(
     from ..bench.measure import measure
     from ..bench.page import write_page
     from ..bench.registry import cases, names
-    from ..bench.results import environment, picture, save, tables
+    from ..bench.results import environment, picture, save
     from ..bench.roofline import measure_roofline
     from ..bench.rows import DIRECTIONS
-    from ..bench.turns import Load, in_turns
+    from ..bench.turns import Load
+    from .bench_tables import op_tables, summaries
 
     kind = getattr(torch, _chosen(dtype, DTYPES, "dtype")[0])
     wanted = tuple(_chosen(directions, DIRECTIONS, "direction"))
@@ -109,8 +115,8 @@ def run(
     every = _chosen(ops, names(), "op"), _chosen(sizes, list(SIZES), "size")
     chosen = cases(*every, flags, kind, device)
     facts, roofline = environment(device), measure_roofline(kind, device)
-    console.print(
-        f"ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
+    say(
+        f"Ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
     )
     load, found = Load(), {}
@@ -124,19 +130,47 @@ def run(
         cold=cold,
         only=partial(_entered, prefixes),
     )
-    for i, group in in_turns(chosen, one, processes):
+    for i, group in _turns(chosen, one, processes):
         found[i] = group
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:  # each time, so that what was measured is kept
             record = save(out, rows, roofline, facts, command(), load.record())
-    for table in tables(rows):
-        console.print(table)
+    answer.show(*op_tables(rows))
     _warn(load)
     if out:
         picture(rows, out.with_suffix(".png"))
         write_page(out.with_suffix(".html"), record, rows)
-        console.print(f"wrote {out}, and .png and .html beside it")
+    _end(answer, out, summaries(rows), load=load.record(), environment=facts)
+
+
+def _turns(units: list, one, processes: int):
+    """`in_turns`, with a bar over all turns; what comes first is how many there are."""
+    from ..bench.turns import in_turns
+
+    total = processes * len(units)
+    say(f"Turns: {total} (cases: {len(units)}, processes: {processes})")
+    with bar("bench") as show:
+        show(0, total, _name(units[0]))
+        for done, (i, rows) in enumerate(in_turns(units, one, processes), 1):
+            yield i, rows
+            show(done, total, _name(units[done % len(units)]))
+
+
+def _name(unit: object) -> str:
+    return getattr(unit, "name", str(unit))
+
+
+def _end(answer: Answer, out: Path | None, rows: list[dict], **more: object) -> None:
+    """Where the page lies, and the command that comes next."""
+    after = None
+    if out:
+        say(f"Page: {out.with_suffix('.html')}")
+        if any(row["seconds"] for row in rows):  # times, and not memory
+            say("After a change, measure the same again with --out NEW.json.")
+            after = command_line("bench", "compare", str(out), "NEW.json")
+            next_command(after)
+    answer.end(out=out, rows=rows, next=after, **more)
 
 
 def _entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
@@ -173,6 +207,7 @@ def steps_command(
         str,
         typer.Option(metavar="A,B", help="Names of attention mechanisms, or all."),
     ] = "all",
+    plugin: options.Plugin = None,
     patch: Annotated[
         str | None,
         typer.Option(
@@ -199,23 +234,28 @@ def steps_command(
     processes: Processes = 5,
     threads: options.Threads = None,
     out: Out = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time whole training steps, against the control and against plain PyTorch attention.
 
     With --models vit --patch 4,2,1 against the number of tokens, too; tab lengths draws it."""
+    answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     use_threads(threads)
     from ..bench.page import write_page
-    from ..bench.results import environment, save, steps_table
+    from ..bench.results import environment, save
     from ..bench.steps import add_memory, steps, subjects
-    from ..bench.turns import Load, in_turns
+    from ..bench.turns import Load
     from ..checks import check_keys
     from ..layers import attention_names, layer_names
     from ..models.image_model import model_names
     from ..recipe.recipe import parse_override
+    from .bench_tables import steps_table, summaries
 
     facts, load, found = environment(device), Load(), {}
     _warn(load)
+    use_plugins(plugin)
     names = layers_of(attentions, attention_names())
     check_keys("--attentions", names, layer_names())
     sizes = [parse_override(f"patch={size}")[1] for size in patch.split(",")] if patch else []
@@ -230,22 +270,23 @@ def steps_command(
         min_rounds=_rounds(processes),
     )
 
-    def keep() -> None:
+    def keep() -> list:
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:
             record = save(out, rows, None, facts, command(), load.record())
             write_page(out.with_suffix(".html"), record, rows)
+        return rows
 
-    for i, group in in_turns(units, one, processes):
+    for i, group in _turns(units, one, processes):
         found[i] = group
-        keep()
+        rows = keep()
     for i, group in found.items() if memory else ():
         add_memory(group, units[i], device)
-        keep()
-    for group in found.values():
-        console.print(steps_table(group))
+        rows = keep()
+    answer.show(*map(steps_table, found.values()))
     _warn(load)
+    _end(answer, out, summaries(rows), load=load.record(), environment=facts)
 
 
 @app.command("memory")
@@ -254,24 +295,38 @@ def memory_command(
     longest: Annotated[int, typer.Option(metavar="N", help="Largest number of tokens.")] = 16384,
     threads: options.Threads = None,
     out: Out = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure how the peak memory of each op on the CPU grows with the number of tokens."""
+    answer = Answer(quiet=quiet, as_json=as_json)
     use_threads(threads)
     from ..bench.page import write_page
-    from ..bench.peak_memory import LENGTHS, memory, picture
+    from ..bench.peak_memory import LENGTHS, entrants, memory, picture
     from ..bench.registry import names
-    from ..bench.results import environment, memory_table, save
+    from ..bench.results import environment, save
+    from .bench_tables import memory_table, summaries
 
     facts, rows = environment("cpu"), []
     if longest < LENGTHS[1]:
         raise ValueError(
             f"--longest {longest}: growth needs two lengths; give at least {LENGTHS[1]}"
         )
-    for op in _chosen(ops, names(), "op"):
-        new = memory(op, tuple(n for n in LENGTHS if n <= longest))
-        rows += new
-        console.print(memory_table(new))
-        if out:
-            write_page(out.with_suffix(".html"), save(out, rows, None, facts, command()), rows)
+    chosen, lengths = _chosen(ops, names(), "op"), tuple(n for n in LENGTHS if n <= longest)
+    total, tables = len(lengths) * sum(len(entrants(op)) for op in chosen), []
+    with bar("memory") as show:
+        for op in chosen:
+            points = itertools.count(len(rows))
+
+            def point(what: str, points=points) -> None:
+                show(next(points), total, what)
+
+            new = memory(op, lengths, progress=point)
+            rows += new
+            tables.append(memory_table(new))
+            if out:
+                write_page(out.with_suffix(".html"), save(out, rows, None, facts, command()), rows)
+    answer.show(*tables)
     if out:
         picture(rows, out.with_suffix(".png"))
+    _end(answer, out, summaries(rows), environment=facts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
+from . import options
+from .answer import Answer
 from .terminal import console
 
 
@@ -24,6 +25,8 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Compare results of two machines nevertheless.")
     ] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what changed between two results, by the exit code too.
 
@@ -32,7 +35,9 @@ def command(
     from ..bench.regress import compare, differences
     from ..bench.results import load
     from ..bench.turns import busy
+    from .bench_tables import changes_table
 
+    answer = Answer(quiet=quiet, as_json=as_json)
     (before, old_rows), (after, new_rows) = load(old), load(new)
     machine, other = differences(before, after)
     if machine and not force:
@@ -46,25 +51,10 @@ def command(
         if words := busy(record.get("load"), record["environment"]["threads"]):
             console.print(f"{path}: {words}", style="yellow")
     changes = compare(old_rows, new_rows, alpha=alpha, effect=effect)
-    console.print(_changes(changes))
+    answer.show(changes_table(changes))
+    answer.end(changes=[dataclasses.asdict(change) for change in changes])
     mine = [change for change in changes if change.ours]
     if any(change.bad for change in mine):
         raise typer.Exit(1)
     if any(change.undecidable for change in mine):
         raise typer.Exit(2)
-
-
-def _changes(changes) -> Table:
-    table = Table("case", "contestant", "direction", "old ms", "new ms", "change", "p", "")
-    table.caption = "change: of the time over the yardstick's, with the interval of --alpha"
-    for c in changes:
-        bad = c.bad or c.undecidable
-        colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
-        times = ("–" if x is None else f"{1e3 * x:.3f}" for x in (c.old, c.new))
-        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
-        if c.low is not None:
-            change += f" ({100 * (c.low - 1):+.1f} … {100 * (c.high - 1):+.1f})"
-        p = "–" if c.p is None else f"{c.p:.2g}"
-        verdict = Text(c.verdict, style=colour)
-        table.add_row(c.case, c.contestant, c.direction, *times, change, p, verdict)
-    return table

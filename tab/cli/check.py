@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from . import options
-from .given import load_data, read_recipe, use_threads, variants
-from .terminal import console, wide
+from .answer import Answer
+from .given import load_data, read_recipe, use_plugins, use_threads, variants
+from .terminal import bar, command_line, console, next_command
 
 
 def command(
-    recipe: options.RecipeName = None,
+    given: options.RecipeName = None,
     models: options.Models = None,
     attentions: options.Attentions = None,
+    plugin: options.Plugin = None,
     overrides: options.Overrides = None,
     data: options.ClassesOf = None,
     threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say which variants are the same function, and which weights do nothing."""
-    from ..report.same_function import identity_table
+    from ..report.same_function import sentences
+    from .tables import identity_tables
 
+    answer = Answer(quiet=quiet, as_json=as_json)
     use_threads(threads)
-    found = read_recipe(recipe or "fair", overrides=overrides)
-    chosen = variants(models, attentions, found.attentions())
-    classes = len(load_data(data, found.data()).classes) if data else 10
-    same = say_same(found, *chosen, classes)
-    wide().print(identity_table(same, f"Identity check of {found.name}"))
+    use_plugins(plugin)
+    recipe = read_recipe(given or "fair", overrides=overrides)
+    chosen = variants(models, attentions, recipe.attentions())
+    classes = len(load_data(data, recipe.data()).classes) if data else 10
+    found = checked(recipe, *chosen, classes)
+    said = sentences(found)
+    for sentence in said:
+        answer.show(sentence)
+    answer.show(*identity_tables(found))
+    names = {"recipe": given, "models": models, "attentions": attentions, "plugin": plugin}
+    again = command_line("compare", **names, data=data, set=overrides)
+    next_command(again)
+    answer.end(
+        recipe=recipe.name,
+        sentences=said,
+        layers=[dataclasses.asdict(layer) for layer in found.layers],
+        alike=[dataclasses.asdict(group) for group in found.alike],
+        failed=found.failed,
+        next=again,
+    )
 
 
-def say_same(recipe, models: list[str], attentions: list[str], classes: int):
-    """Prints what the check finds, in sentences, and returns it."""
-    from ..analysis.same_function import identity
+def say_same(recipe, models: list[str], attentions: list[str], classes: int) -> None:
+    """Says what the check finds, in sentences."""
     from ..report.same_function import sentences
 
-    found = identity(recipe, models, attentions, classes=classes)
-    for sentence in sentences(found):
+    for sentence in sentences(checked(recipe, models, attentions, classes)):
         console.print(sentence)
-    return found
+
+
+def checked(recipe, models: list[str], attentions: list[str], classes: int):
+    """The identity check, with a bar."""
+    from ..analysis.same_function import identity
+
+    with bar("check") as show:
+        return identity(recipe, models, attentions, classes=classes, progress=show)

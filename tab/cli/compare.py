@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,8 @@ from typing import Annotated
 import typer
 
 from . import check, options, report
+from .answer import Answer
+from .expected import say_time
 from .given import (
     before_work,
     device_of,
@@ -17,10 +18,12 @@ from .given import (
     load_data,
     now,
     place_of,
+    plugins_of,
     read_recipe,
+    use_plugins,
     variants,
 )
-from .terminal import command_line, console, errors, or_resume, say, wide
+from .terminal import command_line, errors, or_resume, say
 from .watching import watched, watchers
 
 
@@ -51,6 +54,7 @@ def command(
         ),
     ] = None,
     recipe: options.RecipeName = None,
+    plugin: options.Plugin = None,
     data: options.Data = None,
     epochs: options.Epochs = None,
     overrides: options.Overrides = None,
@@ -67,14 +71,19 @@ def command(
     batch_seeds: options.BatchSeeds = None,
     tensorboard: options.TensorBoard = False,
     watch: options.Watch = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train every model with every attention and compare them: tables, pictures, a report."""
+    answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..compare.driver import compare
     from ..compare.plan import Plan
     from ..compare.watched import WatchedComparison
+    from .progress import watcher
 
     kinds = watched(watch, tensorboard=tensorboard)
+    records = use_plugins(plugin, plugins_of(resume) if resume else None)
     given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
     given |= {"device": device, "batch_seeds": batch_seeds}
     given |= {"control_seeds": control_seeds, "tune": tune}
@@ -92,7 +101,7 @@ def command(
         say(f"Resuming {out}")
     else:
         found = read_recipe(recipe or "fair", **changes)
-        plan = Plan(found, _grid(given, found, ray or slurm))
+        plan = Plan(found, _grid({**given, "plugins": records}, found, ray or slurm))
         plan.configs()  # every name and option is checked before anything is fetched or written
         executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
         dataset = load_data(plan.grid.data, plan.recipe.data())
@@ -102,16 +111,15 @@ def command(
     again = command_line("compare", "--resume", str(out), tensorboard=tensorboard, watch=watch)
     with or_resume(again):
         if plan.grid.tune:
-            plan = _tuned(plan, dataset, out, executor, kinds)
-        with watchers(kinds, out) as told, _watcher() as shown:
-            watcher = WatchedComparison(told, shown)
-            runs = compare(plan, dataset, out, watcher=watcher, executor=executor)
-        path = report.write(out, dataset)
-    report.print_tables(runs, plan.grid.models, dataset.note)
-    say(f"Report: {path}")
+            plan = _tuned(plan, dataset, out, executor, kinds, cluster=bool(ray or slurm))
+        _say_time(plan, dataset, out, executor, cluster=bool(ray or slurm))
+        with watchers(kinds, out) as told, watcher() as shown:
+            watched_too = WatchedComparison(told, shown)
+            runs = compare(plan, dataset, out, watcher=watched_too, executor=executor)
+        report.write(out, dataset)
+    report.tell(answer, out, plan.grid, runs, dataset)
     if failed := [run.id for run in runs if run.status == "failed"]:
-        where = out / "runs"
-        text = f"failed: {', '.join(failed)}; each one's error.txt in {where} says why"
+        text = f"failed: {', '.join(failed)}; each one's error.txt in {out / 'runs'} says why"
         say(text, style="red", to=errors)
         raise typer.Exit(1)
 
@@ -130,22 +138,39 @@ def _grid(given: dict, recipe, cluster: str | None):
         batch_seeds=given.get("batch_seeds", 1),
         control_seeds=given.get("control_seeds", 0),
         tune=given.get("tune", 0),
+        plugins=given.get("plugins", []),
     )
 
 
-def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type]):
+def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type], *, cluster: bool):
     """The comparison with the configuration that won for each row."""
     from ..study.tuned import FOLDER, sweep_of, tuned
     from . import sweep
 
     search = sweep_of(plan, dataset)
     say(f"{out / FOLDER}: {sweep.what(search)}")
+    sweep.say_sweep_time(search, dataset, executor, cluster=cluster)
     study = f"{out.resolve().name}/{FOLDER}"
     with (
         watchers(kinds, out / FOLDER, study) as told,
         sweep.watching(search, told) as watcher,
     ):
         return tuned(plan, dataset, out, watcher=watcher, executor=executor)
+
+
+def _say_time(plan, dataset, out: Path, executor, *, cluster: bool) -> None:
+    """How long what is still to be trained will take."""
+    from ..compare.runs import read_runs
+
+    def left(run) -> float:
+        if run.status in ("done", "diverged"):
+            return 0.0
+        return 1 - len(run.rows) / epochs
+
+    epochs, runs = plan.recipe.tables["train"]["epochs"], read_runs(out, plan.grid)
+    configs = plan.for_classes(len(dataset.classes)).configs()
+    parts = [(config, left(run)) for config, run in zip(configs, runs, strict=True)]
+    say_time(parts, dataset, plan.grid.device, executor, cluster=cluster)
 
 
 def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, cluster: str | None):
@@ -181,9 +206,3 @@ def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, clust
             "new comparison"
         )
     return dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, data=new["data"]))
-
-
-def _watcher():
-    from .progress import Bars, Lines
-
-    return Bars(console) if console.is_terminal else contextlib.nullcontext(Lines(wide()))

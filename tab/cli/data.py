@@ -7,14 +7,24 @@ from typing import Annotated
 import typer
 
 from . import options
+from .answer import Answer, pairs
 from .given import load_data
-from .terminal import pairs
+from .terminal import command_line, next_command
 
 
 def command(
     spec: Annotated[str, typer.Argument(help=options.SETS)] = "cifar10",
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Fetch or import a data set, and say what is in it."""
     from ..data.load import describe
 
-    pairs(spec, describe(load_data(spec)))
+    answer = Answer(quiet=quiet, as_json=as_json)
+    dataset = load_data(spec)
+    facts = describe(dataset)
+    answer.show(pairs(spec, facts))
+    more = {"models": "tokens", "recipe": "recall"} if dataset.sequences else {}
+    again = command_line("compare", data=spec, **more)
+    next_command(again)
+    answer.end(data=spec, facts=dict(facts), next=again)

@@ -15,6 +15,29 @@ from .terminal import bar, errors, say
 SPINS = "4000"
 
 
+def use_plugins(given: list[str] | None, kept: list[dict[str, str]] | None = None) -> list[dict]:
+    """Loads what --plugin names, before any name of an attention is looked up. kept: the records of
+    what a study was begun with, which has to be that still. -> the records"""
+    from .. import plugins
+
+    if kept is None:
+        found = [plugins.find(name) for name in given or []]
+    else:
+        found = plugins.again(kept, given or [])
+    plugins.load(found)
+    return [plugin.record() for plugin in found]
+
+
+def plugins_of(folder: Path) -> list[dict[str, str]]:
+    """The records of what a comparison, or one run, was begun with."""
+    from ..compare.plan import Grid
+    from ..train.run_files import read_run_file
+
+    if run := read_run_file(folder):
+        return [run["plugin"]] if run.get("plugin") else []
+    return Grid.load(folder).plugins
+
+
 def read_recipe(
     name: str,
     epochs: int | None = None,
@@ -46,7 +69,10 @@ def variants(
     mine = _names(models or STUDY, {"all": model_names()})
     layers = layers_of(attentions or "all", everything)
     check_keys("--models", mine, MODELS)
-    check_keys("--attentions", layers, layer_names())
+    try:
+        check_keys("--attentions", layers, layer_names())
+    except ValueError as error:
+        raise ValueError(f"{error}; --plugin FILE loads one of your own") from None
     return mine, layers
 
 

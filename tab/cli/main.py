@@ -10,14 +10,26 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, check, compare, data, doctor, lengths, report, robustness, sweep, train
-from .terminal import Commands, say
+from . import (
+    bench,
+    check,
+    compare,
+    data,
+    doctor,
+    lengths,
+    listed,
+    recipe,
+    report,
+    robustness,
+    sweep,
+    train,
+)
+from .terminal import Commands, command_group, say
 
-app = typer.Typer(
+app = command_group(
+    "TAB: which attention, how fast, and does it help?",
     cls=Commands,
-    help="TAB: which attention, how fast, and does it help?",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -29,9 +41,10 @@ app.command("lengths")(lengths.command)
 app.command("robustness")(robustness.command)
 app.command("doctor")(doctor.command)
 app.command("check")(check.command)
+app.command("list")(listed.command)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
-
+app.add_typer(recipe.app, name="recipe")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error arose.")]
 

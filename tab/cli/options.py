@@ -12,6 +12,21 @@ import typer
 
 from ..run_config import MODELS as KINDS
 
+# --- what a shell completes, without torch ---
+
+
+def _models(incomplete: str) -> list[str]:
+    """The last name of a list with commas."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in KINDS if name.startswith(last)]
+
+
+def _recipes(incomplete: str) -> list[str]:
+    folder = Path(__file__).parents[1] / "recipe" / "recipes"
+    names = sorted(path.stem for path in folder.glob("*.toml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 # --- what is trained ---
 
 MODELS = ", ".join(KINDS)
@@ -22,6 +37,7 @@ Models = Annotated[
         metavar="A,B",
         help=f"Names of models ({MODELS}), separated by commas; all stands for those of images; "
         "by default mlp,cnn.",
+        autocompletion=_models,
     ),
 ]
 Attentions = Annotated[
@@ -37,6 +53,7 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
+        autocompletion=_recipes,
         help="Recipe, by name or as a .toml file: how models are built and trained; by default "
         "fair.",
     ),
@@ -61,6 +78,16 @@ Compile = Annotated[
     typer.Option(
         "--compile",
         help="Compile the models with torch.compile; short for --set train.compile=true.",
+    ),
+]
+
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE|MODULE",
+        help="Python file or module that registers an attention of your own; may be given several "
+        "times.",
     ),
 ]
 
@@ -124,6 +151,21 @@ Watch = Annotated[
     ),
 ]
 
+# --- how it answers ---
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print the result alone: no progress, no hints."),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as one JSON object on standard output, and all else on standard "
+        "error.",
+    ),
+]
+
 # --- where it runs ---
 
 Device = Annotated[
@@ -172,7 +214,7 @@ SlurmSettings = Annotated[
     str | None,
     typer.Option(
         "--slurm",
-        metavar="KEY=VALUE,…|local",
+        metavar="KEY=VALUE|local",
         help="Settings of the SLURM jobs to run as, such as partition=gpu,timeout_min=120, or "
         "local for processes that are started here.",
     ),

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from . import options
-from .given import before_work, device_of, load_data, use_threads
-from .terminal import bar, or_resume, pairs, say
-
-HIDDEN = ("settings", "right")  # the latter: each image's answer
+from .answer import Answer
+from .given import before_work, device_of, load_data, plugins_of, use_plugins, use_threads
+from .terminal import bar, command_line, next_command, or_resume, say
 
 
 def command(
     run: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")],
+    plugin: options.Plugin = None,
     data: options.DataAgain = None,
     images: Annotated[
         int,
@@ -40,36 +40,39 @@ def command(
     ] = False,
     device: options.Device = None,
     threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure trained models under noise, corruptions and attacks, and their calibration."""
+    answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..analysis.robustness import Options, measure
     from ..compare.runs import trained_runs
     from ..run_config import RunConfig
     from ..train.run_files import read_run_file
+    from .robustness_table import robustness_table, summaries
 
     use_threads(threads)
+    use_plugins(plugin, plugins_of(run))
     runs, spec = trained_runs(run)
     if data is None and spec.startswith("folder:"):
         raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")
     images_of = RunConfig.from_dict(read_run_file(runs[0])["config"]).data
     dataset = load_data(data or spec, images_of, kept=not data)
-    chosen, where = Options(images, cifar10c, cifar101, autoattack), shlex.quote(str(run))
-    again = f"tab robustness {where} (with the same options)"
-    for path in runs:
-        with bar("robustness") as show, or_resume(again):
-            found = measure(path, dataset, chosen, device=device_of(device), progress=show)
-        rows = [
-            (name, ", ".join(f"{k} {_short(x)}" for k, x in section.items() if k not in HIDDEN))
-            for name, section in found.items()
-        ]
-        pairs(path.name, rows)
+    chosen, found = Options(images, cifar10c, cifar101, autoattack), {}
+    again = f"tab robustness {shlex.quote(str(run))} (with the same options)"
+    say(f"{len(runs)} trained models on {dataset.note}")
+    with bar("robustness") as show, or_resume(again):
+        for i, path in enumerate(runs):
+
+            def part(done: int, total: int, what: str, i=i) -> None:
+                show(i * total + done, len(runs) * total, what)
+
+            where = device_of(device)
+            found[path.name] = measure(path, dataset, chosen, device=where, progress=part)
+    answer.show(robustness_table(found))
+    after = None
     if (run / "config.toml").is_file():
-        say(f"To have these figures in the report: tab report {where}")
-
-
-def _short(value) -> str:
-    """Numbers to four digits, in lists too."""
-    if isinstance(value, list):
-        return " ".join(map(_short, value)) or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        after = command_line("report", str(run))
+        next_command(after)
+    answer.end(run=run, rows=summaries(found), next=after)

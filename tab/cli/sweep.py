@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import options
+from .answer import Answer
+from .expected import say_time
 from .given import (
     before_work,
     device_of,
@@ -19,12 +20,25 @@ from .given import (
     now,
     place_of,
     read_recipe,
+    use_plugins,
     variants,
 )
-from .terminal import bar, command_line, errors, or_resume, say, wide
+from .terminal import (
+    bar,
+    command_group,
+    command_line,
+    console,
+    errors,
+    next_command,
+    or_resume,
+    say,
+)
 from .watching import watched, watchers
 
-app = typer.Typer(help="Find each mechanism's hyperparameters by successive halving.")
+app = command_group("Find each mechanism's hyperparameters by successive halving.")
+
+
+SAMPLES = 3  # configurations of each pair whose step is timed before a sweep begins
 
 
 @app.callback(invoke_without_command=True)
@@ -33,6 +47,7 @@ def command(
     models: options.Models = None,
     attentions: options.Attentions = None,
     recipe: options.RecipeName = None,
+    plugin: options.Plugin = None,
     data: options.Data = None,
     overrides: options.Overrides = None,
     space: Annotated[
@@ -99,9 +114,9 @@ def command(
     storage: Annotated[
         str | None,
         typer.Option(
-            metavar="postgresql://…",
-            help="Database that keeps the record; by default a file in the sweep's directory, "
-            "study.journal, does.",
+            metavar="URL",
+            help="Database that keeps the record, such as postgresql://host/name; by default "
+            "study.journal, a file in the sweep's directory, does.",
         ),
     ] = None,
     out: options.Out = None,
@@ -114,12 +129,16 @@ def command(
     cpus: options.Cpus = None,
     gpus: options.Gpus = None,
     watch: options.Watch = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Draw, train, keep the best and train those on; the winners become a recipe for compare."""
     if context.invoked_subcommand:
         return
+    answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..sweep.driver import sweep
+    from ..sweep.plan import SweepPlan
 
     kinds = watched(watch)
 
@@ -131,10 +150,11 @@ def command(
         **{"sampler": sampler, "seed": seed, "out": out, "device": device},
     }
     wishes = {name: value for name, value in wishes.items() if value not in (None, [])}
+    records = use_plugins(plugin, SweepPlan.plugins_of(resume) if resume else None)
     if resume:
         plan, out = _resumed(resume, wishes, data, storage), resume
     else:
-        plan = _plan(wishes, data or "cifar10", storage or "", ray or slurm)
+        plan = _plan(wishes, data or "cifar10", storage or "", ray or slurm, records)
         plan.check()
     where = executor_for(plan.device, jobs, threads, ray, slurm, cpus, gpus)
     dataset = load_data(plan.data, plan.recipe.data(), kept=bool(resume))
@@ -143,40 +163,43 @@ def command(
     if not resume:
         out = plan.save(out or now("results", prefix="sweep_"), dataset, new=out is None)
     say(f"{out}: {what(plan)} on {dataset.note}")
+    say_sweep_time(plan, dataset, where, cluster=bool(ray or slurm))
     again = command_line("sweep", "--resume", str(out), watch=watch)
     with or_resume(again), watchers(kinds, out) as told, watching(plan, told) as watcher:
         best = sweep(plan, dataset, out, watcher=watcher, executor=where)
-    _show(plan, out)
+    _show(answer, plan, out)
     if lost := ["-".join(pair) for pair in plan.pairs() if pair not in best]:
         text = f"nothing could be scored for {', '.join(lost)}; see {out / 'runs'}"
         say(text, style="red", to=errors)
         raise typer.Exit(1)
-    recipe_path = shlex.quote(str(out / "winners.toml"))
-    again = f"tab compare --recipe {recipe_path} --data {shlex.quote(plan.data)}"
-    say(f"To compare the winners: {again}")
 
 
 @app.command("show")
 def show(
     run: Annotated[Path, typer.Argument(help="Directory of the sweep.")],
+    plugin: options.Plugin = None,
     storage: Annotated[
         str | None,
         typer.Option(
-            metavar="postgresql://…",
+            metavar="URL",
             help="Database as it was given, with its password.",
         ),
     ] = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show a sweep's rungs, winners and what mattered, also while it runs; draw its picture."""
     from ..sweep.plan import SweepPlan
 
-    _show(_with_storage(SweepPlan.load(run), storage), run)
+    answer = Answer(quiet=quiet, as_json=as_json)
+    use_plugins(plugin, SweepPlan.plugins_of(run))
+    _show(answer, _with_storage(SweepPlan.load(run), storage), run)
 
 
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def _plan(wishes: dict, data: str, storage: str, cluster: str | None):
+def _plan(wishes: dict, data: str, storage: str, cluster: str | None, plugins: list[dict]):
     from ..layers import attention_names
     from ..sweep.halving import named_budget
     from ..sweep.plan import SweepPlan
@@ -199,6 +222,7 @@ def _plan(wishes: dict, data: str, storage: str, cluster: str | None):
         sampler=wishes.get("sampler", "random"),
         brackets=wishes.get("brackets", 1),
         storage=storage,
+        plugins=plugins,
     )
 
 
@@ -244,26 +268,58 @@ def what(plan) -> str:
     )
 
 
-def _show(plan, out: Path) -> None:
-    from ..report.sweep import halving_picture, importance_table, rungs_table
+def _show(answer: Answer, plan, out: Path) -> None:
+    """The table, the picture, and the command that comes next."""
+    from ..report.sweep import halving_picture
     from ..sweep.driver import records, write_results
+    from .tables import sweep_rows, sweep_table
 
     rungs, heading = plan.budget.epochs, f"{out.resolve().name}: {what(plan)}"
     with records(plan, out) as found:
-        trials = write_results(out, found)
-        wide().print(rungs_table(trials, rungs, heading))
-        if table := importance_table({p: record.importance() for p, record in found.items()}):
-            wide().print(table)
+        trials, shares = write_results(out, found), {}
+        with bar("importance") as show:
+            for i, (pair, record) in enumerate(found.items()):
+                show(i, len(found), "-".join(pair))
+                shares[pair] = record.importance()
+        answer.show(sweep_table(trials, rungs, heading, shares))
     halving_picture(out / "halving.png", trials, rungs)
     say(f"Picture: {out / 'halving.png'}")
+    recipe, again = out / "winners.toml", command_line("sweep", "--resume", str(out))
+    if recipe.exists():
+        again = command_line(
+            *("compare", f"--recipe={recipe}", f"--data={plan.data}", "--seeds=5"),
+            models=",".join(plan.models),
+            attentions=",".join(plan.attentions),
+            plugin=[each["name"] for each in plan.plugins],
+        )
+    next_command(again)
+    rows = [{**row, "importance": shares[pair]} for pair, row in sweep_rows(trials).items()]
+    answer.end(sweep=out, picture=out / "halving.png", rows=rows, next=again)
+
+
+def say_sweep_time(plan, dataset, executor, *, cluster: bool) -> None:
+    """How long all of it takes; what has been trained of it before is not taken off."""
+    from ..sweep.halving import brackets
+
+    ends, epochs = plan.budget.epochs, 0
+    for bracket in brackets(plan.budget, plan.brackets):
+        sizes = bracket.sizes(plan.budget, bracket.configurations)
+        for rung, size in enumerate(sizes, bracket.first):
+            epochs += size * (ends[rung] - (ends[rung - 1] if rung > bracket.first else 0))
+    plan = dataclasses.replace(plan, classes=len(dataset.classes))
+    share, samples = epochs / ends[-1], {pair: plan.samples(pair, SAMPLES) for pair in plan.pairs()}
+    parts = [(config, share / len(some)) for some in samples.values() for config in some]
+    say_time(parts, dataset, plan.device, executor, cluster=cluster)
 
 
 @contextlib.contextmanager
 def watching(plan, told):
     """A line for each configuration's rung; on a terminal a bar over the epochs of the step too.
     told: the programs that its runs are logged to."""
+    from ..sweep.driver import SweepWatcher
     from ..sweep.watched import WatchedSweep
     from .sweep_progress import RungLines
 
     with bar("sweep") as show_bar:
-        yield WatchedSweep(plan, told, RungLines(wide(), plan.budget.epochs, show_bar))
+        shown = SweepWatcher() if console.quiet else RungLines(plan.budget.epochs, show_bar)
+        yield WatchedSweep(plan, told, shown)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Console
-
 from ..sweep.driver import SweepWatcher
+from .terminal import say
 
 
 class RungLines(SweepWatcher):
     """A line for each configuration's rung. epochs: of the rungs. bar: told (done, total, what),
     the epochs of the rung that is trained."""
 
-    def __init__(
-        self, console: Console, epochs: tuple[int, ...], bar: Callable[[int, int, str], None]
-    ):
-        self.console, self.epochs, self.bar = console, epochs, bar
+    def __init__(self, epochs: tuple[int, ...], bar: Callable[[int, int, str], None]):
+        self.epochs, self.bar = epochs, bar
 
     def step(self, bracket, rung, entries) -> None:
         self.rung, self.runs, self.ended = rung, len(entries), 0
@@ -25,7 +22,7 @@ class RungLines(SweepWatcher):
         self.before, self.done = before, {}
         if entries:
             text = f"rung {rung + 1}, to epoch {self.epochs[rung]}: {self.runs} configurations"
-            self.console.print(text)
+            say(text)
 
     def epoch(self, pair, entry, row) -> None:
         self.done[pair, entry.configuration] = row["epoch"] - self.before
@@ -38,4 +35,4 @@ class RungLines(SweepWatcher):
         name = f"{pair[0]}-{pair[1]}-c{ended.entry.configuration:03}"
         text = f"  [{self.ended}/{self.runs}] {name}: {score}, {ended.seconds:.1f} s"
         style = "red" if ended.score is None else None
-        self.console.print(f"{text}  {ended.error}".rstrip(), style=style)
+        say(f"{text}  {ended.error}".rstrip(), style=style)

@@ -1,22 +1,18 @@
-"""What every command shares: the consoles, tables, one bar, and how errors and Control-C end."""
+"""What every command shares: the consoles, one bar, and how errors, Control-C and SIGTERM end."""
 
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from typer.core import TyperGroup
 
 
@@ -26,7 +22,8 @@ def plain(**options) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-console = plain()
+console = plain()  # what is told on the way
+results = plain()  # the tables at the end
 errors = plain(stderr=True)
 
 
@@ -35,15 +32,47 @@ def say(text: str, *, style: str | None = None, to: Console = console) -> None:
     to.print(text, style=style, soft_wrap=True)
 
 
-class Commands(TyperGroup):
+def next_command(command: str) -> None:
+    """The one that comes next, as it can be pasted into a shell."""
+    say(f"Next: {command}")
+
+
+def command_group(help: str, **options) -> typer.Typer:
+    """Its help is plain text, which fits 60 columns: the boxes of rich cut the names there."""
+    return typer.Typer(**{"cls": Group, **options}, help=help, rich_markup_mode=None)
+
+
+# --- how a command ends ---------------------------------------------------------------------------
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch system sends it: all that Control-C does is done."""
+
+
+class Group(TyperGroup):
+    """Its list of commands has their sentences whole."""
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+            formatter.write_dl([(name, each.help.split("\n\n")[0]) for name, each in commands])
+
+
+class Commands(Group):
     """Bad input and failures that explain themselves print as one red line; --debug shows where."""
 
     def invoke(self, ctx):
         for stream in (sys.stdout, sys.stderr):  # a name may be no text, or not in their encoding
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        for each in (console, results):
+            each.quiet, each.stderr = False, False
         try:
-            return super().invoke(ctx)
+            with _sigterm_stops():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            say("\nstopped", style="yellow", to=errors)
+            raise typer.Exit(_code(stop)) from None
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             # typer's own signals (Exit, Abort) are RuntimeErrors.
             if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
@@ -56,14 +85,35 @@ class Commands(TyperGroup):
 
 @contextmanager
 def or_resume(command: str) -> Iterator[None]:
-    """Control-C says how to go on and exits with 130; a disk that fails says so too."""
+    """Control-C and SIGTERM say how to go on; a disk that fails says so too."""
     try:
         yield
     except OSError as error:
         raise OSError(f"{error}; when that is mended, go on with: {command}") from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say(f"\nstopped; go on with: {command}", style="yellow", to=errors)
-        raise typer.Exit(130) from None
+        raise typer.Exit(_code(stop)) from None
+
+
+def _code(stop: KeyboardInterrupt) -> int:
+    """As shells count: 128 and the number of the signal."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command_line(*words: str, **options: object) -> str:
@@ -72,40 +122,35 @@ def command_line(*words: str, **options: object) -> str:
     parts = ["tab", *words]
     for key, value in options.items():
         if value is True:
-            parts.append(f"--{key}")
+            parts.append(f"--{key.replace('_', '-')}")
         elif value is not None and value is not False:
             given = value if isinstance(value, list) else [value]
-            parts += [f"--{key}={each}" for each in given]
+            parts += [f"--{key.replace('_', '-')}={each}" for each in given]
     return " ".join(map(shlex.quote, parts))
+
+
+# --- bars -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
     """Yields show(done, total, what): a bar that goes away at the end, on a terminal only."""
     columns = (
-        TextColumn("{task.description}", style="progress.description", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TaskProgressColumn(),
         TimeRemainingColumn(),
+        # Last, and folded where the terminal is narrow: a name is never cut.
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
     )
-    still = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=still) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not live()) as progress:
         task = progress.add_task(name, total=None)
 
         def show(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what)
+            progress.update(task, completed=done, total=total, description=f"{name}: {what}")
 
         yield show
 
 
-def wide() -> Console:
-    """A log has no width of its own: tables there are not folded at 80 columns."""
-    return console if console.is_terminal else plain(width=140)
-
-
-def pairs(title: str, rows: list[tuple[str, object]]) -> None:
-    """A table of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
-    for key, value in rows:
-        table.add_row(key, "–" if value is None else str(value))
-    wide().print(table)
+def live() -> bool:
+    """Whether bars can be seen: on a terminal, unless --quiet is given."""
+    return console.is_terminal and not console.quiet

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from . import options
-from .given import before_work, device_of, load_data, now, read_recipe, use_threads
-from .terminal import command_line, or_resume, pairs, say
+from .answer import Answer, pairs
+from .expected import say_time
+from .given import before_work, device_of, load_data, now, read_recipe, use_plugins, use_threads
+from .terminal import command_line, next_command, or_resume, say
 from .watching import watched, watchers
 
 
@@ -22,6 +24,7 @@ def command(
         typer.Option(metavar="N", help="Seed of the weights, the data order and the augmentation."),
     ] = 0,
     recipe: options.RecipeName = None,
+    plugin: options.Plugin = None,
     data: options.Data = None,
     epochs: options.Epochs = None,
     overrides: options.Overrides = None,
@@ -32,8 +35,11 @@ def command(
     threads: options.Threads = None,
     tensorboard: options.TensorBoard = False,
     watch: options.Watch = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train one model with one attention."""
+    answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..files import fresh
     from ..run_config import as_known_now
@@ -47,6 +53,7 @@ def command(
     if resume and not (out / "run.json").exists():
         raise ValueError(f"{out} holds no run to continue: drop --resume, or give its directory")
     use_threads(threads)
+    use_plugins(plugin)
     found = read_recipe(recipe or "fair", epochs, overrides, compiled=compiled)
     for_ten = found.run_config(model, attention, seed)  # checked before anything is fetched
     dataset = load_data(data or "cifar10", found.data())
@@ -66,6 +73,7 @@ def command(
         *("train", model, attention),
         seed=seed,
         recipe=recipe,
+        plugin=plugin,
         data=data,
         epochs=epochs,
         set=overrides,
@@ -78,9 +86,30 @@ def command(
         resume=True,
     )
     study = out.resolve().parent.name
+    if not resume:
+        say_time([(config, 1.0)], dataset, device_of(device))
     with or_resume(again), watchers(kinds, out, study) as told:
         outcome = train(
             config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
         )
         told.end(config.id, outcome.status, outcome.summary)
-    pairs(f"{config.id}: {outcome.status}", list(outcome.summary.items()))
+    answer.show(pairs(f"{config.id}: {outcome.status}", _facts(outcome.summary, device_of(device))))
+    after = None
+    if outcome.status == "done" and not dataset.sequences:
+        after = command_line("robustness", str(out))
+        next_command(after)
+    answer.end(run=out, status=outcome.status, summary=outcome.summary, next=after)
+
+
+def _facts(summary: dict, device: str) -> list[tuple[str, str]]:
+    """What there is to read of a run; run.json has all of it."""
+    from ..compare.columns import SUMMARY
+    from ..report.averages import Mean, shown
+
+    test = summary["final_test_accuracy"]
+    facts = [("Test acc.", "–" if test is None else f"{test:.1%}")]
+    for column in SUMMARY:
+        value = summary.get(column.name)
+        if column.title and value is not None and (column.on_cpu or device != "cpu"):
+            facts.append((column.title, shown(Mean(value), column.unit)))
+    return facts

@@ -1,7 +1,7 @@
-"""The columns of a comparison: of its CSV files, and with them of the report and the terminal.
+"""The columns of a comparison: of its CSV files, and with them of the report.
 
 A metric is one entry of SUMMARY. Its column stands in experiment_summary.csv; with a title it also
-stands in the tables of report.md, report.html and the terminal, averaged over seeds as it says:
+stands in the tables of report.md and report.html, averaged over seeds as it says:
 
     Column("best_epoch", lambda run: ..., title="Best epoch", unit="number", over="median")
 
@@ -36,7 +36,6 @@ class Column:
     over: Over = "mean"  # of the seeds; any: all have the same
     lead: bool = False  # it stands beside the verdict, and not in the table of costs
     better: Better = ""  # which way is: an arrow in its heading
-    terminal: bool = True  # also in the terminal's table, which has less room
     on_cpu: bool = True  # False: there it is the whole process's, so that tables leave it out
     measured: bool = False  # it differs between two equal runs: a time, or what follows from one
     group: bool = False  # of the mechanism over its seeds, and the same in the line of each
@@ -82,24 +81,22 @@ SUMMARY = [
         unit="count",
         over="median",
         better="more",
-        terminal=False,
         measured=True,
     ),
     Column("parameters", title="Parameters", unit="count", over="any"),
     Column("attention_parameters"),
-    Column("block_parameters", title="In blocks", unit="count", over="any", terminal=False),
-    Column("flops", title="FLOPs/image", unit="count", over="any", terminal=False),
+    Column("block_parameters", title="In blocks", unit="count", over="any"),
+    Column("flops", title="FLOPs/image", unit="count", over="any"),
     # How far the residual branches got: ‖branch‖/‖stream‖ and the mean |γ| (tab/models/parts.py).
-    Column("branch_share", title="Branch share", unit="percent", terminal=False),
+    Column("branch_share", title="Branch share", unit="percent"),
     Column("branch_gate"),
-    Column("ffn_share", title="FFN share", unit="percent", terminal=False),
+    Column("ffn_share", title="FFN share", unit="percent"),
     Column(
         "peak_memory_bytes",
         title="Peak memory",
         unit="bytes",
         over="any",
         better="less",
-        terminal=False,
         on_cpu=False,
         measured=True,
     ),

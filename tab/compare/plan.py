@@ -39,6 +39,8 @@ class Grid:
     classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
     tune: int = 0  # configurations tried for each model and mechanism before (tab/study/tuned.py)
     control_seeds: int = 0  # of `none`, where it has more than the others
+    # What it was begun with: their records (tab/plugins.py).
+    plugins: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def seeds_of(self, attention: str) -> int:
         return max(self.seeds, self.control_seeds) if attention == "none" else self.seeds

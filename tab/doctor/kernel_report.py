@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Set
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,14 +148,16 @@ def built() -> list[dict]:
 
 
 def report_rows(
-    archs: tuple[int, ...] = tuple(SHARED_LIMIT), ops: Set[str] | None = None
+    archs: tuple[int, ...] = tuple(SHARED_LIMIT),
+    ops: Set[str] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[dict]:
     """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
     (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block), warps
     (that a multiprocessor holds at once; below 16 little hides the wait for memory).
 
     Compiles what Triton's cache does not hold; minutes when it holds nothing and cores are few.
-    ops: only these, by the names of their files in kernels/.
+    ops: only these, by the names of their files in kernels/. progress: told (done, total, what).
     """
     work = [
         (op, launch, arch)
@@ -165,7 +167,11 @@ def report_rows(
         for launch in found
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(lambda item: _compiled_in_thread(*item), work))
+        rows = []
+        for row in pool.map(lambda item: _compiled_in_thread(*item), work):
+            rows.append(row)
+            if progress:
+                progress(len(rows), len(work), f"{row['kernel']}, sm_{row['arch']}")
     both = [row for row in built() if row["arch"] in archs]
     return rows + [row for row in both if ops is None or not ops.isdisjoint(row["op"].split())]
 

@@ -115,7 +115,10 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
             near = difflib.get_close_matches(name, layer_names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             names = ", ".join(layer_names())
-            raise ValueError(f"unknown attention {name!r}{hint} Choose one of: {names}")
+            raise ValueError(
+                f"unknown attention {name!r}{hint} Choose one of: {names}; --plugin FILE loads one "
+                "of your own"
+            )
         register_attention(name)(found[name].load())
     return _published.get(name, _layers[name]) if published else _layers[name]
 

@@ -1,9 +1,8 @@
-"""The identity check in words and in tables."""
+"""The identity check in words, and in the table of report.md."""
 
 from __future__ import annotations
 
 import numpy as np
-from rich.table import Table
 
 from ..analysis.same_function import Alike, Identity, Layer
 from ..compare.runs import Run
@@ -113,13 +112,6 @@ def _spread(group: Alike, runs: list[Run]) -> str:
         f"{group.model.upper()}: in this comparison the {len(means)} names of one function scored "
         f"{100 * min(means):.1f} to {100 * max(means):.1f} % on the test set."
     )
-
-
-def identity_table(found: Identity, heading: str) -> Table:
-    table = Table(*COLUMNS, title=heading, title_justify="left", title_style="bold")
-    for layer in found.layers:
-        table.add_row(*(show(layer, found) for show in COLUMNS.values()))
-    return table
 
 
 def _others(layer: Layer, found: Identity) -> str:

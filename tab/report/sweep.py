@@ -1,4 +1,4 @@
-"""A sweep in tables, charts and one picture: who was trained and went on, what won and mattered.
+"""A sweep in a table, charts and one picture: who was trained and went on, what won and mattered.
 
 All from its trials (tab/sweep/trials.py), be they of a running sweep's record or of trials.csv.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypedDict
 
 from matplotlib.ticker import MaxNLocator
-from rich.table import Table
 
 from ..formats import read_toml
 from ..sweep.trials import WAY_OUT, Pair, RungTrial, winner_of
@@ -36,42 +35,6 @@ def told(folder: Path) -> str:
 def _scores(trials: list[RungTrial], epochs: int) -> list[float]:
     """Of the configurations that were scored at the rung that ends there."""
     return [t.score for t in trials if t.epochs == epochs and t.score is not None]
-
-
-# --- the terminal ---------------------------------------------------------------------------------
-
-
-def rungs_table(found: Trials, rungs: tuple[int, ...], heading: str) -> Table:
-    """One line for each pair: configurations scored and best accuracy by rung, and the winner.
-    rungs: the epoch at which each ends."""
-    columns = ["model", "attention", *(f"epoch {epochs}" for epochs in rungs)]
-    columns += ["diverged", "failed", "best", "configuration"]
-    table = Table(*columns, title=heading, title_justify="left", title_style="bold")
-    for (model, attention), trials in found.items():
-        at = [_scores(trials, epochs) for epochs in rungs]
-        cells = [f"{len(scores)}: {max(scores):.1%}" if scores else "–" for scores in at]
-        counts = [sum(t.status == status for t in trials) for status in ("diverged", "failed")]
-        cells += [str(count or "–") for count in counts]
-        won = winner_of(trials)
-        cells += [f"{won.score:.1%}", won.chosen()] if won else ["–", "–"]
-        table.add_row(model, name_of(attention), *cells)
-    return table
-
-
-def importance_table(shares: dict[Pair, dict[str, float]]) -> Table | None:
-    """How much each option decides the accuracy at the first rung (`PairRecord.importance`); None
-    if too few were scored."""
-    shares = {pair: share for pair, share in shares.items() if share}
-    if not shares:
-        return None
-    names = list(dict.fromkeys(name for share in shares.values() for name in share))
-    heading = "Importance of each option at the first rung (fANOVA, shares of 1)"
-    columns = ("model", "attention", *names)
-    table = Table(*columns, title=heading, title_justify="left", title_style="bold")
-    for (model, attention), share in shares.items():
-        cells = (f"{share[name]:.2f}" if name in share else "–" for name in names)
-        table.add_row(model, name_of(attention), *cells)
-    return table
 
 
 # --- report.md ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The ranked table of a comparison, for the terminal and report.md, from one list of columns."""
+"""The ranking of a comparison, and its table in report.md and report.html."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-
-from rich.table import Table
 
 from ..compare import columns
 from ..compare.columns import Column
@@ -131,9 +129,9 @@ COMPARED: dict[str, Callable[[Standing], str]] = {
 LAST: dict[str, Callable[[Standing], str]] = {"Note": lambda e: e.notes if e.test else ""}
 
 
-def ranked_columns(terminal: bool = False) -> dict[str, Callable[[Standing], str]]:
+def ranked_columns() -> dict[str, Callable[[Standing], str]]:
     """Heading -> what stands below it; the metrics are those of compare/columns.py."""
-    return answer_columns() | cost_columns(terminal)
+    return answer_columns() | cost_columns()
 
 
 def answer_columns() -> dict[str, Callable[[Standing], str]]:
@@ -141,14 +139,14 @@ def answer_columns() -> dict[str, Callable[[Standing], str]]:
     return FIRST | COMPARED | _metrics(lead=True) | LAST
 
 
-def cost_columns(terminal: bool = False) -> dict[str, Callable[[Standing], str]]:
+def cost_columns() -> dict[str, Callable[[Standing], str]]:
     """Of the second, which says what it took."""
-    return {"Attention": FIRST["Attention"]} | _metrics(lead=False, terminal=terminal)
+    return {"Attention": FIRST["Attention"]} | _metrics(lead=False)
 
 
-def _metrics(lead: bool, terminal: bool = False) -> dict[str, Callable[[Standing], str]]:
+def _metrics(lead: bool) -> dict[str, Callable[[Standing], str]]:
     found = [c for c in columns.SUMMARY if c.title and c.lead is lead]
-    return {head(c): partial(_metric, c) for c in found if c.terminal or not terminal}
+    return {head(c): partial(_metric, c) for c in found}
 
 
 def head(column: Column) -> str:
@@ -231,14 +229,3 @@ def percent(x: float | None, sign: str = "") -> str:
 
 def ends(low: float | None, high: float | None, sign: str = "") -> str:
     return "–" if low is None else f"{percent(low, sign)} … {percent(high, sign)}"
-
-
-def terminal_table(entries: list[Standing], caption: str) -> Table:
-    header, lines = cells(entries, ranked_columns(terminal=True))
-    table = Table(title=caption, title_justify="left", title_style="bold")
-    for name in header:
-        table.add_column(name, justify="left" if name in WORDS else "right")
-    for entry, line in zip(entries, lines, strict=True):
-        control, best = entry.attention == "none", entry.rank == 1
-        table.add_row(*line, style="bold" if best else "cyan" if control else None)
-    return table

@@ -55,6 +55,7 @@ def sweep_of(plan: Plan, dataset: Dataset, space: Space | None = None) -> SweepP
         device=grid.device,
         seed=SEED,
         draws="common",
+        plugins=grid.plugins,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -19,7 +21,7 @@ from ..run_config import RunConfig
 from ..train.facts import facts_of, made_with
 from .halving import Budget, brackets
 from .record import SAMPLERS
-from .space import Space, load_space, tables_of, with_chosen
+from .space import Space, by_chance, load_space, possible, tables_of, with_chosen
 from .storage import without_password
 from .trials import Pair
 
@@ -44,6 +46,7 @@ class SweepFile(TypedDict):
     storage: NotRequired[str]
     classes: NotRequired[int]
     draws: NotRequired[str]
+    plugins: NotRequired[list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class SweepPlan:
     storage: str = ""  # "": the journal file
     classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
     draws: str = "own"  # of each pair; or "common": configuration i is one and the same for all
+    plugins: list[dict[str, str]] = field(default_factory=list)  # their records (tab/plugins.py)
 
     def pairs(self) -> list[Pair]:
         return [(model, attention) for attention in self.attentions for model in self.models]
@@ -78,6 +82,16 @@ class SweepPlan:
             data=replace(config.data, images=budget.images, validation=budget.validation),
             evaluate=replace(config.evaluate, split="validation_only"),
         )
+
+    def samples(self, pair: Pair, count: int) -> list[RunConfig]:
+        """Some runs of a pair, by chance: what those that are drawn will cost, on average."""
+        draw, axes = random.Random(0), self.space.axes(*pair)
+        values = {name: by_chance(axis, draw) for name, axis in axes.items()}
+        drawn = (
+            self.config(pair, {name: next(some) for name, some in values.items()})
+            for _ in range(20 * count)
+        )
+        return list(itertools.islice(filter(possible, drawn), count))
 
     def check(self) -> None:
         """Names, axes and brackets, before anything runs."""
@@ -123,7 +137,7 @@ class SweepPlan:
             name += f"-{uuid.uuid4().hex[:6]}"
         table = {"name": name, "recipe": self.recipe.name, "space": self.space.name}
         keys = ("models", "attentions", "data", "device", "seed", "sampler", "brackets", "classes")
-        keys += ("draws",)
+        keys += ("draws", "plugins")
         table |= {key: getattr(self, key) for key in keys}
         # A password does not belong in a file: PGPASSWORD, ~/.pgpass or --storage give it again.
         table["storage"] = without_password(self.storage) if self.storage else ""
@@ -134,6 +148,11 @@ class SweepPlan:
         made_with(out, dataset)
         with locked(out):
             write_toml(out / "sweep.toml", {**_read(out), "data": self.data})
+
+    @staticmethod
+    def plugins_of(out: Path) -> list[dict[str, str]]:
+        """The records of those that the sweep in `out` was begun with, to be loaded before it."""
+        return _read(out).get("plugins", [])
 
     @classmethod
     def load(cls, out: Path) -> SweepPlan:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,19 @@ def load_space(name_or_file: str | Path) -> Space:
 def size(axes: dict[str, Axis]) -> float:
     """How many configurations there are, possible or not."""
     return math.prod(len(axis) if isinstance(axis, list) else math.inf for axis in axes.values())
+
+
+def by_chance(axis: Axis, draw: random.Random) -> Iterator[object]:
+    """Values of the axis without end; of a list each as often as the others."""
+    while isinstance(axis, list):
+        yield from draw.sample(axis, len(axis))
+    whole = isinstance(axis.low, int) and isinstance(axis.high, int)
+    while True:
+        if axis.log:
+            value = math.exp(draw.uniform(math.log(axis.low), math.log(axis.high)))
+        else:
+            value = draw.uniform(axis.low, axis.high)
+        yield round(value) if whole else value
 
 
 def with_chosen(recipe: Recipe, model: str, attention: str, chosen: dict) -> Recipe:

@@ -11,9 +11,11 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
+
+from ..plugins import Plugin, load, loaded
 
 T = TypeVar("T")
 OnEvent = Callable[[int, object], None]
@@ -33,6 +35,7 @@ class Task(Generic[T]):
     arguments: tuple
     folder: Path  # the only place it reads and writes on disk; made by the executor
     parts: tuple[str, ...] = ()  # the folders below it that are its own, if not all of it
+    plugins: tuple[Plugin, ...] = field(default_factory=loaded)  # run where the task is, before it
 
     @property
     def name(self) -> str:
@@ -91,6 +94,7 @@ def run_tasks(
 def attempt(index: int, task: Task[T], emit: Callable[[object], None]) -> Done[T]:
     """Runs the task here."""
     try:
+        load(task.plugins)
         task.folder.mkdir(parents=True, exist_ok=True)
         return Done(index, task.function(*task.arguments, folder=task.folder, emit=emit))
     except Exception as error:

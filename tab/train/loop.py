@@ -17,6 +17,7 @@ from ..files import Corrupt, locked
 from ..formats import reading
 from ..layers import get_attention
 from ..models.image_model import ImageModel, build_model
+from ..plugins import origin
 from ..run_config import RunConfig, as_known_now, flat
 from . import checkpoint
 from .run_files import RunFile, again, read_rows, read_run_file
@@ -140,6 +141,13 @@ def found_run(
     if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
         was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
         raise ValueError(f"the run in {out} is another one: {was}; give another directory")
+    kept, now = found.get("plugin"), origin(get_attention(config.attention))
+    if kept and now and kept["sha256"] != now["sha256"]:
+        raise ValueError(
+            f"the run in {out} was begun with the plugin {kept['name']} (sha256 "
+            f"{kept['sha256'][:12]}…), and {now['name']} is another (sha256 "
+            f"{now['sha256'][:12]}…): put back what it was, or give another directory"
+        )
     if found["status"] == "running" and (was := found.get("together")) != together:
         raise ValueError(
             f"the run in {out} was begun {_with(was)}, and cannot go on {_with(together)}: its "

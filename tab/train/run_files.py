@@ -30,6 +30,7 @@ class RunFile(TypedDict):
     environment: Machine
     summary: Summary
     together: NotRequired[list[str] | None]
+    plugin: NotRequired[dict[str, str] | None]
 
 
 def read_run_file(path: Path) -> RunFile | None:

@@ -28,10 +28,12 @@ from ..data.load import Dataset
 from ..data.splits import split_batches
 from ..files import write_text
 from ..formats import reading, write_json
+from ..layers import get_attention
 from ..machine import environment, keep_freed_memory, peak_memory
 from ..models.flops import forward_flops
 from ..models.image_model import build_model, parameter_count
 from ..models.parts import shares
+from ..plugins import origin
 from ..run_config import RunConfig, Train
 from . import checkpoint
 from .steps import Steps
@@ -207,6 +209,7 @@ class TrainingRun:
             "config": self.config.to_dict(),
             "status": self.status,
             "together": self.together,
+            "plugin": origin(get_attention(self.config.attention)),
             "data": {k: getattr(self.dataset, k) for k in ("name", "note", "fingerprint")},
             "classes": list(self.dataset.classes),
             "environment": environment(self.device),

@@ -75,9 +75,9 @@ def base(compared, tmp_path):
 
 def test_names_are_printed_as_they_are(compared):
     base, said = compared
-    assert f"Report: {base / 'out' / 'report.md'}" in said
+    assert f"Report: {base / 'out' / 'report.html'}" in said
     assert f"{base / 'out'}: 2 runs on " in said
-    assert f"[2/2] mlp-{MECHANISM}-s0\n" in said and f"│ {MECHANISM} " in said
+    assert f"[2/2] mlp-{MECHANISM}-s0\n" in said and f"\n{MECHANISM} " in said
     listed = tab_("data", base / "data [b] 🎉")
     assert listed.exit_code == 0 and all(f" {name} " in listed.output for name in CLASSES[:-1])
     missing = tab_("report", base / "[/nothing]")

@@ -12,7 +12,7 @@ from pathlib import Path
 from paths import ROOT
 
 FLOORS = (
-    ("checks", "figures", "files", "machine", "ops", "statistics", "web"),
+    ("checks", "figures", "files", "machine", "ops", "plugins", "statistics", "web"),
     ("formats", "kernels", "layers", "run_config", "tasks"),
     ("data", "doctor", "models", "swap", "tracking"),
     ("recipe", "train"),

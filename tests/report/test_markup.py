@@ -8,14 +8,16 @@ import pytest
 from markdown_it import MarkdownIt
 from small_report import FACTS, run
 
-from tab.cli.terminal import console, pairs
+from tab.cli.answer import pairs
+from tab.cli.tables import ranked_table
+from tab.cli.terminal import console
 from tab.compare.plan import Grid
 from tab.layers import Attention, register_attention
 from tab.report import markdown, pictures, style
 from tab.report.chart_data import Group, charts, looks
 from tab.report.forest import forest_group, forest_picture
 from tab.report.html import html_page
-from tab.report.tables import markdown_lines, ranking, terminal_table
+from tab.report.tables import markdown_lines, ranking
 from tab.report.text import code, plain
 from tab.web import CHARTS
 
@@ -119,8 +121,8 @@ def _texts(fig):
 def test_the_terminal_prints_the_name(name, monkeypatch, capsys):
     monkeypatch.setattr(console, "_width", 300)
     console.print(name)
-    console.print(terminal_table(ranking([run("none"), run(name, 0.6)], "cnn"), name))
-    pairs(name, [(name, name)])
+    console.print(ranked_table(ranking([run("none"), run(name, 0.6)], "cnn"), name))
+    console.print(pairs(name, [(name, name)]))
     # By itself, over a table and in it, and in the last three times.
     assert capsys.readouterr().out.count(name) >= 6
 

@@ -5,7 +5,8 @@ import tomllib
 import pytest
 from paths import ROOT
 
-from tab.report.sweep import rungs_table, sweep_charts, sweep_section, told
+from tab.cli.tables import sweep_table
+from tab.report.sweep import sweep_charts, sweep_section, told
 from tab.sweep.trials import RungTrial, read_trials, winner_of, write_trials
 
 EXAMPLE = ROOT / "results" / "examples" / "sweep"
@@ -42,9 +43,9 @@ def test_what_is_read_is_written_again_and_shown_in_the_terminal(tmp_path):
     drawn = (EXAMPLE / "trials.csv").read_text().splitlines()[0].split(",")[9:]
     write_trials(tmp_path / "trials.csv", found, drawn)
     assert read_trials(tmp_path) == found
-    table = rungs_table(found, (1, 2, 4), "a sweep")
+    table = sweep_table(found, (1, 2, 4), "a sweep", {})
     cells = {
         (m, a): list(column)
         for m, a, *column in zip(*(c.cells for c in table.columns), strict=True)
     }
-    assert cells["mlp", "Control"][:6] == ["6: 28.0%", "3: 30.8%", "1: 34.8%", "–", "–", "34.8%"]
+    assert cells["MLP", "Control"] == ["28.0 → 30.8 → 34.8", "lr 0.00232, hidden 64"]

@@ -239,7 +239,7 @@ def test_bad_input_is_one_red_line(words, message, tmp_path, monkeypatch):
 def test_resume_takes_no_new_wishes(done):
     ran = tab_sweep("--resume", done[0], "--models", "mlp", "--seed", 0)
     assert ran.exit_code == 2 and "drop --models, --seed" in re.sub(r"\s+", " ", ran.stderr)
-    assert "To compare the winners" in tab_sweep("--resume", done[0], "--jobs", 1).output
+    assert "Next: tab compare --recipe=" in tab_sweep("--resume", done[0], "--jobs", 1).output
 
 
 def test_without_optuna_the_extra_is_named():

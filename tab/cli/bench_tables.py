@@ -1,0 +1,155 @@
+"""The tables of `tab bench` for the terminal; the pages and pictures of --out hold the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from ..bench.peak_memory import growth, tokens
+from ..bench.regress import Change
+from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
+from .answer import table
+
+WORDS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+
+
+def op_tables(rows: list[Row]) -> Iterator[Table]:
+    """One for each case and direction: milliseconds, and how many times as fast as it TAB is."""
+    for case, group in grouped(rows).items():
+        directions = [d for d in DIRECTIONS if any(d in row.seconds for row in group)]
+        for direction in directions:
+            yield _op_table(case, group, direction, last=direction == directions[-1])
+
+
+def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """By case."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case, []).append(row)
+    return groups
+
+
+def _op_table(case: str, rows: list[Row], direction: str, *, last: bool) -> Table:
+    heads = ("Contestant", "ms", "TAB is ×", "% of floor", "Error", *["Peak MB"] * last)
+    absent = [f"{row.contestant}: {row.skipped}" for row in rows if row.skipped]
+    note = "\n".join(absent) if last else ""
+    made = table(f"{case}, {WORDS[direction]}", *heads, right=heads[1:], note=note)
+    for row in rows:
+        if direction not in row.seconds:
+            continue
+        seconds = percentiles(row.seconds[direction])
+        made.add_row(
+            row.contestant,
+            spread([1e3 * x for x in seconds], ".2f"),
+            _speedup(row, rows[0], direction),
+            f"{100 * row.floor[direction] / seconds[1]:.0f}",
+            _error(row.error if direction == "forward" else row.gradient_error),
+            *["–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"] * last,
+        )
+    return made
+
+
+def spread(of: Iterable[float], form: str) -> str:
+    """p50 (p10–p90)"""
+    low, mid, high = of
+    return f"{mid:{form}} ({low:{form}}–{high:{form}})"
+
+
+def _speedup(row: Row, base: Row, direction: str) -> str:
+    if row is base or direction not in base.seconds:
+        return ""
+    return spread(row_speedup(row, base, direction), ".2f")
+
+
+def _error(x: float | None) -> str:
+    return "–" if x is None else f"{x:.0e}"
+
+
+def steps_table(rows: list[Row]) -> Table:
+    """A model's training steps: images/s, and ratios of steps in the same round."""
+    memory = any(row.peak_bytes for row in rows)
+    heads = ("Attention", "Images/s", "× control", "TAB is × eager", *["Peak MB"] * memory)
+    made = table(rows[0].case, *heads, right=heads[1:], note=_steps_note(rows))
+    timed = {row.contestant: row for row in rows}
+    for row in rows:
+        if row.skipped:
+            continue
+        low, mid, high = percentiles(row.seconds["step"])
+        made.add_row(
+            row.contestant,
+            spread([row.batch / x for x in (high, mid, low)], ",.0f"),
+            "" if row.contestant == "none" else _speedup_of(row, timed["none"]),
+            _eager(row, timed),
+            *["–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"] * memory,
+        )
+    return made
+
+
+def _speedup_of(row: Row, other: Row) -> str:
+    return spread(row_speedup(row, other, "step"), ".2f")
+
+
+def _eager(row: Row, timed: dict[str, Row]) -> str:
+    eager = timed.get(row.contestant.replace("tab ", "eager ", 1))
+    if not row.contestant.startswith("tab ") or eager is None or eager.skipped:
+        return ""
+    return _speedup_of(eager, row)
+
+
+def _steps_note(rows: list[Row]) -> str:
+    lines = ["Median (10th–90th percentile). × control: time of a step over the control's."]
+    return "\n".join(lines + [f"{row.contestant}: {row.skipped}" for row in rows if row.skipped])
+
+
+def memory_table(rows: list[Row]) -> Table:
+    """Peak MB of one op for each N, and the exponent of its growth."""
+    lengths = sorted({tokens(row) for row in rows})
+    heads = ("Contestant", *(f"N {n}" for n in lengths), "Grows as")
+    notes = [f"{r.contestant} at {r.case}: {r.skipped}" for r in rows if r.skipped]
+    op = rows[0].case.split("/")[0]
+    made = table(
+        f"{op}: peak MB, forward + backward", *heads, right=heads[1:], note="\n".join(notes)
+    )
+    for name in dict.fromkeys(row.contestant for row in rows):
+        mine = {tokens(row): row for row in rows if row.contestant == name}
+        cells = [
+            "–" if r.skipped else f"{r.peak_bytes / 1e6:,.1f}" for _, r in sorted(mine.items())
+        ]
+        exponent = growth(list(mine.values()))
+        made.add_row(name, *cells, "–" if exponent is None else f"N^{exponent:.2f}")
+    return made
+
+
+def changes_table(changes: list[Change]) -> Table:
+    """What changed between two results, a line for each contestant and direction."""
+    note = "Change: of the time over the yardstick's, with the interval of --alpha."
+    made = table("Changes", "What", "ms", "Change", "Verdict", right=("ms",), note=note)
+    for c in changes:
+        bad = c.bad or c.undecidable
+        colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
+        old, new = ("–" if x is None else f"{1e3 * x:.3g}" for x in (c.old, c.new))
+        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
+        if c.low is not None:
+            change += f" ({100 * (c.low - 1):+.3g} … {100 * (c.high - 1):+.3g})"
+        what = " ".join(filter(None, (c.case, c.contestant, c.direction)))
+        made.add_row(what, f"{old} → {new}", change, Text(c.verdict, style=colour))
+    return made
+
+
+def summaries(rows: list[Row]) -> list[dict]:
+    """For --json: what the tables are made of, in seconds, bytes and FLOPs; no single time."""
+    keys = ("case", "contestant", "skipped", "error", "gradient_error", "peak_bytes", "batch")
+    return [
+        {
+            **{key: getattr(row, key) for key in keys},
+            "seconds": {
+                d: dict(zip(("p10", "p50", "p90"), percentiles(times), strict=True))
+                for d, times in row.seconds.items()
+                if times
+            },
+            **{key: getattr(row, key) for key in ("floor", "flops", "moved")},
+        }
+        for row in rows
+    ]

@@ -1,0 +1,117 @@
+"""What commands answer: JSON, the table alone, names, recipes, completion."""
+
+import json
+
+import pytest
+from small_cli import SMALL, tab
+from typer.testing import CliRunner
+
+from tab.cli.answer import portable
+from tab.cli.main import app
+from tab.cli.terminal import console
+from tab.layers import layer_names
+from tab.recipe.recipe import load_recipe
+
+# --- --json and --quiet ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("answer") / "grid"
+    words = ("--models", "mlp", "--attentions", "none,multi_head", "--out", out)
+    return out, tab("compare", *words, *SMALL, "--json")
+
+
+def test_json_is_all_that_stands_on_standard_output(compared):
+    out, result = compared
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["report"] == str(out / "report.html") and found["failed"] == []
+    rows = {row["attention"]: row for row in found["rows"]}
+    assert set(rows) == {"none", "multi_head"} and rows["multi_head"]["title"] == "Multi-Head"
+    assert 0 <= rows["none"]["accuracy_mean"] <= 1 and rows["none"]["time_ratio"] is None
+    assert "Multi-Head" in result.stderr and "epoch 1/1" in result.stderr
+    # One seed has no verdict: more of them are what comes next.
+    assert found["next"].startswith(f"tab compare --recipe={out / 'config.toml'}")
+    assert f"Next: {found['next']}\n" in result.stderr and "--seeds=5" in found["next"]
+
+
+def test_quiet_is_the_table_alone(compared):
+    result = tab("report", compared[0], "--quiet")
+    assert result.exit_code == 0 and not result.stderr, result.output
+    assert result.stdout.startswith("MLP, ") and "Multi-Head" in result.stdout
+    assert "Next" not in result.stdout and "Report" not in result.stdout
+    both = tab("report", compared[0], "--quiet", "--json")
+    assert json.loads(both.stdout) and not both.stderr
+
+
+def test_what_one_command_was_told_is_forgotten_by_the_next(compared):
+    tab("report", compared[0], "--quiet", "--json")
+    assert "Next: " in tab("report", compared[0]).stdout
+    assert not console.quiet and not console.stderr
+
+
+def test_json_holds_no_nan_and_no_path():
+    nan = float("nan")
+    found = portable({("mlp", "none"): [nan, 1.5], "where": compared.__module__, "at": None})
+    assert found == {"mlp-none": [None, 1.5], "where": compared.__module__, "at": None}
+
+
+# --- names, recipes, help, completion -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("attentions", "dwconv"), ("ops", "linformer"), ("recipes", "quick"), ("models", "vit")],
+)
+def test_list_names_what_the_other_commands_take(kind, name):
+    assert any(line.startswith(name) for line in tab("list", kind).stdout.splitlines())
+    listed = [row["name"] for row in json.loads(tab("list", kind, "--json").stdout)[kind]]
+    assert name in listed
+    if kind == "attentions":
+        assert listed == layer_names()
+
+
+def test_list_of_something_else_names_the_kinds():
+    result = tab("list", "layers")
+    assert result.exit_code == 2 and "attentions" in result.stderr
+
+
+def test_a_recipe_that_is_shown_can_be_fed_back(tmp_path):
+    shown = tab("recipe", "show", "quick", "--set", "train.lr=0.0123")
+    assert shown.exit_code == 0, shown.output
+    path = tmp_path / "mine.toml"
+    path.write_text(shown.stdout)
+    assert load_recipe(path).tables == load_recipe("quick", {"train.lr": 0.0123}).tables
+    assert tab("recipe", "show", path).stdout == shown.stdout
+    assert (
+        json.loads(tab("recipe", "show", path, "--json").stdout)["recipe"]["train"]["lr"] == 0.0123
+    )
+
+
+def test_completion_knows_commands_options_and_names():
+    for line, at, wanted in (
+        ("tab rec", 1, "recipe"),
+        ("tab compare --att", 2, "--attentions"),
+        ("tab compare --recipe fair_", 3, "fair_flops"),
+        ("tab compare --models cnn,v", 3, "cnn,vit"),
+    ):
+        env = {"_TAB_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(at)}
+        assert wanted in CliRunner().invoke(app, [], env=env, prog_name="tab").stdout.split()
+    assert "--install-completion" in tab("--help").stdout
+
+
+def test_the_kernels_of_the_doctor_are_a_table_and_rows(monkeypatch):
+    row = {"op": "linear", "kernel": "forward", "config": "fp32 BLOCK=64 num_warps=4", "arch": 90}
+    row |= {"registers": 168, "spilled": 0, "shared": 4096, "limit": 232448}
+
+    def report_rows(progress):
+        progress(1, 1, "forward, sm_90")
+        return [row, {**row, "spilled": 8}]
+
+    monkeypatch.setattr("tab.doctor.kernel_report.report_rows", report_rows)
+    result = tab("doctor", "--kernels", "--json")
+    found = json.loads(result.stdout)
+    assert [each["spilled"] for each in found["kernels"]] == [0, 8]
+    assert found["backends"]["linear_fwd"]["reference"] is None
+    assert "4 of 227" in result.stderr

@@ -1,0 +1,47 @@
+"""docs/cli.md shows each command once, and what it prints."""
+
+import pytest
+import typer
+from console_page import agree, examples, said
+from documents import text_of
+from paths import ROOT
+
+from tab.cli.main import app
+
+EXAMPLES = examples(text_of(ROOT / "docs" / "cli.md"))
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """By each command, one after the other in one folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("page"))
+        return {command: said(command) for command, _ in EXAMPLES}
+
+
+@pytest.mark.parametrize(("command", "stands"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
+def test_the_page_shows_what_the_command_prints(command, stands, printed):
+    assert agree(stands, printed[command]), printed[command]
+    assert all(len(line) <= 80 for line in stands.splitlines() if line.startswith("───"))
+
+
+def test_a_page_that_went_stale_is_found():
+    stands = "MLP\nLinear 11.0 ± 2.7 undecided 1.70×\nNext: tab report x\n"
+    assert agree(stands, "MLP\nLinear 12.5 ± 0.7 better 0.9×\nNext: tab report x\n")
+    assert not agree(stands, stands.replace("Linear", "Local"))
+    assert not agree(stands, stands + "Report: x\n")
+    assert agree("MLP\n[…]\n", stands) and not agree("CNN\n[…]\n", stands)
+
+
+def test_every_command_is_on_the_page():
+    def paths(command, words):
+        below = getattr(command, "commands", {})
+        if not below or (command.invoke_without_command and words):
+            yield words
+        for name, inner in below.items():
+            yield from paths(inner, (*words, name))
+
+    shown = [command.split()[1:] for command, _ in EXAMPLES]
+    for words in paths(typer.main.get_command(app), ()):
+        options = [line for line in shown if tuple(line[: len(words)]) == words]
+        assert options, f"docs/cli.md has no example of tab {' '.join(words)}"
