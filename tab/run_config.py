@@ -34,11 +34,14 @@ class Train:
     # what weight decay shrinks; weights: no norm, bias, gate, position or embedding
     decay: Literal["all", "weights"] = "all"
     gate_lr_ratio: float = 1.0  # the gates γ of residual branches learn at lr times this
+    # above 0: what is scored and kept is w̄ ← ema·w̄ + (1 − ema)·w, of each step
+    ema: float = 0.0
 
     def __post_init__(self):
         positive(self, "train", "epochs", "batch_size", "lr", "gate_lr_ratio")
         between(self, "train", "label_smoothing", 0, 0.999)
         between(self, "train", "weight_decay", 0, 1)
+        between(self, "train", "ema", 0, 0.99999)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,16 @@ class Data:
     # How a picture of another size becomes one. crop: its short side is resized, its centre kept.
     # stretch: both sides are resized. auto: crop, but stretch at 32, as before there was a choice
     fit: Literal["auto", "crop", "stretch"] = "auto"
+    # alternating: an image is mirrored in every second epoch, half of them in the first
+    flip_order: Literal["random", "alternating"] = "random"
+    cutout: int = 0  # rows and columns of a square in each image that is blanked
 
     def __post_init__(self):
+        if self.flip_order == "alternating" and not self.flip:
+            raise ValueError(
+                'data.flip_order = "alternating" is an order of flips, but data.flip = false; give '
+                "--set data.flip=true"
+            )
         between(self, "data", "images", 0, 10**9)
         between(self, "data", "validation", 0, 10**9)
         between(self, "data", "size", 8, 1024)
@@ -66,6 +77,7 @@ class Data:
                 f"such as {round(self.size / 8) * 8}"
             )
         between(self, "data", "translate", 0, self.size - 1)
+        between(self, "data", "cutout", 0, self.size)
         if self.fit == "auto":
             object.__setattr__(self, "fit", usual_fit(self.size))
 
@@ -143,6 +155,7 @@ class Resnet9(Mlp):
     tokens: Literal["grid"]
     channels: int  # of the first convolution; then 2×, 4×, and C
     cells: Literal[4, 8]  # rows and columns of the last feature map
+    whiten: bool = False  # the first layer is fixed: it whitens the patches of training images
 
     def __post_init__(self):
         super().__post_init__()

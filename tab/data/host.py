@@ -49,6 +49,17 @@ def moves(seed: int, epoch: int, index: Tensor, translate: int, flip: bool) -> T
     return torch.from_numpy(out)
 
 
+def corners(seed: int, epoch: int, index: Tensor, rows: int, cols: int) -> Tensor:
+    """(row, col) of each image of `index` (B,), uniform in 0 … rows − 1 and 0 … cols − 1 -> (B, 2)
+    int64; other dice than those of `moves`."""
+    with np.errstate(over="ignore"):
+        dice = _mix_all(np.uint64(hash(hash(seed, epoch), 1)) ^ index.numpy().astype(np.uint64))
+    half = np.uint64(32)
+    row = (dice >> half) * np.uint64(rows) >> half
+    col = (dice & np.uint64(2**32 - 1)) * np.uint64(cols) >> half
+    return torch.from_numpy(np.stack([row, col], 1).astype(np.int64))
+
+
 def assemble_host(
     images: Tensor, index: Tensor, moves: Tensor, mean: Tensor, scale: Tensor, threads: int
 ) -> Tensor:

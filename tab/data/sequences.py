@@ -6,6 +6,11 @@ are blank, and what is to be answered there is one of VALUES = 16 values. Answer
 else than in the sequence, so that a layer which brings nothing from place to place stays at 1/16.
 Nothing needs to be causal: the answers are no part of the input.
 
+What is tested is the full task. In training, recall and needle have fewer pairs in most sequences,
+from 1 on and even in the logarithm (as the training sets of Arora et al. 2023 mix lengths), blanks
+in the places of the others, and recall then asks for a pair more than once: from the full task
+alone, where a key is one of N/2, attention at N = 256 learned nothing in 600 steps.
+
     recall    N/2 pairs of different keys with random values, then the same keys in another order,
               without values: which value stood with this key? The state of a mechanism has to hold
               N/2 pairs (multi-query associative recall, Arora et al. 2023, "Zoology"; there key and
@@ -78,14 +83,26 @@ def draw(task: str, n: int, count: int, *, stream: int) -> SequenceSplit:
         x[:, :half, 1] = labels = rng.integers(VALUES, size=(count, half))
         return SequenceSplit(torch.from_numpy(x), torch.from_numpy(labels))
     pairs = half if task == "recall" else n - 1
-    keys = rng.permuted(np.tile(np.arange(1, n + 1), (count, 1)), axis=1)[:, :pairs]
+    asked = n - pairs
+    # How many pairs a sequence has: in training from 1 on, even in the logarithm.
+    most = np.full((count, 1), pairs)
+    held = most if stream else np.exp(rng.random((count, 1)) * np.log(pairs + 1)).astype(np.int64)
+    rank = _shuffled(rng, count, pairs)
+    keys = _shuffled(rng, count, n)[:, :pairs] + 1
     values = rng.integers(VALUES, size=(count, pairs))
-    x[:, :pairs, 0], x[:, :pairs, 1] = keys, values
-    asked = n - pairs  # places of the pairs that are asked for
-    order = rng.permuted(np.tile(np.arange(pairs), (count, 1)), axis=1)[:, :asked]
-    x[:, pairs:, 0] = np.take_along_axis(keys, order, 1)
-    labels = np.take_along_axis(values, order, 1)
+    there = rank < held
+    x[:, :pairs, 0], x[:, :pairs, 1] = np.where(there, keys, 0), np.where(there, values, BLANK)
+    # Each pair in turn, from one of them on, in another order.
+    turn = (_shuffled(rng, count, asked) + rng.integers(held, size=(count, 1))) % held
+    where = np.take_along_axis(np.argsort(rank, 1), turn, 1)  # the place of that rank
+    x[:, pairs:, 0] = np.take_along_axis(keys, where, 1)
+    labels = np.take_along_axis(values, where, 1)
     return SequenceSplit(torch.from_numpy(x), torch.from_numpy(labels))
+
+
+def _shuffled(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
+    """(count, n): 0 … n − 1 in an order of its own for each."""
+    return rng.permuted(np.tile(np.arange(n), (count, 1)), axis=1)
 
 
 def answer_places(split: SequenceSplit) -> Tensor:

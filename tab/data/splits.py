@@ -81,6 +81,8 @@ def split_batches(
         shuffle=True,
         translate=data.translate,
         flip=data.flip,
+        alternating=data.flip_order == "alternating",
+        cutout=data.cutout,
         drop_last=data.drop_last,
         **common,
     )
@@ -104,10 +106,10 @@ def _of_sequences(
         )
     if data.size != IMAGE:
         raise ValueError(f"data.size = {data.size}, but {dataset.name} has no images: leave it out")
-    if data.translate or data.flip:
+    if data.translate or data.flip or data.cutout:
         raise ValueError(
-            f"{dataset.name} is of sequences, which are not moved or mirrored: give --set "
-            "data.translate=0 --set data.flip=false, or --recipe recall"
+            f"{dataset.name} is of sequences, which are not moved, mirrored or cut out: give "
+            "--set data.translate=0 --set data.flip=false --set data.cutout=0, or --recipe recall"
         )
     used = min(data.images or count, count - data.validation)
     if used < 1 or (config.evaluate.split != "test" and not data.validation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +47,8 @@ class Attention(Shown):
     recipes that match blocks choose one of them (`size_option`).
     reads_stream: `forward` takes the residual stream too, beside x, which is its norm.
     takes_mask: False where a key mask is an error.
+    before: options whose default has changed since results were kept, with what it was: a run or a
+    recipe that does not say means this.
 
     >>> class Mean(tab.layers.Attention):
     ...     def compute(self, x, key_mask):
@@ -66,6 +68,7 @@ class Attention(Shown):
     size_options: tuple[str, ...] = ()
     reads_stream: bool = False
     takes_mask: bool = True
+    before: Mapping[str, object] = MappingProxyType({})
 
     @classmethod
     def size_option(cls, options: Mapping[str, object]) -> str:

@@ -181,7 +181,8 @@ class LatentMoE(Attention):
 
 @register_attention("deepseek_mla")
 class DeepSeekMLA(LatentMoE):
-    """Latent attention and experts of DeepSeek-V3 (2024, sections 2.1.1 and 2.1.2).
+    """Latent attention and experts of DeepSeek-V3 (2024, sections 2.1.1 and 2.1.2), with the
+    residuals of `LatentMoE`: the experts read the stream and not only what attention made of it.
 
     Options: `LatentAttention` (num_heads, inner_dim, q_rank, kv_rank, nope_dim, rope_dim, v_dim)
     and `MoE` (num_experts, 0: attention alone; top_k, n_group, topk_group, route_scale, expert_dim,

@@ -28,7 +28,11 @@ EPSILON = torch.finfo(torch.float32).eps
 
 @register_attention("kimi_k2")
 class KimiK2(Stateful, LatentMoE):
-    """Multi-head ("mha") or latent ("mla") attention with rotary positions, and K2's experts.
+    """Latent attention with rotary positions, and K2's experts, each with its residual.
+
+    attention: "mla", latent, which is K2's; or "mha", multi-head, as the published study has under
+    this name, which its recipes keep. The residuals are those of `LatentMoE`: the experts read the
+    stream and not only what attention made of it.
 
     QK-Clip, after each optimizer step, per head: with S the largest score seen since the last step
     and γ = min(1, tau/S), the weights of q_n and k_n are scaled by √γ and those of q_r by γ; k_r
@@ -44,12 +48,12 @@ class KimiK2(Stateful, LatentMoE):
 
     Raises ValueError: another attention, a tau that is not above 0, and what its parts refuse.
 
-    >>> layer = build_attention("kimi_k2", 32, seq_len=64, attention="mla", tau=50.0)
+    >>> layer = build_attention("kimi_k2", 32, seq_len=64, tau=50.0)
     >>> layer(x).shape, layer.peak.shape  # the largest score of each head
     (torch.Size([2, 64, 32]), torch.Size([4]))
     """
 
-    title, colour = "Kimi K2", 9
+    title, colour, before = "Kimi K2", 9, {"attention": "mha"}
 
     counters = ("peak",)
 
@@ -61,7 +65,7 @@ class KimiK2(Stateful, LatentMoE):
         grid: tuple[int, int] | None = None,
         num_heads: int = 4,
         inner_dim: int | None = None,
-        attention: str = "mha",
+        attention: str = "mla",
         tau: float = 100.0,
         q_rank: int = 0,
         kv_rank: int | None = None,

@@ -42,6 +42,8 @@ class SwiGLU(Shown):
 class MoE(Shown, Stateful):
     """One shared expert and top_k of num_experts routed ones, x (B, N, C) -> (B, N, C).
 
+    No residual and no norm: y is what the experts say, and `LatentMoE` or the transformer block
+    around them adds it to the stream.
     expert_dim: the width F of each expert, dim // 2 when None: with one shared and two routed
     experts a token meets 1.5·C hidden units.
     bias_speed: γ, how far b moves per step. balance_alpha: α of the sequence-wise balance loss.

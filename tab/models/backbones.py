@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..run_config import IMAGE, Cnn, Mlp, Resnet9, Tokens, Vit
 
+PATCH = 3 * 3 * 3  # numbers in a 3×3 patch
+EPSILON = 5e-4  # added to the variances of patches (Jordan 2024), so that noise is not blown up
+
 
 class Backbone(nn.Module):
     """Where the tokens are no grid, the recipe says how many there are; the head takes them side by
@@ -46,6 +49,9 @@ class Backbone(nn.Module):
     def __init__(self, side: int):
         super().__init__()
         self.side = side
+
+    def see(self, x: Tensor) -> None:
+        """Is shown training images before the first step; most need none."""
 
     def example(self) -> Tensor:
         """One input, to count operations on."""
@@ -114,7 +120,9 @@ class Resnet9Backbone(Backbone):
 
     The shape of Page 2018, "How to Train Your ResNet": widths c, 2c (and a residual block), 4c,
     C (and a residual block), each halved but the first; max pooling over the cells in the head.
-    cells = 8 leaves out the last halving.
+    cells = 8 leaves out the last halving. whiten: before the first convolution, which is then 1×1,
+    stands a fixed one whose outputs on 3×3 patches of training images are uncorrelated and of equal
+    variance (Page 2018; Jordan 2024); training sets it once (`see`).
     """
 
     stacking = True  # tab/layers/_stacking.py
@@ -131,8 +139,13 @@ class Resnet9Backbone(Backbone):
     def __init__(self, options: Resnet9, side: int):
         super().__init__(side)
         c, last = options.channels, options.hidden
+        first = _conv(3, c, "keep")
+        if options.whiten:
+            fixed = nn.Conv2d(3, PATCH, 3, padding=1, bias=False).requires_grad_(False)
+            first = [fixed, nn.Conv2d(PATCH, c, 1, bias=False), *first[1:]]
+        self.whitens = options.whiten
         self.convolutions = nn.Sequential(
-            *_conv(3, c, "keep"),
+            *first,
             *_conv(c, 2 * c, "pool"),
             _Add(2 * c),
             *_conv(2 * c, 4 * c, "pool"),
@@ -142,6 +155,17 @@ class Resnet9Backbone(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolutions(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, rows·cols, C)
+
+    @torch.no_grad()
+    def see(self, x: Tensor) -> None:
+        """Sets the whitening layer by training images x (B, 3, 32, 32): W = Λ^(-1/2)Vᵀ of the
+        covariance VΛVᵀ of their patches."""
+        if not self.whitens:
+            return
+        patches = nn.functional.unfold(x, 3).transpose(1, 2).flatten(0, 1).double()  # (B·900, 27)
+        values, vectors = torch.linalg.eigh(patches.T.cov())
+        weight = (vectors / (values + EPSILON).sqrt()).T  # (27, 27), a filter a row
+        self.convolutions[0].weight.copy_(weight.view(PATCH, 3, 3, 3))
 
     def filters(self) -> Tensor:
         return self.convolutions[0].weight
@@ -194,8 +218,9 @@ class VitBackbone(Backbone):
 
 
 class TokensBackbone(Backbone):
-    """x (B, N, 2), keys 0…N and values 0…classes, the last of which is blank -> (B, N, C), the sum
-    of their embeddings."""
+    """x (B, N, 2), keys 0…N and values 0…classes -> (B, N, C), the sum of their embeddings. Key 0
+    and the last value are blank and add nothing: a vector of their own, the same at most places,
+    would drown in every mean over the tokens what the others hold."""
 
     stacking = True  # tab/layers/_stacking.py
 
@@ -209,12 +234,15 @@ class TokensBackbone(Backbone):
 
     def __init__(self, options: Tokens, classes: int):
         super().__init__(0)  # no image
-        self.count = options.tokens
-        self.keys = nn.Embedding(options.tokens + 1, options.hidden)
-        self.values = nn.Embedding(classes + 1, options.hidden)
+        self.count, self.blank = options.tokens, classes
+        self.keys = nn.Embedding(options.tokens, options.hidden)
+        self.values = nn.Embedding(classes, options.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.keys(x[..., 0]) + self.values(x[..., 1])
+        key, value = x.unbind(-1)
+        keys = self.keys((key - 1).clamp(min=0)) * (key > 0)[..., None]
+        values = self.values(value.clamp(max=self.blank - 1)) * (value < self.blank)[..., None]
+        return keys + values
 
     def example(self) -> Tensor:
         return torch.zeros(1, self.count, 2, dtype=torch.int64)

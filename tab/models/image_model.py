@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention, attention_options, build_attention
+from ..layers import Attention, attention_options, build_attention, get_attention
 from ..layers.basic import NoAttention
 from ..layers.controls import FeedForward
 from ..run_config import MODELS, RunConfig
@@ -72,6 +72,8 @@ def build_layer(config: RunConfig, index: int = 0) -> Attention:
     known = attention_options(config.attention, published=published)
     if options.position == "rope" and "rope" in known:
         extra["rope"] = True
+    # What a config does not say is as it was when that could be left out.
+    before = get_attention(config.attention, published=published).before
     with _own_seed(config.draws, f"attention {index}" if index else "attention"):
         return build_attention(
             config.attention,
@@ -79,7 +81,7 @@ def build_layer(config: RunConfig, index: int = 0) -> Attention:
             seq_len=tokens_of(config),
             grid=BACKBONES[config.model].grid(options, config.data.size),
             published=published,
-            **{**extra, **config.attention_options},
+            **{**before, **extra, **config.attention_options},
         )
 
 

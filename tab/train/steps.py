@@ -49,6 +49,7 @@ class Steps:
             )
         else:
             self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        self.average: dict[str, Tensor] = {}  # of the weights, where the recipe asks for it
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.graphed = options.graph and device.type == "cuda"
@@ -64,9 +65,10 @@ class Steps:
         return self._over(batches, self._step)
 
     def score(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """The same two sums with the weights as they are."""
+        """The same two sums with the weights as they are, or their average."""
         self.model.eval()
-        return self._over(batches, self._run_sums)
+        with self.averaged():
+            return self._over(batches, self._run_sums)
 
     @torch.no_grad()
     def predict(self, batches: Iterable[Batch]) -> Tensor:
@@ -75,6 +77,34 @@ class Steps:
         with self._autocast():
             logits = (asked(self.forward(x), y)[0] for x, y in batches)
             return torch.cat([each.argmax(-1) for each in logits]).cpu()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model with the average of its weights, within."""
+        state = self.model.state_dict()
+        own = {name: state[name].clone() for name in self.average}
+        self.use_average()
+        try:
+            yield
+        finally:
+            _put(state, own)
+
+    def use_average(self) -> None:
+        """Lays the average of the weights into the model, for good."""
+        _put(self.model.state_dict(), self.average)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """average ← ema·average + (1 − ema)·weights, from the first step on without a bias to it:
+        the step number t counts with at most t/(t + 9) (as in timm and TensorFlow)."""
+        count = self.schedule.last_epoch
+        keep = min(self.options.ema, count / (count + 9))
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                known = self.average.get(name)
+                self.average[name] = (
+                    value.clone() if known is None else known.lerp_(value, 1 - keep)
+                )
 
     def _over(self, batches: Iterable[Batch], each: Callable) -> tuple[float, int]:
         cuda = self.device.type == "cuda"
@@ -90,6 +120,8 @@ class Steps:
         self.optimizer.step()
         self.schedule.step()
         self.model.after_step()
+        if self.options.ema:
+            self._follow()
 
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         """Forward, loss, backward, into the gradients and the sums."""
@@ -115,6 +147,12 @@ class Steps:
     def _autocast(self):
         enabled = self.options.amp and self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+@torch.no_grad()
+def _put(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        state[name].copy_(value)
 
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

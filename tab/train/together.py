@@ -90,6 +90,11 @@ def _check(configs: Sequence[RunConfig], outs: Sequence[Path]) -> list[str]:
             f"runs {', '.join(ids) or 'none'} in {len(set(outs))} directories: give each seed "
             "once, and each its own directory"
         )
+    if configs[0].train.ema:
+        raise ValueError(
+            f"train.ema = {configs[0].train.ema}: the weights of several seeds at once are not "
+            "averaged; train one at a time (leave out --batch-seeds)"
+        )
     if others := [c.id for c in configs if _variant(c) != _variant(configs[0])]:
         raise ValueError(
             f"{', '.join(others)} differ from {ids[0]} in more than the seed: only seeds "

@@ -39,6 +39,7 @@ from . import checkpoint
 from .steps import Steps
 from .weights import FILE, save_weights
 
+WHITENED = 512  # images whose patches the whitening layer is made for
 SHARES = 256  # images on which the share of the branches is measured
 ANSWERS = "test.npz"  # in a run's directory: predicted and label of each test image
 
@@ -78,6 +79,8 @@ class TrainingRun:
         self.batches, self.validation, self.test = parts or split_batches(config, dataset, device)
         model = build_model(config, len(dataset.classes))
         self.flops = forward_flops(model)
+        if getattr(config.model_options, "whiten", False):
+            model.backbone.see(first_images(self.batches))
         self.model = place(model, device)
         count = config.train.epochs * len(self.batches)
         self.steps = Steps(self.model, options or config.train, count, device)
@@ -148,6 +151,7 @@ class TrainingRun:
             "model": weights(self.model),
             "optimizer": self.steps.optimizer.state_dict(),
             "schedule": self.steps.schedule.state_dict(),
+            "average": self.steps.average,
         }
 
     def load(self, state: dict) -> None:
@@ -155,10 +159,12 @@ class TrainingRun:
         self.model.load_state_dict(state["model"])
         self.steps.optimizer.load_state_dict(state["optimizer"])
         self.steps.schedule.load_state_dict(state["schedule"])
+        self.steps.average = state.get("average", {})  # not in 0.1
 
     def write(self) -> None:
         """What others read: the rows, and at the end the weights, answers and summary."""
         if self.status == "done":
+            self.steps.use_average()
             self.measure_shares()
             about = {"config": self.config.to_dict(), "classes": list(self.dataset.classes)}
             if not self.dataset.sequences:
@@ -262,6 +268,17 @@ def random_of(device: torch.device) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device] if cuda else []):
         yield
+
+
+def first_images(batches: Batches) -> torch.Tensor:
+    """Those of the first batches of the first epoch, 512 or as many as there are."""
+    found, count = [], 0
+    for x, _ in batches.epoch(0):
+        found.append(x.cpu())
+        count += len(x)
+        if count >= WHITENED:
+            break
+    return torch.cat(found)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

@@ -9,7 +9,7 @@ from tab.data.dataset import Dataset
 from tab.data.load import describe, load_dataset
 from tab.data.sequences import BLANK, TASKS, VALUES, SequenceBatches, draw, parse
 from tab.data.splits import split_batches
-from tab.layers import layer_names
+from tab.layers import get_attention, layer_names
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
 from tab.train.loop import load_model, train
@@ -40,17 +40,30 @@ def test_drawn_from_the_seed_alone(task):
 
 
 @pytest.mark.parametrize(("task", "pairs"), [("recall", N // 2), ("needle", N - 1)])
-def test_each_question_has_one_answer_and_it_is_the_label(task, pairs):
-    found = draw(task, N, 200, stream=0)
+@pytest.mark.parametrize("stream", [0, 1])
+def test_each_question_has_one_answer_and_it_is_the_label(task, pairs, stream):
+    found, held = draw(task, N, 300, stream=stream), []
     for tokens, labels in zip(found.tokens.tolist(), found.labels.tolist(), strict=True):
-        known, questions = dict(tokens[:pairs]), tokens[pairs:]
-        assert len(known) == pairs  # each key once
+        given, questions = [t for t in tokens[:pairs] if t != [0, BLANK]], tokens[pairs:]
+        known = dict(given)
+        held.append(len(known))
+        assert len(known) == len(given) and 0 not in known and BLANK not in known.values()
         assert [known[key] for key, _ in questions] == labels
         assert all(value == BLANK for _, value in questions)
+        asked = [key for key, _ in questions]  # each about as often
+        assert max(map(asked.count, known)) - min(map(asked.count, known)) <= 1
+    assert {*held} == ({*range(1, pairs + 1)} if stream == 0 else {pairs})
     # At every place of the sequence it is asked for, and the answers are spread evenly.
     places = {t[:pairs].index(t[pairs]) for t in found.tokens[..., 0].tolist()}
     assert len(places) == pairs
     assert np.bincount(found.labels.flatten()).min() > 0.3 * found.labels.numel() / VALUES
+
+
+def test_blanks_add_nothing():
+    net = build_model(config_of("none"), VALUES)
+    x = torch.tensor([[[0, BLANK], [3, BLANK], [0, 5], [3, 5]]])
+    nothing, key, value, both = net.backbone(x)[0]
+    assert not nothing.any() and torch.equal(both, key + value) and key.any() and value.any()
 
 
 def test_copy_asks_for_what_stood_half_the_length_before():
@@ -104,7 +117,9 @@ def test_every_layer_reads_sequences(attention):
     of, y = asked(logits, found.labels)
     torch.nn.functional.cross_entropy(of, y).backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not idle
+    # Places that ask hold no value: where no token meets another, values have no part.
+    mixes = get_attention(attention).mixes_tokens
+    assert idle == ([] if mixes else ["backbone.values.weight"])
 
 
 def test_a_model_reads_what_it_is_made_for():
@@ -117,7 +132,7 @@ def test_a_model_reads_what_it_is_made_for():
         split_batches(config_of(), images, cpu)
     with pytest.raises(ValueError, match=r"has 16 tokens, the model 64: give --set model.tokens"):
         split_batches(config_of(model__tokens__tokens=64), sequences, cpu)
-    with pytest.raises(ValueError, match=r"not moved or mirrored"):
+    with pytest.raises(ValueError, match=r"not moved, mirrored or cut out"):
         split_batches(config_of(data__flip=True), sequences, cpu)
     with pytest.raises(ValueError, match=r"give 1 to 199 to hold out"):
         split_batches(config_of(data__validation=200), sequences, cpu)

@@ -10,7 +10,7 @@ from tab.layers import build_attention, layer_names
 N, C = 40, 16
 KINDS = {name: (name, {}) for name in layer_names()} | {
     "deepseek_mla": ("deepseek_mla", {"balance_alpha": 0.1}),
-    "kimi_k2": ("kimi_k2", {"tau": 0.3, "balance_alpha": 0.1}),
+    "kimi_k2": ("kimi_k2", {"attention": "mha", "tau": 0.3, "balance_alpha": 0.1}),
     "kimi_k2 mla": ("kimi_k2", {"attention": "mla", "tau": 0.3}),
     "sparse small": ("sparse", {"block_size": 2, "num_random": 1, "rope": True}),
     "flex window": ("flex", {"pattern": "window", "rope": True}),

@@ -76,7 +76,7 @@ def test_without_experts_it_is_its_attention(name, generator):
 
 def test_qk_clip_of_a_wider_attention(generator):
     """The rows of q and k shrink, those of v do not."""
-    layer = layer_of("kimi_k2", inner_dim=32, tau=1e-3)
+    layer = layer_of("kimi_k2", attention="mha", inner_dim=32, tau=1e-3)
     q, k, v = (w.clone() for w in layer.attention.qkv.weight.detach().chunk(3))
     layer.train()
     layer(torch.randn(2, N, C, generator=generator))

@@ -15,7 +15,7 @@ from tab.recipe.recipe import load_recipe
 N, C = 12, 16
 ROPE = ("multi_head", "linear", "performer", "sparse", "local", "kv_compression", "flex")
 KINDS = {name: (name, {"rope": True} if name in ROPE else {}) for name in layer_names()} | {
-    "kimi_k2": ("kimi_k2", {"tau": 0.3}),
+    "kimi_k2": ("kimi_k2", {"attention": "mha", "tau": 0.3}),
     "kimi_k2 mla": ("kimi_k2", {"attention": "mla", "tau": 0.3, "q_rank": 5}),
     "sparse small": ("sparse", {"block_size": 2, "num_random": 1}),
     "deepseek_mla with balance": ("deepseek_mla", {"balance_alpha": 0.1}),

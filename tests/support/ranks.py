@@ -24,7 +24,7 @@ KINDS = {
     "self": ("self", {}),
     "performer": ("performer", {"redraw_interval": 1, "num_features": 8}),
     "deepseek_mla": ("deepseek_mla", {"num_experts": 4, "top_k": 1, "bias_speed": 0.1}),
-    "kimi_k2": ("kimi_k2", {"tau": 0.1, "bias_speed": 0.1}),
+    "kimi_k2": ("kimi_k2", {"attention": "mha", "tau": 0.1, "bias_speed": 0.1}),
     "kimi_k2 mla": ("kimi_k2", {"attention": "mla", "tau": 0.1, "q_rank": 6, "bias_speed": 0.1}),
 }
 
