@@ -121,7 +121,8 @@ class Batches:
         moves = host.moves(seed, epoch, index, self.translate, self.flip)  # (M, 3)
         if self.flip and self.alternating:
             moves[:, 2] = host.moves(seed, 0, index, 0, True)[:, 2] ^ (epoch & 1)
-        moves, corners = moves.to(self.device), None
+        moves = moves.to(self.device)
+        corners: Tensor | None = None
         if self.cutout:
             room = [n - self.cutout + 1 for n in self.images.shape[1:3]]
             corners = host.corners(seed, epoch, index, *room).to(self.device)  # (M, 2)
