@@ -12,6 +12,7 @@ from paths import ROOT
 
 import tab
 from tab import run_config
+from tab.analysis import robustness
 from tab.bench import results
 from tab.bench.rows import Row, percentiles, row_speedup
 from tab.compare import columns
@@ -127,6 +128,13 @@ def test_every_column_of_a_sweep_is_described():
 )
 def test_every_key_of_a_file_is_described(heading, names):
     assert set(names) <= set(first_cells(section(FILES, heading)))
+
+
+def test_every_key_of_robustness_is_described():
+    kinds = [robustness.Curve, *robustness.KINDS.values()]
+    names = {name for kind in kinds for name in typing.get_type_hints(kind)}
+    told = first_cells(section(FILES, "### robustness.json"))
+    assert {*names, "clean", "large", "zero_gradients"} == set(told)
 
 
 def keys_within(found: object, known: set[str], stop: set[str]) -> set[str]:
