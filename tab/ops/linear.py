@@ -26,6 +26,7 @@ from ._check import (
     same,
     shapes,
 )
+from ._heads import by_query_head
 from ._op import Backend, Op, choose
 from .linear_reference import backward_reference, forward_reference
 
@@ -135,9 +136,11 @@ def linear_attention(
     """Linear attention, `o_i = φ(q_i)ᵀS / (φ(q_i)ᵀz + eps)` (Katharopoulos 2020, eq. 5, 9).
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One of float16, bfloat16, float32 and float64 (under
-            autocast they are cast first; float64 stays), one device. Sums run in float32. B and N
-            may be 0: outputs are empty, and the state stays the initial one.
+        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One of float16, bfloat16, float32
+            and float64 (under autocast they are cast first; float64 stays), one device. Sums run in
+            float32. B and N may be 0: outputs are empty, and the state stays the initial one.
+            H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v (grouped-query
+            attention, Ainslie et al. 2023), which every kernel reads in place.
         feature_map: "elu1" (elu + 1), "relu", "identity" (q and k are features already) or
             "softmax" (of each q over D, of k over the tokens; Shen et al. 2021; not causal).
         causal: token i sees tokens j ≤ i.
@@ -145,7 +148,7 @@ def linear_attention(
         key_mask: (B, N) bool, True where a token is real; the others vanish from S and from z.
             What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
             token is seen in every output that attends to it.
-        initial_state: (S (B, H, D, Dv), z (B, H, D)) float32, from earlier tokens.
+        initial_state: (S (B, H_kv, D, Dv), z (B, H_kv, D)) float32, from earlier tokens.
         return_state: also return the state after the last token.
         eps: added to the denominator. A row whose denominator is 0 gives 0.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
@@ -171,11 +174,11 @@ def linear_attention(
         True
     """
     q, k, v = heads_first("linear_attention", layout, q, k, v)
-    q, k, v = check_qkv("linear_attention", q, k, v)
+    q, k, v = check_qkv("linear_attention", q, k, v, grouped=True)
     causal = check_causal("linear_attention", causal, is_causal)
     check_key_mask("linear_attention", key_mask, k)
     eps = number("linear_attention", "eps", eps)
-    s0, z0 = _check_state(q, v, initial_state)
+    s0, z0 = _check_state(k, v, initial_state)
     if feature_map == "softmax":
         if causal or initial_state is not None:
             raise ValueError(
@@ -191,7 +194,7 @@ def linear_attention(
         )
     backend = choose(backend, linear_fwd, q, k, v)
     options = FEATURE_MAPS[feature_map], causal, eps
-    o, s, z = linear_fwd.apply(backend, q, k, v, key_mask, s0, z0, *options)
+    o, s, z = by_query_head(linear_fwd, backend, q, k, v, key_mask, s0, z0, *options)
     o = as_given(layout, o)
     return (o, (s, z)) if return_state else o
 
@@ -204,16 +207,16 @@ def _softmax_tokens(k: Tensor, key_mask: Tensor | None) -> Tensor:
     return k.masked_fill(hidden, -torch.inf).softmax(-2).masked_fill(hidden, 0.0)
 
 
-def _check_state(q: Tensor, v: Tensor, state) -> tuple[Tensor | None, Tensor | None]:
+def _check_state(k: Tensor, v: Tensor, state) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
     s, z = state
-    b, h, _, d = q.shape
-    acc = accumulate(q)
+    b, h, _, d = k.shape
+    acc = accumulate(k)
     if s.shape != (b, h, d, v.shape[-1]) or z.shape != (b, h, d) or {s.dtype, z.dtype} != {acc}:
         raise ValueError(
             f"linear_attention wants initial_state (S {(b, h, d, v.shape[-1])}, z {(b, h, d)}) in "
             f"{str(acc).removeprefix('torch.')}, got {shapes(S=s, z=z)}"
         )
-    same("linear_attention", S=s, z=z, q=q.to(acc) if q.dtype != acc else q)
+    same("linear_attention", S=s, z=z, k=k.to(acc) if k.dtype != acc else k)
     return s.contiguous(), z.contiguous()

@@ -35,6 +35,7 @@ from ._check import (
     same,
     shapes,
 )
+from ._heads import by_query_head
 from ._op import Backend, Op, choose
 from .performer_reference import backward_reference, forward_reference
 
@@ -152,9 +153,11 @@ def performer_attention(
     (φ(q_i)ᵀz + eps)`, φ(x)_m = exp(w_m·x̂ − ‖x̂‖²/2), x̂ = x·D^(-1/4) (Choromanski 2021, eq. 7).
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One of float16, bfloat16, float32 and float64 (under
-            autocast they are cast first; float64 stays), one device. Sums run in float32. B and N
-            may be 0: outputs are empty, and the state stays the initial one.
+        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One of float16, bfloat16, float32
+            and float64 (under autocast they are cast first; float64 stays), one device. Sums run in
+            float32. B and N may be 0: outputs are empty, and the state stays the initial one.
+            H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v (grouped-query
+            attention, Ainslie et al. 2023), which every kernel reads in place.
         projection: (M, D) float32 (float64 with float64 inputs), from `orthogonal_projection`;
             a constant, it gets no gradient.
         kernel: "softmax" (positive features, e^(w·x̂ - ‖x̂‖²/2)) or "relu" (relu(w·x̂)).
@@ -163,8 +166,9 @@ def performer_attention(
         key_mask: (B, N) bool, True where a token is real; the others vanish from S, z and c.
             What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
             token is seen in every output that attends to it.
-        initial_state: (S (B, H, M, Dv), z (B, H, M), c (B, H, M)) float32, from earlier tokens
-            under the same projection. S and z are relative to the shift c (true sum = S·e^c).
+        initial_state: (S (B, H_kv, M, Dv), z (B, H_kv, M), c (B, H_kv, M)) float32, from earlier
+            tokens under the same projection. S and z are relative to the shift c (the true sum is
+            S·e^c).
         return_state: also return the state after the last token; S and z are differentiable with
             c held constant, which is exact for whatever depends on S·e^c and z·e^c alone.
         eps: added to the shifted denominator (≥ 1 for "softmax"), the shift held constant in the
@@ -190,7 +194,7 @@ def performer_attention(
         True
     """
     q, k, v = heads_first("performer_attention", layout, q, k, v)
-    q, k, v = check_qkv("performer_attention", q, k, v)
+    q, k, v = check_qkv("performer_attention", q, k, v, grouped=True)
     causal = check_causal("performer_attention", causal, is_causal)
     check_key_mask("performer_attention", key_mask, k)
     if kernel not in KERNELS:
@@ -199,15 +203,17 @@ def performer_attention(
     if eps < 0:
         raise ValueError(f"performer_attention wants eps ≥ 0, got {eps}")
     _check_projection(q, projection)
-    state = _check_state(q, v, projection, initial_state)
+    state = _check_state(k, v, projection, initial_state)
     # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer/), which runs where
     # it is asked for.
     simple = not causal and initial_state is None and not return_state
     backend = choose(backend, performer_fwd, q, k, v, projection, cuda=simple)
     options = KERNELS[kernel], causal, eps
-    o, *state, _ = performer_fwd.apply(backend, q, k, v, projection, key_mask, *state, *options)
+    o, s, z, c, _ = by_query_head(
+        performer_fwd, backend, q, k, v, projection, key_mask, *state, *options
+    )
     o = as_given(layout, o)
-    return (o, tuple(state)) if return_state else o
+    return (o, (s, z, c)) if return_state else o
 
 
 def _check_projection(q: Tensor, w: Tensor) -> None:
@@ -226,12 +232,12 @@ def _check_projection(q: Tensor, w: Tensor) -> None:
         raise ValueError("projection is a constant and gets no gradient; pass projection.detach()")
 
 
-def _check_state(q, v, projection, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _check_state(k, v, projection, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if state is None:
         return None, None, None
     s, z, c = state
-    rows = (*q.shape[:2], projection.shape[0])
-    want, acc = (*rows, v.shape[-1]), accumulate(q)
+    rows = (*k.shape[:2], projection.shape[0])
+    want, acc = (*rows, v.shape[-1]), accumulate(k)
     if s.shape != want or z.shape != rows or c.shape != rows or {*_dtypes(s, z, c)} != {acc}:
         raise ValueError(
             f"performer_attention wants initial_state (S {want}, z {rows}, c {rows}) in "
