@@ -18,7 +18,7 @@ from ..layers import known_layer
 from ..recipe.recipe import load_recipe
 from ..sweep.trials import read_trials
 from ..train.facts import made_with
-from ..train.loop import load_trained
+from ..train.loop import has_weights, load_trained
 from . import markdown, pictures
 from .attacks import attack_picture
 from .chart_data import NOTE, Group, charts, looks
@@ -35,6 +35,11 @@ from .weights import attention_picture, attention_weights, filters_picture
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 
+
+LOST = (
+    "**Without weights:** the model.safetensors of {} of {} runs are not in this directory. What "
+    "needs a trained model, such as its accuracy under noise, is of the others alone."
+)
 
 # Of report.html, which draws the others from their numbers.
 EMBEDDED = ("attention", "filters")
@@ -65,12 +70,14 @@ def write_report(
     folder.mkdir(exist_ok=True)
     curves = pictures.drawn(runs)
     shown = _from_numbers(folder, runs, grid) if curves else {}
-    images = [] if dataset.sequences else done  # robustness is of images, and so are pictures
+    # Robustness is of images, and so are pictures of a model; both need its weights.
+    images = [run for run in done if has_weights(run.path) and not dataset.sequences]
     found = _measured(images, dataset, grid, progress)
     found, left = keep_comparable(found, {run.id: weights_of(run.path) for run in images})
+    lost = [] if dataset.sequences else [run.id for run in done if run not in images]
     if images:
         if progress:
-            progress(len(done), len(done), "pictures")
+            progress(len(images), len(images), "pictures")
         shown |= _from_models(folder, images, found, dataset)
     ranked = {model: ranking(runs, model) for model in grid.models}
     for model, entries in ranked.items():
@@ -84,6 +91,8 @@ def write_report(
     )
     twins = alike.twins()
     sections = _sections(runs, grid, dataset, alike)
+    if lost:
+        sections.append(LOST.format(len(lost), len(done)))
     sections.append(robustness_section(runs, found, left))
     if grid.tune and trials:
         sections.append(tuning_section(trials, grid))

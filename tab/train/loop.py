@@ -114,10 +114,19 @@ def model_of(out: Path) -> Path:
         raise ValueError(f"{out} holds no run: there is no run.json in it")
     if run["status"] != "done":
         raise ValueError(f"the run in {out} is {run['status']}, it has no trained model")
-    path = next((out / name for name in (FILE, OLD) if (out / name).exists()), None)
+    path = _weights(out)
     if path is None:
         raise ValueError(f"{out} has lost its {FILE}: {again(out)}")
     return path
+
+
+def has_weights(out: Path) -> bool:
+    """Whether the weights of the run in `out` are there. Its figures do not need them."""
+    return _weights(out) is not None
+
+
+def _weights(out: Path) -> Path | None:
+    return next((out / name for name in (FILE, OLD) if (out / name).exists()), None)
 
 
 def found_run(

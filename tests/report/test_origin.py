@@ -3,6 +3,7 @@ other work decided."""
 
 import csv
 import json
+import shutil
 
 import pytest
 import small_grid
@@ -13,6 +14,7 @@ from tab.data.load import load_dataset
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown
 from tab.report.averages import Median
+from tab.report.build import write_report
 from tab.report.tables import ranking
 from tab.train.facts import made_with
 
@@ -96,3 +98,17 @@ def test_times_that_seeds_do_not_share_are_marked(tmp_path):
     assert "though times were disturbed" in markdown.summary("cnn", entries)
     assert markdown.disturbance(ranking(runs[:2], "cnn")) == ""
     assert Median.of([1.0, 1.6]).disturbed and not Median.of([1.0]).disturbed
+
+
+def test_a_report_of_figures_alone(out, dataset, tmp_path):
+    """What is handed on without its weights still reports, and says what that costs."""
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    (first, *others) = sorted(copy.glob("runs/*/model.safetensors"))
+    count = len(others) + 1
+    for lost, paths in ((1, [first]), (count, others)):
+        for path in paths:
+            path.unlink()
+        text = write_report(copy, dataset).read_text(encoding="utf-8")
+        assert f"**Without weights:** the model.safetensors of {lost} of {count} runs" in text
+    assert "Without weights" not in write_report(out, dataset).read_text(encoding="utf-8")
