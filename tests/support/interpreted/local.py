@@ -9,6 +9,7 @@ from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
 from textbook.softmax import in_window, naive
 
+from tab.ops._softmax import lse_as_column
 from tab.ops.local import backward_reference, forward_reference, local_fwd
 
 forward, backward = interpreted("local_fwd", "local_bwd")
@@ -94,3 +95,19 @@ def test_like_the_reference(dtype, rows, cols, generator):
     for x, y in zip(given, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
         assert x.stride() == y.stride()
+
+
+def test_gradient_through_lse(generator):
+    """As one more column of do, v and o."""
+    x = inputs(40, 8, 12, generator)
+    do, dlse = (torch.randn(1, 2, 40, *w, generator=generator) for w in ((12,), ()))
+    options = 7, 3, 0, 0, False, 0.4
+    exact = [t.double().requires_grad_() for t in x]
+    scores = (exact[0] @ exact[1].mT * 0.4).masked_fill(~in_window(40, 7, 3), -torch.inf)
+    truth = scores.softmax(-1) @ exact[2], scores.logsumexp(-1)
+    wanted = torch.autograd.grad(truth, exact, (do.double(), dlse.double()))
+    o, lse = forward(*x, *options)
+    do, v, o = lse_as_column(do, dlse, x[2], o)
+    dq, dk, dv = backward(do, *x[:2], v, o, lse, *options)
+    for got, want in zip((dq, dk, dv[..., :-1]), wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)

@@ -98,10 +98,10 @@ def test_mla(causal, with_lse, generator):
     assert peak.isnan().tolist() == [[True], [False]]
 
 
-def heads(dtype=torch.float32, d=16, dv=16):
+def heads(dtype=torch.float32, d=16, dv=16, h=1):
     """q, k, v as `choose` sees them on a GPU, of which there is none here."""
     device = SimpleNamespace(type="cuda")
-    sizes = (1, 1, 8, d), (1, 1, 8, d), (1, 1, 8, dv)
+    sizes = (1, h, 8, d), (1, 1, 8, d), (1, 1, 8, dv)
     return [SimpleNamespace(dtype=dtype, device=device, shape=torch.Size(s)) for s in sizes]
 
 
@@ -118,6 +118,8 @@ BEYOND = [
     ("performer_fwd", [*heads(d=300), W], "D up to 256, got 300"),
     ("local_fwd", heads(torch.float64), "got float64"),
     ("sparse_fwd", heads(torch.float64), "got float64"),
+    ("local_fwd", heads(h=4), "as many heads of k and v as of q, got 1 and 4"),
+    ("sparse_fwd", heads(h=4), "as many heads of k and v as of q, got 1 and 4"),
     ("mla_fwd", latents(dtype=torch.float64), "got float64"),
     ("mla_fwd", latents(dr=129), "Dr up to 128, got 129"),
     ("mla_fwd", latents(dv=129), "Dv up to 128, got 129"),
