@@ -13,16 +13,18 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ..ops.local import in_window
 from ._base import HeadsAttention
 from ._registry import register_attention
+
+if TYPE_CHECKING:  # in the functions that need it: it loads a fifth of all that `tab` does
+    from torch.nn.attention.flex_attention import BlockMask
 
 PATTERNS = ("full", "causal", "window", "grid")
 SCORES = ("", "relative")
@@ -183,6 +185,8 @@ class FlexAttention(HeadsAttention):
         return mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], q.shape[2])))
 
     def _block_mask(self, q: Tensor) -> BlockMask:
+        from torch.nn.attention.flex_attention import create_block_mask
+
         heads = self.num_heads if self.own_mask else None  # a named pattern is one for all heads
         n = q.shape[2]
         return create_block_mask(self.mask_mod, None, heads, n, n, device=q.device)
@@ -213,6 +217,8 @@ def pattern_mask(pattern: str, window_size: int, grid: tuple[int, int] | None) -
 
 @functools.cache
 def _compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
