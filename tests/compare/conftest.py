@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import dots as dots
 
 from tab.analysis.corruptions import OFFICIAL
 from tab.data.cifar import CLASSES

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from pictures import dots as dots
 from PIL import Image
 from small_cli import flat, tab
 from small_pictures import build

@@ -2,15 +2,16 @@
 
 import ctypes
 import functools
+import hashlib
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from paths import SUPPORT
+from filelock import FileLock
+from paths import ROOT, SUPPORT
 
+KEPT = ROOT / "build" / "cuda_few"
 TYPES = (torch.float32, torch.float16, torch.bfloat16)  # the order that cuda_few.cpp knows
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 KINDS = {
@@ -27,8 +28,6 @@ def library(mechanism: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "cuda_few.so"
     flags = [
         f"-D{mechanism.upper()}",
         "-std=c++20",
@@ -39,15 +38,29 @@ def library(mechanism: str) -> ctypes.CDLL:
         f"-I{SUPPORT}",
     ]
     flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    made = path.with_suffix(".o")  # ThreadSanitizer's calls without its runtime: cuda_races.h
-    subprocess.run(
-        [compiler, *flags, "-c", "-fsanitize=thread", SUPPORT / "cuda_few.cpp", "-o", made],
-        check=True,
-    )
-    subprocess.run([compiler, *flags, made, "-o", path], check=True)
-    loaded = ctypes.CDLL(str(path))
-    folder.cleanup()  # it stays mapped
-    return loaded
+    # Of the same sources and flags, for all processes of a test run and for the next one.
+    path = KEPT / f"{mechanism}-{_sources(compiler, *flags)}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            made, whole = path.with_suffix(".o"), path.with_suffix(".part")
+            # ThreadSanitizer's calls without its runtime: cuda_races.h
+            sanitized = ["-c", "-fsanitize=thread", SUPPORT / "cuda_few.cpp", "-o", made]
+            subprocess.run([compiler, *flags, *sanitized], check=True)
+            subprocess.run([compiler, *flags, made, "-o", whole], check=True)
+            made.unlink()
+            whole.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _sources(*flags: str) -> str:
+    """Another string as soon as a source, the compiler or one of its flags is another."""
+    said = subprocess.run([flags[0], "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(said + "\0".join(flags).encode())
+    files = [*(ROOT / "csrc").rglob("*"), *SUPPORT.glob("*.h"), SUPPORT / "cuda_few.cpp"]
+    for file in sorted(file for file in files if file.is_file()):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def struct(name: str, members: str) -> type[ctypes.Structure]:
