@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import typing
 
@@ -72,6 +73,7 @@ def check_fields(told: dict[str, list[str]], fields, kind: type) -> None:
 
 
 def test_every_option_of_every_mechanism_is_described():
+    """Where it is, and its default, where that is no None that other sizes decide."""
     told: dict[str, set[str]] = {}
     for option, where, default, meaning in rows(section(RECIPES, "## Options of the mechanisms")):
         names = set(named(where))
@@ -81,6 +83,13 @@ def test_every_option_of_every_mechanism_is_described():
         for name in named(option):
             assert name not in told, f"{name} stands twice"
             told[name] = names
+            values = {layer: attention_options(layer)[name] for layer in names}
+            if name == "seed" or None in values.values():
+                continue
+            stated = {layer: json.dumps(value) for layer, value in values.items()}
+            one = len(set(stated.values())) == 1
+            parts = {value if one else f"{value} in `{layer}`" for layer, value in stated.items()}
+            assert set(default.split(", ")) == parts, name
     has: dict[str, set[str]] = {}
     for name in layer_names():
         for option in attention_options(name):
