@@ -21,7 +21,7 @@ from ..train.facts import made_with
 from ..train.loop import has_weights, load_trained
 from . import markdown, pictures
 from .attacks import attack_picture
-from .chart_data import NOTE, Group, charts, looks
+from .chart_data import NOTE, Group, charts, looks, tradeoff_group
 from .comparable import keep_comparable
 from .forest import forest_group, forest_picture
 from .html import html_page
@@ -83,6 +83,8 @@ def write_report(
     for model, entries in ranked.items():
         if caption := forest_picture(folder / f"forest_{model}.png", model, entries):
             shown[f"forest_{model}"] = caption
+    if costs := tradeoff_group(runs, found):
+        shown["costs"] = pictures.tradeoffs(folder / "costs.png", costs.charts, grid.attentions)
     alike = identity(
         load_recipe((out / "config.toml").resolve()),
         grid.models,
@@ -101,8 +103,8 @@ def write_report(
     path = out / "report.md"
     files.write(path, markdown.report(runs, facts, grid, shown, sections, twins).encode())
     groups = _groups(runs, curves, grid, found)
-    if first := forest_group(ranked):
-        groups.insert(0, first)
+    first = [forest_group(ranked), tradeoff_group(runs, found)]
+    groups = [*filter(None, first), *groups]
     if trials:
         groups.append(sweep_charts(trials))
     embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}

@@ -19,10 +19,14 @@ from .tables import ranking, title
 
 NOTE = (
     "Curves are means over seeds; the band of the one that is pointed at reaches from its lowest "
-    "seed to its highest. Trade-offs: a filled circle is matched by no other in accuracy, time, "
-    "memory and accuracy under noise together; the dashed line is the front of the two axes. "
-    "Memory is missing on a CPU, where that of one run cannot be told from the process's. "
-    "Press a name to hide it."
+    "seed to its highest. Press a name to hide it."
+)
+COSTS = "Accuracy, time and memory"
+COSTS_NOTE = (
+    "Means of accuracy and medians of time over seeds. A filled circle is matched by no other in "
+    "accuracy, time, memory and accuracy under noise together, as far as they are known; the "
+    "dashed line is the front of the two axes. On a CPU the peak memory of one run cannot be told "
+    "from the process's, and the circles' area is that of the parameters."
 )
 POINTS = 200  # of a curve; of a longer one as many, evenly chosen
 PARETO = ("accuracy", "time", "memory", "noise")
@@ -45,7 +49,6 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
     drawn, severity = [], severities(found)
     for model in dict.fromkeys(run.model for run in runs):
         mine = [run for run in curves if run.model == model]
-        drawn += _tradeoff(runs, model, found)
         key, accuracy = f"{part}_accuracy", f"{part} accuracy (%)"
         kinds = [
             ("training loss", "epoch", "cross-entropy", measured("epoch", "train_loss", 1.0)),
@@ -69,6 +72,13 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
                 chart |= {"kind": "curves", "shared": "time" not in x, "series": series}
                 drawn.append(chart)
     return drawn
+
+
+def tradeoff_group(runs: list[Run], found: Found) -> Group | None:
+    """Each model's trade-offs; None where fewer than two mechanisms have accuracy and time."""
+    models = dict.fromkeys(run.model for run in runs)
+    drawn = [chart for model in models for chart in _tradeoff(runs, model, found)]
+    return Group(COSTS, COSTS_NOTE, drawn, wide=True) if drawn else None
 
 
 def looks(attentions: Iterable[str]) -> dict[str, dict]:
@@ -146,7 +156,7 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
     return [
         {
             "kind": "tradeoff",
-            "title": f"{model.upper()}: trade-offs (area: {quantities[area][0]})",
+            "title": f"{model.upper()}: accuracy and cost (area: {quantities[area][0]})",
             "area": area,
             "pareto": [k for k in PARETO if k in have],
             "quantities": [

@@ -22,6 +22,9 @@ from ..models.image_model import tokens_of
 from ..run_config import RunConfig
 from ..train.run_files import again, read_run_file
 from .averages import Mean
+from .chart_data import looks
+from .html import html_page
+from .length_charts import HEADING, PANELS, length_groups
 from .style import figure, label_ends, look
 from .tables import markdown_lines, title
 
@@ -140,12 +143,19 @@ def joined(found: Iterable[Trained], cost: dict[Key, Cost]) -> list[dict]:
 
 
 def write_lengths(out: Path, lines: list[dict]) -> list[Path]:
-    """lengths.csv, lengths.md and lengths.png of these lines (`joined`)."""
+    """lengths.csv, .md, .png, .svg and .html of these lines (`joined`)."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"lengths.{kind}" for kind in ("csv", "md", "png")]
+    paths = [out / f"lengths.{kind}" for kind in ("csv", "md", "png", "html")]
     write_csv(paths[0], COLUMNS, lines)
-    write_text(paths[1], _table(lines) + "\n")
+    table = _table(lines)
+    write_text(paths[1], table + "\n")
     _picture(paths[2], lines)
+    text = (
+        f"# {HEADING}\n\n> Each line of the table says how many seeds and epochs stand behind it."
+        "\n\n## Table\n\n"
+    )
+    names = looks(line["attention"] for line in lines)
+    write_text(paths[3], html_page(text + table, names, length_groups(lines), {}, None))
     return paths
 
 
@@ -176,20 +186,13 @@ def _table(lines: list[dict]) -> str:
     return markdown_lines(["Attention", "N", *shown], cells)
 
 
-PANELS = (  # column, the twin's column, heading, unit, its factor, logarithmic
-    ("accuracy", "", "Accuracy", "test accuracy (%)", 100.0, False),
-    ("step_ms", "eager_ms", "Training step", "ms (log)", 1.0, True),
-    ("step_peak_mb", "eager_peak_mb", "Peak memory of a step", "MB (log)", 1.0, True),
-)
-
-
 def _picture(path: Path, lines: list[dict]) -> None:
     """A panel for each of accuracy, time and memory against N; thin dotted lines are the twins in
     plain PyTorch."""
     panels = [p for p in PANELS if any(line.get(p[0]) is not None for line in lines)]
     names = list(dict.fromkeys(line["attention"] for line in lines))
     ticks = sorted({line["tokens"] for line in lines})
-    with figure(path, len(panels), columns=3, width=5.2) as (_, axes):
+    with figure(path, len(panels), columns=3, width=5.2, svg=True) as (_, axes):
         for ax, (column, twin, heading, unit, factor, log) in zip(axes, panels, strict=True):
             ends = []
             for name in names:

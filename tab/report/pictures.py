@@ -45,7 +45,8 @@ def curves(
                     ax.fill_between(x, y.min(0), y.max(0), color=line["color"], alpha=0.12, lw=0)
                 ends.append((x[-1], y.mean(0)[-1], title(attention), line))
             ax.set(title=f"{model.upper()}: {heading}", xlabel=xlabel, ylabel=ylabel)
-            focus(ax)
+            if xlabel in ("epoch", "severity"):  # which are whole
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             label_ends(ax, ends)
 
 
@@ -69,16 +70,23 @@ def averaged(
     return np.median([x[:n] for x, _ in pairs], axis=0), np.array([y[:n] for _, y in pairs], float)
 
 
-def focus(ax) -> None:
-    """Lets the first fifth of long curves run out of the picture: there all lines rise or fall
-    together, the differences to be seen lie in the rest. Epochs and severities are whole."""
-    lines = [np.asarray(line.get_ydata()) for line in ax.get_lines()]
-    values = np.concatenate([y[len(y) // 5 if len(y) >= 10 else 0 :] for y in lines] or [[]])
-    values = values[np.isfinite(values)]
-    if values.size and (high := values.max()) > (low := values.min()):
-        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    if ax.get_xlabel() in ("epoch", "severity"):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+def tradeoffs(path: Path, charts: list[dict], names: list[str]) -> str:
+    """Accuracy against time, the area by memory or parameters, a panel for each of the charts of
+    report.html; also as .svg. names: all mechanisms, by which colours go. -> the caption"""
+    with figure(path, len(charts), height=4.6, svg=True) as (_, axes):
+        for ax, chart in zip(axes, charts, strict=True):
+            labels = {q["key"]: q["label"] for q in chart["quantities"]}
+            most = max(point["values"][chart["area"]] for point in chart["points"])
+            ends = []
+            for point in chart["points"]:
+                x, y = (point["values"][key] for key in ("time", "accuracy"))
+                line = look(point["key"], names)
+                size = 30 + 220 * point["values"][chart["area"]] / most
+                ax.scatter(x, y, s=size, color=line["color"], alpha=0.75, edgecolor="white")
+                ends.append((x, y, title(point["key"]), line))
+            ax.set(title=chart["title"], xlabel=labels["time"], ylabel=labels["accuracy"])
+            label_ends(ax, ends)
+    return "Test accuracy against training time; higher and further left is better"
 
 
 def per_epoch(path: Path, runs: list[Run], key: str, heading: str, ylabel: str, scale=1.0) -> None:

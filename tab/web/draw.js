@@ -93,8 +93,8 @@ const canvas = (figure, H) => {
 };
 // Axes on an empty drawing -> it, and what places a value. x, y: {ends, label, log, whole}
 const frame = (figure, x, y) => {
-  const small = figure.parentNode.classList.contains("small"), L = 50, R = 14, T = 24, B = 42;
-  const {root, W, H, at} = canvas(figure, small ? 190 : 300);
+  const kind = figure.parentNode.classList, L = 50, R = 14, T = 24, B = 42;
+  const {root, W, H, at} = canvas(figure, kind.contains("small") ? 190 : kind.contains("wide") ? 400 : 300);
   const X = scale(x.ends, [L, W - R], x.log), Y = scale(y.ends, [H - B, T], y.log);
   for (const t of y.log ? logTicks(...y.ends) : ticks(...y.ends, 5)) {
     svg("line", root, {class: "grid", x1: L, x2: W - R, y1: Y(t), y2: Y(t)});

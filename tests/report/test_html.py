@@ -15,7 +15,7 @@ from tab.compare.plan import Grid
 from tab.layers import attention_names
 from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
-from tab.report.chart_data import Group, charts, looks
+from tab.report.chart_data import Group, charts, looks, tradeoff_group
 from tab.report.html import LIMIT, html_page
 from tab.report.sweep import sweep_charts, sweep_section
 from tab.sweep.trials import RungTrial
@@ -45,7 +45,7 @@ def test_structure(tmp_path):
     text = page(tmp_path, bench=tmp_path / "bench")
     found = Page(text)
     tags = [tag for tag, _ in found.tags]
-    assert found.open == [] and tags.count("table") == 3  # ranking, statistics, kernels
+    assert found.open == [] and tags.count("table") == 4  # ranking, costs, statistics, kernels
     assert tags.count("script") == 2 + len(CHARTS) and NOTE not in text
     assert sum("data-chart" in attrs for _, attrs in found.tags) == 7
     sources = [a[k] for _, a in found.tags for k in ("src", "href") if k in a]
@@ -66,12 +66,12 @@ def test_axes_of_the_tradeoff():
     found = {r.id: measured(r) for r in runs}
 
     def axes() -> dict[str, str]:
-        chart = charts(runs, runs, "test", found)[0]
+        chart = tradeoff_group(runs, found).charts[0]
         return {q["key"]: q["label"] for q in chart["quantities"]}
 
     assert list(axes()) == ["accuracy", "time", "parameters", "flops", "noise", "pgd", "own"]
     assert "not CIFAR-10-C" in axes()["own"] and axes()["pgd"] == "accuracy under PGD-20 (%)"
-    values = charts(runs, runs, "test", found)[0]["points"][1]["values"]
+    values = tradeoff_group(runs, found).charts[0]["points"][1]["values"]
     assert values["noise"] == pytest.approx(25) and values["own"] == pytest.approx(30)
     assert values["pgd"] == 0.0
     found["cnn-self-s0"]["attacks"]["suspicions"] = ["FGSM does more than PGD"]

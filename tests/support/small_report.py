@@ -10,7 +10,7 @@ from tab.compare.plan import Grid
 from tab.compare.runs import Run
 from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
-from tab.report.chart_data import Group, charts, looks
+from tab.report.chart_data import Group, charts, looks, tradeoff_group
 from tab.report.forest import forest_group
 from tab.report.html import html_page
 from tab.report.tables import ranking
@@ -72,5 +72,6 @@ def page(tmp_path, **more) -> str:
     pictures = {tmp_path / "a.png": 'a "quoted" <caption>'}
     ranked = {"cnn": ranking(runs, "cnn")}
     found = {r.id: measured(r) for r in runs}
-    groups = [forest_group(ranked), Group("Charts", BELOW, charts(runs, runs, "test", found))]
+    groups = [forest_group(ranked), tradeoff_group(runs, found)]
+    groups.append(Group("Charts", BELOW, charts(runs, runs, "test", found)))
     return html_page(text, looks(kinds), groups, pictures, more.get("bench"))
