@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ..bench.cases import SIZES
+from ..bench.charts import picture
 from ..bench.measure import measure
 from ..bench.page import write_page
 from ..bench.registry import cases
 from ..bench.registry import names as op_names
-from ..bench.results import environment, picture, save
+from ..bench.results import environment, save
 from ..bench.roofline import measure_roofline
 from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
 from ..bench.turns import Load, busy, in_turns

@@ -6,36 +6,73 @@ from html import escape
 from pathlib import Path
 
 from ..files import write_text
-from ..web import asset
+from ..web import CHARTS, document
+from . import history
+from .charts import charts
+from .history import Line
 from .rows import DIRECTIONS, Row, percentiles
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem;
-       color: #1b1b1b; background: #fff }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
-th { cursor: pointer; position: sticky; top: 0; background: #fff; white-space: nowrap }
-th:hover { color: #0072b2 }
-td:nth-child(-n+2), th:nth-child(-n+2), td.why { text-align: left }
-tr.tab td:nth-child(2) { color: #0072b2; font-weight: 600 }
-small, td.why { color: #666 }
-@media (prefers-color-scheme: dark) { body, th { color: #ddd; background: #191919 }
-  th, td { border-color: #444 } tr.tab td:nth-child(2) { color: #6cb8ee } }
+NOTES = {
+    "bars": "A bar says how many times as fast as the fastest rival a contestant is, in the same "
+    "rounds: the median, and as a line the 10th to the 90th percentile. TAB's are blue, all others "
+    "orange.",
+    "curves": "Memory: behind a name stands the exponent of N by which its peak grows.",
+}
+HISTORY_NOTE = """
+    Each time is taken over that of a fixed PyTorch operation in the same round, so that a busier
+    machine is no slower commit; a point is the median over processes, and the range of the line
+    that is pointed at reaches from the least to the largest.
 """
 
 
 def write_page(path: Path, record: dict, rows: list[Row]) -> None:
     """record: what results.save wrote. Replaces `path` whole."""
-    lines = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        '<meta name=viewport content="width=device-width"><title>tab bench</title>',
-        f"<style>{_STYLE}</style><h1>tab bench</h1>",
-        f"<p>{told(record, rows)}",
-        "<p><small>A click on a head sorts.</small>",
-        f"{table(rows)}<script>{asset('tables.js')}</script>",
-    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(lines) + "\n")
+    drawn = charts(rows)
+    parts = [
+        f"<h1>{escape(_subject(rows))}</h1><p>{told(record, rows)}</p>",
+        figures(drawn, 0),
+        f'<div class="table"><div class="scroll">{table(rows)}</div></div>',
+    ]
+    scripts = ("tables.js", *(CHARTS if drawn else ()))
+    data = {"looks": {}, "charts": drawn} if drawn else None
+    write_text(path, document("tab bench", "\n".join(parts), scripts, data))
+
+
+def write_history(path: Path, lines: list[Line]) -> None:
+    """What `history` found, as a page with a chart for each direction."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = history.charts(lines)
+    figures_ = _figures(drawn, 0)
+    heading = "Benchmark over commits"
+    legend = '<div class="show"></div>'
+    note = f'<p class="note">{escape(" ".join(HISTORY_NOTE.split()))}</p>'
+    body = f"<h1>{heading}</h1>{legend}{figures_}{note}"
+    data = {"looks": history.looks(lines), "charts": drawn}
+    write_text(path, document(heading, body, CHARTS, data))
+
+
+def _subject(rows: list[Row]) -> str:
+    """What was measured: "Benchmark of linear, local"."""
+    return f"Benchmark of {', '.join(dict.fromkeys(row.case.split('/')[0] for row in rows))}"
+
+
+def figures(drawn: list[dict], first: int) -> str:
+    """HTML of these charts, which are data's from `first` on, and how their bars read."""
+    return f'{_figures(drawn, first)}<p class="note">{_note(drawn)}</p>' if drawn else ""
+
+
+def _note(drawn: list[dict]) -> str:
+    kinds = dict.fromkeys(chart["kind"] for chart in drawn)
+    return " ".join(NOTES[kind] for kind in kinds)
+
+
+def _figures(drawn: list[dict], first: int) -> str:
+    made = (
+        f'<figure data-chart="{i}"><figcaption>{escape(chart["title"])}</figcaption></figure>'
+        for i, chart in enumerate(drawn, first)
+    )
+    return f'<div class="charts">{"".join(made)}</div>'
 
 
 def told(record: dict, rows: list[Row]) -> str:

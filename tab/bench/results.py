@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..formats import check, read_json, reading, write_json
 from .roofline import Roofline
-from .rows import Row, percentiles
+from .rows import Row
 
 
 def environment(device: str) -> dict[str, object]:
@@ -74,46 +74,6 @@ def load(path: Path) -> tuple[dict, list[Row]]:
     record = read_json(path, Record, way_out)
     with reading(path, way_out):
         return record, [Row(**check("a row", row, Row)) for row in record["rows"]]
-
-
-def picture(rows: list[Row], path: Path) -> None:
-    """Horizontal bars: time over the floor of the machine, a panel per case, shorter is better."""
-    from ..figures import Picture  # what only measures needs no matplotlib
-
-    groups = {
-        case: [row for row in group if row.seconds and not row.skipped]
-        for case, group in _grouped(rows).items()
-    }
-    heights = [len(group) for group in groups.values()]
-    size = (8, 0.9 + sum(0.36 * h + 0.7 for h in heights))
-    figure = Picture(figsize=size, layout="constrained")
-    axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)
-    for axis, (case, group) in zip(axes[:, 0], groups.items(), strict=True):
-        direction = "both" if any("both" in row.seconds for row in group) else "forward"
-        timed = [row for row in group if direction in row.seconds]
-        over = [percentiles(row.seconds[direction])[1] / row.floor[direction] for row in timed]
-        colours = ["#0072B2" if r.contestant.startswith("tab") else "#999999" for r in timed]
-        axis.barh([row.contestant for row in timed], over, color=colours)
-        for y, (row, x) in enumerate(zip(timed, over, strict=True)):
-            ms = 1e3 * percentiles(row.seconds[direction])[1]
-            axis.text(x, y, f" {ms:.3g} ms, {x:.1f}× floor", va="center", fontsize=8)
-        axis.set(
-            xscale="log",
-            title=f"{case}, {'forward + ' * (direction == 'both')}"
-            f"{'backward' if direction == 'both' else 'forward'}",
-            xlim=(1, max(over) * 3),
-        )
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("time over the floor of this machine (log)")
-    figure.keep(path, dpi=110)
-
-
-def _grouped(rows: list[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.case, []).append(row)
-    return groups
 
 
 def _cpu_name() -> str:

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from ..machine import command
-from . import bench_compare, options
+from . import bench_compare, bench_history, options
 from .answer import Answer
 from .given import before_work, layers_of, use_plugins, use_threads
 from .terminal import bar, command_group, command_line, errors, next_command, say
 
 app = command_group("Measure the ops against what you could run instead.")
 app.command("compare")(bench_compare.command)
+app.command("history")(bench_history.command)
 
 Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
 On = Annotated[
@@ -97,10 +98,11 @@ def run(
     import torch
 
     from ..bench.cases import SIZES
+    from ..bench.charts import picture
     from ..bench.measure import measure
     from ..bench.page import write_page
     from ..bench.registry import cases, names
-    from ..bench.results import environment, picture, save
+    from ..bench.results import environment, save
     from ..bench.roofline import measure_roofline
     from ..bench.rows import DIRECTIONS
     from ..bench.turns import Load

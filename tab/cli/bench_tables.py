@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.history import Line
 from ..bench.peak_memory import growth, tokens
 from ..bench.regress import Change
 from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
@@ -135,6 +136,18 @@ def changes_table(changes: list[Change]) -> Table:
             change += f" ({100 * (c.low - 1):+.3g} … {100 * (c.high - 1):+.3g})"
         what = " ".join(filter(None, (c.case, c.contestant, c.direction)))
         made.add_row(what, f"{old} → {new}", change, Text(c.verdict, style=colour))
+    return made
+
+
+def history_table(lines: list[Line]) -> Table:
+    """TAB's own times over commits, a line for each of them."""
+    note = "Times as fast as at first: over the yardstick's, with the least and most of processes."
+    made = table("History", "What", "Commit", "ms", "Times as fast", right=("ms",), note=note)
+    for line in lines:
+        what = " ".join((line.case, line.contestant, line.direction))
+        for p in line.points:
+            made.add_row(what, p.commit, f"{p.ms:.3g}", f"{p.value:.2f} ({p.low:.2f}–{p.high:.2f})")
+            what = ""
     return made
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..bench import page as bench_page
 from ..bench import results as bench_results
+from ..bench.charts import charts as bench_charts
 from ..web import CHARTS, document
 from .chart_data import Group
 from .html_tables import Html, slug
@@ -32,7 +33,8 @@ def html_page(
     heading is a section's stand in it, `wide` ones below the answer, the others before all
     sections. pictures: file -> caption, to be embedded as long as the page stays below `limit`, and
     named where it would not. bench: a folder of results of `tab bench`."""
-    kernels = _kernels(bench) if bench else ""
+    kernels, more = _kernels(bench, len(_charts(groups))) if bench else ("", [])
+    groups = [*groups, Group("", "", more)] if more else groups
     plain = _page(text, looks, groups, "", kernels)
     room = limit - len(plain.encode())
     if room < 0:
@@ -47,7 +49,8 @@ def _page(text: str, looks: dict, groups: list[Group], pictures: str, kernels: s
     head, *sections = rest.split("\n\n## ")
     answer, head = _quoted(head)
     titles = [section.split("\n\n", 1)[0] for section in sections]
-    drawn = [chart for group in groups for chart in group.charts]
+    drawn = _charts(groups)
+    groups = [group for group in groups if group.heading]  # those of kernels stand with them
     there = {group.heading: _group(group, drawn) for group in groups}
     first = [g.heading for g in groups if g.wide]
     before = [g.heading for g in groups if not g.wide and g.heading not in titles]
@@ -65,6 +68,10 @@ def _page(text: str, looks: dict, groups: list[Group], pictures: str, kernels: s
     data = {"looks": looks, "charts": drawn} if drawn else None
     words = re.sub(r"\\(.)", r"\1", name)
     return document(words, "\n".join([*parts, pictures, kernels]), scripts, data, contents)
+
+
+def _charts(groups: list[Group]) -> list[dict]:
+    return [chart for group in groups for chart in group.charts]
 
 
 def _quoted(head: str) -> tuple[str, str]:
@@ -127,14 +134,17 @@ def _webp(path: Path) -> bytes:
     return into.getvalue()
 
 
-def _kernels(folder: Path) -> str:
-    """The tables of `tab bench` that lie in a folder."""
+def _kernels(folder: Path, first: int) -> tuple[str, list[dict]]:
+    """What of `tab bench` lies in a folder: HTML, and its charts, which are data's from `first`."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} holds no result of `tab bench`: give the folder of its JSON")
-    parts = []
+    parts, drawn = [], []
     for file in files:
         record, rows = bench_results.load(file)
+        mine = bench_charts(rows)
         parts += [f"<p><b>{escape(file.stem)}</b><br>{bench_page.told(record, rows)}</p>"]
+        parts += [bench_page.figures(mine, first + len(drawn))]
         parts += [f'<div class="table"><div class="scroll">{bench_page.table(rows)}</div></div>']
-    return _section("Kernels", "\n".join(parts))
+        drawn += mine
+    return _section("Kernels", "\n".join(parts)), drawn

@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 # What draws the charts of a page, in this order; tables.js needs none of them.
-CHARTS = ("draw.js", "forest.js", "curves.js", "tradeoff.js", "page.js")
+CHARTS = ("draw.js", "forest.js", "curves.js", "tradeoff.js", "bars.js", "page.js")
 
 
 def document(

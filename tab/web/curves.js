@@ -24,8 +24,9 @@ kinds.curves = (figure, chart) => {
   if (first === last) [first, last] = ends(xs);
   const f = frame(figure,
     {ends: chart.xlog ? logEnds(xs) : [first, last], label: chart.xlabel, log: chart.xlog, whole,
-      at: chart.xat},
-    {ends: chart.ylog ? logEnds(heights) : ends(heights), label: chart.ylabel, log: chart.ylog});
+      at: chart.xat, names: chart.xnames},
+    {ends: chart.ylog ? logEnds(heights) : ends(heights), label: chart.ylabel, log: chart.ylog},
+    chart.named ? 150 : 14);
   const look = s => ({...data.looks[s.key], ...s.look});
   const draw = points => points.map((p, i) => `${i ? "L" : "M"}${f.X(p.x)},${f.Y(p.y)}`).join("");
   const limit = y => Math.min(Math.max(y, f.T - 8), f.H - f.B);
@@ -41,6 +42,12 @@ kinds.curves = (figure, chart) => {
     if (s.dots || s.points.length === 1) for (const p of s.points) svg("circle", group,
       {cx: f.X(p.x), cy: f.Y(p.y), r: s.dots ? 2.6 : 4, fill: look(s).color});
   }
+  let below = -Infinity;  // names at the ends of the lines keep their distance
+  const named = chart.named ? series.map(s => ({s, end: s.points.at(-1)})) : [];
+  for (const {s, end} of named.sort((a, b) => b.end.y - a.end.y)) {
+    below = Math.max(f.Y(end.y) + 4, below + 14);
+    svg("text", f.root, {x: f.W - 144, y: below, class: "mark", style: `fill: ${look(s).color}`}, look(s).name);
+  }
   const marks = svg("g", f.root, {class: "marks"});
   hover(f.root, event => {
     const at = f.at(event);
@@ -54,7 +61,7 @@ kinds.curves = (figure, chart) => {
     const range = p => p.low < p.high ? ` (${show(p.low)}–${show(p.high)})` : "";
     if (!chart.shared) {
       dot(near.s, near.p);
-      tell(event, look(near.s).name, [[chart.xlabel, show(near.p.x)],
+      tell(event, look(near.s).name, [[chart.xlabel, chart.xnames?.[near.p.x] ?? show(near.p.x)],
         [chart.ylabel, show(near.p.y) + range(near.p)], ...(near.s.facts ?? [])]);
       return;
     }

@@ -92,8 +92,8 @@ const canvas = (figure, H) => {
   return {root, W, H, at};
 };
 // Axes on an empty drawing -> it, and what places a value. x, y: {ends, label, log, whole}
-const frame = (figure, x, y) => {
-  const kind = figure.parentNode.classList, L = 50, R = 14, T = 24, B = 42;
+const frame = (figure, x, y, R = 14) => {
+  const kind = figure.parentNode.classList, L = 50, T = 24, B = 42;
   const {root, W, H, at} = canvas(figure, kind.contains("small") ? 190 : kind.contains("wide") ? 400 : 300);
   const X = scale(x.ends, [L, W - R], x.log), Y = scale(y.ends, [H - B, T], y.log);
   for (const t of y.log ? logTicks(...y.ends) : ticks(...y.ends, 5)) {
@@ -103,7 +103,7 @@ const frame = (figure, x, y) => {
   const along = x.at ?? (x.log ? logTicks(...x.ends) : ticks(...x.ends, W > 400 ? 7 : 4))
     .filter(t => !x.whole || Number.isInteger(t));
   for (const t of along)
-    svg("text", root, {x: X(t), y: H - B + 17, "text-anchor": "middle"}, show(t));
+    svg("text", root, {x: X(t), y: H - B + 17, "text-anchor": "middle"}, x.names?.[t] ?? show(t));
   svg("text", root, {x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle"},
     x.label + (x.log ? " (log)" : ""));
   svg("text", root, {x: 4, y: 12}, y.label + (y.log ? " (log)" : ""));
