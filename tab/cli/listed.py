@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -78,7 +79,9 @@ def _models() -> Listed:
 
 
 def _first_line(of: type) -> str:
-    return (inspect.getdoc(of) or "").split("\n\n")[0].replace("\n", " ")
+    """The first sentence of what the class says of itself."""
+    text = (inspect.getdoc(of) or "").split("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
 
 
 LISTS = {

@@ -21,7 +21,8 @@ def printed(tmp_path_factory):
 
 @pytest.mark.parametrize(("command", "stands"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
 def test_the_page_shows_what_the_command_prints(command, stands, printed):
-    assert agree(stands, printed[command]), printed[command]
+    again = "python tests/support/console_page.py docs/cli.md writes the page anew"
+    assert agree(stands, printed[command]), f"{again}: {printed[command]}"
     assert all(len(line) <= 80 for line in stands.splitlines() if line.startswith("───"))
 
 

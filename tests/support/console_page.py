@@ -54,6 +54,7 @@ def words(text: str) -> Counter[str]:
     """What the outputs of two machines have in common. Numbers and their units differ, and so do
     who is better by them, where a line is folded, and whether other work disturbed a time."""
     text = re.sub(r"^\*: .*\n(?:[a-z].*\n)?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"one step( of .*)? was timed", "", text)  # of all variants, if there is time
     text = re.sub(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?(%|s|min|h)(?= |$|:))?", "", text)
     text = re.sub(r"(better|worse)(, by less than)?|undecided|equivalent within", "", text)
     text = re.sub(r"not told apart|\b(same|slower|faster)\b", "", text)
