@@ -218,9 +218,11 @@ class VitBackbone(Backbone):
 
 
 class TokensBackbone(Backbone):
-    """x (B, N, 2), keys 0…N and values 0…classes -> (B, N, C), the sum of their embeddings. Key 0
-    and the last value are blank and add nothing: a vector of their own, the same at most places,
-    would drown in every mean over the tokens what the others hold."""
+    """x (B, N, 2), keys 0…N and values 0…classes -> (B, N, C), the sum of their embeddings.
+
+    Key 0 and the last value are blank and add nothing: a vector of their own, the same at most
+    places, would drown in every mean over the tokens what the others hold.
+    """
 
     stacking = True  # tab/layers/_stacking.py
 
