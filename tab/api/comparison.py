@@ -8,8 +8,16 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..cli.given import device_of, layers_of, load_data, now, place_of
-from ..compare.columns import SUMMARY
+from ..cli.given import (
+    device_of,
+    layers_of,
+    load_data,
+    now,
+    place_of,
+    plugins_of,
+    use_plugins,
+)
+from ..cli.tables import ranked_rows
 from ..compare.driver import compare as run_all
 from ..compare.plan import Grid, Plan
 from ..compare.runs import Run, read_runs
@@ -21,7 +29,7 @@ from ..recipe.recipe import load_recipe
 from ..report import write_report
 from ..report.forest import forest_picture
 from ..report.pictures import bars
-from ..report.tables import Standing, ranking, title
+from ..report.tables import Standing, ranking
 from ..study.tuned import FOLDER, sweep_of, tuned
 from ..sweep.watched import WatchedSweep
 from ..tasks.choose import executor as executor_of
@@ -58,6 +66,7 @@ def compare(
     executor: Executor | None = None,
     tell: Tell | None = print,
     watch: Iterable[str] = (),
+    plugins: Iterable[str] = (),
 ) -> Comparison:
     """Trains every model with every attention, and compares them: `tab compare` of the shell.
 
@@ -74,6 +83,8 @@ def compare(
         tab.tasks.choose.executor(ray="local").
     tell: gets a line for each run that ended; None: silence. watch: names of programs that every
         epoch is logged to, such as "tensorboard" and "wandb".
+    plugins: files or modules that register attentions of your own. One that a notebook registers
+        itself is known to its own process alone: it needs jobs=1.
 
     A run that fails is told of in a warning and has a note in the summary. What was stopped goes on
     with `tab.load_study(out).resume()`. Raises ValueError: an unknown name or option, or a
@@ -93,6 +104,7 @@ def compare(
     changes = dict(overrides or {})
     if epochs is not None and changes.setdefault("train.epochs", epochs) != epochs:
         raise ValueError(f"epochs={epochs} and overrides disagree: give one")
+    records = use_plugins([*map(str, plugins)])
     found = load_recipe(str(recipe), changes)
     grid = Grid(
         recipe=found.name,
@@ -104,6 +116,7 @@ def compare(
         batch_seeds=batch_seeds,
         control_seeds=control_seeds,
         tune=tune,
+        plugins=records,
     )
     plan = Plan(found, grid)
     plan.configs()  # every name and option is checked before anything is fetched or written
@@ -124,6 +137,7 @@ class Comparison(Result):
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.grid = Grid.load(self.directory)
+        use_plugins(None, plugins_of(self.directory))
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -186,7 +200,8 @@ class Comparison(Result):
     def rows(self) -> Rows:
         """One for each model and attention: accuracies from 0 to 1, the verdict and what it rests
         on, and means over the seeds (docs/output-files.md has every name)."""
-        found = [_row(entry) for model in self.grid.models for entry in self.ranked(model)]
+        lines = [row for model in self.grid.models for row in ranked_rows(self.ranked(model))]
+        found = [{**dict.fromkeys(COLUMNS), **row} for row in lines]  # unjudged rows have them too
         shown = SHOWN if any(row["notes"] for row in found) else {**SHOWN, "notes": ""}
         return Rows(found, {key: head for key, head in shown.items() if head}, percent=PERCENT)
 
@@ -205,18 +220,3 @@ class Comparison(Result):
                 bars(path, entries, model.upper())
 
         return drawn(draw)
-
-
-def _row(entry: Standing) -> dict[str, object]:
-    judged = entry.verdict.columns() if entry.verdict else dict.fromkeys(COLUMNS)
-    return {
-        "model": entry.model,
-        "attention": entry.attention,
-        "title": title(entry.attention),
-        "rank": entry.rank or None,
-        "seeds": len(entry.runs),
-        **judged,
-        "time_ratio": entry.ratio.value if entry.ratio else None,
-        **{column.name: entry.value(column.name) for column in SUMMARY if column.title},
-        "notes": entry.notes,
-    }

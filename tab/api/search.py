@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ..cli.given import device_of, layers_of, load_data, now, place_of
+from ..cli.given import device_of, layers_of, load_data, now, place_of, use_plugins
 from ..figures import Picture
 from ..layers import attention_names
 from ..models.image_model import STUDY, model_names
@@ -53,6 +53,7 @@ def sweep(
     executor: Executor | None = None,
     tell: Tell | None = print,
     watch: Iterable[str] = (),
+    plugins: Iterable[str] = (),
 ) -> Sweep:
     """Finds hyperparameters for each model and attention by successive halving: `tab sweep` of the
     shell. It needs the extra `sweep` (Optuna).
@@ -78,6 +79,7 @@ def sweep(
     wished = {"configurations": configurations, "eta": eta, "images": images}
     wished |= {"validation": validation, "epochs": tuple(epochs) if epochs else None}
     changes = {key: value for key, value in wished.items() if value is not None}
+    records = use_plugins([*map(str, plugins)])
     plan = SweepPlan(
         recipe=load_recipe(str(recipe), dict(overrides or {})),
         space=load_space(str(space)),
@@ -90,6 +92,7 @@ def sweep(
         sampler=sampler,
         brackets=brackets,
         storage=storage,
+        plugins=records,
     )
     plan.check()
     check(list(watch))
@@ -112,6 +115,7 @@ class Sweep(Result):
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
+        use_plugins(None, SweepPlan.plugins_of(self.directory))
         self.plan = SweepPlan.load(self.directory)
 
     @cached_property

@@ -166,6 +166,24 @@ def test_errors_come_before_anything_is_written(tmp_path, changes, words):
     assert not (tmp_path / "x").exists()
 
 
+def test_an_attention_of_a_file(tmp_path):
+    """A process that only reads the results finds it again."""
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "import tab\n\n\n"
+        '@tab.layers.register_attention("api_mine")\n'
+        "class Mine(tab.layers.HeadsAttention):\n"
+        '    title = "My own"\n\n'
+        "    def attend(self, q, k, v, key_mask):\n"
+        "        return v\n"
+    )
+    out = tmp_path / "out"
+    tab.compare("api_mine", "mlp", out=out, plugins=[plugin], tell=None, **GIVEN)
+    program = f"import tab; print(tab.load_study({str(out)!r}).rows()[0]['title'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "My own", done.stderr
+
+
 def test_images_of_the_size_that_the_recipe_says(tmp_path):
     sized = {**GIVEN, "overrides": GIVEN["overrides"] | {"data.size": 24}}
     found = tab.compare("self", "mlp", out=tmp_path, tell=None, **sized)
