@@ -101,6 +101,11 @@ class Benchmark:
         """FLOPs of the forward pass, and of the backward pass where there is one."""
         raise NotImplementedError
 
+    def exponentials(self, p: Problem) -> int:
+        """How many the forward pass needs; by default none is counted. They are part of the floor
+        on a CPU, and of no rate in FLOP/s."""
+        return 0
+
     def written(self, p: Problem) -> int:
         """Bytes of the outputs: by default of one, (B, H, N, D)."""
         b, h, n, d = p.case.shape

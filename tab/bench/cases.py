@@ -14,8 +14,8 @@ SIZES: dict[str, dict[str, int]] = {
     "bigbird": {"B": 1, "H": 8, "N": 4096, "D": 64},
     "decode": {"B": 16, "H": 8, "N": 4096, "D": 64},  # one query after N tokens
     "tiny": {"B": 2, "H": 2, "N": 65, "D": 16},
-    # for peak memory against N
-    **{f"n{n}": {"B": 1, "H": 4, "N": n, "D": 64} for n in (1024, 2048, 4096, 8192, 16384)},
+    # for time and peak memory against N
+    **{f"n{n}": {"B": 1, "H": 4, "N": n, "D": 64} for n in (2**i for i in range(6, 17))},
 }
 
 

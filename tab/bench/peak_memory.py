@@ -21,7 +21,7 @@ from .measure import call, peak
 from .registry import benchmark, problem
 from .rows import Row
 
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 COMPILED = ("compile", "flex")  # what they allocate while compiling would count
 
@@ -43,7 +43,7 @@ def memory(
     available: bytes that a point may take. A point is not run when the last one, grown as N², would
     not fit. Default: half of what the machine has free. progress: told each point before it is run.
     """
-    available = _free() / 2 if available is None else available
+    available = free() / 2 if available is None else available
     rows = []
     for name in entrants(op):
         before: tuple[int, int] | None = None  # N, bytes
@@ -134,7 +134,8 @@ def known_peak(call: tuple[Callable, Callable], device: str) -> int:
     return size
 
 
-def _free() -> int:
+def free() -> int:
+    """Bytes of memory that the system can still give."""
     with open("/proc/meminfo") as f:
         line = next(line for line in f if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024

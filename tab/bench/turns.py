@@ -29,12 +29,13 @@ def in_turns(
     found: dict[int, list[Row]] = {}
     for _ in range(processes):
         for i, unit in enumerate(units):
-            rows = measure(unit) if processes == 1 else _fresh(measure, unit)
+            rows = measure(unit) if processes == 1 else fresh(measure, unit)
             found[i] = merged(found[i], rows) if i in found else rows
             yield i, found[i]
 
 
-def _fresh(measure: Callable, unit: object) -> list[Row]:
+def fresh(measure: Callable, unit: object) -> list[Row]:
+    """The rows of one unit, measured in a new process; measure: picklable."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         try:

@@ -10,45 +10,18 @@ from typing import Annotated
 import typer
 
 from ..machine import command
-from . import bench_compare, bench_history, options
+from . import bench_compare, bench_growth, bench_history, options
 from .answer import Answer
+from .bench_options import Budget, On, Ops, Out, Processes, chosen, warn
 from .given import before_work, layers_of, use_plugins, use_threads
-from .terminal import bar, command_group, command_line, errors, next_command, say
+from .terminal import bar, command_group, command_line, next_command, say
 
 app = command_group("Measure the ops against what you could run instead.")
 app.command("compare")(bench_compare.command)
+app.command("growth")(bench_growth.command)
 app.command("history")(bench_history.command)
 
-Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
-On = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="Device to measure on: cpu or cuda.")
-]
-Budget = Annotated[
-    float,
-    typer.Option(metavar="X", help="Seconds of measuring for each contestant and direction."),
-]
-Processes = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Number of processes, which take turns; tab bench compare needs at least 2.",
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="JSON file for the results, with a page and a picture beside it."
-    ),
-]
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _chosen(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
-    names = list(known) if given == "all" else given.split(",")
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
-    return names
 
 
 @app.callback(invoke_without_command=True)
@@ -108,21 +81,21 @@ def run(
     from ..bench.turns import Load
     from .bench_tables import op_tables, summaries
 
-    kind = getattr(torch, _chosen(dtype, DTYPES, "dtype")[0])
-    wanted = tuple(_chosen(directions, DIRECTIONS, "direction"))
+    kind = getattr(torch, chosen(dtype, DTYPES, "dtype")[0])
+    wanted = tuple(chosen(directions, DIRECTIONS, "direction"))
     flags = {"no": (False,), "yes": (True,), "both": (False, True)}[
-        _chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
+        chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
     ]
     prefixes = None if contestants == "all" else tuple(contestants.split(","))
-    every = _chosen(ops, names(), "op"), _chosen(sizes, list(SIZES), "size")
-    chosen = cases(*every, flags, kind, device)
+    every = chosen(ops, names(), "op"), chosen(sizes, list(SIZES), "size")
+    raced = cases(*every, flags, kind, device)
     facts, roofline = environment(device), measure_roofline(kind, device)
     say(
         f"Ceilings of this run: {roofline.flops / 1e9:.0f} GFLOP/s, "
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
     )
     load, found = Load(), {}
-    _warn(load)
+    warn(load)
     one = partial(
         measure,
         roofline=roofline,
@@ -132,14 +105,14 @@ def run(
         cold=cold,
         only=partial(_entered, prefixes),
     )
-    for i, group in _turns(chosen, one, processes):
+    for i, group in _turns(raced, one, processes):
         found[i] = group
         rows = [row for mine in found.values() for row in mine]
         load.note()
         if out:  # each time, so that what was measured is kept
             record = save(out, rows, roofline, facts, command(), load.record())
     answer.show(*op_tables(rows))
-    _warn(load)
+    warn(load)
     if out:
         picture(rows, out.with_suffix(".png"))
         write_page(out.with_suffix(".html"), record, rows)
@@ -182,15 +155,6 @@ def _entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
 def _rounds(processes: int) -> int:
     """At least, of each process: its median."""
     return 5 if processes == 1 else 3
-
-
-def _warn(load) -> None:
-    import torch
-
-    from ..bench.turns import busy
-
-    if words := busy(load.record(), torch.get_num_threads()):
-        errors.print(f"{words}: times are longer than the code's own", style="yellow")
 
 
 @app.command("steps")
@@ -256,13 +220,13 @@ def steps_command(
     from .bench_tables import steps_table, summaries
 
     facts, load, found = environment(device), Load(), {}
-    _warn(load)
+    warn(load)
     use_plugins(plugin)
     names = layers_of(attentions, attention_names())
     check_keys("--attentions", names, layer_names())
     sizes = [parse_override(f"patch={size}")[1] for size in patch.split(",")] if patch else []
     changes = dict(map(parse_override, overrides or []))
-    units = subjects(recipe, _chosen(models, model_names(), "model"), sizes, changes)
+    units = subjects(recipe, chosen(models, model_names(), "model"), sizes, changes)
     one = partial(
         steps,
         attentions=names,
@@ -287,7 +251,7 @@ def steps_command(
         add_memory(group, units[i], device)
         rows = keep()
     answer.show(*map(steps_table, found.values()))
-    _warn(load)
+    warn(load)
     _end(answer, out, summaries(rows), load=load.record(), environment=facts)
 
 
@@ -314,10 +278,10 @@ def memory_command(
         raise ValueError(
             f"--longest {longest}: growth needs two lengths; give at least {LENGTHS[1]}"
         )
-    chosen, lengths = _chosen(ops, names(), "op"), tuple(n for n in LENGTHS if n <= longest)
-    total, tables = len(lengths) * sum(len(entrants(op)) for op in chosen), []
+    wanted, lengths = chosen(ops, names(), "op"), tuple(n for n in LENGTHS if n <= longest)
+    total, tables = len(lengths) * sum(len(entrants(op)) for op in wanted), []
     with bar("memory") as show:
-        for op in chosen:
+        for op in wanted:
             points = itertools.count(len(rows))
 
             def point(what: str, points=points) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.growth import Value, exponent
 from ..bench.history import Line
 from ..bench.peak_memory import growth, tokens
 from ..bench.regress import Change
@@ -120,6 +121,22 @@ def memory_table(rows: list[Row]) -> Table:
         ]
         exponent = growth(list(mine.values()))
         made.add_row(name, *cells, "–" if exponent is None else f"N^{exponent:.2f}")
+    return made
+
+
+def growth_table(rows: list[Row], title: str, value: Value) -> Table:
+    """One op's value for each contestant and N, and the exponent of its growth."""
+    lengths = sorted({tokens(row) for row in rows})
+    heads = ("Contestant", *(f"N {n}" for n in lengths), "Grows as")
+    first = {row.contestant: row for row in reversed(rows) if row.skipped}
+    notes = [f"{name} from N {tokens(row)} on: {row.skipped}" for name, row in first.items()]
+    made = table(title, *heads, right=heads[1:], note="\n".join(notes))
+    for name in dict.fromkeys(row.contestant for row in rows):
+        mine = [row for row in rows if row.contestant == name]
+        known = {tokens(row): value(row) for row in mine}
+        cells = [f"{known[n]:,.3g}" if known.get(n) else "–" for n in lengths]
+        e = exponent(mine, value)
+        made.add_row(name, *cells, "–" if e is None else f"N^{e:.2f}")
     return made
 
 

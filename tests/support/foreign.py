@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -49,8 +50,9 @@ def build(folder: Path) -> Path:
     flags += [word for path in include_paths() for word in ("-isystem", path)]
     sources = [*sorted((ROOT / "csrc/cpu").rglob("*.cpp")), SUPPORT / "foreign.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
+    compiler = ["ccache", COMPILER] if shutil.which("ccache") else [COMPILER]
     for source, made in zip(sources, objects, strict=True):
-        subprocess.run([COMPILER, *flags, "-c", source, "-o", made], check=True)
+        subprocess.run([*compiler, *flags, "-c", source, "-o", made], check=True)
     program = folder / "kernels"
     subprocess.run([COMPILER, "-static", "-pthread", *objects, "-o", program], check=True)
     return program

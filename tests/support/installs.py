@@ -219,12 +219,12 @@ def no_compiler(place: Place) -> None:
 
 def no_openmp(place: Place) -> None:
     """As Apple's compiler, which refuses the option."""
+    refuse = 'case " $* " in *" -fopenmp"*|*" -lgomp"*) echo "no OpenMP" >&2; exit 1;; esac'
+    cached = "ccache " if shutil.which("ccache") else ""
+    place.environment["TORCH_NO_COMPILER_WRAPPER"] = "1"  # this one calls ccache itself
     for variable, name in (("CC", "cc"), ("CXX", "c++")):
-        refuse = 'case " $* " in *" -fopenmp"*|*" -lgomp"*) echo "no OpenMP" >&2; exit 1;; esac'
-        real = shutil.which(name)
-        place.environment[variable] = str(
-            script(place.folder / f"bin/{name}", f'{refuse}\nexec {real} "$@"')
-        )
+        call = f'{refuse}\nexec {cached}{shutil.which(name)} "$@"'
+        place.environment[variable] = str(script(place.folder / f"bin/{name}", call))
     place.install(place.sdist)
     place.check()
 

@@ -47,6 +47,10 @@ class Performer(Benchmark):
         b, h, n, d = p.case.shape
         return 8 * d * FEATURES * b * h * n, 16 * d * FEATURES * b * h * n
 
+    def exponentials(self, p):
+        b, h, n, _ = p.case.shape
+        return 2 * b * h * n * FEATURES
+
     def pytorch(self, p):
         w = p.fixed["projection"]
         return eager_and_compiled(partial(eager, projection=w, causal=p.case.causal))

@@ -1,0 +1,112 @@
+"""The bars of the CPU kernels in each instruction set: measured, or read from what was measured.
+
+    python bench/isas.py OUT [--isas avx2,avx512] [--ops linear,mla] [--budget 1] [--threads 2]
+
+Runs `tab bench` for each op under TAB_ISA into OUT/<isa>/<op>.json, one after the other, leaves out
+what lies there already, and prints a Markdown table: how many times faster TAB is than the fastest
+of the rivals that a bar names (median, 10th to 90th percentile), and the bar that it is to reach.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# op -> sizes, and the beginnings of the rivals' names
+RACES = {
+    "linear": ("vision,long,cifar", "eager,compile"),
+    "performer": ("vision,cifar", "eager,compile,performer-pytorch"),
+    "local": ("window,cifar", "chunked,sdpa,flex,local-attention"),
+    "sparse": ("bigbird,cifar", "sdpa,flex"),
+    "mla": ("cifar", "expand"),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    op: str
+    size: str
+    rivals: str  # the beginning of their names; "" for all
+    forward: float | None
+    both: float | None
+
+
+BARS = [
+    Bar("linear", "vision", "", 2, 3),
+    Bar("linear", "long", "", 2, 3),
+    Bar("performer", "vision", "performer-pytorch", 4, 6),
+    Bar("performer", "vision", "compile", 2, 3),
+    Bar("local", "window", "flex-64", 2, None),
+    Bar("local", "window", "chunked", None, 2),
+    Bar("local", "window", "sdpa+mask", 8, 7),
+    Bar("sparse", "bigbird", "flex-64", 2, None),
+    Bar("sparse", "bigbird", "sdpa+mask", 8, 6),
+    Bar("mla", "cifar", "expand", 2, 2),
+    *(Bar(op, "cifar", "", 1.3, 1.5) for op in RACES if op != "mla"),
+]
+
+
+def measure(op: str, isa: str, out: Path, budget: float, threads: int) -> None:
+    sizes, rivals = RACES[op]
+    words = ["bench", "--ops", op, "--sizes", sizes, "--contestants", rivals]
+    words += ["--directions", "forward,both", "--budget", str(budget)]
+    words += ["--threads", str(threads), "--out", str(out)]
+    command = [sys.executable, "-m", "tab", *words]
+    subprocess.run(command, env={**os.environ, "TAB_ISA": isa}, check=True)
+
+
+def reached(bar: Bar, direction: str, rows: list) -> str:
+    """One cell: what was measured, and whether the bar is met."""
+    from tab.bench.rows import percentiles, row_speedup
+
+    wanted = getattr(bar, direction)
+    if wanted is None:
+        return ""
+    here = [r for r in rows if r.case.split("/")[1] == bar.size and r.seconds.get(direction)]
+    (ours,) = (row for row in here if row.contestant == "tab")
+    rivals = [
+        row
+        for row in here
+        if row.contestant.startswith(bar.rivals) and row.contestant.split()[0] != "tab"
+    ]
+    if not rivals:
+        return f"none ran (bar {wanted:g})"
+    best = min(rivals, key=lambda row: percentiles(row.seconds[direction])[1])
+    low, mid, high = row_speedup(best, ours, direction)
+    sign = "≥" if mid >= wanted else "<"
+    return f"{mid:.1f} ({low:.1f}–{high:.1f}) {sign} {wanted:g}, {best.contestant}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--isas", default="avx2,avx512")
+    parser.add_argument("--ops", default=",".join(RACES))
+    parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    isas, ops = options.isas.split(","), options.ops.split(",")
+    for isa in isas:
+        for op in ops:
+            file = options.out / isa / f"{op}.json"
+            if not file.is_file():
+                measure(op, isa, file, options.budget, options.threads)
+
+    from tab.bench.results import load
+
+    heads = [f"{isa} {what}" for isa in isas for what in ("forward", "forward + backward")]
+    print("| op and size | against |", " | ".join(heads), "|")
+    print("|---" * (2 + len(heads)) + "|")
+    for bar in BARS:
+        if bar.op in ops:
+            rows = [load(options.out / isa / f"{bar.op}.json")[1] for isa in isas]
+            cells = [reached(bar, way, found) for found in rows for way in ("forward", "both")]
+            print(
+                f"| `{bar.op}` {bar.size} | {bar.rivals or 'the fastest'} |", " | ".join(cells), "|"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Options that several commands of `tab bench` take, and what they say of a busy machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import errors
+
+Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
+On = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Device to measure on: cpu or cuda.")
+]
+Budget = Annotated[
+    float,
+    typer.Option(metavar="X", help="Seconds of measuring for each contestant and direction."),
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Number of processes, which take turns; tab bench compare needs at least 2.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="JSON file for the results, with a page and a picture beside it."
+    ),
+]
+
+
+def chosen(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
+    names = list(known) if given == "all" else given.split(",")
+    if unknown := [n for n in names if n not in known]:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
+    return names
+
+
+def warn(load) -> None:
+    import torch
+
+    from ..bench.turns import busy
+
+    if words := busy(load.record(), torch.get_num_threads()):
+        errors.print(f"{words}: times are longer than the code's own", style="yellow")
