@@ -28,7 +28,12 @@ Value = Callable[[Row], float | None]  # of a point, or None where there is none
 
 
 def curves(
-    op: str, lengths: Sequence[int], roofline: Roofline, limit: float, budget: float
+    op: str,
+    lengths: Sequence[int],
+    roofline: Roofline,
+    limit: float,
+    budget: float,
+    only: Callable[[str], bool] = bool,  # of a name: any
 ) -> Iterator[list[Row]]:
     """The rows of one op at each N, which a process of its own measures. limit: seconds that a call
     of a rival may take; budget: seconds of timing for each contestant, direction and N."""
@@ -36,7 +41,7 @@ def curves(
     for n in lengths:
         case = Case(op, f"n{n}")
         late = {row.contestant: why for row in before if (why := _late(row, n, limit))}
-        one = partial(_point, roofline=roofline, budget=budget, late=frozenset(late))
+        one = partial(_point, roofline=roofline, budget=budget, late=frozenset(late), only=only)
         before = fresh(one, case) + [Row(case.name, name, skipped=late[name]) for name in late]
         yield before
 
@@ -68,14 +73,16 @@ def _late(row: Row, n: int, limit: float) -> str | None:
     return f"could take {guess:.0f} s a call, {limit:g} may" if guess > limit else None
 
 
-def _point(case: Case, roofline: Roofline, budget: float, late: frozenset[str]) -> list[Row]:
+def _point(
+    case: Case, roofline: Roofline, budget: float, late: frozenset[str], only: Callable[[str], bool]
+) -> list[Row]:
     _limit_memory()
     return measure(
         case,
         roofline,
         directions=DIRECTIONS,
         budget=budget,
-        only=lambda name: name not in late and not name.startswith("tab "),
+        only=lambda name: only(name) and name not in late and not name.startswith("tab "),
         judge=case.shape[2] <= JUDGED,
     )
 

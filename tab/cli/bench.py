@@ -12,7 +12,18 @@ import typer
 from ..machine import command
 from . import bench_compare, bench_growth, bench_history, options
 from .answer import Answer
-from .bench_options import Budget, On, Ops, Out, Processes, chosen, warn
+from .bench_options import (
+    Budget,
+    Contestants,
+    On,
+    Ops,
+    Out,
+    Processes,
+    beginnings,
+    chosen,
+    entered,
+    warn,
+)
 from .given import before_work, layers_of, use_plugins, use_threads
 from .terminal import bar, command_group, command_line, next_command, say
 
@@ -47,13 +58,7 @@ def run(
             "the other).",
         ),
     ] = "forward,both",
-    contestants: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B",
-            help="Contestants beside TAB's own, by the beginnings of their names, or all.",
-        ),
-    ] = "all",
+    contestants: Contestants = "all",
     budget: Budget = 3.0,
     cold: Annotated[bool, typer.Option(help="Empty the caches before each call.")] = False,
     processes: Processes = 5,
@@ -86,7 +91,7 @@ def run(
     flags = {"no": (False,), "yes": (True,), "both": (False, True)}[
         chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
     ]
-    prefixes = None if contestants == "all" else tuple(contestants.split(","))
+    prefixes = beginnings(contestants)
     every = chosen(ops, names(), "op"), chosen(sizes, list(SIZES), "size")
     raced = cases(*every, flags, kind, device)
     facts, roofline = environment(device), measure_roofline(kind, device)
@@ -103,7 +108,7 @@ def run(
         budget=budget / processes,
         min_rounds=_rounds(processes),
         cold=cold,
-        only=partial(_entered, prefixes),
+        only=partial(entered, prefixes),
     )
     for i, group in _turns(raced, one, processes):
         found[i] = group
@@ -146,10 +151,6 @@ def _end(answer: Answer, out: Path | None, rows: list[dict], **more: object) -> 
             after = command_line("bench", "compare", str(out), "NEW.json")
             next_command(after)
     answer.end(out=out, rows=rows, next=after, **more)
-
-
-def _entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
-    return prefixes is None or name == "tab" or name.startswith(prefixes)
 
 
 def _rounds(processes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from ..machine import command as as_typed
 from . import options
 from .answer import Answer
-from .bench_options import Budget, Ops, Out, chosen, warn
+from .bench_options import Budget, Contestants, Ops, Out, beginnings, chosen, entered, warn
 from .given import before_work, use_threads
 from .terminal import bar
 
@@ -20,6 +21,7 @@ def command(
     limit: Annotated[
         float, typer.Option(metavar="X", help="Seconds that a call of a rival may take.")
     ] = 5.0,
+    contestants: Contestants = "all",
     budget: Budget = 3.0,
     threads: options.Threads = None,
     out: Out = None,
@@ -46,12 +48,13 @@ def command(
         )
     wanted, lengths = chosen(ops, names(), "op"), [n for n in LENGTHS if n <= longest]
     facts, roofline = environment("cpu"), measure_roofline(torch.float32, "cpu")
+    only = partial(entered, beginnings(contestants))
     load, rows, tables = Load(), [], []
     warn(load)
     with bar("growth") as show:
         for i, op in enumerate(wanted):
             mine = []
-            for j, some in enumerate(curves(op, lengths, roofline, limit, budget), 1):
+            for j, some in enumerate(curves(op, lengths, roofline, limit, budget, only), 1):
                 mine += some
                 load.note()
                 show(i * len(lengths) + j, len(wanted) * len(lengths), some[0].case)

@@ -31,6 +31,22 @@ Out = Annotated[
         metavar="FILE", help="JSON file for the results, with a page and a picture beside it."
     ),
 ]
+Contestants = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help="Contestants beside TAB's own, by the beginnings of their names, or all.",
+    ),
+]
+
+
+def beginnings(contestants: str) -> tuple[str, ...] | None:
+    """Of the names of contestants; None for all."""
+    return None if contestants == "all" else tuple(contestants.split(","))
+
+
+def entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
+    return prefixes is None or name == "tab" or name.startswith(prefixes)
 
 
 def chosen(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
