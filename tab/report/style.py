@@ -38,7 +38,6 @@ _SETTINGS = {
     "figure.dpi": 130,
     "hatch.linewidth": 0.8,
     "svg.fonttype": "none",  # words stay words
-    "svg.hashsalt": "tab",  # and equal numbers give equal files
 }
 
 

@@ -70,7 +70,7 @@ def test_one_row_far_off_leaves_the_others_their_room():
     assert tiny[0] < -100 * MARGIN and tiny[1] > 100 * MARGIN  # the band is always seen
 
 
-def test_the_picture_is_png_and_svg_and_the_same_again(tmp_path):
+def test_the_picture_is_png_and_svg_whose_words_are_text(tmp_path):
     entries = ranked(**TRUTHS)["cnn"]
     caption = forest_picture(tmp_path / "a.png", "cnn", entries)
     assert caption.startswith("CNN: difference from no attention.") and "±0.5" in caption
