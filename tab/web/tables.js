@@ -64,9 +64,13 @@ document.querySelectorAll("table").forEach(table => {
     const button = document.createElement("button");
     Object.assign(button, {textContent: form, title: `Copy the rows that are shown as ${form}`});
     button.onclick = async () => {
-      await navigator.clipboard.writeText(write(seen()));
-      button.textContent = "Copied";
-      setTimeout(() => { button.textContent = form; }, 1200);
+      try {
+        await navigator.clipboard.writeText(write(seen()));
+        button.textContent = "Copied";
+      } catch {  // some browsers give no clipboard to a page that is a file
+        button.textContent = "This browser does not allow it";
+      }
+      setTimeout(() => { button.textContent = form; }, 1500);
     };
     above.append(button);
   }
