@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from ..cli.terminal import plain
 
 WIDTH = 120  # of the text, in characters
 
@@ -58,9 +59,7 @@ class Rows(list[dict[str, Any]]):
         return table
 
     def __repr__(self) -> str:
-        console = Console(
-            file=io.StringIO(), width=WIDTH, markup=False, emoji=False, highlight=False
-        )
+        console = plain(file=io.StringIO(), width=WIDTH)
         with console.capture() as captured:
             console.print(self)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -66,8 +66,10 @@ class Titled(Table):
 
     def __rich_console__(self, console, options):
         yield Text(self.heading, "bold")
-        first = self.columns[0]  # names: the last to be folded
-        first.min_width = min(max((cell_len(str(cell)) for cell in first.cells), default=0), 24)
+        for i, column in enumerate(self.columns):  # names are the last to be folded, words never
+            texts = [str(cell) for cell in (column.header, *column.cells)]
+            parts = [part for text in texts for part in (text.split() if i else [text])]
+            column.min_width = min(max(map(cell_len, parts), default=0), 24)
         yield from super().__rich_console__(console, options)
         if self.note:
             yield Text(self.note, "dim")

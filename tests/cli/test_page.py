@@ -3,12 +3,13 @@
 import pytest
 import typer
 from console_page import agree, examples, said
-from documents import text_of
+from documents import blocks, text_of
 from paths import ROOT
 
 from tab.cli.main import app
 
-EXAMPLES = examples(text_of(ROOT / "docs" / "cli.md"))
+PAGE = ROOT / "docs" / "cli.md"
+EXAMPLES = examples(text_of(PAGE))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def test_every_command_is_on_the_page():
         for name, inner in below.items():
             yield from paths(inner, (*words, name))
 
-    shown = [command.split()[1:] for command, _ in EXAMPLES]
+    typed = [line for body in blocks(PAGE, "sh") for line in body.splitlines()]
+    shown = [command.split()[1:] for command in (*(command for command, _ in EXAMPLES), *typed)]
     for words in paths(typer.main.get_command(app), ()):
         options = [line for line in shown if tuple(line[: len(words)]) == words]
         assert options, f"docs/cli.md has no example of tab {' '.join(words)}"
