@@ -62,7 +62,7 @@ def compiled(op: str, launch: Launch, arch: int) -> dict:
         "op": op, "kernel": kernel.__name__, "config": f"{kind} {config}", "arch": arch,
         "registers": usage["registers"], "spilled": usage["spilled"],
         "shared": code.metadata.shared, "limit": SHARED_LIMIT[arch],
-        "warps": resident(arch, usage["registers"], code.metadata.shared, options["num_warps"]),
+        "warps": resident(arch, usage["registers"], code.metadata.shared, code.metadata.num_warps),
     }  # fmt: skip
 
 

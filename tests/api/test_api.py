@@ -13,10 +13,12 @@ from small_grid import SMALL, numbers
 
 import tab
 import tab.compare.driver  # which binds the package to the name of the function
+from tab import plugins
 from tab.api import Comparison, Sweep, Timings
 from tab.api.rows import Rows
 from tab.bench.rows import Row
 from tab.cli.main import app
+from tab.layers import _registry
 
 GIVEN = {"recipe": "quick", "data": "shapes:100/20", "overrides": SMALL | {"train.epochs": 1}}
 NAMES = ["none", "self", "linear"]
@@ -166,8 +168,10 @@ def test_errors_come_before_anything_is_written(tmp_path, changes, words):
     assert not (tmp_path / "x").exists()
 
 
-def test_an_attention_of_a_file(tmp_path):
+def test_an_attention_of_a_file(tmp_path, monkeypatch):
     """A process that only reads the results finds it again."""
+    monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))  # for this test alone
+    monkeypatch.setattr(plugins, "_loaded", {})
     plugin = tmp_path / "mine.py"
     plugin.write_text(
         "import tab\n\n\n"

@@ -94,7 +94,7 @@ def test_what_an_older_version_matched_for_ten_goes_on(hundred, tmp_path, monkey
     assert Plan.load(tmp_path / "out").grid == dataclasses.replace(plan().grid, classes=10)
     old = load_recipe("fair", SMALL).run_config("cnn", "none", 0)
     train(old, hundred, tmp_path / "run", stop_after=1)
-    monkeypatch.setattr("tab.cli.train.load_data", lambda spec: hundred)
+    monkeypatch.setattr("tab.cli.train.load_data", lambda *_: hundred)
     sets = [f"--set={key}={value}" for key, value in SMALL.items()]
     words = ["train", "cnn", "none", *sets, "--device=cpu", "--out"]
     for folder, resume in (("run", ["--resume"]), ("new", [])):

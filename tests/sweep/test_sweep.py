@@ -206,8 +206,8 @@ def test_show_reads_what_is_there(done):
     ran = tab_sweep("show", out)
     assert ran.exit_code == 0, ran.output
     first = [e.score for (n, rung), e in read(out)[MULTI].ended().items() if rung == 0]
-    assert f"5: {max(first):.1%}" in ran.output
-    assert "Multi-Head" in ran.output and f"{winners[MULTI].score:.1%}" in ran.output
+    assert re.search(rf"Multi-Head +{100 * max(first):.1f} → ", ran.output)
+    assert f"→ {100 * winners[MULTI].score:.1f}" in ran.output
     assert (out / "halving.png").stat().st_size > 10_000
 
 

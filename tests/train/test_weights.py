@@ -125,7 +125,7 @@ def test_damage_is_one_line(how, run, tmp_path):
 
 def test_a_checkpoint_is_a_plain_file_of_torch(run):
     state = torch.load(run / "stopped.pt", weights_only=True)
-    assert state.keys() == {"rows", "model", "optimizer", "schedule"}
+    assert state.keys() == {"rows", "model", "optimizer", "schedule", "average"}
     assert torch.load(run / "stopped.pt", weights_only=True, mmap=True)["rows"] == state["rows"]
     assert checkpoint.load(run / "stopped.pt")["rows"] == state["rows"]
 
