@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NEITHER = tl.constexpr("")  # a default that is a text must be one already (Triton 3.6)
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def tf32(x):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr, LOADED: tl.constexpr = ""):
+def dot(a, b, PRECISION: tl.constexpr, LOADED: tl.constexpr = NEITHER):
     """a (m, k) · b (k, n) -> (m, n) float32. "fp16" is for what cannot overflow it.
 
     LOADED: "a", "b" or "ab", which hold 16-bit numbers as they were loaded: tf32 holds those, and

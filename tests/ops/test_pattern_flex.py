@@ -3,7 +3,7 @@
 import pytest
 import torch
 from textbook.softmax import draw
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from tab import BlockPattern, sparse_attention
 
@@ -91,7 +91,10 @@ def test_masks_of_others(mask_mod, causal, dense):
 
 
 def test_a_mask_without_full_blocks():
-    mask = create_block_mask(causal_rule, None, None, 32, 32, "cpu", 8, separate_full_blocks=False)
+    both = create_block_mask(causal_rule, None, None, 32, 32, "cpu", 8)
+    counts = both.kv_num_blocks + both.full_kv_num_blocks
+    order = torch.arange(4, dtype=torch.int32).expand(1, 1, 4, 4).contiguous()  # causal: the first
+    mask = BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=8, mask_mod=causal_rule)
     assert mask.full_kv_num_blocks is None
     pattern = BlockPattern.from_block_mask(mask, causal=True)
     assert torch.equal(pattern.to_blocks()[0], torch.ones(4, 4).tril().bool())
