@@ -38,7 +38,7 @@ from ._performer import NOTHING, factor, output, state
 from ._segments import SCAN, each_state, one_launch, one_state, segments, takes
 from ._tiles import head
 
-# Triton 3.6 fails on causal tiles of 64 tokens for sm_100, and spills more of them for sm_80 than 3.8.
+# Triton 3.6 fails on causal tiles of 64 tokens for sm_100, and spills more for sm_80 than 3.8 does.
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 # --- kernels --------------------------------------------------------------------------------------
