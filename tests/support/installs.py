@@ -11,6 +11,7 @@ Not collected by pytest; it runs alone:  python tests/support/installs.py [WAY .
 from __future__ import annotations
 
 import os
+import json
 import re
 import shutil
 import subprocess
@@ -111,11 +112,11 @@ class Place:
         return next((self.folder / "tmp").glob("transformer_attention_bench-*"))
 
     def check(self, cpu: str = "built", cuda: str = "not built", backend: str = "cpp") -> None:
-        said = self.run(self.folder / "venv/bin/tab", "doctor")
-        said = re.sub(r" *│\n│ +│ *", " ", said)  # rows that were wrapped
+        said = self.run(self.folder / "venv/bin/tab", "doctor", "--json")
+        found, _ = json.JSONDecoder().raw_decode(said[said.index("{\n") :])  # warnings come before
         for name, pattern in (("_C", cpu), ("_host", cpu), ("_C_cuda", cuda)):
-            row = re.search(rf"tab\.{name}\W[^:]*: (.*\w)", said)
-            assert row and re.fullmatch(pattern, row[1]), f"tab.{name}: no {pattern!r} in\n{said}"
+            state = found["versions"][f"tab.{name}"].partition(": ")[2]
+            assert re.fullmatch(pattern, state), f"tab.{name}: {state!r}, and not {pattern!r}"
         self.run(self.python, "-P", "-c", OP, backend)
 
 
