@@ -10,8 +10,8 @@ Not collected by pytest; it runs alone:  python tests/support/installs.py [WAY .
 
 from __future__ import annotations
 
-import os
 import json
+import os
 import re
 import shutil
 import subprocess
