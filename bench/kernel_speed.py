@@ -1,8 +1,10 @@
-"""README's picture, of the committed times: python bench/kernel_speed.py [RESULTS] [PICTURE]
+"""README's picture and the tables of docs/benchmarks.md, of the committed times:
+
+    python bench/kernel_speed.py [RESULTS] [PICTURE]
 
 For each operator and size: how many times slower than TAB's kernel the best of everything else is,
-the median and the 10th and 90th percentile of the ratio within a round. docs/benchmarks.md has the
-same figures as a table, and says how they are measured.
+the median and the 10th and 90th percentile of the ratio within a round. docs/benchmarks.md says how
+they are measured. The table is printed; a picture is drawn if one is named, or no RESULTS are.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import sys
 from pathlib import Path
 
 from tab.bench import results
-from tab.bench.rows import Row, row_speedup
+from tab.bench.rows import Row, percentiles, row_speedup
 from tab.report.style import figure
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "bench" / "results" / "epyc-2core-avx512"
+MEASURED = ROOT / "bench" / "results" / "epyc-zen4-2core"
 PICTURE = ROOT / "docs" / "pictures" / "kernel-speed.svg"
 OPS = ("linear", "performer", "local", "sparse", "mla")
 LOOKS = {  # direction -> its name, marker, colour and place within a row
@@ -48,6 +50,28 @@ def best_others(folder: Path) -> dict[tuple[str, str], dict[str, tuple[str, Rati
     return found
 
 
+def table(folder: Path) -> list[str]:
+    """In Markdown, for either direction: TAB's median in ms, what part of it is the floor, and the
+    best of everything else."""
+    lines = [
+        "| op and size | forward | floor | best other | forward + backward | floor | best other |",
+        "|---|---:|---:|---|---:|---:|---|",
+    ]
+    for (op, size), best in best_others(folder).items():
+        (ours,) = (
+            row for row in results.load(folder / f"{op}.json")[1]
+            if row.case.startswith(f"{op}/{size}/") and row.contestant == "tab"
+        )  # fmt: skip
+        cells = [f"`{op}` {size}"]
+        for direction in ("forward", "both"):
+            name, (low, mid, high) = best[direction]
+            _, median, _ = percentiles(ours.seconds[direction])
+            cells += [f"{1e3 * median:.1f}", f"{ours.floor[direction] / median:.0%}"]
+            cells.append(f"{mid:.1f}× ({low:.1f}–{high:.1f}) {name}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def draw(folder: Path, path: Path) -> None:
     found = best_others(folder)
     environment = results.load(folder / f"{OPS[0]}.json")[0]["environment"]
@@ -75,5 +99,7 @@ def draw(folder: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = [Path(word) for word in sys.argv[1:]]
-    draw(given[0] if given else MEASURED, given[1] if len(given) > 1 else PICTURE)
+    folder, picture = [*map(Path, sys.argv[1:3]), None, None][:2]
+    print(*table(folder or MEASURED), sep="\n")
+    if picture or not folder:
+        draw(folder or MEASURED, picture or PICTURE)
