@@ -160,7 +160,7 @@ def keys_within(found: object, known: set[str], stop: set[str]) -> set[str]:
 def test_what_was_really_written_holds_no_other_key():
     known = set(re.findall(r"`([\w.]+)`", text_of(FILES))) | {"forward", "backward", "both", "step"}
     known |= {"format", "overrides", "p_holm"}
-    written = [*ROOT.glob("bench/results/*/*.json"), *ROOT.glob("results/examples/*/environment.json")]
+    written = [*ROOT.glob("bench/results/*/*.json"), *ROOT.glob("results/*/*/environment.json")]
     assert len(written) >= 5
     for path in written:
         found = results.read_json(path, dict, "")
