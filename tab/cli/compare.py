@@ -149,7 +149,7 @@ def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type], *, cluste
 
     search = sweep_of(plan, dataset)
     say(f"{out / FOLDER}: {sweep.what(search)}")
-    sweep.say_sweep_time(search, dataset, executor, cluster=cluster)
+    sweep.say_sweep_time(search, dataset, out / FOLDER, executor, cluster=cluster)
     study = f"{out.resolve().name}/{FOLDER}"
     with (
         watchers(kinds, out / FOLDER, study) as told,

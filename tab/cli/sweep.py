@@ -163,7 +163,7 @@ def command(
     if not resume:
         out = plan.save(out or now("results", prefix="sweep_"), dataset, new=out is None)
     say(f"{out}: {what(plan)} on {dataset.note}")
-    say_sweep_time(plan, dataset, where, cluster=bool(ray or slurm))
+    say_sweep_time(plan, dataset, out, where, cluster=bool(ray or slurm))
     again = command_line("sweep", "--resume", str(out), watch=watch)
     with or_resume(again), watchers(kinds, out) as told, watching(plan, told) as watcher:
         best = sweep(plan, dataset, out, watcher=watcher, executor=where)
@@ -297,10 +297,13 @@ def _show(answer: Answer, plan, out: Path) -> None:
     answer.end(sweep=out, picture=out / "halving.png", rows=rows, next=again)
 
 
-def say_sweep_time(plan, dataset, executor, *, cluster: bool) -> None:
-    """How long all of it takes; what has been trained of it before is not taken off."""
+def say_sweep_time(plan, dataset, out: Path, executor, *, cluster: bool) -> None:
+    """How long all of it takes, unless it has ended in `out`; what has been trained of it before is
+    not taken off."""
     from ..sweep.halving import brackets
 
+    if (out / "winners.toml").exists():
+        return
     ends, epochs = plan.budget.epochs, 0
     for bracket in brackets(plan.budget, plan.brackets):
         sizes = bracket.sizes(plan.budget, bracket.configurations)

@@ -70,6 +70,7 @@ def test_resumed_it_trains_nothing_twice(out):
     times = {path: path.stat().st_mtime_ns for path in out.rglob("rows.jsonl")}
     said = tab("compare", "--resume", out, "--tune", "3", "--recipe", "quick", *TINY[10:])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("rows.jsonl")} == times, said
+    assert "It will take" not in said  # neither the search, nor the runs
     other = CliRunner().invoke(app, ["compare", "--resume", str(out), "--tune", "4"])
     assert other.exit_code == 2 and "--tune: was 3, now 4" in other.output
 
