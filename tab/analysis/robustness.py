@@ -1,18 +1,6 @@
-"""How trained models take what they were not trained on, measured once a run: robustness.json.
+"""How trained models take what they were not trained on, measured once a run.
 
-Sections, each written when it is done and measured again only under other settings. These hold what
-it was measured on, too: the data set's fingerprint, how many images, the official files' sum, and
-the sum of the weights.
-
-    noise             accuracy against Gaussian noise on the input
-    calibration       expected calibration error
-    attacks           FGSM, PGD and the signs of masked gradients (tab/analysis/attacks.py)
-    pgd               accuracy under PGD at ε = 0.25/255 … 8/255, with each image's answer
-    autoattack        the same under AutoAttack at 1/255 and 8/255, where asked for
-    cache             of multi_head: accuracy against the budget of H2O's cache and its controls'
-    own/<kind>        accuracy at severity 1 … 5 of our own corruptions, not CIFAR-10-C
-    cifar10c/<name>   the same on the official arrays
-    cifar10.1         accuracy on the new test set
+What is measured, and when it is measured again, stands in robustness_file.py.
 """
 
 from __future__ import annotations
@@ -22,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -32,7 +19,7 @@ from .. import files
 from ..data.batches import Batches
 from ..data.load import Dataset, Split
 from ..data.splits import split_batches
-from ..formats import check, read_json, reading, write_json
+from ..formats import write_json
 from ..train.loop import load_trained, model_of
 from ..train.run_files import read_run_file
 from .attacks import (
@@ -48,67 +35,11 @@ from .attacks import (
 )
 from .cache_budget import BUDGETS, budget_curves, fits
 from .corruptions import OFFICIAL, OWN, SEVERITIES, check_cifar10c, cifar10c, cifar101, corrupt
+from .robustness_file import FILE, differing, read
 
 NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # σ, in standard deviations of the training images
 BINS = 15
-FILE = "robustness.json"
 Section = tuple[str, dict, Callable[[nn.Module, Batches], dict]]  # name, settings, measure
-LATER = ("data", "images", "model")  # settings that older files do not state
-
-
-class Curve(TypedDict):
-    """Test accuracy at each level."""
-
-    accuracy: list[float]
-
-
-class Calibration(TypedDict):
-    """The expected calibration error."""
-
-    ece: float
-
-
-class Attacks(TypedDict):
-    """Accuracies under attack, and signs that gradients are masked."""
-
-    fgsm: float
-    pgd: float
-    random: float
-    images: int
-    suspicions: list[str]
-
-
-class Answered(TypedDict):
-    """Accuracy at each level, and which images were right."""
-
-    accuracy: list[float]
-    right: list[str]
-    images: int
-
-
-class Cache(TypedDict):
-    """Accuracy with an H2O cache of each size, by what it keeps."""
-
-    accuracy: list[float]
-    recent: list[float]
-    random: list[float]
-    images: int
-
-
-class NewTest(TypedDict):
-    """Accuracy on a new test set."""
-
-    accuracy: float
-
-
-KINDS = {  # else a Curve
-    "calibration": Calibration,
-    "attacks": Attacks,
-    "pgd": Answered,
-    "autoattack": Answered,
-    "cache": Cache,
-    "cifar10.1": NewTest,
-}
 
 
 @dataclass(frozen=True)
@@ -167,34 +98,12 @@ def _missing(found: dict, sections: list[Section]) -> list[Section]:
     return [s for s in sections if s[0] not in found or differing(found[s[0]]["settings"], s[1])]
 
 
-def differing(settings: dict, other: dict) -> list[str]:
-    """The keys in which two measurements differ. Older ones do not state LATER: they were made on
-    the data of their run."""
-    unstated = {key for key in LATER if key not in settings or key not in other}
-    keys = dict.fromkeys((*settings, *other))
-    return [k for k in keys if k not in unstated and settings.get(k) != other.get(k)]
-
-
 def weights_of(run: Path) -> str:
     """The sum of a finished run's weights."""
     return files.digest(model_of(run))
 
 
 official_sum = functools.cache(files.digest)  # of two gigabytes, in one process once
-
-
-def read(run: Path) -> dict:
-    """robustness.json as it is, {} if there is none."""
-    path = run / FILE
-    if not path.exists():
-        return {}
-    way_out = "remove it, and measure again"
-    found = read_json(path, dict, way_out)
-    with reading(path, way_out):
-        for name, section in found.items():
-            check(name, section, KINDS.get(name, Curve))
-            check(f"{name}: settings", section.setdefault("settings", {}), dict)
-    return found
 
 
 def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:

@@ -5,44 +5,22 @@ the first to the second, all else is drawn at random in both, and both see the s
 in float64 and eval mode. If the outputs agree then, no value of what they do not share matters.
 Widths may differ between variants of a recipe; a pair is then compared at a width that both take.
 
-Of each model two more things are measured, behind its backbone: which parameters do no more than
-add one and the same vector to the logits of every image, which the last bias does already; and
-whether tokens meet, or what the head reads of them is a sum of functions of one token each. A mix
-of tokens that is linear, under a mean over the tokens, is such a sum.
+What is measured of each variant by itself stands in one_variant.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from ..layers import Attention, attention_options
-from ..models.image_model import build_layer, build_model, parameter_count, tokens_of
-from ..models.parts import POOLS
+from ..models.image_model import build_layer, tokens_of
 from ..recipe.recipe import Recipe
 from ..run_config import RunConfig
-
-NEAR = 1e-5  # largest difference, relative to the largest output, at which two outputs are one
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What was measured of one variant."""
-
-    model: str
-    attention: str
-    width: int  # C
-    tokens: int  # N
-    parameters: int
-    idle: tuple[str, ...]  # parameters that the loss does not reach
-    affine: bool  # A((x + y)/2) = (A(x) + A(y))/2: no more than a linear layer
-    noisy: bool  # in training, two passes differ
-    biases: tuple[str, ...] = ()  # parameters of the model that are no more than a bias
-    meet: bool = True  # what the head reads is no sum over single tokens
+from .one_variant import NEAR, Layer, apart, measured, normal
 
 
 @dataclass(frozen=True)
@@ -88,8 +66,7 @@ def identity(
             show(start + j, total, f"{model}-{attention}")
             try:
                 config = recipe.run_config(model, attention, seed, classes=classes)
-                biases, meet = _in_the_model(config, classes)
-                layers.append(replace(_measured(config), biases=biases, meet=meet))
+                layers.append(measured(config, classes))
                 configs.append(config)
             except Exception as error:
                 failed[model, attention] = f"{type(error).__name__}: {error}"
@@ -98,118 +75,6 @@ def identity(
         alike += [group for group, _ in groups if len(group.attentions) > 1]
         alike += _but_for_heads([members[0] for _, members in groups])
     return Identity(layers, alike, failed)
-
-
-# --- one layer ------------------------------------------------------------------------------------
-
-
-def _measured(config: RunConfig) -> Layer:
-    layer, n, c = build_layer(config).double(), tokens_of(config), config.model_options.hidden
-    count = max(4, 256 // n)  # images: tokens enough to reach every expert
-    x, y, r = _random(3, count, n, c, seed=1)
-    layer.train()
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        output = layer(x)
-        noisy = not torch.equal(output, layer(x))
-    loss, extra = (output * r).sum(), layer.auxiliary_loss()
-    if extra is not None:
-        loss = loss + extra
-    if loss.requires_grad:
-        loss.backward()
-    layer.eval()
-    with torch.no_grad():
-        apart = _apart(layer((x + y) / 2), (layer(x) + layer(y)) / 2)
-    return Layer(
-        model=config.model,
-        attention=config.attention,
-        width=c,
-        tokens=n,
-        parameters=parameter_count(layer),
-        idle=_idle(layer),
-        affine=apart < NEAR,
-        noisy=noisy,
-    )
-
-
-# --- one model ------------------------------------------------------------------------------------
-
-
-class _Given(nn.Module):
-    """In the place of a backbone: the tokens of these images."""
-
-    def __init__(self, tokens: Tensor):
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tokens
-
-
-@torch.no_grad()
-def _in_the_model(config: RunConfig, classes: int) -> tuple[tuple[str, ...], bool]:
-    """The parameters that are no more than a bias; whether tokens meet."""
-    model = build_model(config, classes).double().eval()
-    n, c = tokens_of(config), config.model_options.hidden
-    a, b = _random(2, 4, n, c, seed=5)
-    generator = torch.Generator().manual_seed(6)
-
-    def moved(p: Tensor) -> Tensor:
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        return 0.5 * noise.to(p.dtype)
-
-    for module in model.modules():  # gates may start at 0, and hide what is behind them
-        for name in getattr(module, "gates", ()):
-            if (gate := getattr(module, name)) is not None:
-                gate.copy_(moved(gate))
-    model.backbone = _Given(a)
-    last = f"head.layers.{len(model.head.layers) - 1}.bias"
-    before, biases = model(a), []
-    for name, p in model.named_parameters():
-        kept = p.clone()
-        p.add_(moved(p))
-        change = model(a) - before  # (B, classes)
-        p.copy_(kept)
-        size = change.abs().max()
-        same = (change - change[:1]).abs().max() <= NEAR * size
-        if name != last and size > NEAR * before.abs().max() and same:
-            biases.append(name)
-    half = torch.arange(n)[:, None] < (n + 1) // 2
-
-    def read(tokens: Tensor) -> Tensor:
-        model.backbone = _Given(tokens)
-        return POOLS[model.head.pool](model.body(model.embed(tokens)))
-
-    one, two = read(a), read(b)
-    crossed = read(torch.where(half, a, b)) + read(torch.where(half, b, a))
-    apart = (crossed - one - two).abs().max() / (one - two).abs().max()
-    return tuple(biases), n > 1 and apart.item() > NEAR
-
-
-# --- the parameters of a layer --------------------------------------------------------------------
-
-
-def _parts(layer: Attention) -> dict[str, tuple[Tensor, slice]]:
-    """Parameters by name, Q, K and V of a joint projection apart, as rows of the tensor."""
-    parts = {}
-    for name, p in layer.named_parameters():
-        if name.endswith("qkv.weight"):
-            prefix, start = name.removesuffix("qkv.weight"), 0
-            for part, width in zip("QKV", layer.get_submodule(prefix[:-1]).widths, strict=True):
-                parts[prefix + part] = p, slice(start, start + width)
-                start += width
-        elif p.requires_grad:
-            parts[name.removesuffix(".weight")] = p, slice(None)
-    return parts
-
-
-def _idle(layer: Attention) -> tuple[str, ...]:
-    largest = {
-        name: 0.0 if p.grad is None else p.grad[rows].abs().max().item()
-        for name, (p, rows) in _parts(layer).items()
-    }
-    scale = max(largest.values(), default=0.0)
-    return tuple(name for name, size in largest.items() if size <= NEAR * scale)
 
 
 # --- two layers -----------------------------------------------------------------------------------
@@ -221,10 +86,10 @@ def _groups(configs: list[RunConfig]) -> list[tuple[Alike, list[RunConfig]]]:
     worst: list[float] = []
     for config in configs:
         for i, members in enumerate(groups):
-            apart = _difference(members[0], config)
-            if apart is not None and apart < NEAR:
+            gap = _difference(members[0], config)
+            if gap is not None and gap < NEAR:
                 members.append(config)
-                worst[i] = max(worst[i], apart)
+                worst[i] = max(worst[i], gap)
                 break
         else:
             groups.append([config])
@@ -234,12 +99,12 @@ def _groups(configs: list[RunConfig]) -> list[tuple[Alike, list[RunConfig]]]:
             Alike(
                 model=members[0].model,
                 attentions=tuple(config.attention for config in members),
-                difference=apart,
+                difference=gap,
                 tie=len(members) > 1 and all(_starts_equal(members[0], m) for m in members[1:]),
             ),
             members,
         )
-        for members, apart in zip(groups, worst, strict=True)
+        for members, gap in zip(groups, worst, strict=True)
     ]
 
 
@@ -252,10 +117,10 @@ def _but_for_heads(first: list[RunConfig]) -> list[Alike]:
             if None in heads or heads[0] == heads[1]:
                 continue
             other = b.attention_options | {"num_heads": heads[0]}
-            apart = _difference(a, dataclasses.replace(b, attention_options=other))
-            if apart is not None and apart < NEAR:
+            gap = _difference(a, dataclasses.replace(b, attention_options=other))
+            if gap is not None and gap < NEAR:
                 names = (a.attention, b.attention)
-                alike.append(Alike(a.model, names, apart, but="num_heads"))
+                alike.append(Alike(a.model, names, gap, but="num_heads"))
     return alike
 
 
@@ -272,10 +137,10 @@ def _difference(a: RunConfig, b: RunConfig) -> float | None:
             one, two = (_at(config, width).double().eval() for config in (a, b))
         except (ValueError, RuntimeError):  # such as heads that do not divide it
             continue
-        (x,) = _random(1, 2, tokens_of(a), width, seed=2)
+        (x,) = normal(1, 2, tokens_of(a), width, seed=2)
         _share(one, two)
         with torch.no_grad():
-            return _apart(one(x), two(x))
+            return apart(one(x), two(x))
     return None
 
 
@@ -314,16 +179,7 @@ def _starts_equal(a: RunConfig, b: RunConfig) -> bool:
     otherwise does not."""
     if a.draws != b.draws or a.model_options.hidden != b.model_options.hidden:
         return False
-    (x,) = _random(1, 2, tokens_of(a), a.model_options.hidden, seed=4)
+    (x,) = normal(1, 2, tokens_of(a), a.model_options.hidden, seed=4)
     with torch.no_grad():
         one, two = (build_layer(config).double().eval()(x) for config in (a, b))
-    return _apart(one, two) < NEAR
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / a.abs().max()).item()
-
-
-def _random(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return apart(one, two) < NEAR

@@ -84,7 +84,7 @@ def tell(answer: Answer, out: Path, grid, runs, dataset) -> None:
 
 def _next(out: Path, grid, runs, dataset) -> str | None:
     """What helps the most: more seeds, where there is no verdict yet; then robustness."""
-    from ..analysis.robustness import read
+    from ..analysis.robustness_file import read
     from ..compare.runs import ENDED
 
     done = [run for run in runs if run.status == "done"]

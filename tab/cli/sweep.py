@@ -14,15 +14,12 @@ from .answer import Answer
 from .expected import say_time
 from .given import (
     before_work,
-    device_of,
     executor_for,
     load_data,
     now,
-    place_of,
-    read_recipe,
     use_plugins,
-    variants,
 )
+from .sweep_plan import plan_of, resumed, with_storage
 from .terminal import (
     bar,
     command_group,
@@ -152,9 +149,9 @@ def command(
     wishes = {name: value for name, value in wishes.items() if value not in (None, [])}
     records = use_plugins(plugin, SweepPlan.plugins_of(resume) if resume else None)
     if resume:
-        plan, out = _resumed(resume, wishes, data, storage), resume
+        plan, out = resumed(resume, wishes, data, storage), resume
     else:
-        plan = _plan(wishes, data or "cifar10", storage or "", ray or slurm, records)
+        plan = plan_of(wishes, data or "cifar10", storage or "", ray or slurm, records)
         plan.check()
     where = executor_for(plan.device, jobs, threads, ray, slurm, cpus, gpus)
     dataset = load_data(plan.data, plan.recipe.data(), kept=bool(resume))
@@ -193,66 +190,7 @@ def show(
 
     answer = Answer(quiet=quiet, as_json=as_json)
     use_plugins(plugin, SweepPlan.plugins_of(run))
-    _show(answer, _with_storage(SweepPlan.load(run), storage), run)
-
-
-# --- the plan -------------------------------------------------------------------------------------
-
-
-def _plan(wishes: dict, data: str, storage: str, cluster: str | None, plugins: list[dict]):
-    from ..layers import attention_names
-    from ..sweep.halving import named_budget
-    from ..sweep.plan import SweepPlan
-    from ..sweep.space import load_space
-
-    models, attentions = variants(wishes.get("models"), wishes.get("attentions"), attention_names())
-    keys = ("configurations", "eta", "images", "validation")
-    changes = {key: wishes[key] for key in keys if key in wishes}
-    if "epochs" in wishes:
-        changes["epochs"] = _numbers(wishes["epochs"])
-    return SweepPlan(
-        recipe=read_recipe(wishes.get("recipe", "fair"), overrides=wishes.get("set")),
-        space=load_space(wishes.get("space", "published")),
-        budget=dataclasses.replace(named_budget(wishes.get("budget", "published")), **changes),
-        models=models,
-        attentions=attentions,
-        data=place_of(data),
-        device=device_of(wishes.get("device"), cluster=cluster),
-        seed=wishes.get("seed", 0),
-        sampler=wishes.get("sampler", "random"),
-        brackets=wishes.get("brackets", 1),
-        storage=storage,
-        plugins=plugins,
-    )
-
-
-def _resumed(resume: Path, wishes: dict, data: str | None, storage: str | None):
-    from ..sweep.plan import SweepPlan
-
-    if wishes:
-        names = ", ".join(f"--{name}" for name in wishes)
-        raise ValueError(f"{resume} goes on as it was started: drop {names}, or start a new one")
-    plan = _with_storage(SweepPlan.load(resume), storage)
-    return dataclasses.replace(plan, data=place_of(data)) if data else plan
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--epochs {text!r}: give whole numbers, such as 3,5,7") from None
-
-
-def _with_storage(plan, storage: str | None):
-    """The plan with the storage as given, which may add a password but name no other place."""
-    from ..sweep.storage import without_password
-
-    if storage is None:
-        return plan
-    if not plan.storage or without_password(storage) != plan.storage:
-        where = plan.storage or "its journal file"
-        raise ValueError(f"this sweep is stored in {where}: give that, or drop --storage")
-    return dataclasses.replace(plan, storage=storage)
+    _show(answer, with_storage(SweepPlan.load(run), storage), run)
 
 
 # --- what is shown --------------------------------------------------------------------------------

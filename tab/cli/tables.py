@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from ..analysis.same_function import Identity, Layer
+from ..analysis.one_variant import Layer
+from ..analysis.same_function import Identity
 from ..report.sweep import Trials
 from ..report.tables import Standing, title, versus
 from ..sweep.trials import Pair, RungTrial, winner_of

@@ -14,7 +14,8 @@ from . import kv_compression
 from . import deepseek_mla
 from . import kimi_k2
 from . import flex
-from . import controls  # none_again, ffn, uniform, mixer, random, dwconv: no attention
+from . import controls  # none_again, ffn: no attention
+from . import static_mixes  # uniform, mixer, random, dwconv: none either
 from . import published  # forms of the published study, under no name of their own
 
 from ._base import Attention, HeadsAttention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..analysis.robustness import differing
+from ..analysis.robustness_file import differing
 from .text import code
 
 Found = dict[str, dict]  # robustness.json of one run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 
 from ..analysis.same_function import Alike
@@ -12,6 +11,7 @@ from ..compare.runs import Run
 from ..compare.verdicts import is_control_again
 from ..statistics import LEVEL, MARGIN
 from .headline import answers
+from .origin import machine, origin, unfinished
 from .tables import (
     Standing,
     best_control_table,
@@ -88,34 +88,6 @@ def picture(file: str, caption: str) -> str:
     return f"![{alone}](pictures/{file}.png)\n\n*{plain(caption)}*"
 
 
-def origin(facts: dict, runs: list[Run]) -> list[str]:
-    """The data, the command and its overrides, when it ran, and how busy the machine was; of what
-    older comparisons did not keep there is no word."""
-    data = facts["dataset"]
-    text = f"**Data:** {plain(data['note'])}"
-    if "classes" in data:
-        text += f" ({plain(data['name'])}, fingerprint {data['fingerprint'][:12]}): trained on "
-        text += f"{data['train']:,} images, validated on {data.get('validation', 0):,}, "
-        text += f"tested on {data['test']:,}, {data['classes']} classes."
-    parts = [text]
-    if "command" in facts:
-        changes = facts.get("overrides") or {}
-        listed = ", ".join(code(f"{key} = {json.dumps(x)}") for key, x in changes.items())
-        parts.append(f"**Command:** {code(facts['command'])}. Overrides: {listed or 'none'}.")
-    lines = [
-        f"{time['started']} to {time.get('ended', 'a kill')} (load average "
-        f"{_load(time['load'])} before, {_load(time.get('load_at_end'))} after)"
-        for time in facts.get("times", [])
-    ]
-    if loads := [run.load for run in runs if run.load is not None]:
-        lines.append(f"load average at the end of a run: {min(loads):g} to {max(loads):g}")
-    return [*parts, *([f"**Ran:** {'; '.join(lines)}."] if lines else [])]
-
-
-def _load(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:g}"
-
-
 def disturbance(entries: list[Standing]) -> str:
     """What a star in the table means, if there is one."""
     slow = [e for e in entries if (e.seconds and e.seconds.disturbed)]
@@ -126,15 +98,6 @@ def disturbance(entries: list[Standing]) -> str:
         "fastest, so other work decided the time, and it says little of the mechanism"
     )
     return text + (f" ({', '.join(name(e.attention) for e in slow)})." if slow else ".")
-
-
-def machine(facts: dict, runs: list[Run]) -> str:
-    if facts["device"] != "cpu":
-        return facts["device"]
-    threads = sorted({run.threads for run in runs if run.threads}) or [facts["threads"]]
-    *others, most = threads
-    listed = " or ".join([*map(str, others), counted(most, "thread")])
-    return f"{facts['cpu']}, {listed} a run"
 
 
 def summary(model: str, entries: list[Standing]) -> str:
@@ -206,29 +169,6 @@ def last_of(ranked: list[Standing]) -> str:
 
 def ratio(entry: Standing) -> float:
     return entry.ratio.value
-
-
-def unfinished(runs: list[Run]) -> list[str]:
-    """A line for each run that is not in the means, or in them as chance."""
-    lines = []
-    for run in runs:
-        if run.status == "failed":
-            lines.append(f"- {code(run.id)} failed: {plain(run.error.strip().splitlines()[-1])}")
-        elif run.status == "running":
-            lines.append(f"- {code(run.id)}: {run.state}")
-    if missing := [code(run.id) for run in runs if run.status == "missing"]:
-        lines.append(f"- not begun: {', '.join(missing)}")
-    if any(run.status in ("missing", "running") for run in runs):
-        lines.append("- `tab compare --resume` goes on with what is not finished")
-    parts = ["**Not in the means:**\n" + "\n".join(lines)] if lines else []
-    if diverged := [run for run in runs if run.diverged]:
-        listed = ", ".join(f"{code(run.id)} in epoch {len(run.rows)}" for run in diverged)
-        parts.append(
-            f"**Diverged** (the loss was not finite): {listed}. Such a run counts with the test "
-            "accuracy of chance, so that no mechanism is the better for losing its worst runs; "
-            "times and training accuracies are those of the others."
-        )
-    return parts
 
 
 def explanation(seeds: int, at_once: int = 1) -> str:

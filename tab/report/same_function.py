@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..analysis.same_function import Alike, Identity, Layer
+from ..analysis.one_variant import Layer
+from ..analysis.same_function import Alike, Identity
 from ..compare.runs import Run
 from .tables import markdown_lines, title
 from .text import plain

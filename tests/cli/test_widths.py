@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 from small_report import run
 
-from tab.analysis.same_function import Identity, Layer
+from tab.analysis.one_variant import Layer
+from tab.analysis.same_function import Identity
 from tab.bench.regress import Change
 from tab.bench.rows import Row
 from tab.cli import bench_tables, tables

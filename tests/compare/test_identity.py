@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tab.analysis.same_function import Identity, Layer, identity
+from tab.analysis.one_variant import Layer
+from tab.analysis.same_function import Identity, identity
 from tab.cli.tables import identity_tables
 from tab.compare.runs import Run
 from tab.data.load import load_dataset

@@ -10,7 +10,8 @@ import torch
 
 from tab.analysis import robustness
 from tab.analysis.corruptions import OFFICIAL, OWN
-from tab.analysis.robustness import FILE, NOISE, Options, calibration_error, instead, measure, read
+from tab.analysis.robustness import NOISE, Options, calibration_error, instead, measure
+from tab.analysis.robustness_file import FILE, read
 from tab.compare.runs import trained_runs
 from tab.data.batches import Batches
 from tab.data.load import Split, load_dataset

@@ -13,7 +13,7 @@ from paths import ROOT
 
 import tab
 from tab import run_config
-from tab.analysis import robustness
+from tab.analysis import robustness_file
 from tab.bench import results
 from tab.bench.rows import Row, row_speedup
 from tab.compare import columns
@@ -140,7 +140,7 @@ def test_every_key_of_a_file_is_described(heading, names):
 
 
 def test_every_key_of_robustness_is_described():
-    kinds = [robustness.Curve, *robustness.KINDS.values()]
+    kinds = [robustness_file.Curve, *robustness_file.KINDS.values()]
     names = {name for kind in kinds for name in typing.get_type_hints(kind)}
     told = first_cells(section(FILES, "### robustness.json"))
     assert {*names, "clean", "large", "zero_gradients"} == set(told)

@@ -12,7 +12,7 @@ from tab.compare.csv_files import time_spreads, write_csvs
 from tab.compare.runs import Run, read_runs
 from tab.data.load import load_dataset
 from tab.recipe.recipe import load_recipe
-from tab.report import markdown
+from tab.report import markdown, origin
 from tab.report.averages import Median
 from tab.report.build import write_report
 from tab.report.tables import ranking
@@ -41,7 +41,7 @@ def test_a_comparison_keeps_how_it_was_made(out, dataset):
     assert {"load", "load_at_end"} <= time.keys()
     runs = read_runs(out, small_grid.GRID)
     assert all(run.load is not None for run in runs)
-    text = "\n\n".join(markdown.origin(facts, runs))
+    text = "\n\n".join(origin.origin(facts, runs))
     assert "trained on 60 images, validated on 20, tested on 20" in text
     assert dataset.fingerprint[:12] in text and "train.batch_size = 20" in text
     assert f"{time['started']} to {time['ended']}" in text and "load average" in text
@@ -54,14 +54,14 @@ def test_each_time_that_somebody_worked_on_it_is_kept(out, dataset):
     path = out / "environment.json"
     del facts["times"][1]["ended"]  # as after a kill
     path.write_text(json.dumps(facts))
-    assert "to a kill" in "\n".join(markdown.origin(made_with(out, dataset), []))
+    assert "to a kill" in "\n".join(origin.origin(made_with(out, dataset), []))
 
 
 def test_a_comparison_of_before_says_what_it_knows(out, dataset):
     facts = made_with(out, dataset)
     old = {k: v for k, v in facts.items() if k not in ("command", "overrides", "times")}
     old["dataset"] = {k: facts["dataset"][k] for k in ("name", "note", "fingerprint")}
-    assert markdown.origin(old, []) == [f"**Data:** {dataset.note}"]
+    assert origin.origin(old, []) == [f"**Data:** {dataset.note}"]
 
 
 def test_overrides_are_those_of_the_call():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tab.analysis.corruptions import OWN
-from tab.analysis.robustness import FILE, read
+from tab.analysis.robustness_file import FILE, read
 from tab.compare.runs import Run
 from tab.report import attacks
 from tab.report.attacks import attack_picture

@@ -1,0 +1,64 @@
+"""The plan of `tab sweep`: made of the options, or read from where a sweep goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from .given import device_of, place_of, read_recipe, variants
+
+
+def plan_of(wishes: dict, data: str, storage: str, cluster: str | None, plugins: list[dict]):
+    from ..layers import attention_names
+    from ..sweep.halving import named_budget
+    from ..sweep.plan import SweepPlan
+    from ..sweep.space import load_space
+
+    models, attentions = variants(wishes.get("models"), wishes.get("attentions"), attention_names())
+    keys = ("configurations", "eta", "images", "validation")
+    changes = {key: wishes[key] for key in keys if key in wishes}
+    if "epochs" in wishes:
+        changes["epochs"] = _numbers(wishes["epochs"])
+    return SweepPlan(
+        recipe=read_recipe(wishes.get("recipe", "fair"), overrides=wishes.get("set")),
+        space=load_space(wishes.get("space", "published")),
+        budget=dataclasses.replace(named_budget(wishes.get("budget", "published")), **changes),
+        models=models,
+        attentions=attentions,
+        data=place_of(data),
+        device=device_of(wishes.get("device"), cluster=cluster),
+        seed=wishes.get("seed", 0),
+        sampler=wishes.get("sampler", "random"),
+        brackets=wishes.get("brackets", 1),
+        storage=storage,
+        plugins=plugins,
+    )
+
+
+def resumed(resume: Path, wishes: dict, data: str | None, storage: str | None):
+    from ..sweep.plan import SweepPlan
+
+    if wishes:
+        names = ", ".join(f"--{name}" for name in wishes)
+        raise ValueError(f"{resume} goes on as it was started: drop {names}, or start a new one")
+    plan = with_storage(SweepPlan.load(resume), storage)
+    return dataclasses.replace(plan, data=place_of(data)) if data else plan
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--epochs {text!r}: give whole numbers, such as 3,5,7") from None
+
+
+def with_storage(plan, storage: str | None):
+    """The plan with the storage as given, which may add a password but name no other place."""
+    from ..sweep.storage import without_password
+
+    if storage is None:
+        return plan
+    if not plan.storage or without_password(storage) != plan.storage:
+        where = plan.storage or "its journal file"
+        raise ValueError(f"this sweep is stored in {where}: give that, or drop --storage")
+    return dataclasses.replace(plan, storage=storage)
