@@ -2,6 +2,7 @@
 
 from .ops import BlockPattern as BlockPattern
 from .ops import H2OCache as H2OCache
+from .ops import gated_linear_attention as gated_linear_attention
 from .ops import h2o_attention as h2o_attention
 from .ops import linear_attention as linear_attention
 from .ops import linformer_attention as linformer_attention

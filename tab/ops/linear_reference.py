@@ -96,7 +96,7 @@ def _sums(fq, fk, v1, state, causal, total=None):
     return merge(out, fq.shape[2]), before, total
 
 
-def _inverse(den: Tensor) -> Tensor:
+def inverse(den: Tensor) -> Tensor:
     """1/den, 0 where den is 0; replaced before it divides, for 1/0 has the gradient NaN."""
     nothing = den == 0
     return (1 / den.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
@@ -109,7 +109,7 @@ def forward_reference(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
         return empty_heads(v), z.new_empty(*z.shape, v.shape[3]), z
     fq, fk, v1 = _operands(q, k, v, key_mask, feature_map)
     out, _, total = _sums(fq, fk, v1, join(s0, z0), causal)
-    o = out[..., :-1] * _inverse(out[..., -1:] + eps)
+    o = out[..., :-1] * inverse(out[..., -1:] + eps)
     return token_major(o.to(v.dtype)), total[..., :-1].contiguous(), total[..., -1].contiguous()
 
 
@@ -126,7 +126,7 @@ def backward_reference(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_m
     (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     fq, fk, v1 = _operands(q, k, v, key_mask, feature_map)
     out, before, _ = _sums(fq, fk, v1, join(s0, z0), causal, join(s, z))
-    g = do.to(acc) * _inverse(out[..., -1:] + eps)
+    g = do.to(acc) * inverse(out[..., -1:] + eps)
     g1 = torch.cat([g, -(g * o.to(acc)).sum(-1, keepdim=True)], -1)  # (B, H, N, Dv+1)
     last = join(ds, dz)
     if causal:

@@ -55,12 +55,14 @@ def call(op, x, backend, device, **options):
         "mla": {"form": "fused"}, "local": {"window": (4, 3)},
         "h2o": {"heavy": 3, "recent": 2, "block": 4},
     }  # fmt: skip
+    if op == "gated_linear":
+        x.append(torch.full((x[1].shape[2 if options.get("layout") else 1],), -0.1, device=device))
     if op == "performer":
         x.append(torch.ones(3, D, device=device) / 3)
     if op == "sparse":
         x.append(tab.BlockPattern.sliding_window(N, window=2, sinks=1, block_size=4))
     if op == "linformer":
-        x.append(torch.ones(N, 3, device=device) / N)
+        x.append(torch.ones(x[1].shape[1 if "layout" in options else 2], 3, device=device) / N)
     return getattr(tab, f"{op}_attention")(*x, **given.get(op, {}), **options)
 
 
@@ -70,6 +72,8 @@ def options_of(op, feature, device):
     if feature == "state":
         rows = {"linear": D, "performer": 3}.get(op, 1)
         width = (DV,), (), ()
+        if op == "gated_linear":
+            return {"initial_state": torch.ones(B, H, D, DV, device=device), "return_state": True}
         state = [torch.ones(B, H, rows, *w, device=device) for w in width[: 2 + (op != "linear")]]
         return {"causal": True, "initial_state": tuple(state), "return_state": True}
     return {

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tab import (
     BlockPattern,
+    gated_linear_attention,
     h2o_attention,
     linear_attention,
     local_attention,
@@ -62,6 +63,10 @@ def decode(q_nope, q_rope, cache, w_uk, w_uv):
 WHOLE = BlockPattern.from_blocks(torch.ones(2, 2, dtype=torch.bool), N // 2, N)
 CASES = {  # op, formula, shapes, multiply-adds formed again
     "linear": (linear_attention, lambda q, k, v: q @ (k.mT @ v), QKV, 0),
+    "gated_linear": (
+        lambda *x: gated_linear_attention(*x, torch.zeros(H)),
+        lambda q, k, v: q @ (k.mT @ v), QKV, 0,
+    ),
     "performer": (
         lambda *x: performer_attention(*x, W), features, QKV, 2 * B * H * N * M * D,
     ),

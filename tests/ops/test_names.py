@@ -12,6 +12,7 @@ from tab.ops import OPS
 PATTERN = tab.BlockPattern.sliding_window(12, window=2, sinks=1, block_size=4)
 CALLS = {  # on q, k and v
     "linear": tab.linear_attention,
+    "gated_linear": lambda *x, **o: tab.gated_linear_attention(*x, torch.full((3,), -0.1), **o),
     "performer": lambda *x, **o: tab.performer_attention(*x, torch.ones(3, 8), **o),
     "local": partial(tab.local_attention, window=3),
     "sparse": lambda *x, **o: tab.sparse_attention(*x, PATTERN, **o),
@@ -22,7 +23,7 @@ CALLS = {  # on q, k and v
         torch.ones(3, 8, 8) / 8, torch.ones(3, 8, 8) / 8, **o
     ),
 }  # fmt: skip
-CAUSAL = [name for name in CALLS if name != "linformer"]
+CAUSAL = [name for name in CALLS if name not in ("linformer", "gated_linear")]
 
 
 @pytest.fixture

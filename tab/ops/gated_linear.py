@@ -1,0 +1,243 @@
+"""Gated linear attention: the causal state of linear attention, which decays as time goes on.
+
+    S_t = Diag(e^(g_t)) S_{t-1} + k_t v_tᵀ,  o_t = scale · S_tᵀ q_t
+
+The log decay g_t is one number a head (retention: Sun et al. 2023, "Retentive Network", eq. 5), one
+a head and token (the SSD form of Mamba-2: Dao and Gu 2024, eq. 6), or one a channel of the key too
+(GLA: Yang et al. 2024, "Gated Linear Attention Transformers", eq. 3). Read top to bottom: ops →
+autograd → public function. The reference is in gated_linear_reference.py.
+
+A function of its own beside `linear_attention`, whose denominator and feature map belong together:
+what is used with a decay has neither, but a scale, and is causal by nature.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ._check import (
+    Layout,
+    accumulate,
+    as_given,
+    check_key_mask,
+    check_qkv,
+    heads_first,
+    shapes,
+    token_major,
+)
+from ._heads import by_query_head
+from ._op import Backend, Op, choose
+from ._softmax import score_scale
+from .gated_linear_reference import backward_reference, forward_reference
+from .linear_reference import inverse, with_ones
+
+State = Tensor | tuple[Tensor, Tensor]
+
+# --- ops ------------------------------------------------------------------------------------------
+
+
+def _flops(q, k, v, *_, **__) -> int:
+    """k vᵀ and Sᵀq: 4·D·Dv a token and head."""
+    b, h, n, d = q
+    return 4 * b * h * n * d * v[-1]
+
+
+def _backward_flops(do, ds, q, k, v, *_, **__) -> int:
+    """dS = q doᵀ, and do, v and k by S or dS: 8·D·Dv a token and head."""
+    b, h, n, d = q
+    return 8 * b * h * n * d * v[-1]
+
+
+# log_decay is (B, H, N, 1), or of the channel ops (B, H, N, D), in the accumulation type. These are
+# ops of their own since kernels are registered for ops, and those of one form know not the other.
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? key_mask, Tensor? s0, float scale"
+
+
+def _forward(name: str) -> Op:
+    schema = f"({INPUTS}) -> (Tensor o, Tensor s)"
+    return Op(name, schema, forward_reference, flops=_flops)
+
+
+def _backward(name: str) -> Op:
+    gradients = "Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor ds0"
+    schema = f"(Tensor do, Tensor? ds, {INPUTS}) -> ({gradients})"
+    return Op(name, schema, backward_reference, flops=_backward_flops)
+
+
+gated_linear_fwd, gated_linear_bwd = _forward("gated_linear_fwd"), _backward("gated_linear_bwd")
+channel_gated_linear_fwd = _forward("channel_gated_linear_fwd")
+channel_gated_linear_bwd = _backward("channel_gated_linear_bwd")
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+def _gradients(bwd, backend, grads, q, k, v, log_decay, key_mask, s0, o, s, scale):
+    do, ds = grads
+    do = torch.zeros_like(o) if do is None else do
+    *others, ds0 = bwd.below(backend, do, ds, q, k, v, log_decay, key_mask, s0, scale)
+    return others if s0 is None else (*others, None, ds0)
+
+
+for fwd, bwd in (
+    (gated_linear_fwd, gated_linear_bwd),
+    (channel_gated_linear_fwd, channel_gated_linear_bwd),
+):
+    fwd.differentiable(partial(_gradients, bwd), by=bwd)
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+@overload
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = ...,
+    normalize: bool = ...,
+    key_mask: Tensor | None = ...,
+    initial_state: State | None = ...,
+    return_state: Literal[False] = ...,
+    layout: Layout = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = ...,
+    normalize: bool = ...,
+    key_mask: Tensor | None = ...,
+    initial_state: State | None = ...,
+    return_state: Literal[True],
+    layout: Layout = ...,
+    backend: Backend = ...,
+) -> tuple[Tensor, State]: ...
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    key_mask: Tensor | None = None,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    layout: Layout = "bhnd",
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, State]:
+    """Causal linear attention with a decaying state, `S_t = Diag(e^(g_t)) S_{t-1} + k_t v_tᵀ`,
+    `o_t = scale · S_tᵀ q_t` (Sun et al. 2023, eq. 5; Dao and Gu 2024, eq. 6; Yang et al. 2024,
+    eq. 3).
+
+    Args:
+        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One of float16, bfloat16, float32
+            and float64 (under autocast they are cast first; float64 stays), one device; a feature
+            map, if any, is applied before. Sums run in float32. B and N may be 0: outputs are
+            empty, and the state stays the initial one. H_kv divides H: head h of q attends with
+            head ⌊h·H_kv/H⌋ of k and v.
+        log_decay: g, floating, of any precision: (H_kv,) for each head (retention, log γ_h),
+            (B, H_kv, N) for each token too (Mamba-2, Δ·A), or (B, H_kv, N, D) for each channel of
+            the key (GLA). It acts before the token's own key is added. 0 keeps the state, −inf
+            forgets it. Differentiable.
+        scale: of the output, D^(-1/2) by default; it cancels where `normalize` is True.
+        normalize: divide by the denominator q_tᵀz_t, z_t = Diag(e^(g_t)) z_{t-1} + k_t, so that the
+            weights of a query add up to 1, as in `linear_attention`. Not the default, as neither
+            retention nor GLA nor Mamba-2 does. It wants positive features, and runs in float32. A
+            row whose denominator is 0 gives 0.
+        key_mask: (B, N) bool, True where a token is real; the others add nothing to the state, and
+            nothing decays with them: it is as though they were not there. What a masked token
+            holds, NaN and inf included, reaches no other token; a NaN in a real token is seen in
+            every later output.
+        initial_state: from earlier tokens, in float32: S (B, H_kv, D, Dv), or, where `normalize`
+            is True, (S, z (B, H_kv, D)).
+        return_state: also return the state after the last token.
+        layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·), and log_decay (B, N, H) or
+            (B, N, H, D): views, nothing is copied.
+        backend: "auto" or "reference", the one there is; see `tab.use_backend`.
+
+    Returns:
+        o (B, H, N, Dv) in the input's dtype, or (o, state).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message prints them.
+        TypeError: scale is a tensor, whose gradient would be lost.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example: retention, its heads forgetting at rates of their own.
+        >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
+        >>> decay = torch.log(1 - 2.0 ** (-5 - torch.arange(4)))
+        >>> o, state = tab.gated_linear_attention(q, k, v, decay, return_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([2, 4, 64, 32]), torch.Size([2, 4, 32, 32]))
+    """
+    name = "gated_linear_attention"
+    q, k, v = heads_first(name, layout, q, k, v)
+    q, k, v = check_qkv(name, q, k, v, grouped=True)
+    g = _check_decay(k, log_decay, layout)
+    check_key_mask(name, key_mask, k)
+    scale = score_scale(name, scale, q.shape[-1])
+    s0, z0 = _check_state(k, v, initial_state, normalize)
+    dtype = q.dtype
+    if normalize:  # z is one more column of S
+        q, k, v = q.to(g.dtype), k.to(g.dtype), with_ones(v.to(g.dtype))
+        s0 = None if s0 is None or z0 is None else torch.cat([s0, z0[..., None]], -1)
+        scale = 1.0
+    op = gated_linear_fwd if g.shape[-1] == 1 else channel_gated_linear_fwd
+    backend = choose(backend, op, q, k, v, g)
+    o, s = by_query_head(op, backend, q, k, v, g, key_mask, s0, scale)
+    state: State = s
+    if normalize:
+        o = token_major((o[..., :-1] * inverse(o[..., -1:])).to(dtype))
+        state = s[..., :-1], s[..., -1]
+    o = as_given(layout, o)
+    return (o, state) if return_state else o
+
+
+def _check_decay(k: Tensor, log_decay: Tensor, layout: Layout) -> Tensor:
+    """(B, H_kv, N, 1 or D) in the accumulation type, with a view's strides."""
+    b, h, n, d = k.shape
+    g = log_decay
+    if layout == "bnhd" and g.dim() in (3, 4):
+        g = g.transpose(1, 2)
+    if tuple(g.shape) not in ((h,), (b, h, n), (b, h, n, d)) or not g.is_floating_point():
+        raise ValueError(
+            f"gated_linear_attention wants log_decay {(h,)}, {(b, h, n)} or {(b, h, n, d)} as k "
+            f"{(b, h, n, d)}, floating; got {shapes(log_decay=g)}"
+        )
+    if g.device != k.device:
+        raise ValueError(f"gated_linear_attention wants one device, got {shapes(k=k, log_decay=g)}")
+    g = g.to(accumulate(k))
+    if g.dim() == 1:
+        return g[:, None, None].expand(b, h, n, 1)
+    return g if g.dim() == 4 else g[..., None]
+
+
+def _check_state(k, v, state, normalize) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    acc, want = accumulate(k), {"S": (*k.shape[:2], k.shape[3], v.shape[3])}
+    if normalize:
+        want["z"] = want["S"][:3]
+    given = (state,) if isinstance(state, Tensor) else tuple(state)
+    if [tuple(x.shape) for x in given] != [*want.values()] or any(
+        x.dtype != acc or x.device != k.device for x in given
+    ):
+        wanted = ", ".join(f"{name} {shape}" for name, shape in want.items())
+        raise ValueError(
+            f"gated_linear_attention wants initial_state {wanted} in "
+            f"{str(acc).removeprefix('torch.')} on {k.device}, got "
+            + shapes(**dict(zip("Sz", given, strict=False)))
+        )
+    return given[0].contiguous(), given[1].contiguous() if normalize else None
