@@ -33,7 +33,8 @@ compare: $(BUILT)
 
 # Two at a time, each on one thread; who has done his half takes from the other's.
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	    $(BIN)/python -m pytest -m "not compiles" --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
@@ -52,13 +53,16 @@ docs: $(BUILT)
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
-# Compiles every Triton kernel for sm_80, sm_90, sm_100 and prints what each needs; no GPU needed.
+# Compiles every Triton kernel for sm_80, sm_90, sm_100, prints what each needs, and holds it to the
+# limits; no GPU needed. The tests find in Triton's cache what was compiled for the report.
 kernels: setup
 	$(BIN)/tab doctor --kernels
+	$(BIN)/python -m pytest -m compiles -k "not one_launch" tests/ops/test_triton.py
 
 # One wheel, built on the installed torch, must pass the op tests on the oldest torch it is for; the
-# Triton that came with that one (3.6) must interpret and compile every kernel. Its interpreter turns
-# arrays into numbers in a way that NumPy has since dropped.
+# Triton that came with that one (3.6) must interpret and compile every kernel: all launches for
+# sm_80, which has the fewest registers, and one of each kernel for sm_90 and sm_100. Its interpreter
+# turns arrays into numbers in a way that NumPy has since dropped.
 OLD := .venv-oldest
 OPS := tests/ops tests/layers/test_masks.py tests/layers/test_state.py tests/train/test_step.py
 
@@ -78,8 +82,11 @@ two-torch: setup oldest
 	TAB_CPP=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(OLD)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OLD)/bin/python -m pip install --quiet dist/*.whl
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 PYTEST_ADDOPTS='-m "not any_torch"' \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 \
+	    PYTEST_ADDOPTS='-m "not any_torch and not compiles"' \
 	    $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OPS)
+	PYTHONSAFEPATH=1 $(OLD)/bin/python -m pytest --numprocesses 2 -m compiles \
+	    -k "80 or one_launch or ones" tests/ops/test_triton.py
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 # Python is not built with them, so their libraries come first; what Python never frees is no leak.
