@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,40 @@ def load() -> float | None:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
         return None
+
+
+class Stopwatch:
+    """What passes within `with`: `seconds` on the clock; `cpu`, processor time of all threads of
+    this process; and `waited`, the seconds in which its worst off thread was ready to compute and
+    had no core, as others had it (None where the system does not tell, as only Linux does)."""
+
+    seconds: float
+    cpu: float
+    waited: float | None
+
+    def __enter__(self) -> Stopwatch:
+        self._begin = time.perf_counter(), time.process_time(), _waits()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu, before = self._begin
+        self.seconds, self.cpu = time.perf_counter() - wall, time.process_time() - cpu
+        after = _waits()
+        waits = [ns - before.get(thread, 0) for thread, ns in after.items()]
+        self.waited = min(max(waits) / 1e9, self.seconds) if before and waits else None
+
+
+def _waits() -> dict[str, int]:
+    """Thread of this process -> nanoseconds it has waited for a core so far; {} where not told."""
+    found = {}
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            ran, waited, _ = path.read_text().split()
+        except (OSError, ValueError):  # a thread that has ended, or another system's format
+            continue
+        if int(ran):  # 0 of all where the kernel keeps no account
+            found[path.parent.name] = int(waited)
+    return found
 
 
 def cores() -> int:

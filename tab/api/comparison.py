@@ -45,6 +45,7 @@ SHOWN = {
     **{"difference": "vs control", "difference_low": "from", "difference_high": "to"},
     **{"verdict": "verdict", "time_ratio": "time ×", "notes": "note"},
 }
+STARRED = {"time_ratio": "time_disturbed"}
 PERCENT = ("accuracy_mean", "difference", "difference_low", "difference_high")
 
 
@@ -122,6 +123,8 @@ def compare(
     plan.configs()  # every name and option is checked before anything is fetched or written
     check(list(watch))
     dataset = load_data(grid.data, found.data())
+    if tune:
+        sweep_of(plan, dataset).check()
     place = plan.save(Path(out) if out else now("results"), dataset, new=out is None)
     return Comparison(place).resume(jobs=jobs, executor=executor, tell=tell, watch=watch)
 
@@ -203,7 +206,8 @@ class Comparison(Result):
         lines = [row for model in self.grid.models for row in ranked_rows(self.ranked(model))]
         found = [{**dict.fromkeys(COLUMNS), **row} for row in lines]  # unjudged rows have them too
         shown = SHOWN if any(row["notes"] for row in found) else {**SHOWN, "notes": ""}
-        return Rows(found, {key: head for key, head in shown.items() if head}, percent=PERCENT)
+        heads = {key: head for key, head in shown.items() if head}
+        return Rows(found, heads, percent=PERCENT, starred=STARRED)
 
     def headline(self) -> str:
         done = sum(run.status == "done" for run in self.runs)

@@ -18,7 +18,8 @@ WIDTH = 120  # of the text, in characters
 class Rows(list[dict[str, Any]]):
     """A list of dicts with the same keys that shows itself as a table: in Python's shell, in a
     notebook and with rich. shown: the keys that are, and their heads; by default all. percent: keys
-    of shares of 1 that are shown times 100.
+    of shares of 1 that are shown times 100. starred: a key -> the one that says whether its value
+    has a star.
 
     >>> from tab.api.rows import Rows
     >>> Rows([{"attention": "linear", "test": 0.5, "note": None}])
@@ -32,10 +33,12 @@ class Rows(list[dict[str, Any]]):
         rows: Iterable[dict[str, Any]] = (),
         shown: Mapping[str, str] | None = None,
         percent: Iterable[str] = (),
+        starred: Mapping[str, str] | None = None,
     ):
         super().__init__(rows)
         keys = self[0] if self else ()
         self.shown, self.percent = dict(shown or zip(keys, keys, strict=True)), set(percent)
+        self.starred = starred or {}
 
     def cells(self) -> list[list[str]]:
         """As they are shown, a list a line."""
@@ -47,7 +50,8 @@ class Rows(list[dict[str, Any]]):
             return "–"
         if key in self.percent:
             return f"{100 * value:.2f}"
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        text = f"{value:.3g}" if isinstance(value, float) else str(value)
+        return text + " *" * bool(key in self.starred and row[self.starred[key]])
 
     def __rich__(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)

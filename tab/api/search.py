@@ -13,7 +13,7 @@ from ..layers import attention_names
 from ..models.image_model import STUDY, model_names
 from ..recipe.recipe import load_recipe
 from ..report.sweep import halving_picture
-from ..report.tables import title
+from ..report.text import title
 from ..sweep.driver import sweep as run_all
 from ..sweep.halving import named_budget
 from ..sweep.plan import SweepPlan

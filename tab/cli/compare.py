@@ -80,6 +80,7 @@ def command(
     from ..compare.driver import compare
     from ..compare.plan import Plan
     from ..compare.watched import WatchedComparison
+    from ..study.tuned import sweep_of
     from .progress import watcher
 
     kinds = watched(watch, tensorboard=tensorboard)
@@ -105,6 +106,8 @@ def command(
         plan.configs()  # every name and option is checked before anything is fetched or written
         executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
         dataset = load_data(plan.grid.data, plan.recipe.data())
+        if plan.grid.tune:
+            sweep_of(plan, dataset).check()
         out = plan.save(out or now("results"), dataset, new=out is None)
         check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
     say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")

@@ -9,8 +9,10 @@ from rich.table import Table
 
 from ..analysis.one_variant import Layer
 from ..analysis.same_function import Identity
+from ..compare.disturbance import LIMIT
 from ..report.sweep import Trials
-from ..report.tables import Standing, title, versus
+from ..report.tables import Standing, versus
+from ..report.text import title
 from ..sweep.trials import Pair, RungTrial, winner_of
 from .answer import table
 
@@ -47,7 +49,7 @@ def _note(entries: list[Standing]) -> str:
     if several:
         lines.append("±: 95 % intervals; those of vs control hold together.")
     if any(entry.ratio and entry.ratio.disturbed for entry in entries):
-        lines.append("*: seeds disagree by more than half; other work disturbed the time.")
+        lines.append(f"*: disturbed by other work on the machine, by more than {LIMIT:g}×.")
     lines += [f"{title(e.attention)}: {e.notes}." for e in entries if e.test and e.notes]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..train.training_run import ROW
+from .disturbance import slowdown
 from .runs import Run
 from .verdicts import COLUMNS as OF_VERDICT
 
@@ -105,7 +106,8 @@ SUMMARY = [
     Column("seeds_at_once"),
     *(Column(name, group=True) for name in OF_VERDICT),
     Column("time_spread", group=True, measured=True),  # slowest seed over fastest
-    Column("time_disturbed", group=True, measured=True),  # is that too much?
+    Column("time_disturbed", group=True, measured=True),  # is that, or a slowdown, too much?
+    Column("slowdown", slowdown, measured=True),  # training time over that without other work
     # Of the machine over the last minute of the run.
     Column("load_average", lambda run: run.load, measured=True),
 ]
@@ -115,4 +117,4 @@ _PUBLISHED = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accura
 _PUBLISHED += ["cumulative_training_time"]
 RESULTS = [*_PUBLISHED, "seed", *(name for name in ROW if name not in _PUBLISHED)]
 MEASURED = {column.name for column in SUMMARY if column.measured}
-MEASURED |= {"cumulative_training_time", "seconds"}
+MEASURED |= {"cumulative_training_time", "seconds", "cpu_seconds", "waited_seconds"}

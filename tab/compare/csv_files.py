@@ -9,10 +9,9 @@ from pathlib import Path
 
 from ..files import write_text
 from . import columns
+from .disturbance import disturbed, spread
 from .runs import ENDED, Run
 from .verdicts import verdicts
-
-DISTURBED = 1.5  # a spread from which on other work, not the mechanism, decided the times
 
 
 def attention_label(attention: str) -> str:
@@ -30,7 +29,10 @@ def names(run: Run) -> dict[str, str]:
 
 def write_csvs(out: Path, runs: list[Run]) -> None:
     """Both files from all runs; a run that has not ended has no line in the summary."""
-    ended, spreads = [run for run in runs if run.status in ENDED], time_spreads(runs)
+    ended, seeds = [run for run in runs if run.status in ENDED], {}
+    for run in runs:
+        seeds.setdefault((run.model, run.attention), []).append(run)
+    times = {key: _times(mine) for key, mine in seeds.items()}
     found = {model: verdicts(runs, model) for model in {run.model for run in runs}}
     lines = (names(run) | row | {"seed": run.seed} for run in runs for row in run.rows)
     write_csv(out / "experiment_results.csv", columns.NAMES + columns.RESULTS, lines)
@@ -39,24 +41,15 @@ def write_csvs(out: Path, runs: list[Run]) -> None:
         names(run)
         | {column.name: column.of(run) for column in own}
         | (said.columns() if run.counts and (said := found[run.model].get(run.attention)) else {})
-        | _disturbance(spreads.get((run.model, run.attention)))
+        | times[run.model, run.attention]
         for run in ended
     )
     header = [column.name for column in columns.SUMMARY]
     write_csv(out / "experiment_summary.csv", columns.NAMES + header, lines)
 
 
-def time_spreads(runs: list[Run]) -> dict[tuple[str, str], float]:
-    """(model, attention) -> its slowest seed's time over its fastest's, where there are two."""
-    times: dict[tuple[str, str], list[float]] = {}
-    for run in runs:
-        if run.scored and (seconds := run.summary.get("total_training_time")):
-            times.setdefault((run.model, run.attention), []).append(seconds)
-    return {key: max(mine) / min(mine) for key, mine in times.items() if len(mine) > 1}
-
-
-def _disturbance(spread: float | None) -> dict:
-    return {} if spread is None else {"time_spread": spread, "time_disturbed": spread > DISTURBED}
+def _times(runs: list[Run]) -> dict:
+    return {"time_spread": spread(runs), "time_disturbed": disturbed(runs)}
 
 
 def write_csv(path: Path, header: list[str], lines: Iterable[dict]) -> None:

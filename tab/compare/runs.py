@@ -30,6 +30,7 @@ class Run:
     device: str = ""  # the name of what it ran on
     threads: int = 0  # where known
     load: float | None = None  # load average at its end, where known
+    load_at_start: float | None = None
     epochs: int = 0  # that it is to have, where known
     classes: int = 10  # of its data set
     draws: int | None = None  # RunConfig.draws: its seed, if that is not all there is to it
@@ -109,6 +110,7 @@ def read_run(out: Path, model: str, attention: str, seed: int) -> Run:
         device=found["environment"]["device"],
         threads=found["environment"]["threads"],
         load=found["environment"].get("load"),
+        load_at_start=found["environment"].get("load_at_start"),
         epochs=found["config"]["train"]["epochs"],
         classes=len(found["classes"]),
         draws=seed + found["config"]["attention_options"].get("seed_shift", 0),

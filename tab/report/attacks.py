@@ -12,7 +12,8 @@ from ..compare.runs import Run
 from ..compare.verdicts import words
 from ..statistics import Family, Sample, differences
 from .pictures import curves
-from .tables import markdown_lines, title
+from .tables import markdown_lines
+from .text import title
 
 Found = dict[str, dict]  # robustness.json of one run
 SIZES = [f"{255 * epsilon:.4g}" for epsilon in EPSILONS]  # in 255ths

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..compare.columns import Column
-from ..compare.csv_files import DISTURBED
+from ..compare.disturbance import disturbed
 from ..compare.runs import Run
 from ..statistics import t_interval
 
@@ -48,23 +48,19 @@ class Median:
     value: float
     low: float | None = None
     high: float | None = None
+    disturbed: bool = False  # other work decided it, more than the mechanism
 
     @classmethod
-    def of(cls, values: list[float]) -> Median | None:
+    def of(cls, values: list[float], disturbed: bool = False) -> Median | None:
         if not values:
             return None
-        ends = (min(values), max(values)) if len(values) > 1 else ()
-        return cls(float(np.median(values)), *ends)
+        ends = (min(values), max(values)) if len(values) > 1 else (None, None)
+        return cls(float(np.median(values)), *ends, disturbed)
 
     def show(self, form: str, scale: float = 1.0, unit: str = "") -> str:
         low, high = self.low, self.high
         ends = "" if low is None else f" ({low * scale:{form}}–{high * scale:{form}})"
         return f"{self.value * scale:{form}}{unit}{ends}"
-
-    @property
-    def disturbed(self) -> bool:
-        """Other work decided it, more than the mechanism."""
-        return self.low is not None and self.high > DISTURBED * self.low
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -78,7 +74,9 @@ def average(column: Column, runs: list[Run]) -> Mean | Median | None:
     values = [value for run in runs if (value := column.of(run)) is not None]
     if column.over == "any":
         return Mean(values[0]) if values else None
-    return Mean.of(values) if column.over == "mean" else Median.of(values)
+    if column.over == "mean":
+        return Mean.of(values)
+    return Median.of(values, column.measured and bool(disturbed(runs)))
 
 
 UNITS = {"seconds": "s", "percent": "%", "bytes": "MiB"}  # of a metric, where it has one
@@ -90,7 +88,7 @@ def shown(found: Mean | Median | None, unit: str, *, bare: bool = False) -> str:
         return "–"
     said = "" if bare or unit not in UNITS else f" {UNITS[unit]}"
     if unit == "count":
-        return count(found.value)
+        return count(found.value) + " *" * found.disturbed
     if unit == "seconds":
         return marked(found, ".0f" if found.value >= 10 else ".2f", said)
     if unit == "percent":

@@ -38,7 +38,7 @@ Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 LOST = (
     "**Without weights:** the model.safetensors of {} of {} runs are not in this directory. What "
-    "needs a trained model, such as its accuracy under noise, is of the others alone."
+    "needs a trained model, such as its accuracy under noise, leaves these out."
 )
 
 # Of report.html, which draws the others from their numbers.
@@ -161,10 +161,13 @@ def _from_numbers(folder: Path, runs: list[Run], grid: Grid) -> dict[str, str]:
         "accuracy": f"{accuracy.capitalize()} per epoch",
         "time": f"{accuracy.capitalize()} against training time",
     }
+    slow = any(e.seconds and e.seconds.disturbed for mine in entries.values() for e in mine)
+    shown["time"] += pictures.STARRED * slow
     for model, mine in entries.items():
         if any(entry.test for entry in mine):
             pictures.bars(folder / f"{model}_results.png", mine, model.upper())
             caption = f"{model.upper()}: final test accuracy and training time"
+            caption += pictures.STARRED * any(e.seconds and e.seconds.disturbed for e in mine)
             shown = {f"{model}_results": caption, **shown}
     if pairs:
         published_picture(folder / "published.png", pairs)

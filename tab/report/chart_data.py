@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..analysis.attacks import STEPS
+from ..compare.disturbance import RULE, disturbed
 from ..compare.runs import Run
 from .attacks import attack_points
-from .pictures import averaged, measured
+from .pictures import TIME, averaged, measured
 from .robustness import SETS, corrupted, severities, severity_points
 from .style import look
-from .tables import ranking, title
+from .tables import ranking
+from .text import title
 
 NOTE = (
     "Curves are means over seeds; the band of the one that is pointed at reaches from its lowest "
@@ -54,7 +56,7 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
             ("training loss", "epoch", "cross-entropy", measured("epoch", "train_loss", 1.0)),
             (f"{part} accuracy", "epoch", accuracy, measured("epoch", key, 100.0)),
             (
-                *(f"{part} accuracy against time", "training time (s)", accuracy),
+                *(f"{part} accuracy against time", TIME, accuracy),
                 measured("cumulative_training_time", key, 100.0),
             ),
             ("accuracy under noise", "σ of the noise", "test accuracy (%)", _noise(found)),
@@ -68,6 +70,9 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
         for heading, x, y, points in kinds:
             chart = {"title": f"{model.upper()}: {heading}", "xlabel": x, "ylabel": y}
             series = _series(mine, names, points)
+            for one in series if x == TIME else ():
+                if disturbed(run for run in mine if run.attention == one["key"]):
+                    one["look"] = {"name": f"{title(one['key'])} *"}
             if series:
                 chart |= {"kind": "curves", "shared": "time" not in x, "series": series}
                 drawn.append(chart)
@@ -78,7 +83,8 @@ def tradeoff_group(runs: list[Run], found: Found) -> Group | None:
     """Each model's trade-offs; None where fewer than two mechanisms have accuracy and time."""
     models = dict.fromkeys(run.model for run in runs)
     drawn = [chart for model in models for chart in _tradeoff(runs, model, found)]
-    return Group(COSTS, COSTS_NOTE, drawn, wide=True) if drawn else None
+    starred = any(point["disturbed"] for chart in drawn for point in chart["points"])
+    return Group(COSTS, COSTS_NOTE + f" {RULE}" * starred, drawn, wide=True) if drawn else None
 
 
 def looks(attentions: Iterable[str]) -> dict[str, dict]:
@@ -135,7 +141,7 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
     # label, whether more is better, value
     quantities = {
         "accuracy": ("test accuracy (%)", True, lambda e: 100 * e.test.value),
-        "time": ("training time (s)", False, lambda e: e.seconds.value),
+        "time": (TIME, False, lambda e: e.seconds.value),
         "memory": ("peak memory (MiB)", False, lambda e: _mebibytes(e.value("peak_memory_bytes"))),
         "parameters": ("parameters", False, lambda e: e.value("parameters")),
         "flops": ("FLOPs per image", False, lambda e: e.value("flops")),
@@ -162,7 +168,14 @@ def _tradeoff(runs: list[Run], model: str, found: Found) -> list[dict]:
             "quantities": [
                 {"key": k, "label": quantities[k][0], "more": quantities[k][1]} for k in have
             ],
-            "points": [{"key": a, "values": {k: v[k] for k in have}} for a, v in values.items()],
+            "points": [
+                {
+                    "key": e.attention,
+                    "values": {k: values[e.attention][k] for k in have},
+                    "disturbed": e.seconds.disturbed,
+                }
+                for e in entries
+            ],
         }
     ]
 

@@ -11,23 +11,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib.transforms import blended_transform_factory
 
+from ..compare.disturbance import RULE
 from ..compare.verdicts import is_attention, kind
-from ..statistics import LEVEL, MARGIN
+from ..statistics import MARGIN
 from .chart_data import Group
 from .html_tables import row_id
 from .style import VERDICT, figure
-from .tables import Standing, title
+from .tables import Standing
+from .text import PERCENT, title
 
 HEADING = "The answer at a glance"
 CONTROLS = "Controls: no attention"
-NOTE = (
-    f"Difference from the control in points of test accuracy, with intervals of {LEVEL:.0%} that "
-    "hold together over all mechanisms of the model. The line at 0 is no difference; the band of "
-    f"±{100 * MARGIN:g} points is what counts as equivalent. Better: the whole interval lies right "
-    "of 0; worse: left of it; equivalent: within the band; undecided: none of these. Time: "
-    "training time over the control's, the median of seeds with the least and the largest; a star "
-    "marks times that other work on the machine decided."
-)
 
 
 @dataclass(frozen=True)
@@ -81,10 +75,33 @@ def _row(entry: Standing) -> Row:
         time=ratio and ratio.value,
         time_low=ratio.low if known else None,
         time_high=ratio.high if known else None,
-        disturbed=bool(ratio and ratio.disturbed)
-        or bool(entry.seconds and entry.seconds.disturbed),
+        disturbed=ratio is not None and ratio.disturbed,
         link=row_id(entry.model, title(entry.attention)),
     )
+
+
+def note(found: list[Row]) -> str:
+    """What the plot shows."""
+    text = "Difference from the control in points of test accuracy"
+    if any(row.low is not None for row in found):
+        text += (
+            f", with intervals of {PERCENT} that hold together over all mechanisms of the model. "
+            f"The line at 0 is no difference; the band of ±{100 * MARGIN:g} points is what counts "
+            "as equivalent. Better: the whole interval lies right of 0; worse: left of it; "
+            "equivalent: within the band; undecided: none of these."
+        )
+    else:
+        text += (
+            ", without intervals: these take two seeds, and a verdict takes an interval. The line "
+            f"at 0 is no difference; the band of ±{100 * MARGIN:g} points is what will count as "
+            "equivalent."
+        )
+    timed = [row for row in found if row.time is not None]
+    if timed:
+        text += " Time: training time over the control's"
+        several = any(row.time_low is not None for row in timed)
+        text += ", the median of seeds with the least and the largest." if several else "."
+    return text + f" {RULE}" * any(row.disturbed for row in timed)
 
 
 def extent(found: list[Row]) -> tuple[float, float]:
@@ -100,10 +117,11 @@ def extent(found: list[Row]) -> tuple[float, float]:
 
 def forest_group(ranked: dict[str, list[Standing]]) -> Group | None:
     """The charts of report.html; None where nothing was compared with the control."""
-    drawn = []
+    drawn, shown = [], []
     for model, entries in ranked.items():
         if not (found := rows(entries)):
             continue
+        shown += found
         control = next(e for e in entries if e.attention == "none")
         drawn.append(
             {
@@ -117,7 +135,7 @@ def forest_group(ranked: dict[str, list[Standing]]) -> Group | None:
                 "controls": CONTROLS,
             }
         )
-    return Group(HEADING, NOTE, drawn, wide=True) if drawn else None
+    return Group(HEADING, note(shown), drawn, wide=True) if drawn else None
 
 
 def forest_picture(path: Path, model: str, entries: list[Standing]) -> str:
@@ -144,7 +162,7 @@ def forest_picture(path: Path, model: str, entries: list[Standing]) -> str:
             ax.text(-0.02, places[attentions] + 1.05, CONTROLS, ha="right", **words)
         control = next(e for e in entries if e.attention == "none").test.show(".1f", 100, " %")
         ax.set_title(f"{model.upper()}: difference from no attention ({title('none')}: {control})")
-    return f"{model.upper()}: difference from no attention. {NOTE}"
+    return f"{model.upper()}: difference from no attention. {note(found)}"
 
 
 def _differences(ax, found: list[Row], places: list[float]) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from ..analysis.same_function import Alike
 from ..compare.verdicts import is_attention, kind
-from ..statistics import LEVEL
 from .tables import Standing, name
-from .text import counted
+from .text import PERCENT, counted
 
 WORDS = {  # of a kind of verdict: of one, of several
     "better": ("is better than no attention", "are better than no attention"),
@@ -72,7 +71,7 @@ def _counts(judged: list[Standing], alike: list[Alike]) -> str:
             said = WORDS[verdict][len(found) != 1] if verdict else "had one seed, and no verdict"
             text += f"; {len(found)} {said}: {_names(found, alike)}"
     if first:
-        text += f" (points of test accuracy, with intervals of {LEVEL:.0%} that hold together)"
+        text += f" (points of test accuracy, with intervals of {PERCENT} that hold together)"
     return f"{text}."
 
 

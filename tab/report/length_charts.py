@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .chart_data import Group
-from .tables import title
+from .text import title
 
 HEADING = "Accuracy, time and memory against N, the number of tokens"
 NOTE = "Both axes of times and of memory are logarithmic. Dashed: the same layer in plain PyTorch."

@@ -26,7 +26,8 @@ from .chart_data import looks
 from .html import html_page
 from .length_charts import HEADING, PANELS, length_groups
 from .style import figure, label_ends, look
-from .tables import markdown_lines, title
+from .tables import markdown_lines
+from .text import title
 
 Key = tuple[str, str, int]  # model, attention, N
 

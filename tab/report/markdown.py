@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..analysis.same_function import Alike
-from ..compare.csv_files import DISTURBED
+from ..compare.disturbance import RULE
 from ..compare.plan import Grid
 from ..compare.runs import Run
 from ..compare.verdicts import is_control_again
 from ..statistics import LEVEL, MARGIN
 from .headline import answers
-from .origin import machine, origin, unfinished
+from .origin import machine, origin
 from .tables import (
     Standing,
     best_control_table,
@@ -21,11 +21,13 @@ from .tables import (
     ranking,
     statistics_table,
 )
-from .text import code, counted, plain
+from .text import PERCENT, code, counted, plain
 from .tuning import tuned_or_not
+from .unfinished import unfinished
 
 FIRST = ("forest", "costs")  # pictures that stand below the answer
 MATCHED = 0.02  # sizes this near to the control's count as the same
+MATCH = f"{100 * MATCHED:g} %"
 
 
 def report(
@@ -41,6 +43,7 @@ def report(
     ranked = {model: ranking(runs, model) for model in grid.models}
     epochs = max((max(run.epochs, len(run.rows)) for run in runs), default=0)
     seeds = counted(grid.seeds, "seed")
+    several = any(e.verdict and e.verdict.seeds > 1 for mine in ranked.values() for e in mine)
     parts = [
         f"# Attention compared on {plain(facts['dataset']['name'])}",
         "\n>\n".join(f"> {answer}" for answer in answers(ranked, alike)),
@@ -59,8 +62,8 @@ def report(
         if costs := costs_table(entries):
             parts += ["What each of them took:", costs]
         parts += [sizes(entries)]
-    parts += [explanation(grid.seeds, grid.batch_seeds)]
-    if grid.seeds > 1:
+    parts += [explanation(grid.seeds, grid.batch_seeds, several)]
+    if several:
         parts += ["## Statistics"]
         parts += [
             part
@@ -90,14 +93,12 @@ def picture(file: str, caption: str) -> str:
 
 def disturbance(entries: list[Standing]) -> str:
     """What a star in the table means, if there is one."""
-    slow = [e for e in entries if (e.seconds and e.seconds.disturbed)]
-    if not slow and not any(e.ratio and e.ratio.disturbed for e in entries):
-        return ""
-    text = (
-        f"\\* Disturbed: the slowest seed took more than {DISTURBED:g} times as long as the "
-        "fastest, so other work decided the time, and it says little of the mechanism"
-    )
-    return text + (f" ({', '.join(name(e.attention) for e in slow)})." if slow else ".")
+    slow = [name(e.attention) for e in entries if _disturbed(e)]
+    return f"\\* {RULE} Here: {', '.join(slow)}." if slow else ""
+
+
+def _disturbed(entry: Standing) -> bool:
+    return any(time is not None and time.disturbed for time in (entry.seconds, entry.ratio))
 
 
 def summary(model: str, entries: list[Standing]) -> str:
@@ -122,14 +123,24 @@ def summary(model: str, entries: list[Standing]) -> str:
         beaten = sum(e.test.value > control.test.value for e in ranked)
         text += f"; {beaten} of {len(ranked) - 1} mechanisms scored above it. "
         text += f"The last is {last_of(ranked)}."
-    slow = [entry for entry in ranked if entry.ratio]
-    disturbed = any(e.seconds and e.seconds.disturbed for e in ranked)
-    if slow:
-        low, high = min(slow, key=ratio), max(slow, key=ratio)
+    return f"{text}{_times(ranked)} {verdict(ranked)}"
+
+
+def _times(ranked: list[Standing]) -> str:
+    """From which time ratio to which, of those that say something of the mechanism."""
+    timed = [entry for entry in ranked if entry.ratio]
+    fair = [entry for entry in timed if not entry.ratio.disturbed]
+    text = ""
+    if fair:
+        low, high = min(fair, key=ratio), max(fair, key=ratio)
         text += f" Training took {ratio(low):.2f}× the control's time ({name(low.attention)})"
         text += f" to {ratio(high):.2f}× ({name(high.attention)})" if high is not low else ""
-        text += ", though times were disturbed." if disturbed else "."
-    return f"{text} {verdict(ranked)}"
+        text += "."
+    if len(fair) < len(timed):
+        left = "; that leaves out " if fair else " No time ratio can be told: "
+        lost = ", ".join(name(e.attention) for e in timed if e.ratio.disturbed)
+        text = text.removesuffix(".") + left + f"{lost}, as other work decided the times."
+    return text
 
 
 def verdict(ranked: list[Standing]) -> str:
@@ -171,13 +182,14 @@ def ratio(entry: Standing) -> float:
     return entry.ratio.value
 
 
-def explanation(seeds: int, at_once: int = 1) -> str:
+def explanation(seeds: int, at_once: int = 1, several: bool = True) -> str:
+    """several: any row has two seeds."""
     text = (
         "Ranked by the final test accuracy; an arrow shows which way is better. Train accuracy is "
         "the mean over the last epoch as the weights moved. Time ratio: training time over the "
         "control's."
     )
-    if seeds > 1:
+    if seeds > 1 and several:
         text += (
             " ± is half the width of a 95 % interval; those of vs control hold together. Times are "
             "medians of seeds (least–largest), as other work lengthens single runs. Ratios pair "
@@ -201,14 +213,17 @@ def sizes(entries: list[Standing]) -> str:
     for what, key in (("parameters", "parameters"), ("FLOPs", "flops")):
         base = control.value(key)
         ratios = {e.attention: e.value(key) / base for e in entries if e.value(key) and base}
-        off = {a: x for a, x in ratios.items() if abs(x - 1) > MATCHED}
         if len(ratios) < 2:
             continue
+        off: dict[str, list[str]] = {}
+        for attention, x in sorted(ratios.items(), key=lambda item: item[1]):
+            if abs(x - 1) > MATCHED:
+                off.setdefault(f"{x:.2f}×", []).append(name(attention))
         if not off:
-            said.append(f"{what} within {MATCHED:.0%} of the control's for every mechanism")
+            said.append(f"{what} within {MATCH} of the control's for every mechanism")
         else:
-            listed = ", ".join(f"{name(a)} {x:.2f}×" for a, x in off.items())
-            said.append(f"{what} differ from the control's by more than {MATCHED:.0%}: {listed}")
+            listed = ", ".join(f"{x} ({', '.join(who)})" for x, who in off.items())
+            said.append(f"{what} differ from the control's by more than {MATCH}: {listed}")
     return f"Size: {'; '.join(said)}." if said else ""
 
 
@@ -227,7 +242,7 @@ def what_it_means(ranked: dict[str, list[Standing]]) -> str:
         "the same order, and start from the same weights where no width was matched. Test and "
         f"interval rest on one variance, which is {by}; each part of it has its own t. The "
         "intervals of the differences hold together, for all mechanisms of a model at once, with "
-        f"probability {LEVEL:.0%} (Dunnett); the verdict is read off them: better, the interval "
+        f"probability {PERCENT} (Dunnett); the verdict is read off them: better, the interval "
         f"lies above 0; worse, below; equivalent, within {margin}; undecided, none of these: more "
         f"seeds or images may show it. p: of no difference; p (Dunnett) ≤ {alpha} is better or "
         "worse. Equivalence: p (Dunnett) of a difference of more than the margin. McNemar: exact "

@@ -8,9 +8,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from ..compare.disturbance import disturbed
 from ..compare.runs import Run
 from .style import figure, label_ends, look
-from .tables import Standing, title
+from .tables import Standing
+from .text import title
+
+TIME = "training time (s)"  # of an axis
+STARRED = "; a star marks a time that other work decided"  # of a caption
+LOG = 8.0  # an axis whose values lie further apart is logarithmic
 
 
 def curves(
@@ -43,7 +49,8 @@ def curves(
                 ax.plot(x, y.mean(0), marker="o" if n == 1 else None, markersize=4, **line)
                 if len(y) > 1 and len(mechanisms) <= 4:  # more would bury the lines
                     ax.fill_between(x, y.min(0), y.max(0), color=line["color"], alpha=0.12, lw=0)
-                ends.append((x[-1], y.mean(0)[-1], title(attention), line))
+                star = " *" * (xlabel == TIME and bool(disturbed(mine)))
+                ends.append((x[-1], y.mean(0)[-1], title(attention) + star, line))
             ax.set(title=f"{model.upper()}: {heading}", xlabel=xlabel, ylabel=ylabel)
             if xlabel in ("epoch", "severity"):  # which are whole
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -83,10 +90,16 @@ def tradeoffs(path: Path, charts: list[dict], names: list[str]) -> str:
                 line = look(point["key"], names)
                 size = 30 + 220 * point["values"][chart["area"]] / most
                 ax.scatter(x, y, s=size, color=line["color"], alpha=0.75, edgecolor="white")
-                ends.append((x, y, title(point["key"]), line))
+                ends.append((x, y, title(point["key"]) + " *" * point["disturbed"], line))
             ax.set(title=chart["title"], xlabel=labels["time"], ylabel=labels["accuracy"])
+            times = [x for x, *_ in ends]
+            if max(times) > LOG * min(times):
+                ax.set(xscale="log", xlabel=f"{labels['time']}, log")
+                ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             label_ends(ax, ends)
-    return "Test accuracy against training time; higher and further left is better"
+    starred = any(point["disturbed"] for chart in charts for point in chart["points"])
+    caption = "Test accuracy against training time; higher and further left is better"
+    return caption + STARRED * starred
 
 
 def per_epoch(path: Path, runs: list[Run], key: str, heading: str, ylabel: str, scale=1.0) -> None:
@@ -98,7 +111,7 @@ def per_epoch(path: Path, runs: list[Run], key: str, heading: str, ylabel: str, 
 def against_time(path: Path, runs: list[Run], key: str, heading: str, ylabel: str) -> None:
     """An accuracy in per cent against the seconds trained so far."""
     points = measured("cumulative_training_time", key, 100.0)
-    curves(path, runs, points, heading=heading, xlabel="training time (s)", ylabel=ylabel)
+    curves(path, runs, points, heading=heading, xlabel=TIME, ylabel=ylabel)
 
 
 def measured(x: str, y: str, scale: float) -> Callable[[Run], tuple[list[float], list[float]]]:
@@ -123,7 +136,7 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
         accuracy, time = axes
         panels = (
             (accuracy, "test", 100, "final test accuracy (%)", ".1f"),
-            (time, "seconds", 1, "training time (s)", ".3g"),
+            (time, "seconds", 1, TIME, ".3g"),
         )
         for ax, key, scale, xlabel, form in panels:
             means = [getattr(entry, key) for entry in entries]
@@ -136,9 +149,10 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
                 ax.errorbar(values, places, xerr=(below, above), **bar)
             ends = [value + more for value, more in zip(values, above, strict=True)]
             room = max(ends) or 1.0
-            for place, value, end in zip(places, values, ends, strict=True):
+            for place, mean, end in zip(places, means, ends, strict=True):
                 x, plate = end + 0.012 * room, {"color": "white", "pad": 0.6}
-                ax.text(x, place, f"{value:{form}}", va="center", fontsize=8.5, bbox=plate)
+                text = f"{mean.value * scale:{form}}{' *' * mean.disturbed}"
+                ax.text(x, place, text, va="center", fontsize=8.5, bbox=plate)
             ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
             ax.set_yticks(places, names if ax is accuracy else [""] * len(names))
             ax.tick_params(axis="y", length=0)

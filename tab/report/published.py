@@ -12,8 +12,8 @@ from ..recipe.published import EPOCHS, NEAR, curves
 from .chart_data import Group
 from .pictures import averaged, drawn, measured
 from .style import figure, look
-from .tables import Mean, markdown_lines, title
-from .text import plain
+from .tables import Mean, markdown_lines
+from .text import plain, title
 
 HEADING = "Beside the published figures"
 MARKS = (1, 2, 5, 10, 20, 50, 100)  # epochs of the table

@@ -14,8 +14,8 @@ from .attacks import attack_table
 from .averages import Mean
 from .cache_budget import cache_table
 from .pictures import curves
-from .tables import markdown_lines, title
-from .text import code
+from .tables import markdown_lines
+from .text import code, title
 
 SETS = {"cifar10c": ("CIFAR-10-C", OFFICIAL), "own": ("corruptions (not CIFAR-10-C)", tuple(OWN))}
 Found = dict[str, dict]  # robustness.json of one run

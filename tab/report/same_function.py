@@ -7,8 +7,8 @@ import numpy as np
 from ..analysis.one_variant import Layer
 from ..analysis.same_function import Alike, Identity
 from ..compare.runs import Run
-from .tables import markdown_lines, title
-from .text import plain
+from .tables import markdown_lines
+from .text import plain, title
 
 COLUMNS = {
     "Model": lambda layer, _: layer.model.upper(),

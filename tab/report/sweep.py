@@ -15,8 +15,8 @@ from ..sweep.trials import WAY_OUT, Pair, RungTrial, winner_of
 from .chart_data import Group
 from .style import figure, look
 from .tables import markdown_lines
-from .tables import title as name_of
 from .text import plain
+from .text import title as name_of
 
 HEADING = "Hyperparameters"
 Trials = dict[Pair, list[RungTrial]]

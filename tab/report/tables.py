@@ -9,18 +9,12 @@ from functools import partial
 
 from ..compare import columns
 from ..compare.columns import Column
+from ..compare.disturbance import LIMIT, disturbed
 from ..compare.runs import Run
 from ..compare.verdicts import Verdict, verdicts
-from ..layers import known_layer
 from .averages import UNITS, Mean, Median, average, marked, shown
-from .text import plain
-
-
-def title(attention: str) -> str:
-    """The name to read: the layer's title; a layer without one, or that is not installed here,
-    keeps the name that it was trained under."""
-    layer = known_layer(attention)
-    return (layer and layer.title) or attention
+from .text import plain, title
+from .unfinished import notes
 
 
 def name(attention: str) -> str:
@@ -56,7 +50,7 @@ class Standing:
 def ranking(runs: list[Run], model: str) -> list[Standing]:
     """The model's entries, best mean test accuracy first; those without a result come last."""
     mine, found = [run for run in runs if run.model == model], verdicts(runs, model)
-    control = {run.seed: run.summary for run in mine if run.attention == "none" and run.scored}
+    control = {run.seed: run for run in mine if run.attention == "none" and run.scored}
     entries = [
         _standing(
             [run for run in mine if run.attention == attention], control, found.get(attention)
@@ -73,27 +67,33 @@ def ranking(runs: list[Run], model: str) -> list[Standing]:
     ]
 
 
-def _standing(runs: list[Run], control: dict[int, dict], found: Verdict | None) -> Standing:
+def _standing(runs: list[Run], control: dict[int, Run], found: Verdict | None) -> Standing:
     good = [run for run in runs if run.scored]
-    paired = [(run.summary, control[run.seed]) for run in good if run.seed in control]
-
-    ratio, test, points = "total_training_time", None, None
+    test, points = None, None
     if found:
         test = Mean.between(found.accuracy_mean, found.accuracy_low, found.accuracy_high)
     if found and found.difference is not None:
         points = Mean.between(found.difference, found.difference_low, found.difference_high)
-    compared = runs[0].attention != "none"
     return Standing(
         model=runs[0].model,
         attention=runs[0].attention,
         runs=good,
-        notes=", ".join(f"{run.state} (seed {run.seed})" for run in runs if run not in good),
+        notes=notes(runs),
         test=test,
         points=points,
-        ratio=Median.of([a[ratio] / b[ratio] for a, b in paired if b[ratio]]) if compared else None,
+        ratio=_ratio(good, control) if runs[0].attention != "none" else None,
         averages={c.name: average(c, good) for c in columns.SUMMARY if c.title},
         verdict=found,
     )
+
+
+def _ratio(runs: list[Run], control: dict[int, Run]) -> Median | None:
+    """Of training times, seeds paired."""
+    key = "total_training_time"
+    pairs = [(run, c) for run in runs if (c := control.get(run.seed)) and c.summary[key]]
+    ratios = [run.summary[key] / c.summary[key] for run, c in pairs]
+    apart = len(ratios) > 1 and max(ratios) > LIMIT * min(ratios)
+    return Median.of(ratios, apart or any(disturbed(mine) for mine in zip(*pairs, strict=True)))
 
 
 # --- showing --------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ ARROWS = {"": "", "more": " ↑", "less": " ↓"}  # in a heading: which way is 
 WORDS = (  # columns of text, set left
     *("Model", "Attention", "Verdict", "Best control", "Note", "No gradient"),
     *("Affine", "Noise", "Only a bias", "Tokens meet"),
-    *("Same function as", "Test accuracy", "Winner"),
+    *("Same function as", "Test accuracy", "Winner", "Configuration"),
 )
 FIRST: dict[str, Callable[[Standing], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
@@ -175,7 +175,7 @@ def markdown_table(entries: list[Standing]) -> str:
 
 def costs_table(entries: list[Standing]) -> str:
     """ "" where none of it is known."""
-    header, lines = cells(entries, cost_columns())
+    header, lines = cells([entry for entry in entries if entry.test], cost_columns())
     return markdown_lines(header, lines) if len(header) > 1 else ""
 
 

@@ -13,7 +13,8 @@ from ..data.sequences import draw, parse
 from ..files import write_text
 from .averages import Mean
 from .lengths import Trained
-from .tables import markdown_lines, title
+from .tables import markdown_lines
+from .text import title
 
 SOLVED = 0.95  # from here on a task counts as solved
 

@@ -1,12 +1,25 @@
-"""Names, paths and errors in Markdown: whatever stands in them is read as it is written."""
+"""Names, paths and errors as they are shown; in Markdown whatever stands in them is read as it is
+written."""
 
 from __future__ import annotations
 
 import re
 
+from ..layers import known_layer
+from ..statistics import LEVEL
+
+PERCENT = f"{100 * LEVEL:g} %"  # of intervals
+
 # What CommonMark, GitHub's tables and its mathematics would take for markup. "<" and "&" where they
 # begin a tag or a character, "_" where it is not within a word.
 _MARKUP = re.compile(r"[\\`*\[\]|$~]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)")
+
+
+def title(attention: str) -> str:
+    """The name to read: the layer's title; a layer without one, or that is not installed here,
+    keeps the name that it was trained under."""
+    layer = known_layer(attention)
+    return (layer and layer.title) or attention
 
 
 def plain(text: object) -> str:

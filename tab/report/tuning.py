@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ..compare.plan import Grid
 from ..sweep.trials import Pair, RungTrial, winner_of
-from .tables import markdown_lines, title
+from .tables import markdown_lines
+from .text import counted, title
 
 
 def best_of(scores: Sequence[float], n: int) -> float:
@@ -48,14 +49,14 @@ def tuning_section(trials: dict[Pair, list[RungTrial]], grid: Grid) -> str:
             cells = [f"{100 * best_of(scores, n):.1f}" if n <= len(scores) else "–" for n in steps]
             lines.append([title(attention), *cells, f"{100 * won.score:.1f}", won.chosen()])
         if lines:
-            header = ["Attention", *(f"best of {n}" for n in steps), "winner", "configuration"]
+            header = ["Attention", *(f"Best of {n}" for n in steps), "Winner (%)", "Configuration"]
             parts += [f"**{model.upper()}**", markdown_lines(header, lines)]
     if len(parts) == 1:
         return ""
     parts.append(
         f"Accuracy in per cent on the images held out. Best of n: what n configurations can be "
-        f"expected to reach after {epochs} epochs, where all were scored (a run that diverged "
-        "counts as chance); the winner: after all epochs. A row that still climbs at the right is "
-        "not yet tuned, and a row that needs many draws is harder to use."
+        f"expected to reach after {counted(epochs, 'epoch')}, where all were scored (a run that "
+        "diverged counts as chance). Winner: after all epochs. A row that still climbs at the "
+        "right is not yet tuned, and a row that needs many draws is harder to use."
     )
     return "\n\n".join(parts)

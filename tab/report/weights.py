@@ -11,8 +11,7 @@ from matplotlib.colors import PowerNorm
 from torch import Tensor
 
 from .style import figure
-from .tables import title
-from .text import counted
+from .text import counted, title
 
 HEADS = 4
 FILTERS = 24

@@ -22,7 +22,7 @@ from ..train.facts import facts_of, made_with
 from .halving import Budget, brackets
 from .record import SAMPLERS
 from .space import Space, by_chance, load_space, possible, tables_of, with_chosen
-from .storage import without_password
+from .storage import needed, without_password
 from .trials import Pair
 
 DRAWS = ("own", "common")
@@ -94,7 +94,8 @@ class SweepPlan:
         return list(itertools.islice(filter(possible, drawn), count))
 
     def check(self) -> None:
-        """Names, axes and brackets, before anything runs."""
+        """Names, axes and brackets, and whether Optuna is there, before anything runs."""
+        needed()
         for key in ("models", "attentions"):
             names = getattr(self, key)
             if not names or len(set(names)) < len(names):

@@ -19,13 +19,16 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from .space import Axis, Range, size
-from .storage import optuna  # says what to install where it is missing
+from .storage import optuna
 from .trials import RungTrial
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-FrozenTrial, Trial, TrialState = optuna.trial.FrozenTrial, optuna.Trial, optuna.trial.TrialState
+if TYPE_CHECKING:
+    from optuna import Trial
+    from optuna.trial import FrozenTrial, TrialState
+
 SAMPLERS = ("random", "tpe")
 TRIES = 1000  # draws in a row that give nothing new before a space counts as exhausted
 
@@ -85,13 +88,13 @@ class PairRecord:
 
     def recover(self) -> None:
         """Ends the trials that a driver left RUNNING. The caller holds the lock."""
-        for trial in self._trials(TrialState.RUNNING):
+        for trial in self._trials(optuna.trial.TrialState.RUNNING):
             self._fail(trial, "lost")
 
     def enqueue(self, entry: Entry) -> None:
         """Unless it waits already. (Optuna's skip_if_exists looks at params alone: it would drop
         every promotion.)"""
-        waiting = {_key(trial) for trial in self._trials(TrialState.WAITING)}
+        waiting = {_key(trial) for trial in self._trials(optuna.trial.TrialState.WAITING)}
         if (entry.configuration, entry.rung) not in waiting:
             self.study.enqueue_trial(dict(entry.params), user_attrs=asdict(entry))
 
@@ -121,12 +124,13 @@ class PairRecord:
         elif last:
             self.study.tell(trial, ended.score)
         else:
-            self.study.tell(trial, state=TrialState.PRUNED)
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
     def ended(self) -> dict[tuple[int, int], Ended]:
         """(configuration, rung) -> its end."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        trials = [t for t in self._trials(*states) if t.user_attrs.get("status") != "lost"]
+        state = optuna.trial.TrialState
+        over = self._trials(state.COMPLETE, state.PRUNED, state.FAIL)
+        trials = [t for t in over if t.user_attrs.get("status") != "lost"]
         return {_key(trial): _ended(trial) for trial in trials if _key(trial) != (None, None)}
 
     def trials(self) -> list[RungTrial]:
@@ -159,7 +163,8 @@ class PairRecord:
         before = sorted((t for t in ours if _step(t) < step), key=lambda t: (_step(t), _key(t)))
         scratch = optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed))
         if sampler == "tpe":
-            kept = (TrialState.COMPLETE, TrialState.PRUNED)
+            state = optuna.trial.TrialState
+            kept = (state.COMPLETE, state.PRUNED)
             scratch.add_trials([t for t in before if t.state in kept])
         seen, drawn, tries = {_same(t.user_attrs["params"]) for t in before}, [], 0
         while len(drawn) < count and len(seen) < size(self.axes) and tries < TRIES:
@@ -198,11 +203,11 @@ class PairRecord:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _fail(self, trial: Trial | FrozenTrial, status: str, error: str = "") -> None:
-        trial = Trial(self.study, trial._trial_id)
+        trial = optuna.Trial(self.study, trial._trial_id)
         trial.set_user_attr("status", status)
         if error:
             trial.set_user_attr("error", error)
-        self.study.tell(trial, state=TrialState.FAIL)
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
 Step = tuple[int, int]  # (bracket, step)
@@ -237,7 +242,7 @@ def _same(params: dict) -> str:
 def _ended(trial: FrozenTrial) -> Ended:
     attrs = trial.user_attrs
     entry = Entry(**{field.name: attrs[field.name] for field in fields(Entry)})
-    failed = trial.state == TrialState.FAIL
+    failed = trial.state == optuna.trial.TrialState.FAIL
     return Ended(
         entry,
         attrs.get("status", "failed") if failed else "done",

@@ -7,15 +7,35 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..formats import reading
 
-try:
+if TYPE_CHECKING:
     import optuna
-except ImportError as error:
-    raise ImportError(
-        'a sweep needs Optuna: pip install "transformer-attention-bench[sweep]"'
-    ) from error
+else:
+
+    class _AtUse:
+        """Optuna, imported when it is first used: what only names a sweep does without it, such as
+        a comparison that tunes nothing."""
+
+        def __getattr__(self, name: str):
+            return getattr(needed(), name)
+
+    optuna = _AtUse()
+
+
+def needed() -> ModuleType:
+    """Optuna; an ImportError that says how to install it."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            'a sweep needs Optuna: pip install "transformer-attention-bench[sweep]"'
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
 @contextlib.contextmanager

@@ -20,6 +20,12 @@ class Summary(TypedDict):
     images_per_second: float | None
 
 
+class RunMachine(Machine):
+    """What the run was computed on; `load` is of its end."""
+
+    load_at_start: NotRequired[float | None]
+
+
 class RunFile(TypedDict):
     """run.json: one run, with all that it takes to build its model again."""
 
@@ -27,7 +33,7 @@ class RunFile(TypedDict):
     status: Literal["running", "done", "diverged"]
     data: DataFacts
     classes: list[str]
-    environment: Machine
+    environment: RunMachine
     summary: Summary
     together: NotRequired[list[str] | None]
     plugin: NotRequired[dict[str, str] | None]

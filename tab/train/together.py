@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from .. import files
 from ..data.load import Dataset
 from ..data.splits import split_batches
 from ..formats import reading
+from ..machine import Stopwatch
 from ..models.stacked import SeedModel, stack
 from ..run_config import RunConfig, Train
 from . import checkpoint
@@ -168,12 +168,11 @@ class _Group:
         rate = self.steps.schedule.get_last_lr()[0]
         with random_of(first.device):
             self.model.start([run.number for run in runs], first.device)
-            start = time.perf_counter()
-            sums = self.steps.learn(self._batches(len(first.rows)), first.training)
-            seconds = (time.perf_counter() - start) / len(runs)
+            with Stopwatch() as time:
+                sums = self.steps.learn(self._batches(len(first.rows)), first.training)
         self.steps.part([run.steps for run in runs])
         for run, loss, correct in zip(runs, *sums, strict=True):
-            run.add(rate, loss, correct, seconds, len(runs))
+            run.add(rate, loss, correct, time, len(runs))
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         """x (S·B, 3, rows, cols), y (S·B,): of each seed its own batch."""

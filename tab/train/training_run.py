@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import math
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ..data.splits import split_batches
 from ..files import write_text
 from ..formats import reading, write_json
 from ..layers import get_attention
-from ..machine import environment, keep_freed_memory, peak_memory
+from ..machine import Stopwatch, environment, keep_freed_memory, load, peak_memory
 from ..models.flops import forward_flops
 from ..models.image_model import build_model, parameter_count
 from ..models.parts import shares
@@ -74,7 +73,7 @@ class TrainingRun:
     ):
         self.together = together
         self.config, self.dataset, self.device, self.out = config, dataset, device, out
-        self.status, self.rows = "running", []
+        self.status, self.rows, self.load_at_start = "running", [], load()
         self.shares: dict[str, float | None] = shares([])
         self.batches, self.validation, self.test = parts or split_batches(config, dataset, device)
         model = build_model(config, len(dataset.classes))
@@ -91,10 +90,9 @@ class TrainingRun:
         epoch, rate = len(self.rows), self.steps.schedule.get_last_lr()[0]
         with random_of(self.device):
             torch.manual_seed(self.number)
-            start = time.perf_counter()
-            loss, correct = self.steps.learn(self.batches.epoch(epoch), self.training)
-            seconds = time.perf_counter() - start
-        self.add(rate, loss, correct, seconds)
+            with Stopwatch() as time:
+                loss, correct = self.steps.learn(self.batches.epoch(epoch), self.training)
+        self.add(rate, loss, correct, time)
 
     @property
     def training(self) -> bool:
@@ -106,14 +104,17 @@ class TrainingRun:
         """What a layer draws in the next epoch, from torch's random stream, is a function of it."""
         return self.config.draws * 1_000_003 + len(self.rows)
 
-    def add(self, rate: float, loss: float, correct: int, seconds: float, at_once: int = 1) -> None:
-        """The row of an epoch that was trained: `loss` and `correct` are sums over its images."""
+    def add(self, rate: float, loss: float, correct: int, time: Stopwatch, seeds: int = 1) -> None:
+        """The row of an epoch that was trained: `loss` and `correct` are sums over its images.
+        seeds: how many shared its time."""
         last = len(self.rows) + 1 == self.config.train.epochs
         before = self.rows[-1]["cumulative_training_time"] if self.rows else 0.0
         samples, answers = self.batches.samples, self.batches.answers
-        row = {"epoch": len(self.rows) + 1, "learning_rate": rate, "seeds_at_once": at_once}
+        row = {"epoch": len(self.rows) + 1, "learning_rate": rate, "seeds_at_once": seeds}
         row |= {"train_loss": loss / answers, "train_accuracy": correct / answers}
-        row |= {"seconds": seconds}
+        seconds = time.seconds / seeds
+        row |= {"seconds": seconds, "cpu_seconds": time.cpu / seeds}
+        row |= {"waited_seconds": None if time.waited is None else time.waited / seeds}
         row |= {"cumulative_training_time": before + seconds}
         row |= {"images_per_second": samples / seconds}
         row |= {"peak_memory_bytes": peak_memory(self.device)}
@@ -218,7 +219,7 @@ class TrainingRun:
             "plugin": origin(get_attention(self.config.attention)),
             "data": {k: getattr(self.dataset, k) for k in ("name", "note", "fingerprint")},
             "classes": list(self.dataset.classes),
-            "environment": environment(self.device),
+            "environment": environment(self.device) | {"load_at_start": self.load_at_start},
             "summary": self.outcome().summary,
         }
         write_json(self.out / "run.json", run)
@@ -251,7 +252,8 @@ class TrainingRun:
 ROW = (
     *("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
     *("test_loss", "test_accuracy", "seconds", "cumulative_training_time", "images_per_second"),
-    *("peak_memory_bytes", "learning_rate"),
+    *("peak_memory_bytes", "learning_rate", "cpu_seconds"),
+    "waited_seconds",  # of "seconds": without a core to compute on (machine.Stopwatch)
     "seeds_at_once",  # above 1: this run's share of the seconds of so many (tab/train/together.py)
 )
 

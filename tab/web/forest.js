@@ -77,7 +77,8 @@ kinds.forest = (figure, chart) => {
     if (!r) { tip.hidden = true; return; }
     const range = r.time_low === null ? "" : ` (${r.time_low.toFixed(2)}–${r.time_high.toFixed(2)})`;
     tell(event, r.name, [["test accuracy", `${r.test.toFixed(1)} %`], ["difference", `${r.words} points`],
-      ["verdict", r.verdict], ...(r.time === null ? [] : [["time ratio", ratio(r) + range]])]);
+      ["verdict", r.verdict], ...(r.time === null ? [] : [["time ratio", ratio(r) + range]]),
+      ...(r.disturbed ? [starred] : [])]);
   });
 };
 // A shape for each verdict, as colours are not told apart by all.

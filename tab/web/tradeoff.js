@@ -24,7 +24,11 @@ kinds.tradeoff = (figure, chart) => {
   figure.hidden = !points.length;
   if (!points.length) return;
   const arrow = q => `${q.label} ${q.more ? "↑" : "↓"}`, of = q => points.map(p => p.values[q.key]);
-  const f = frame(figure, {ends: ends(of(qx), 7), label: arrow(qx)}, {ends: ends(of(qy)), label: arrow(qy)});
+  const axis = (q, count) => {  // logarithmic where one value would squeeze the others
+    const all = of(q), log = Math.min(...all) > 0 && Math.max(...all) > 8 * Math.min(...all);
+    return {ends: log ? logEnds(all) : ends(all, count), label: arrow(q), log};
+  };
+  const f = frame(figure, axis(qx, 7), axis(qy));
   const front = points.filter(p => !dominated(p, points, [qx, qy]))
     .sort((a, b) => a.values[qx.key] - b.values[qx.key]);
   svg("path", f.root, {class: "front", d: front.map((p, i) =>
@@ -41,7 +45,7 @@ kinds.tradeoff = (figure, chart) => {
   }
   // A name stands right, left, above or below; one that would cover something is left out.
   for (const p of placed) {
-    const text = svg("text", f.root, {class: "name"}, data.looks[p.key].name);
+    const text = svg("text", f.root, {class: "name"}, data.looks[p.key].name + (p.disturbed ? " *" : ""));
     const w = text.getComputedTextLength(), d = p.r + 4;
     const spot = [[p.px + d, p.py], [p.px - d - w, p.py], [p.px - w / 2, p.py - d - 5],
       [p.px - w / 2, p.py + d + 5]].find(([x, y]) => x > f.L && x + w < f.W && y > f.T
@@ -57,6 +61,8 @@ kinds.tradeoff = (figure, chart) => {
   hover(f.root, event => {
     const p = nearest(placed, f.at(event));
     light(p.key);
-    tell(event, data.looks[p.key].name, chart.quantities.map(q => [q.label, show(p.values[q.key])]));
+    tell(event, data.looks[p.key].name, [...chart.quantities.map(q =>
+      [q.label, show(p.values[q.key]) + (q.key === "time" && p.disturbed ? " *" : "")]),
+    ...(p.disturbed ? [starred] : [])]);
   });
 };

@@ -20,7 +20,8 @@ from tab.cli.robustness_table import robustness_table
 from tab.cli.terminal import bar, plain
 from tab.layers import layer_names
 from tab.recipe.recipe import load_recipe
-from tab.report.tables import ranking, title
+from tab.report.tables import ranking
+from tab.report.text import title
 from tab.sweep.trials import RungTrial
 
 WIDTHS = (80, 60)

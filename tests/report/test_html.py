@@ -92,7 +92,13 @@ def test_a_large_comparison_stays_small(tmp_path):
     for r in runs:
         x = noise.random((250, 3))
         r.rows[:] = [
-            {"epoch": e + 1, "train_loss": a, "test_accuracy": b, "cumulative_training_time": e + c}
+            {
+                "epoch": e + 1,
+                "train_loss": a,
+                "test_accuracy": b,
+                "seconds": 1.0,
+                "cumulative_training_time": e + c,
+            }
             for e, (a, b, c) in enumerate(x)
         ]
     params = {"lr": 0.001, "hidden": 256, "num_heads": 8}

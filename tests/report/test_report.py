@@ -144,12 +144,12 @@ def test_sizes_are_said():
     control, other = run("none"), run("self", 0.6)
     other.summary["parameters"] = 5_090_000
     assert markdown.sizes(ranking([control, other], "cnn")) == (
-        "Size: parameters within 2% of the control's for every mechanism; "
-        "FLOPs within 2% of the control's for every mechanism."
+        "Size: parameters within 2 % of the control's for every mechanism; "
+        "FLOPs within 2 % of the control's for every mechanism."
     )
     other.summary["flops"] = 9_100
     text = markdown.sizes(ranking([control, other], "cnn"))
-    assert "FLOPs differ from the control's by more than 2%: Self-Attention 1.30×." in text
+    assert "FLOPs differ from the control's by more than 2 %: 1.30× (Self-Attention)." in text
     assert markdown.sizes(ranking([other], "cnn")) == ""
 
 

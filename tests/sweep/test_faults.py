@@ -31,6 +31,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from kill_sweep import DATA, plan, result
+from optuna.trial import TrialState
 from small_sweep import SELF, Count, begin, kills, read, whole
 
 import tab.sweep.driver
@@ -39,7 +40,6 @@ from tab.data.load import load_dataset
 from tab.sweep.driver import records, sweep
 from tab.sweep.halving import Budget
 from tab.sweep.plan import SweepPlan
-from tab.sweep.record import TrialState
 from tab.sweep.space import load_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 optuna = pytest.importorskip("optuna")
 
 from kill_sweep import DATA, result  # noqa: E402
+from optuna.trial import TrialState  # noqa: E402
 from small_sweep import MULTI, SELF, Count, begin, read, tab_sweep, whole  # noqa: E402
 
 import tab.sweep.driver  # noqa: E402
@@ -27,7 +28,6 @@ from tab.recipe.recipe import load_recipe  # noqa: E402
 from tab.sweep.driver import records, sweep  # noqa: E402
 from tab.sweep.halving import Budget  # noqa: E402
 from tab.sweep.plan import SweepPlan  # noqa: E402
-from tab.sweep.record import TrialState  # noqa: E402
 from tab.tasks.processes import Processes  # noqa: E402
 from tab.train.loop import train  # noqa: E402
 

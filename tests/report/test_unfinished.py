@@ -1,0 +1,57 @@
+"""A comparison that is not finished is reported in few words, however many runs are missing."""
+
+from dataclasses import replace
+
+from small_report import FACTS, run
+
+from tab.compare.plan import Grid
+from tab.report import markdown
+from tab.report.forest import note, rows
+from tab.report.tables import costs_table, ranking
+from tab.report.unfinished import notes, seeds_of, unfinished
+
+
+def missing(attention, seeds):
+    empty = {"rows": [], "summary": {}, "error": ""}
+    return [replace(run(attention, seed=s, status="missing"), **empty) for s in seeds]
+
+
+RUNS = [run("none"), run("self", 0.6), *missing("none", range(1, 10)), *missing("self", (1, 2, 4))]
+RUNS += missing("local", range(5))
+GRID = Grid("fair", ["cnn"], ["none", "self", "local"], 5, "shapes", "cpu", control_seeds=10)
+
+
+def test_seeds_in_words():
+    assert seeds_of([3]) == "seed 3" and seeds_of([2, 0, 1]) == "seeds 0–2"
+    assert seeds_of([0, 2, 3, 7]) == "seeds 0, 2–3, 7"
+
+
+def test_a_row_says_a_state_once():
+    assert notes(RUNS[2:11]) == "not begun (seeds 1–9)"
+    assert notes([run("self"), run("self", status="failed", seed=1), *missing("self", (2, 3))]) == (
+        "failed (seed 1), not begun (seeds 2–3)"
+    )
+
+
+def test_rows_that_lack_the_same_seeds_stand_together():
+    (said,) = unfinished([*RUNS, *missing("linear", range(5))])
+    assert (
+        "- 22 of 24 runs not begun: seeds 1–9 of CNN Control; seeds 1–2, 4 of CNN Self-Atte" in said
+    )
+    assert "seeds 0–4 of CNN Local, CNN Linear" in said and "--resume" in said
+
+
+def test_what_one_seed_cannot_say_is_not_said():
+    text = markdown.report(RUNS, FACTS, GRID, {})
+    assert "## Statistics" not in text and "± is half" not in text
+    assert "| not begun (seeds 0–4) |" in text
+    assert "Local" not in costs_table(ranking(RUNS, "cnn"))
+    two = [*RUNS, run("none", seed=1), run("self", 0.6, seed=1)]
+    assert "## Statistics" in markdown.report(two, FACTS, GRID, {})
+
+
+def test_the_words_below_the_forest_plot_are_of_what_it_shows():
+    one = note(rows(ranking(RUNS, "cnn")))
+    assert "without intervals" in one and "A star" not in one and "the median of seeds" not in one
+    two = note(rows(ranking([*RUNS, run("none", seed=1), run("self", 0.62, seed=1)], "cnn")))
+    assert "with intervals of 95 %" in two and "the median of seeds" in two
