@@ -25,7 +25,7 @@ EXTENSIONS = {
 def backends() -> dict[str, dict[str, str | None]]:
     """Operator -> backend -> None if it can run here, else why not."""
     real = [backend for backend in BACKENDS if backend != "auto"]
-    return {name: {b: op.why_not(b) for b in real} for name, op in OPS.items()}
+    return {name: {b: op.why_not(b) for b in real} for name, op in OPS.items() if op.own}
 
 
 def available() -> dict[str, list[str]]:

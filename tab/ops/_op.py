@@ -67,6 +67,7 @@ class Op:
 
     def __init__(self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int]):
         self.name, self.reference, self.flops = name, reference, flops
+        self.own = True  # whether its kernels are its own, and not those of another op
         self.reasons: dict[str, str | None] = {}  # backend -> why not; find_kernels fills it
         # backend -> why its kernel does not take these tensors, or None; a backend that is not here
         # takes all. `implement` fills it.

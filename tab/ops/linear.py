@@ -17,17 +17,17 @@ from torch import Tensor
 from ._check import (
     Layout,
     accumulate,
-    as_given,
     check_causal,
     check_key_mask,
     check_qkv,
-    heads_first,
     number,
     same,
     shapes,
 )
 from ._heads import by_query_head
 from ._op import Backend, Op, choose
+from ._packed import pack, sequences, softmax_tokens, unpack
+from ._packed_op import packed
 from .linear_reference import backward_reference, forward_reference
 
 FeatureMap = Literal["elu1", "relu", "identity", "softmax"]
@@ -80,6 +80,7 @@ def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
 
 
 linear_fwd.differentiable(_gradients, by=linear_bwd)
+linear_packed = packed(linear_fwd, linear_bwd, _gradients)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -97,6 +98,7 @@ def linear_attention(
     initial_state: tuple[Tensor, Tensor] | None = ...,
     return_state: Literal[False] = ...,
     eps: float = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
@@ -113,6 +115,7 @@ def linear_attention(
     initial_state: tuple[Tensor, Tensor] | None = ...,
     return_state: Literal[True],
     eps: float = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
@@ -130,6 +133,7 @@ def linear_attention(
     initial_state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
     eps: float = 0.0,
+    cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -151,6 +155,10 @@ def linear_attention(
         initial_state: (S (B, H_kv, D, Dv), z (B, H_kv, D)) float32, from earlier tokens.
         return_state: also return the state after the last token.
         eps: added to the denominator. A row whose denominator is 0 gives 0.
+        cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
+            they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
+            Each has a state, (S, …) in all, and may be empty. On a GPU reading the ends waits.
+            Or give q, k and v as jagged nested tensors (S, H, N_s, D); o is one, too.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
@@ -172,47 +180,45 @@ def linear_attention(
         >>> o = tab.linear_attention(*x, causal=True, initial_state=state)
         >>> torch.allclose(o, whole[:, :, later], atol=1e-5)
         True
+
+    Packed, 40 tokens and 24 tokens are two sequences.
+        >>> ends = torch.tensor([0, 40, 64], dtype=torch.int32)
+        >>> o = tab.linear_attention(*(t[:1] for t in (q, k, v)), cu_seqlens=ends)
+        >>> torch.allclose(o[:, :, later], tab.linear_attention(*(t[:1] for t in x)), atol=1e-5)
+        True
     """
-    q, k, v = heads_first("linear_attention", layout, q, k, v)
+    (q, k, v), packing = unpack("linear_attention", layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv("linear_attention", q, k, v, grouped=True)
     causal = check_causal("linear_attention", causal, is_causal)
     check_key_mask("linear_attention", key_mask, k)
     eps = number("linear_attention", "eps", eps)
-    s0, z0 = _check_state(k, v, initial_state)
+    s0, z0 = _check_state(sequences(k, packing), k, v, initial_state)
     if feature_map == "softmax":
         if causal or initial_state is not None:
             raise ValueError(
                 'feature_map="softmax" normalises k over all tokens: it has no causal form and '
                 'takes no initial_state; use "elu1" or "relu"'
             )
-        q, k = q.softmax(-1), _softmax_tokens(k, key_mask)
+        q, k = q.softmax(-1), softmax_tokens(k, key_mask, packing)
         feature_map = "identity"
     if feature_map not in FEATURE_MAPS:
         raise ValueError(
             f"feature_map={feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}, softmax "
             '(a learned map is applied by the layer "linear")'
         )
-    backend = choose(backend, linear_fwd, q, k, v)
+    op, cuts = (linear_fwd, ()) if packing is None else (linear_packed, packing[:1])
+    backend = choose(backend, op, q, k, v)
     options = FEATURE_MAPS[feature_map], causal, eps
-    o, s, z = by_query_head(linear_fwd, backend, q, k, v, key_mask, s0, z0, *options)
-    o = as_given(layout, o)
+    o, s, z = by_query_head(op, backend, q, k, v, key_mask, s0, z0, *cuts, *options)
+    o = pack(layout, o, packing)
     return (o, (s, z)) if return_state else o
 
 
-def _softmax_tokens(k: Tensor, key_mask: Tensor | None) -> Tensor:
-    if key_mask is None:
-        return k.softmax(-2)
-    hidden = ~key_mask[:, None, :, None]
-    # A row of nothing but padding would be 0/0.
-    return k.masked_fill(hidden, -torch.inf).softmax(-2).masked_fill(hidden, 0.0)
-
-
-def _check_state(k: Tensor, v: Tensor, state) -> tuple[Tensor | None, Tensor | None]:
+def _check_state(b: int, k: Tensor, v: Tensor, state) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
     s, z = state
-    b, h, _, d = k.shape
-    acc = accumulate(k)
+    (_, h, _, d), acc = k.shape, accumulate(k)
     if s.shape != (b, h, d, v.shape[-1]) or z.shape != (b, h, d) or {s.dtype, z.dtype} != {acc}:
         raise ValueError(
             f"linear_attention wants initial_state (S {(b, h, d, v.shape[-1])}, z {(b, h, d)}) in "

@@ -24,13 +24,13 @@ from torch import Tensor
 from ._check import (
     Layout,
     accumulate,
-    as_given,
     check_causal,
     check_qkv,
-    heads_first,
     token_major,
 )
 from ._op import Backend, Op, choose
+from ._packed import one_length, pack, pack_rows, unpack
+from ._packed_op import packed
 from ._softmax import (
     check_lse_gradient,
     empty_heads,
@@ -162,6 +162,14 @@ def _gradients(backend, grads, q, k, v, o, lse, *options):
 local_fwd.takes["cuda"] = own_heads
 local_fwd.differentiable(_gradients, by=local_bwd)
 
+
+def _fit(n, left, right, *rest):
+    """The options for a sequence of N tokens: no two lie further apart than N − 1."""
+    return min(left, max(n, 1) - 1), min(right, max(n, 1) - 1), *rest
+
+
+local_packed = packed(local_fwd, local_bwd, _gradients, fit=_fit)
+
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -176,6 +184,7 @@ def local_attention(
     is_causal: bool | None = ...,
     grid: tuple[int, int] | None = ...,
     scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     return_lse: Literal[False] = ...,
     backend: Backend = ...,
@@ -191,6 +200,7 @@ def local_attention(
     is_causal: bool | None = ...,
     grid: tuple[int, int] | None = ...,
     scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     return_lse: Literal[True],
     backend: Backend = ...,
@@ -207,6 +217,7 @@ def local_attention(
     is_causal: bool | None = None,
     grid: tuple[int, int] | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     return_lse: bool = False,
     backend: Backend = "auto",
@@ -228,6 +239,10 @@ def local_attention(
             the right. Without it a window wraps around the edges of an image.
         is_causal: another name of `causal`.
         scale: of the scores, 1/√D unless given.
+        cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
+            they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
+            A sequence may be empty. Not with a grid. On a GPU reading the ends waits.
+            Or give q, k and v as jagged nested tensors (S, H, N_s, D); o is one, too.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
         return_lse: also return L_i = log Σ_j exp(s_ij), differentiable; parts of the keys merge by
             it (`tab.merge_attention`).
@@ -246,12 +261,22 @@ def local_attention(
         >>> q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (B, H, N, D)
         >>> tab.local_attention(q, k, v, window=1, grid=(8, 8)).shape
         torch.Size([2, 4, 64, 32])
+
+    Sequences of 5 and of 9 tokens, without padding.
+        >>> x = [torch.randn(5, 4, 32), torch.randn(9, 4, 32)]  # each (N_s, H, D)
+        >>> x = torch.nested.nested_tensor(x, layout=torch.jagged).transpose(1, 2)
+        >>> [tuple(o.shape) for o in tab.local_attention(x, x, x, window=3).unbind()]
+        [(4, 5, 32), (4, 9, 32)]
     """
-    q, k, v = heads_first("local_attention", layout, q, k, v)
+    (q, k, v), packing = unpack("local_attention", layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv("local_attention", q, k, v, grouped=True)
     causal = check_causal("local_attention", causal, is_causal)
     n = q.shape[2]
     left, right = check_window("local_attention", window)
+    if grid is not None:
+        one_length(
+            "local_attention", packing, "grid", "images of one size are a batch (B, H, N, D)"
+        )
     rows, cols = check_grid("local_attention", grid, n) if grid is not None else (0, 0)
     # No two tokens lie further apart. min and max stay symbolic under torch.compile: no new
     # compilation for every new length.
@@ -265,9 +290,11 @@ def local_attention(
     #   B 128 H 4 N 64 D 64     5.8 and  9.3,  18.4 and 29.2 (window 8: 4.8 and 9.1, 14.6 and 28.7)
     #   B 512 H 4 N 16 D 32     2.7 and  3.3,   9.1 and 10.3
     #   B 1 H 2 N 1024 D 64     2.6 and  5.6,   8.9 and 19.9
-    backend = choose(backend, local_fwd, q, k, cuda=k.shape[1] == q.shape[1] and not return_lse)
-    o, lse = local_fwd.apply(backend, q, k, v, left, right, rows, cols, causal, scale)
-    return (as_given(layout, o), lse) if return_lse else as_given(layout, o)
+    op, cuts = (local_fwd, ()) if packing is None else (local_packed, packing[:1])
+    backend = choose(backend, op, q, k, cuda=k.shape[1] == q.shape[1] and not return_lse)
+    o, lse = op.apply(backend, q, k, v, *cuts, left, right, rows, cols, causal, scale)
+    o = pack(layout, o, packing)
+    return (o, pack_rows(lse, packing)) if return_lse else o
 
 
 def check_window(op: str, window: int | tuple[int, int]) -> tuple[int, int]:

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from ._check import (
     Layout,
-    as_given,
     check_causal,
     check_key_mask,
-    heads_first,
     operands,
     same,
     shapes,
 )
 from ._op import Backend, Op, choose
+from ._packed import one_length, pack, pack_rows, unpack
+from ._packed_op import packed
 from ._softmax import score_scale
 from .mla_forms import compose
 from .mla_reference import backward_reference, forward_reference
@@ -88,6 +88,7 @@ def _gradients(backend, grads, *saved):
 
 
 mla_fwd.differentiable(_gradients, by=mla_bwd, constant=1)
+mla_packed = packed(mla_fwd, mla_bwd, _gradients, constant=1)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ def mla_attention(
     is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     form: Form = ...,
     return_lse: Literal[False] = ...,
@@ -124,6 +126,7 @@ def mla_attention(
     is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     form: Form = ...,
     return_lse: bool = ...,
@@ -144,6 +147,7 @@ def mla_attention(
     is_causal: bool | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     form: Form = "auto",
     return_lse: bool = False,
@@ -162,6 +166,11 @@ def mla_attention(
         key_mask: (B, N) bool, True where a token is real; what the others hold, NaN too, reaches
             no real token, forward or backward. A query that sees no key gives 0.
         scale: 1/√(Dn + Dr) when None.
+        cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
+            they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
+            c_kv is (1, T, R), k_rope (1, T, Dr), max_logits (S, H), and the form "fused". A
+            sequence may be empty. On a GPU reading the ends waits.
+            Or give these four as jagged nested tensors (S, H, N_s, D); o is one, too.
         layout: "bhnd", or "bnhd" where q_nope, q_rope and o are (B, N, H, ·): views, nothing is
             copied.
         form: "fused" (K_h and V_h never written; the only form with kernels of its own), "expand"
@@ -192,7 +201,10 @@ def mla_attention(
         >>> torch.allclose(o, tab.mla_attention(*x, causal=True, form="absorb"), atol=1e-4)
         True
     """
-    q_nope, q_rope = heads_first("mla_attention", layout, q_nope, q_rope)
+    (q_nope, q_rope, c_kv, k_rope), packing = unpack(
+        "mla_attention", layout, cu_seqlens,
+        q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope,
+    )  # fmt: skip
     causal = check_causal("mla_attention", causal, is_causal)
     x = operands(
         "mla_attention",
@@ -200,15 +212,25 @@ def mla_attention(
     )  # fmt: skip
     check("mla_attention", *x)
     check_key_mask("mla_attention", key_mask, q_nope)
-    flash = q_nope.shape[-1] + q_rope.shape[-1] == w_uv.shape[1]
-    form, backend = _choose_form(form, backend, x, flash)
+    if packing is None:
+        flash = q_nope.shape[-1] + q_rope.shape[-1] == w_uv.shape[1]
+        form, backend = _choose_form(form, backend, x, flash)
+    else:
+        if form in ("expand", "absorb"):
+            one_length("mla_attention", packing, f'form="{form}"', 'use "fused", or leave it out')
+        form = "fused" if form == "auto" else form
+        form, backend = _choose_form(form, backend, x, op=mla_packed)
     scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
     if form == "fused":
-        o, lse, peak = mla_fwd.apply(backend, *x, key_mask, scale, causal)
+        op, cuts = (mla_fwd, ()) if packing is None else (mla_packed, packing[:1])
+        o, lse, peak = op.apply(backend, *x, key_mask, *cuts, scale, causal)
     else:
         o, lse, peak = compose(form, x, scale, causal, key_mask, return_lse, return_max_logits)
-    o = as_given(layout, o)
-    extra = (*((lse,) if return_lse else ()), *((peak,) if return_max_logits else ()))
+    o = pack(layout, o, packing)
+    extra = (
+        *((pack_rows(lse, packing),) if return_lse else ()),
+        *((peak,) if return_max_logits else ()),
+    )
     return (o, *extra) if extra else o
 
 
@@ -220,7 +242,7 @@ def _compiled(device: str) -> bool:
 
 
 def _choose_form(
-    form: Form, backend: Backend, x: tuple[Tensor, ...], flash: bool
+    form: Form, backend: Backend, x: tuple[Tensor, ...], flash: bool = True, op: Op = mla_fwd
 ) -> tuple[Form, Backend]:
     """flash: whether SDPA on a CPU can do `expand` without writing all scores."""
     if form not in FORMS:
@@ -232,7 +254,7 @@ def _choose_form(
                 f'backend={backend!r}; use form="fused", or leave the backend out'
             )
         return form, "auto"
-    backend = choose(backend, mla_fwd, *x)
+    backend = choose(backend, op, *x)
     if form == "auto" and backend == "auto":
         device = x[0].device.type
         better = x[0].shape[2] <= FUSED_TOKENS.get(device, 0) or (device == "cpu" and not flash)

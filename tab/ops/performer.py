@@ -26,17 +26,17 @@ from torch import Tensor
 from ._check import (
     Layout,
     accumulate,
-    as_given,
     check_causal,
     check_key_mask,
     check_qkv,
-    heads_first,
     number,
     same,
     shapes,
 )
 from ._heads import by_query_head
 from ._op import Backend, Op, choose
+from ._packed import pack, sequences, unpack
+from ._packed_op import packed
 from .performer_reference import backward_reference, forward_reference
 
 Kernel = Literal["softmax", "relu"]
@@ -93,6 +93,7 @@ def _gradients(backend, grads, q, k, v, projection, key_mask, s0, z0, c0, *saved
 
 
 performer_fwd.differentiable(_gradients, by=performer_bwd, constant=2)  # c and lse
+performer_packed = packed(performer_fwd, performer_bwd, _gradients, constant=2)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -111,6 +112,7 @@ def performer_attention(
     initial_state: tuple[Tensor, Tensor, Tensor] | None = ...,
     return_state: Literal[False] = ...,
     eps: float = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
@@ -128,6 +130,7 @@ def performer_attention(
     initial_state: tuple[Tensor, Tensor, Tensor] | None = ...,
     return_state: Literal[True],
     eps: float = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]: ...
@@ -146,6 +149,7 @@ def performer_attention(
     initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
     return_state: bool = False,
     eps: float = 0.0,
+    cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -174,6 +178,10 @@ def performer_attention(
         eps: added to the shifted denominator (≥ 1 for "softmax"), the shift held constant in the
             gradient. A row whose denominator is 0 (nothing to see, or "relu" features that do not
             meet) gives 0.
+        cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
+            they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
+            Each has a state, (S, …) in all, and may be empty. On a GPU reading the ends waits.
+            Or give q, k and v as jagged nested tensors (S, H, N_s, D); o is one, too.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
@@ -193,7 +201,7 @@ def performer_attention(
         >>> bool((o - exact).abs().mean() < 0.02)
         True
     """
-    q, k, v = heads_first("performer_attention", layout, q, k, v)
+    (q, k, v), packing = unpack("performer_attention", layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv("performer_attention", q, k, v, grouped=True)
     causal = check_causal("performer_attention", causal, is_causal)
     check_key_mask("performer_attention", key_mask, k)
@@ -203,16 +211,17 @@ def performer_attention(
     if eps < 0:
         raise ValueError(f"performer_attention wants eps ≥ 0, got {eps}")
     _check_projection(q, projection)
-    state = _check_state(k, v, projection, initial_state)
+    state = _check_state(sequences(k, packing), k, v, projection, initial_state)
     # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer/), which runs where
     # it is asked for.
     simple = not causal and initial_state is None and not return_state
-    backend = choose(backend, performer_fwd, q, k, v, projection, cuda=simple)
+    op, cuts = (performer_fwd, ()) if packing is None else (performer_packed, packing[:1])
+    backend = choose(backend, op, q, k, v, projection, cuda=simple)
     options = KERNELS[kernel], causal, eps
     o, s, z, c, _ = by_query_head(
-        performer_fwd, backend, q, k, v, projection, key_mask, *state, *options
+        op, backend, q, k, v, projection, key_mask, *state, *cuts, *options
     )
-    o = as_given(layout, o)
+    o = pack(layout, o, packing)
     return (o, (s, z, c)) if return_state else o
 
 
@@ -232,11 +241,11 @@ def _check_projection(q: Tensor, w: Tensor) -> None:
         raise ValueError("projection is a constant and gets no gradient; pass projection.detach()")
 
 
-def _check_state(k, v, projection, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _check_state(b, k, v, projection, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if state is None:
         return None, None, None
     s, z, c = state
-    rows = (*k.shape[:2], projection.shape[0])
+    rows = (b, k.shape[1], projection.shape[0])
     want, acc = (*rows, v.shape[-1]), accumulate(k)
     if s.shape != want or z.shape != rows or c.shape != rows or {*_dtypes(s, z, c)} != {acc}:
         raise ValueError(

@@ -35,12 +35,13 @@ def inputs(op, device, feature):
     heads = 2 if feature == "fewer" else H
     keys = N + 4 if feature == "N_q" else N
     dv = 5 if feature == "Dv" else DV
+    b = 1 if feature == "cu_seqlens" else B
     if op == "mla":
-        shapes = ((B, H, N, D), (B, H, N, 4), (B, keys, 6), (B, keys, 4), (H, D, 6), (H, dv, 6))
+        shapes = ((b, H, N, D), (b, H, N, 4), (b, keys, 6), (b, keys, 4), (H, D, 6), (H, dv, 6))
         if feature == "fewer":
             shapes = (*shapes[:4], (2, D, 6), (2, dv, 6))
     else:
-        shapes = ((B, H, N, D), (B, heads, keys, D), (B, heads, keys, dv))
+        shapes = ((b, H, N, D), (b, heads, keys, D), (b, heads, keys, dv))
     x = [torch.randn(s, generator=g).to(device) for s in shapes]
     if feature == "layout":
         turn = 2 if op == "mla" else 3

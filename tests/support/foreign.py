@@ -140,7 +140,7 @@ def main() -> None:
             raise SystemExit("the kernels hold no multiply-add of four floats")
         print(f"built in {time.perf_counter() - start:.0f} s; {found} multiply-adds of four floats")
         server = Server(EMULATOR, program)
-        wanted = {op for op in OPS if OPS[op].why_not("cpp") is None}
+        wanted = {name for name, op in OPS.items() if op.own and op.why_not("cpp") is None}
         if missing := wanted - set(server.names):
             raise SystemExit(f"not in the program: {', '.join(sorted(missing))}")
         for name in set(server.names) & set(OPS):

@@ -189,8 +189,8 @@ def check_batches() -> None:
 
 
 def kernels() -> list[str]:
-    """The ops that have a C++ kernel, x for x_fwd and x_bwd."""
-    built = [name for name, op in OPS.items() if op.why_not("cpp") is None]
+    """The ops that have a C++ kernel of their own, x for x_fwd and x_bwd."""
+    built = [name for name, op in OPS.items() if op.own and op.why_not("cpp") is None]
     return sorted({name.removesuffix("_fwd").removesuffix("_bwd") for name in built})
 
 
