@@ -14,6 +14,11 @@ RULE = (
     "has a star where either of its times has one."
 )
 
+STAR = (  # the same in short, below a figure
+    f"A star marks a time that other work on the machine made more than {LIMIT:g} times as long, "
+    "or on which seeds differ by more than that."
+)
+
 
 def slowdown(run: Run) -> float | None:
     """Its training time over what it would have been undisturbed; None where nothing tells.

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..analysis.attacks import STEPS
-from ..compare.disturbance import RULE, disturbed
+from ..compare.disturbance import STAR, disturbed
 from ..compare.runs import Run
 from .attacks import attack_points
-from .pictures import TIME, averaged, measured
+from .pictures import TIME, averaged, far_apart, measured
 from .robustness import SETS, corrupted, severities, severity_points
 from .style import look
 from .tables import ranking
@@ -74,6 +74,7 @@ def charts(runs: list[Run], curves: list[Run], part: str, found: Found) -> list[
                 if disturbed(run for run in mine if run.attention == one["key"]):
                     one["look"] = {"name": f"{title(one['key'])} *"}
             if series:
+                chart["xlog"] = x == TIME and far_apart([one["x"][-1] for one in series])
                 chart |= {"kind": "curves", "shared": "time" not in x, "series": series}
                 drawn.append(chart)
     return drawn
@@ -84,7 +85,7 @@ def tradeoff_group(runs: list[Run], found: Found) -> Group | None:
     models = dict.fromkeys(run.model for run in runs)
     drawn = [chart for model in models for chart in _tradeoff(runs, model, found)]
     starred = any(point["disturbed"] for chart in drawn for point in chart["points"])
-    return Group(COSTS, COSTS_NOTE + f" {RULE}" * starred, drawn, wide=True) if drawn else None
+    return Group(COSTS, COSTS_NOTE + f" {STAR}" * starred, drawn, wide=True) if drawn else None
 
 
 def looks(attentions: Iterable[str]) -> dict[str, dict]:

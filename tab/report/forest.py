@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.transforms import blended_transform_factory
 
-from ..compare.disturbance import RULE
+from ..compare.disturbance import STAR
 from ..compare.verdicts import is_attention, kind
 from ..statistics import MARGIN
 from .chart_data import Group
@@ -101,7 +101,7 @@ def note(found: list[Row]) -> str:
         text += " Time: training time over the control's"
         several = any(row.time_low is not None for row in timed)
         text += ", the median of seeds with the least and the largest." if several else "."
-    return text + f" {RULE}" * any(row.disturbed for row in timed)
+    return text + f" {STAR}" * any(row.disturbed for row in timed)
 
 
 def extent(found: list[Row]) -> tuple[float, float]:

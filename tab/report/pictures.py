@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..compare.disturbance import disturbed
 from ..compare.runs import Run
@@ -16,7 +16,6 @@ from .text import title
 
 TIME = "training time (s)"  # of an axis
 STARRED = "; a star marks a time that other work decided"  # of a caption
-LOG = 8.0  # an axis whose values lie further apart is logarithmic
 
 
 def curves(
@@ -54,7 +53,23 @@ def curves(
             ax.set(title=f"{model.upper()}: {heading}", xlabel=xlabel, ylabel=ylabel)
             if xlabel in ("epoch", "severity"):  # which are whole
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if xlabel == TIME:
+                spread_out(ax, ends)
             label_ends(ax, ends)
+
+
+def far_apart(values: list[float]) -> bool:
+    """One of them would squeeze the others into a corner of a linear axis."""
+    return bool(values) and max(values) > 8 * min(values) > 0
+
+
+def spread_out(ax, ends: list[tuple]) -> None:
+    """Times of which one lies far off stand on a logarithmic axis."""
+    if far_apart([x for x, *_ in ends]):
+        ax.set(xscale="log", xlabel=f"{TIME}, log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.minorticks_off()
 
 
 def drawn(runs: list[Run]) -> list[Run]:
@@ -92,10 +107,7 @@ def tradeoffs(path: Path, charts: list[dict], names: list[str]) -> str:
                 ax.scatter(x, y, s=size, color=line["color"], alpha=0.75, edgecolor="white")
                 ends.append((x, y, title(point["key"]) + " *" * point["disturbed"], line))
             ax.set(title=chart["title"], xlabel=labels["time"], ylabel=labels["accuracy"])
-            times = [x for x, *_ in ends]
-            if max(times) > LOG * min(times):
-                ax.set(xscale="log", xlabel=f"{labels['time']}, log")
-                ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            spread_out(ax, ends)
             label_ends(ax, ends)
     starred = any(point["disturbed"] for chart in charts for point in chart["points"])
     caption = "Test accuracy against training time; higher and further left is better"
@@ -135,10 +147,10 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
         fig.subplots_adjust(wspace=0.08)
         accuracy, time = axes
         panels = (
-            (accuracy, "test", 100, "final test accuracy (%)", ".1f"),
-            (time, "seconds", 1, TIME, ".3g"),
+            (accuracy, "test", 100, "final test accuracy (%)", lambda x: f"{x:.1f}"),
+            (time, "seconds", 1, TIME, lambda x: f"{x:.0f}" if x >= 100 else f"{x:.3g}"),
         )
-        for ax, key, scale, xlabel, form in panels:
+        for ax, key, scale, xlabel, written in panels:
             means = [getattr(entry, key) for entry in entries]
             values = [mean.value * scale for mean in means]
             below = [mean.spread[0] * scale for mean in means]
@@ -151,7 +163,7 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
             room = max(ends) or 1.0
             for place, mean, end in zip(places, means, ends, strict=True):
                 x, plate = end + 0.012 * room, {"color": "white", "pad": 0.6}
-                text = f"{mean.value * scale:{form}}{' *' * mean.disturbed}"
+                text = written(mean.value * scale) + " *" * mean.disturbed
                 ax.text(x, place, text, va="center", fontsize=8.5, bbox=plate)
             ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
             ax.set_yticks(places, names if ax is accuracy else [""] * len(names))

@@ -118,7 +118,7 @@ WORDS = (  # columns of text, set left
 FIRST: dict[str, Callable[[Standing], str]] = {
     "Rank": lambda e: str(e.rank or "–"),
     "Attention": lambda e: title(e.attention),
-    "Test acc. (%) ↑": lambda e: e.test.show(".1f", 100) if e.test else e.notes,
+    "Test acc. (%) ↑": lambda e: e.test.show(".1f", 100) if e.test else "–",
 }
 COMPARED: dict[str, Callable[[Standing], str]] = {
     "vs control (points) ↑": versus,
@@ -126,7 +126,7 @@ COMPARED: dict[str, Callable[[Standing], str]] = {
     "p (Dunnett)": lambda e: p_value(e.verdict and e.verdict.p_adjusted),
     "Time ratio (×) ↓": lambda e: marked(e.ratio, ".2f", "") if e.ratio else "–",
 }
-LAST: dict[str, Callable[[Standing], str]] = {"Note": lambda e: e.notes if e.test else ""}
+LAST: dict[str, Callable[[Standing], str]] = {"Note": lambda e: e.notes}
 
 
 def ranked_columns() -> dict[str, Callable[[Standing], str]]:

@@ -55,11 +55,16 @@ def unfinished(runs: list[Run]) -> list[str]:
 
 
 def _rows(runs: list[Run]) -> str:
-    """Those that lack the same seeds stand together: "seeds 1–4 of CNN Local, CNN Linear"."""
+    """Those that lack the same seeds stand together: "CNN: seeds 1–4 of Local, Linear"."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for run in runs:
         seeds.setdefault((run.model, run.attention), []).append(run.seed)
-    rows: dict[str, list[str]] = {}
+    models: dict[str, dict[str, list[str]]] = {}
     for (model, attention), mine in seeds.items():
-        rows.setdefault(seeds_of(mine), []).append(f"{model.upper()} {plain(title(attention))}")
-    return "; ".join(f"{which} of {', '.join(names)}" for which, names in rows.items())
+        rows = models.setdefault(model, {})
+        rows.setdefault(seeds_of(mine), []).append(plain(title(attention)))
+    return ". ".join(
+        f"{model.upper()}: "
+        + "; ".join(f"{which} of {', '.join(names)}" for which, names in rows.items())
+        for model, rows in models.items()
+    )

@@ -65,7 +65,7 @@ const tell = (event, head, lines) => {
   const y = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 6);
   tip.style.left = `${Math.max(x, 4)}px`; tip.style.top = `${Math.max(y, 4)}px`;
 };
-const starred = ["*", "other work on the machine decided this time"];  // a line of a tip
+const starred = ["*", "other work made this time more than 1.5× as long"];  // a line of a tip
 // The mechanism pointed at keeps its colour, in all charts; the others turn grey.
 const light = key => {
   document.body.classList.toggle("pointing", key !== null);

@@ -20,7 +20,7 @@ kinds.forest = (figure, chart) => {
   word((left + W - right) / 2, bottom + 33, "points of test accuracy", {"text-anchor": "middle"});
   word(X(0) + 7, head - 16, "better →");
   word(X(0) - 7, head - 16, "← worse", {"text-anchor": "end"});
-  const columns = {difference: W - right + 18, verdict: W - right + 168, time: W - 188};
+  const columns = {difference: W - right + 18, verdict: W - right + 168, time: W - 198};
   if (!narrow) {
     word(0, head - 16, `${chart.control} at 0`);
     word(columns.difference, head - 16, "difference ↑");
@@ -28,11 +28,13 @@ kinds.forest = (figure, chart) => {
   } else word(0, 12, `${chart.control} at 0`);
   const timed = chart.rows.filter(r => r.time !== null);
   const reach = [1, ...timed.flatMap(r => [r.time, r.time_low, r.time_high])].filter(Boolean);
-  const T = scale(logEnds(reach), [columns.time, W - 62], true);
+  const T = scale(logEnds(reach), [columns.time, W - 80], true);
   if (times && timed.length) {
     word(columns.time, head - 16, "time ratio (×, log) ↓");
     svg("line", root, {class: "zero", x1: T(1), x2: T(1), y1: head - 8, y2: bottom});
-    word(T(1), bottom + 15, "1×", {"text-anchor": "middle"});
+    const wide = Math.max(...reach) > 8 * Math.min(...reach);  // then powers of ten have room
+    for (const t of logTicks(...logEnds(reach)).filter(t => !wide || Number.isInteger(Math.log10(t))))
+      word(T(t), bottom + 15, `${t}×`, {"text-anchor": "middle"});
   }
   const ratio = r => r.time === null ? "" : `${r.time.toFixed(2)}×${r.disturbed ? " *" : ""}`;
 
@@ -68,7 +70,7 @@ kinds.forest = (figure, chart) => {
       if (r.time_low !== null) svg("line", span, {x1: T(r.time_low), x2: T(r.time_high), y1: y, y2: y});
       svg("circle", span, {cx: T(r.time), cy: y, r: 3.6, class: r.disturbed ? "open" : ""});
     }
-    if (times) svg("text", link, {x: W - 54, y: y + 4, class: "number"}, ratio(r));
+    if (times) svg("text", link, {x: W - 64, y: y + 4, class: "number"}, ratio(r));
   });
   hover(root, event => {
     const row = event.target.closest("[data-key]");

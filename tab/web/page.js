@@ -1,7 +1,9 @@
 "use strict";
 // Draws every figure of the page, and the list of mechanisms that takes them away and brings them back.
+const there = new Set(data.charts.filter(chart => !chart.own)  // with something to take away
+  .flatMap(chart => chart.series ?? chart.points ?? []).map(one => one.key));
 document.querySelectorAll(".show").forEach(list => {
-  for (const [key, look] of Object.entries(data.looks)) {
+  for (const [key, look] of Object.entries(data.looks).filter(([key]) => there.has(key))) {
     const button = html("button", list, {ariaPressed: "true"});
     const sample = svg("svg", button, {width: 22, height: 8, class: "mark"});
     svg("line", sample, {...stroke(look), x1: 0, x2: 22, y1: 4, y2: 4});

@@ -24,6 +24,7 @@ from tab.machine import Stopwatch
 from tab.report import markdown
 from tab.report.chart_data import charts, tradeoff_group
 from tab.report.forest import rows
+from tab.report.pictures import far_apart
 from tab.report.tables import ranking
 
 EVEN = ([10.0] * 4, None, None)
@@ -101,9 +102,10 @@ def test_one_seed_is_marked_everywhere(tmp_path):
     costs = tradeoff_group(runs, {})
     points = {point["key"]: point["disturbed"] for point in costs.charts[0]["points"]}
     assert points == {"none": False, "local": False, "self": True}
-    assert "without waiting for a core" in costs.note
+    assert "A star marks a time" in costs.note
     assert "A star" not in tradeoff_group(runs[:2], {}).note
     (curve,) = [c for c in charts(runs, runs, "test", {}) if "against time" in c["title"]]
+    assert not curve["xlog"] and far_apart([100.0, 130.0, 1937.0]) and not far_apart([])
     assert [s.get("look") for s in curve["series"]] == [None, None, {"name": "Self-Attention *"}]
 
 

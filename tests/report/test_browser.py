@@ -60,6 +60,10 @@ const read = () => {
   said.forest = hover(forest, row.querySelector(".hit"));
   said.lit = [...document.querySelectorAll(".lit")].every(n => n.dataset.key === "linear")
     && document.querySelectorAll(".lit").length;
+  const starred = [...forest.querySelectorAll("a.row")]
+    .find(a => a.textContent.startsWith("Local"));
+  said.starred = [starred.textContent, ...hover(forest, starred.querySelector(".hit"))];
+  said.named = figure("accuracy and cost").textContent.includes("Local *");
   forest.dispatchEvent(new PointerEvent("pointerleave"));
   said.dark = document.querySelectorAll(".lit").length;
   said.link = document.querySelector(row.getAttribute("href")).textContent.includes("Linear");
@@ -111,6 +115,12 @@ def said(written) -> dict:
     where = (written / "page.html").as_uri()
     dom = chromium(written, "--dump-dom", "--window-size=500,900", where)
     return json.loads(unescape(re.search('data-said="(.*?)"', dom).group(1)))
+
+
+def test_a_star_says_what_it_means(said):
+    row, *tip = said["starred"]
+    assert row.endswith("× *") and "other work made this time" in tip[-1] and said["named"]
+    assert "other work" not in "".join(said["forest"])
 
 
 def test_nothing_is_fetched_and_nothing_fails(said):

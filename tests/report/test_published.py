@@ -103,7 +103,7 @@ def test_an_unfinished_comparison_is_reported_as_far_as_it_came(tmp_path):
     text = write_report(out, dataset, sweep=sweep).read_text()
     assert "Recipe `published`, 3 epochs" in text and "## Hyperparameters" in text
     assert "`mlp-none-s0`: stopped after epoch 2 of 3" in text
-    assert "1 of 2 runs not begun: seed 0 of MLP Self-Attention" in text
+    assert "1 of 2 runs not begun: MLP: seed 0 of Self-Attention" in text
     assert "| here, 2 epochs |" in text and "pictures/published.png" in text
     page = (out / "report.html").read_text()
     assert "stopped after epoch 2 of 3" in page and "MLP: Control</figcaption>" in page

@@ -35,16 +35,14 @@ def test_a_row_says_a_state_once():
 
 def test_rows_that_lack_the_same_seeds_stand_together():
     (said,) = unfinished([*RUNS, *missing("linear", range(5))])
-    assert (
-        "- 22 of 24 runs not begun: seeds 1–9 of CNN Control; seeds 1–2, 4 of CNN Self-Atte" in said
-    )
-    assert "seeds 0–4 of CNN Local, CNN Linear" in said and "--resume" in said
+    assert "- 22 of 24 runs not begun: CNN: seeds 1–9 of Control; seeds 1–2, 4 of Self-" in said
+    assert "; seeds 0–4 of Local, Linear" in said and "--resume" in said
 
 
 def test_what_one_seed_cannot_say_is_not_said():
     text = markdown.report(RUNS, FACTS, GRID, {})
     assert "## Statistics" not in text and "± is half" not in text
-    assert "| not begun (seeds 0–4) |" in text
+    assert "| not begun (seeds 0–4) |" in text and "| – | Local | – |" in text
     assert "Local" not in costs_table(ranking(RUNS, "cnn"))
     two = [*RUNS, run("none", seed=1), run("self", 0.6, seed=1)]
     assert "## Statistics" in markdown.report(two, FACTS, GRID, {})

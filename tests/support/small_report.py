@@ -66,6 +66,9 @@ def page(tmp_path, **more) -> str:
         for kind, accuracy in kinds.items()
         for s in (0, 1)
     ]
+    for each in runs:
+        if each.attention == "local":  # its first epoch was disturbed
+            each.rows[0]["seconds"] *= 4
     facts = FACTS | {"dataset": FACTS["dataset"] | {"note": NOTE}}
     text = markdown.report(runs, facts, Grid("fair", ["cnn"], [*kinds], 2, "shapes", "cpu"), {})
     matplotlib.image.imsave(tmp_path / "a.png", np.zeros((4, 4, 3)))
