@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from . import options
+from .answer import Answer
 from .terminal import say
 
 
@@ -25,22 +28,32 @@ def command(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Directory for the tables and the figure.")
     ] = Path("lengths"),
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Accuracy, time and memory against the number of tokens, from results on the disk.
 
     Images give lengths.csv, .md and .png; generated tasks (recall, copy, needle) give tasks.csv and
     .md, which say what each mechanism cannot do by construction, and whether it was found so."""
+    answer = Answer(quiet=quiet, as_json=as_json)
     from ..data.sequences import named
-    from ..report.lengths import costs, joined, trained, write_lengths
+    from ..report.lengths import COLUMNS, costs, joined, trained, write_lengths
     from ..report.tasks import answers, write_tasks
+    from .tables import lengths_table, tasks_table
 
     if not runs and not steps:
         raise ValueError("nothing to show: give directories of comparisons, --steps FILE, or both")
     found = trained(runs) if runs else []
     images = [each for each in found if not named(each.data)]
-    paths = []
+    paths, lines, solved = [], [], []
     if images or steps:
-        paths += write_lengths(out, joined(images, costs(steps) if steps else {}))
+        lines = joined(images, costs(steps) if steps else {})
+        paths += write_lengths(out, lines)
+        answer.show(lengths_table(lines))
     if tasks := [each for each in found if named(each.data)]:
-        paths += write_tasks(out, answers(tasks))
+        solved = answers(tasks)
+        paths += write_tasks(out, solved)
+        answer.show(tasks_table(solved))
     say(f"Wrote {', '.join(map(str, paths))}")
+    rows = [dict.fromkeys(COLUMNS) | line for line in lines]
+    answer.end(out=out, files=paths, rows=rows, tasks=[asdict(each) for each in solved])

@@ -10,8 +10,10 @@ from rich.table import Table
 from ..analysis.one_variant import Layer
 from ..analysis.same_function import Identity
 from ..compare.disturbance import LIMIT
+from ..report.averages import Mean
 from ..report.sweep import Trials
 from ..report.tables import Standing, versus
+from ..report.tasks import Answer
 from ..report.text import title
 from ..sweep.trials import Pair, RungTrial, winner_of
 from .answer import table
@@ -71,6 +73,40 @@ def ranked_rows(entries: list[Standing]) -> list[dict]:
         }
         for entry in entries
     ]
+
+
+# --- numbers of tokens ----------------------------------------------------------------------------
+
+
+def lengths_table(lines: list[dict]) -> Table:
+    """Accuracy and a training step for each mechanism and N; what nobody measured is left out."""
+    shows = {
+        "Test %": lambda x: Mean(x["accuracy"], x["accuracy_half"]).show(".1f", 100),
+        "Step ms": lambda x: f"{x['step_ms']:.3g}",
+        "Peak MB": lambda x: f"{x['step_peak_mb']:.0f}",
+        "PyTorch ms": lambda x: f"{x['eager_ms']:.3g}",
+    }
+    keys = dict(zip(shows, ("accuracy", "step_ms", "step_peak_mb", "eager_ms"), strict=True))
+    heads = [h for h in shows if any(line.get(keys[h]) is not None for line in lines)]
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    made = table("Lengths", *["Model"] * (len(models) > 1), "Attention", "N", *heads,
+                 right=("N", *heads))  # fmt: skip
+    for line in lines:
+        cells = [shows[h](line) if line.get(keys[h]) is not None else "–" for h in heads]
+        first = [line["model"].upper()] * (len(models) > 1)
+        made.add_row(*first, title(line["attention"]), str(line["tokens"]), *cells)
+    return made
+
+
+def tasks_table(found: list[Answer]) -> Table:
+    """What each mechanism answers of a generated task, beside what it can by construction."""
+    heads = ("Task", "Attention", "N", "Right %", "At most %", "Found")
+    made = table("Tasks", *heads, right=("N", "Right %", "At most %"))
+    for each in found:
+        mean = Mean(each.accuracy, each.accuracy_half).show(".1f", 100)
+        limit = f"{100 * each.ceiling:.1f}" if each.why else "–"
+        made.add_row(each.task, title(each.attention), str(each.tokens), mean, limit, each.found)
+    return made
 
 
 # --- the identity check ---------------------------------------------------------------------------

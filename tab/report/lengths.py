@@ -163,7 +163,7 @@ def write_lengths(out: Path, lines: list[dict]) -> list[Path]:
 SHOWN = {  # heading -> columns, and how they are written
     "Seeds": ("{}", "seeds"),
     "Epochs": ("{}", "epochs"),
-    "Test acc. (%)": ("{:.1%}", "accuracy"),
+    "Test acc.": ("{:.1%}", "accuracy"),
     "Step (ms)": ("{:.1f} ({:.1f}–{:.1f})", "step_ms", "step_ms_p10", "step_ms_p90"),
     "Peak MB": ("{:.0f}", "step_peak_mb"),
     "PyTorch (ms)": ("{:.1f} ({:.1f}–{:.1f})", "eager_ms", "eager_ms_p10", "eager_ms_p90"),

@@ -70,6 +70,9 @@ def test_the_command(folders, tmp_path):
     given = [*map(str, folders), "--steps", str(tmp_path / "steps.json"), "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["lengths", *given])
     assert done.exit_code == 0, done.output
+    assert "Step ms" in done.output and "At most %" in done.output
+    found = json.loads(CliRunner().invoke(app, ["lengths", *given, "--json"]).stdout)
+    assert {row["step_ms"] for row in found["rows"]} >= {1000.0} and len(found["tasks"]) == 6
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept >= {"lengths.csv", "lengths.md", "lengths.png", "tasks.csv", "tasks.md"}
     with open(tmp_path / "tasks.csv", encoding="utf-8") as file:
