@@ -1,6 +1,14 @@
 """The attention mechanisms as functions on (B, H, N, D) tensors: what `tab` offers, one a line."""
 
+from .decode import KVCache as KVCache
+from .decode import LinearCache as LinearCache
+from .decode import LocalCache as LocalCache
+from .decode import MLACache as MLACache
+from .decode import PagePool as PagePool
+from .decode import PerformerCache as PerformerCache
+from .decode import SparseCache as SparseCache
 from .ops import BlockPattern as BlockPattern
+from .ops import DecodeCache as DecodeCache
 from .ops import H2OCache as H2OCache
 from .ops import gated_linear_attention as gated_linear_attention
 from .ops import h2o_attention as h2o_attention

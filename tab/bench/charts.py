@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import decode_chart
 from .peak_memory import growth, tokens
 from .rows import DIRECTIONS, Row, percentiles, row_speedup
 
@@ -123,6 +124,8 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 def charts(rows: list[Row]) -> list[dict]:
     """What bars.js and curves.js draw."""
+    decoding = [row for row in rows if row.held_bytes]
+    rows = [row for row in rows if not row.held_bytes]
     drawn = [
         {
             "kind": "bars",
@@ -153,7 +156,7 @@ def charts(rows: list[Row]) -> list[dict]:
                 **{"shared": False, "named": True, "series": series},
             }
         )
-    return drawn
+    return [*drawn, *decode_chart.charts(decoding)]
 
 
 # --- as a file ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ NOTES = {
     "rounds: the median, and as a line the 10th to the 90th percentile. TAB's are blue, all others "
     "orange.",
     "curves": "Memory: behind a name stands the exponent of N by which its peak grows.",
+    "decoding": "A step is one token of each sequence; tokens a second are those of all of them.",
 }
 HISTORY_NOTE = """
     Each time is taken over that of a fixed PyTorch operation in the same round, so that a busier
@@ -63,7 +64,7 @@ def figures(drawn: list[dict], first: int) -> str:
 
 
 def _note(drawn: list[dict]) -> str:
-    kinds = dict.fromkeys(chart["kind"] for chart in drawn)
+    kinds = dict.fromkeys(chart.get("note", chart["kind"]) for chart in drawn)
     return " ".join(NOTES[kind] for kind in kinds)
 
 
@@ -96,7 +97,8 @@ def table(rows: list[Row]) -> str:
     """HTML of one table, less the columns that are empty; data-v holds what a column sorts by."""
     directions = _directions(rows)
     heads = ["case", "contestant", *(f"{d} ms" for d in directions), "tab is ×"]
-    heads += ["images/s", "GFLOP/s", "GB/s", "% of floor", "peak MB", "error", "gradient error", ""]
+    heads += [f"{_counted(rows)}/s", "GFLOP/s", "GB/s", "% of floor", "peak MB", "cache MB"]
+    heads += ["error", "gradient error", ""]
     base = {row.case: row for row in rows if row.contestant == "tab" and row.seconds}
     lines = [_line(row, directions, base.get(row.case)) for row in rows]
     empty = ("<td></td>", "<td class=why></td>")
@@ -108,6 +110,11 @@ def table(rows: list[Row]) -> str:
         for row, cells in zip(rows, lines, strict=True)
     )
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def _counted(rows: list[Row]) -> str:
+    """What `batch` is a number of."""
+    return "tokens" if any(row.held_bytes for row in rows) else "images"
 
 
 def _directions(rows: list[Row]) -> list[str]:
@@ -138,7 +145,7 @@ def _line(row: Row, directions: list[str], base: Row | None) -> list[str]:
     floor = rate(row.floor.get(main), 0.01)
     numbers = [ratio, rate(row.batch), rate(row.flops.get(main), 1e9)]
     numbers += [rate(row.moved.get(main), 1e9), floor]
-    numbers += [None if row.peak_bytes is None else row.peak_bytes / 1e6]
+    numbers += [None if x is None else x / 1e6 for x in (row.peak_bytes, row.held_bytes)]
     cells += [_cell(x, "" if x is None else _short(x)) for x in numbers]
     cells += [_cell(x, "" if x is None else f"{x:.0e}") for x in (row.error, row.gradient_error)]
     return [*cells, f"<td class=why>{escape(row.skipped or '')}</td>"]

@@ -24,8 +24,9 @@ class Row:
     pace: dict[str, list[float]] = field(default_factory=dict)
     rounds: dict[str, list[int]] = field(default_factory=dict)
     peak_bytes: int | None = None
-    batch: int | None = None  # images in a call, where it is a training step
-    tokens: int | None = None  # N of its model
+    held_bytes: int | None = None  # of the cache, where a call is a step of decoding
+    batch: int | None = None  # images in a call that is a training step; sequences, of decoding
+    tokens: int | None = None  # N of its model, or what was decoded before
     floor: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..machine import command
-from . import bench_compare, bench_growth, bench_history, options
+from . import bench_compare, bench_decode, bench_growth, bench_history, options
 from .answer import Answer
 from .bench_options import (
     Budget,
@@ -29,6 +29,7 @@ from .terminal import bar, command_group, command_line, next_command, say
 
 app = command_group("Measure the ops against what you could run instead.")
 app.command("compare")(bench_compare.command)
+app.command("decode")(bench_decode.command)
 app.command("growth")(bench_growth.command)
 app.command("history")(bench_history.command)
 

@@ -140,6 +140,25 @@ def growth_table(rows: list[Row], title: str, value: Value) -> Table:
     return made
 
 
+def decode_table(case: str, rows: list[Row]) -> Table:
+    """What a step of decoding takes, the tokens of all sequences in a second, and the cache."""
+    heads = ("Contestant", "ms a step", "Tokens/s", "Cache MB", "Error")
+    notes = [f"{row.contestant}: {row.skipped}" for row in rows if row.skipped]
+    made = table(case, *heads, right=heads[1:], note="\n".join(notes))
+    for row in rows:
+        if row.skipped:
+            continue
+        low, mid, high = percentiles(row.seconds["forward"])
+        made.add_row(
+            row.contestant,
+            spread([1e3 * x for x in (low, mid, high)], ".3g"),
+            f"{row.batch / mid:,.0f}",
+            f"{row.held_bytes / 1e6:,.3g}",
+            _error(row.error),
+        )
+    return made
+
+
 def changes_table(changes: list[Change]) -> Table:
     """What changed between two results, a line for each contestant and direction."""
     note = "Change: of the time over the yardstick's, with the interval of --alpha."
@@ -170,7 +189,8 @@ def history_table(lines: list[Line]) -> Table:
 
 def summaries(rows: list[Row]) -> list[dict]:
     """For --json: what the tables are made of, in seconds, bytes and FLOPs; no single time."""
-    keys = ("case", "contestant", "skipped", "error", "gradient_error", "peak_bytes", "batch")
+    keys = ("case", "contestant", "skipped", "error", "gradient_error", "peak_bytes", "held_bytes")
+    keys += ("batch", "tokens")
     return [
         {
             **{key: getattr(row, key) for key in keys},

@@ -12,6 +12,7 @@ from ._op import choose as choose
 from ._op import load_kernels as _load_kernels
 from ._op import no_flops as no_flops
 from ._op import use_backend as use_backend
+from .decode_cache import DecodeCache as DecodeCache
 from .gated_linear import gated_linear_attention as gated_linear_attention
 from .h2o import h2o_attention as h2o_attention
 from .h2o_cache import H2OCache as H2OCache

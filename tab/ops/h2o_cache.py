@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._check import accumulate, check_key_mask, check_qkv, number, real, shapes, token_major
 from ._softmax import weigh
+from .decode_cache import DecodeCache
 
 
 def check_budget(heavy: int, recent: int) -> None:
@@ -20,7 +21,7 @@ def check_budget(heavy: int, recent: int) -> None:
         )
 
 
-class H2OCache:
+class H2OCache(DecodeCache):
     """The slots that survived, S ≤ heavy + recent of them, the same number for every head.
 
     k (B, H, S, D); v (B, H, S, Dv); score A (B, H, S) float32, the attention each got so far;
@@ -28,8 +29,9 @@ class H2OCache:
     leaves first). All None before the first token. The memory is the cache's own. Its dtype is that
     of the first tokens; narrower ones, as under autocast, are widened to it.
 
-    A copy (copy.deepcopy, as a beam search makes) goes on by itself; if gradients are recorded,
-    they flow through it to where the original's do. A graph cannot be pickled: see `detach`.
+    Alone of all caches it records gradients. A copy (copy.deepcopy) goes on by itself; they flow
+    through it, and through `reorder`, to where the original's do. A graph cannot be pickled: see
+    `detach`.
 
     heavy, recent: slots for heavy hitters and for the latest tokens, at least one in all; scale: of
     the scores, D^(-1/2) unless given. A ValueError or TypeError names what does not fit.
@@ -43,15 +45,30 @@ class H2OCache:
         (torch.Size([1, 2, 1, 16]), torch.Size([1, 2, 8, 16]))
     """
 
+    NAMES = ("k", "v", "score", "position", "seen")
+
     def __init__(self, *, heavy: int, recent: int, scale: float | None = None):
         check_budget(heavy, recent)
         self.heavy, self.recent = heavy, recent
         self.scale = None if scale is None else number("H2OCache", "scale", scale)
+        self.reset()
+
+    def reset(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.score: Tensor | None = None
         self.position: Tensor | None = None
         self.seen: Tensor | int = 0  # real tokens so far; (B, 1, 1) once a mask was given
+
+    @property
+    def length(self) -> int:
+        if isinstance(self.seen, int):
+            return self.seen
+        return int(self.seen.max()) if self.seen.numel() else 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (self.k, self.v, self.score, self.position) if x is not None)
 
     def step(
         self,
@@ -84,12 +101,9 @@ class H2OCache:
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """A whole prompt: full causal attention, A_j = Σ_i P_ij, then one eviction; O(N²) memory.
 
-        Shapes as in `step`. A long prompt in blocks, by `step`, takes O(N·(budget + T)) instead.
+        Shapes as in `step`. A long prompt in blocks of T tokens takes O(N·(budget + T)), and keeps
+        what `h2o_attention` keeps with block=T: the cache evicts at the end of each.
         """
-        if self.k is not None:
-            raise ValueError(
-                "H2OCache.prefill wants an empty cache; use step to go on, or a new one"
-            )
         return self.step(q, k, v, key_mask=key_mask)
 
     def detach(self) -> H2OCache:
@@ -114,6 +128,26 @@ class H2OCache:
                 "cache.detach(), or step under torch.no_grad(); copy.deepcopy keeps the graph"
             )
         return self.__dict__
+
+    def _batch(self) -> int:
+        return 0 if self.k is None else len(self.k)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        if self.k is None:
+            return {}
+        seen = self.seen if isinstance(self.seen, Tensor) else self.k.new_full(
+            (self.k.shape[0], 1, 1), self.seen, dtype=torch.int64
+        )  # fmt: skip
+        return dict(zip(self.NAMES, (*self._slots(), seen), strict=True))
+
+    def _sizes(self, length: int) -> dict[str, tuple[int | str, ...]]:
+        slots = "B", "H", "S"
+        return {"k": (*slots, "D"), "v": (*slots, "Dv"), "score": slots, "position": slots,
+                "seen": ("B", 1, 1)}  # fmt: skip
+
+    def _restore(self, tensors: dict[str, Tensor], length: int) -> None:
+        self.k, self.v, self.score, self.position, seen = (tensors[name] for name in self.NAMES)
+        self.seen = length if bool((seen == length).all()) else seen
 
     def _slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, A and position, once there are any."""

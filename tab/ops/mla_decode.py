@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._autograd import transforming
 from ._check import accumulate, operands, shapes
 from ._op import Backend, Op, choose
 from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
 from .mla import check
+from .mla_pages import check_pages, gather_pages
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -35,6 +37,12 @@ def decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
     z, lse, _ = softmax_forward(q, cached, cached[..., : w_uk.shape[-1]], seen, scale)  # (B, H, R)
     o = torch.einsum("bhr,hvr->bhv", z, w_uv.to(z.dtype))
     return o.to(q_nope.dtype).contiguous(), lse  # one layout from every backend
+
+
+def paged_reference(q_nope, q_rope, cache, page_table, seqlens, w_uk, w_uv, scale):
+    """The same with a cache of pages (P, S, R+Dr), copied into one piece a sequence."""
+    cache = gather_pages(cache, page_table, seqlens)
+    return decode_reference(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
 
 
 def decode_backward_reference(
@@ -73,6 +81,12 @@ def _flops(q_nope, q_rope, cache, seqlens, w_uk, w_uv, *_, **__) -> int:
     return 2 * b * h * (r * (dn + dv) + n * (width + r))
 
 
+def _paged_flops(q_nope, q_rope, cache, page_table, seqlens, w_uk, w_uv, *_, **__) -> int:
+    """Each row of each page in the table counts."""
+    n = page_table[1] * cache[1]
+    return _flops(q_nope, q_rope, (page_table[0], n, cache[2]), seqlens, w_uk, w_uv)
+
+
 def _backward_flops(do, dlse, q_nope, q_rope, cache, seqlens, w_uk, w_uv, *_, **__) -> int:
     """q̃, scores and z again; q̃ and o with two gradients each, the rows of the cache with four."""
     (b, h, dn), (_, n, width), (_, dv, r) = q_nope, cache, w_uv
@@ -85,6 +99,14 @@ mla_decode_op = Op(
     "float scale) -> (Tensor o, Tensor lse)",
     decode_reference,
     flops=_flops,
+)
+# Without gradients: those are of mla_decode, over the pages in one piece.
+mla_decode_paged = Op(
+    "mla_decode_paged",
+    "(Tensor q_nope, Tensor q_rope, Tensor cache, Tensor page_table, Tensor seqlens, Tensor w_uk, "
+    "Tensor w_uv, float scale) -> (Tensor o, Tensor lse)",
+    paged_reference,
+    flops=_paged_flops,
 )
 mla_decode_bwd = Op(
     "mla_decode_bwd",
@@ -117,6 +139,7 @@ def mla_decode(
     w_uk: Tensor,
     w_uv: Tensor,
     *,
+    page_table: Tensor | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -129,6 +152,10 @@ def mla_decode(
         cache: (B, Nmax, R+Dr), rows [c | k_r], nothing per head; the new token's row included.
         seqlens: (B,) int32 or int64, rows of the cache in use; above Nmax it counts as Nmax.
             A sequence of length 0 gives o 0 and lse −inf.
+        page_table: (B, M) int32 or int64: the cache is (P, S, R+Dr), P pages of S rows that the
+            sequences share, and row j of sequence b lies in page page_table[b, ⌊j/S⌋]. Entries
+            above a sequence's length count for nothing. C++ reads the pages where they lie; the
+            others, and gradients, copy each sequence into one piece first.
         scale: 1/√(Dn + Dr) when None.
         backend: "auto", "reference", "cpp", "triton" or "cuda", of the forward pass: decoding is
             inference, and its gradient is PyTorch's on every backend.
@@ -152,19 +179,32 @@ def mla_decode(
     q_nope, q_rope, cache, w_uk, w_uv = operands(
         "mla_decode", q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv
     )
-    _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv)
+    scale = score_scale("mla_decode", scale, q_nope.shape[-1] + q_rope.shape[-1])
+    _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv, page_table)
     backend = choose(backend, mla_decode_op, q_nope, q_rope)
+    if page_table is not None:
+        given = q_nope, q_rope, cache, page_table, seqlens, w_uk, w_uv
+        if _in_place(backend, *given):
+            return mla_decode_paged.apply(backend, *given, scale)
+        cache = gather_pages(cache, page_table, seqlens)
     if cache.shape[1] == 0:  # no kernel meets an empty cache
         backend = "reference"
-    scale = score_scale("mla_decode", scale, q_nope.shape[-1] + q_rope.shape[-1])
     return mla_decode_op.apply(backend, q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale)
 
 
-def _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv) -> None:
+def _in_place(backend: Backend, *tensors: Tensor) -> bool:
+    """Whether the C++ kernel reads the pages where they lie: it is there, and no gradient is."""
+    if backend not in ("auto", "cpp") or mla_decode_paged.why_not("cpp") or transforming():
+        return False
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return tensors[0].is_cpu and tensors[2].numel() > 0 and not graph
+
+
+def _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv, page_table) -> None:
     rule, r, dr = None, w_uk.shape[-1], q_rope.shape[-1]
     if q_nope.dim() != 3 or q_rope.dim() != 3 or cache.dim() != 3:
         rule = "q_nope (B, H, Dn), q_rope (B, H, Dr), cache (B, Nmax, R+Dr) with rows [c | k_r]"
-    elif seqlens.dtype not in (torch.int32, torch.int64) or seqlens.shape != cache.shape[:1]:
+    elif seqlens.dtype not in (torch.int32, torch.int64) or seqlens.shape != q_nope.shape[:1]:
         rule = "seqlens (B,) int32 or int64"
     elif seqlens.device != cache.device:
         rule = "one device"
@@ -173,6 +213,9 @@ def _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv) -> None:
     if rule:
         tensors = {"q_nope": q_nope, "q_rope": q_rope, "cache": cache, "seqlens": seqlens}
         raise ValueError(f"mla_decode wants {rule}; got {shapes(**tensors, w_uk=w_uk, w_uv=w_uv)}")
+    if page_table is not None:
+        check_pages(cache, page_table, seqlens)
+        cache = cache[:1].expand(len(seqlens), -1, -1)  # the rest of the check is of rows
     # The rest is as in mla_attention, with one query and Nmax keys.
     latent, rotary = cache.split([r, dr], -1)
     check("mla_decode", q_nope[:, :, None], q_rope[:, :, None], latent, rotary, w_uk, w_uv, True)

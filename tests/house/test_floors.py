@@ -13,7 +13,7 @@ from paths import ROOT
 
 FLOORS = (
     ("checks", "figures", "files", "machine", "ops", "plugins", "statistics", "web"),
-    ("formats", "kernels", "layers", "run_config", "tasks"),
+    ("decode", "formats", "kernels", "layers", "run_config", "tasks"),
     ("data", "doctor", "models", "swap", "tracking"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),

@@ -222,7 +222,6 @@ def test_errors(generator):
         (lambda: h2o_attention(q, k, v, heavy=1, recent=1, mode="fast"), "streaming, exact"),
         (lambda: h2o_attention(q, k, v, heavy=1, recent=1, block=0), "block=0"),
         (lambda: h2o_attention(q[0], k, v, heavy=1, recent=1), r"\(B, H, N, D\)"),
-        (lambda: cache.prefill(q, k, v), "empty cache"),
         (lambda: cache.step(q[:1], k[:1], v[:1]), r"cache_k \(2, 2, 2, 8\)"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -87,9 +87,10 @@ static void split(const Decode& a, const DecodePiece& piece, void* result, void*
   transpose(a.h, s.width, static_cast<const A*>(a.q) + piece.b * a.h * ldq, ldq, qt, s.hp);
   for (int64_t h = 0; h < s.hp; ++h) top[h] = -__builtin_inf();
   clear(total, s.hp);
-  for (int64_t j = piece.from; j < piece.to; j += KEYS) {
-    const int64_t count = least(KEYS, piece.to - j);
-    const T* rows = row<T>(a.cache, piece.b, 0, j);
+  for (int64_t j = piece.from, count; j < piece.to; j += count) {
+    const int64_t at = j / a.page, in = j - at * a.page;  // a tile lies in one page
+    count = least(least(KEYS, piece.to - j), a.page - in);
+    const T* rows = row<T>(a.cache, a.table ? a.table[piece.b * a.pages + at] : piece.b, 0, in);
     const A* keys = copy;
     int64_t ld = s.wide;
     // Whole vectors over the first R numbers must not run past the row.
