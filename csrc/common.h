@@ -48,15 +48,15 @@ inline ScalarType accumulator(const Tensor& x) {
 }
 
 /// q (B, H, N, D), k like it and v (B, H, N, Dv), of one type. Where kernels read groups of heads, k
-/// and v may have fewer, whose number divides H.
+/// and v may have fewer, whose number divides H; in cross-attention they may have another N.
 inline void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                      bool grouped = false) {
+                      bool grouped = false, bool cross = false) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k, v are (B, H, N, D)");
-  const int64_t h = q.size(1), heads = grouped ? k.size(1) : h;
+  const int64_t h = q.size(1), heads = grouped ? k.size(1) : h, n = (cross ? k : q).size(2);
   STD_TORCH_CHECK(heads == h || (heads > 0 && h % heads == 0), op,
                   ": k has the wrong shape: its heads divide those of q");
-  check_shape(op, "k", k, {q.size(0), heads, q.size(2), q.size(3)});
-  check_shape(op, "v", v, {q.size(0), heads, q.size(2), v.size(3)});
+  check_shape(op, "k", k, {q.size(0), heads, n, q.size(3)});
+  check_shape(op, "v", v, {q.size(0), heads, n, v.size(3)});
   check_dtype(op, "k", k, q.scalar_type());
   check_dtype(op, "v", v, q.scalar_type());
 }

@@ -147,6 +147,7 @@ def strided(*tensors: Tensor) -> list:
     return [y for x in tensors for y in (x, *x.stride()[:-1])]
 
 
-def token_major_empty(like: Tensor) -> Tensor:
-    """Uninitialised (B, H, N, D), laid out as (B, N, H, D)."""
-    return like.new_empty([like.shape[i] for i in (0, 2, 1, 3)]).transpose(1, 2)
+def token_major_empty(like: Tensor, size: int | None = None) -> Tensor:
+    """Uninitialised (B, H, N, D) as `like`, D or `size` wide, laid out as (B, N, H, ·)."""
+    b, h, n, d = like.shape
+    return like.new_empty(b, n, h, d if size is None else size).transpose(1, 2)

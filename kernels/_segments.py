@@ -19,6 +19,8 @@ SCAN = 1024  # elements of T that one program scans
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
+    if not (q.shape[2] and k.shape[2]):
+        return "it takes at least one query and one key"
     return outside(q, MAX_SIZE, D=q.shape[-1], Dv=v.shape[-1])
 
 
@@ -33,19 +35,21 @@ def meta(q: Tensor, v: Tensor) -> dict:
     }  # fmt: skip
 
 
-def one_launch(q: Tensor, causal: bool) -> bool:
-    """Whether one program for each (batch, head) is the better way: few tokens, or many heads."""
+def one_launch(q: Tensor, k: Tensor, causal: bool) -> bool:
+    """Whether one program for each (batch, head) is the better way: few tokens, or many heads. It
+    takes as many keys as queries."""
     b, h, n, _ = q.shape
-    return not causal and (n <= FUSED_TOKENS or b * h >= 2 * processors(q.device))
+    better = n <= FUSED_TOKENS or b * h >= 2 * processors(q.device)
+    return better and not causal and n == k.shape[2]
 
 
-def segments(q: Tensor, v: Tensor, features: int, causal: bool) -> tuple[int, int]:
-    """(tokens in a segment, segments): enough programs to fill the GPU, fixed when causal."""
-    b, h, n, _ = q.shape
+def segments(x: Tensor, v: Tensor, features: int, causal: bool) -> tuple[int, int]:
+    """(tokens of x in a segment, segments): enough programs to fill the GPU, fixed when causal."""
+    b, h, n, _ = x.shape
     size = SEGMENT
     if not causal:
         tiles = cdiv(features, block(features)) * cdiv(v.shape[-1], block(v.shape[-1]))
-        splits = max(1, 4 * processors(q.device) // (b * h * tiles))
+        splits = max(1, 4 * processors(x.device) // (b * h * tiles))
         size = max(SEGMENT, cdiv(cdiv(n, splits), TOKENS) * TOKENS)
     return size, cdiv(n, size)
 

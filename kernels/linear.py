@@ -130,9 +130,9 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
     s0, z0 = whole(s0, z0)
     b, h, n, d = q.shape
-    dv, o = v.shape[-1], token_major_empty(v)
+    dv, o = v.shape[-1], token_major_empty(q, v.shape[-1])
     m = {"MAP": feature_map, **meta(q, v)}
-    if one_launch(q, causal) and max(d, dv) <= FUSED_SIZE:
+    if one_launch(q, k, causal) and max(d, dv) <= FUSED_SIZE:
         s = q.new_empty(b, h, d, dv, dtype=torch.float32)
         z = s.new_empty(b, h, d)
         m["BD"] = block(d, FUSED_SIZE)
@@ -141,7 +141,7 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
             *strided(o), s, z, n, h, eps, **m,
         )  # fmt: skip
         return o, s, z
-    size, count = segments(q, v, d, causal)
+    size, count = segments(k, v, d, causal)
     s, z, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     launch(
         linear_outputs, (b * h, cdiv(n, m["BN"]), cdiv(dv, m["BV"])), *strided(q, k, v), mask,

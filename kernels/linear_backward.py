@@ -253,10 +253,10 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
     (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     s, z, s0, z0, ds, dz = whole(s, z, s0, z0, ds, dz)
-    b, h, n, d = q.shape
+    (b, h, n, d), keys = q.shape, k.shape[2]
     dim_v, m = v.shape[-1], {"MAP": feature_map, **meta(q, v)}
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
-    if one_launch(q, causal) and max(d, dim_v) <= FUSED_SIZE:
+    if one_launch(q, k, causal) and max(d, dim_v) <= FUSED_SIZE:
         ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
         dz0 = ds0.new_empty(b, h, d)
         m |= {"BN": 32, "num_warps": 8}  # S and dS crowd the registers
@@ -284,13 +284,14 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
         *strided(dq), n, h, size, **m_out,
     )  # fmt: skip
     ds0, dz0, seen = scanned(q, do, None, inv, r, ds, dz, size, count, causal, True, m)
+    tiles = cdiv(keys, m["BN"])
     launch(
         linear_grad_k, (b * h, tiles, across), *strided(q, k, v, do), mask, inv, r, *seen,
-        *strided(dk), n, h, size, **m_out,
+        *strided(dk), keys, h, size, **m_out,
     )  # fmt: skip
     launch(
         linear_grad_v, (b * h, tiles, across_v), *strided(q, k, do), mask, inv, seen[0], seen[2],
-        seen[4], *strided(dv), n, h, size, **m_out,
+        seen[4], *strided(dv), keys, h, size, **m_out,
     )  # fmt: skip
     return dq, dk, dv, ds0, dz0
 

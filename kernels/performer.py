@@ -213,9 +213,9 @@ def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
     w, s0, z0, c0 = whole(projection, s0, z0, c0)
     b, h, n, _ = q.shape
-    m, o = meta(q, v, w, kernel, causal), token_major_empty(v)
+    m, o = meta(q, v, w, kernel, causal), token_major_empty(q, v.shape[-1])
     lse = w.new_empty(b, h, n)
-    if one_launch(q, causal):
+    if one_launch(q, k, causal):
         s, z = w.new_empty(b, h, m["M"], m["DV"]), w.new_empty(b, h, m["M"])
         c = torch.empty_like(z)
         launch(
@@ -223,7 +223,7 @@ def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
             lse, n, h, eps, **m,
         )  # fmt: skip
         return o, s, z, c, lse
-    size, count = segments(q, v, m["M"], causal)
+    size, count = segments(k, v, m["M"], causal)
     final, seen, _ = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, m)
     launch(
         performer_outputs, (b * h, cdiv(n, m["BN"]), cdiv(m["DV"], m["BV"])), *strided(q, k, v), w,

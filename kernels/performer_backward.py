@@ -213,7 +213,7 @@ def backward(
     (lse,) = answered(key_mask, do, lse[..., None], fill=torch.inf)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     w, s, z, c, lse, s0, z0, c0, ds, dz = whole(projection, s, z, c, lse, s0, z0, c0, ds, dz)
-    b, h, n, d = q.shape
+    (b, h, n, d), count_k = q.shape, k.shape[2]
     forward_m = meta(q, v, w, kernel, causal)
     m = {**forward_m, "BM": block(w.shape[0], 32)}  # two sums crowd the registers
     dim_v, features = m["DV"], m["M"]
@@ -222,7 +222,7 @@ def backward(
     r = torch.empty_like(lse)
     inputs = *strided(q, k, v, do, o), w, mask
     wide = {**m, "BX": block(max(d, dim_v))}
-    if one_launch(q, causal):
+    if one_launch(q, k, causal):
         t = w.new_empty(b * h, 1, features * dim_v + features)
         launch(
             performer_fused_backward, (b * h,), *inputs, s, z, c, c0, ds, dz, lse, r, t,
@@ -253,9 +253,9 @@ def backward(
     else:  # the sum lies in the first segment's place
         after = *each_state(t, features)[:4], 0, *one_shift(c)
     launch(
-        performer_keys, (b * h, tiles, cdiv(max(d, dim_v), columns)), *strided(q, k, v, do), w,
-        mask, *after, shift[0], lse, r, *strided(dk, dv), n, h, size, CAUSAL=causal,
-        **wide | {"num_stages": 1},
+        performer_keys, (b * h, cdiv(count_k, m["BN"]), cdiv(max(d, dim_v), columns)),
+        *strided(q, k, v, do), w, mask, *after, shift[0], lse, r, *strided(dk, dv), count_k, h,
+        size, CAUSAL=causal, **wide | {"num_stages": 1},
     )  # fmt: skip
     return dq, dk, dv, ds0, dz0
 

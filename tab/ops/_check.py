@@ -104,6 +104,8 @@ def answered(
     whose outputs have no cotangent do. Like `real`, so that 0 · NaN is 0."""
     if key_mask is None:
         return tensors
+    if key_mask.shape[1] != do.shape[2]:  # of other tokens
+        return tensors
     idle = ~key_mask[:, None, :, None] & (do == 0).all(-1, keepdim=True)  # (B, H, N, 1)
     return tuple(x.masked_fill(idle, fill) for x in tensors)
 
@@ -150,10 +152,11 @@ def shapes(**tensors: Tensor | None) -> str:
 
 
 def check_qkv(
-    op: str, q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False
+    op: str, q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False, cross: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (B, H, N, D) and v (B, H, N, Dv), cast under autocast: one floating dtype, one device.
-    B and N may be 0. grouped: k and v may have fewer heads, H_kv, which divides H.
+    B and N may be 0. grouped: k and v may have fewer heads, H_kv, which divides H. cross: they may
+    have another N.
 
     >>> q = torch.zeros(1, 4, 16, 8)
     >>> q, k, v = tab.ops.check_qkv("mine", q, q, q)
@@ -168,11 +171,12 @@ def check_qkv(
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
     else:
         (b, h, n, d), (*rows, dv) = shape, wide
-        heads = k.shape[1] if grouped else h
+        heads, n = k.shape[1] if grouped else h, k.shape[2] if cross else n
         if heads and h % heads:
             rule = f"a number of heads of k and v that divides the {h} of q"
         elif k.shape != (b, heads, n, d) or [b, heads, n] != rows:
             few = ", or both with fewer heads than q" if grouped else ""
+            few += ", or both with another N" if cross else ""
             rule = f"q and k of one shape, v with the same B, H, N{few}"
         elif not (h and heads and d and dv):
             rule = "at least one head and D, Dv ≥ 1"
@@ -181,6 +185,23 @@ def check_qkv(
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         same(op, q=q, k=k, v=v)
     return q, k, v
+
+
+def check_lengths(op: str, q: Tensor, k: Tensor, causal: bool) -> None:
+    """Causal, each query is one of the keys."""
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{op}: causal wants as many queries as keys, got N_q = {q.shape[2]} and N_k = "
+            f"{k.shape[2]}; for queries at the end of a sequence pass what the keys before them "
+            "leave (return_state=True) as initial_state"
+        )
+
+
+def one_length(q: Tensor, k: Tensor, *_) -> str | None:
+    """Why a kernel for as many queries as keys does not take these, or None."""
+    if q.shape[2] == k.shape[2]:
+        return None
+    return f"it takes as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
 
 
 def same(op: str, **tensors: Tensor | None) -> None:

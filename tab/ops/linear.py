@@ -19,8 +19,10 @@ from ._check import (
     accumulate,
     check_causal,
     check_key_mask,
+    check_lengths,
     check_qkv,
     number,
+    one_length,
     same,
     shapes,
 )
@@ -37,15 +39,14 @@ FEATURE_MAPS = {"elu1": 0, "relu": 1, "identity": 2}  # code passed to the kerne
 
 
 def _flops(q, k, v, *_, **__) -> int:
-    """S = φ(k)ᵀv and φ(q)ᵀS: 4·D·Dv a token and head."""
+    """S = φ(k)ᵀv and φ(q)ᵀS: 2·D·Dv a key and head, and as much a query."""
     b, h, n, d = q
-    return 4 * b * h * n * d * v[-1]
+    return 2 * b * h * (n + k[2]) * d * v[-1]
 
 
 def _backward_flops(do, ds, dz, q, k, v, *_, **__) -> int:
-    """dS = φ(q)ᵀdo, and do, v and φ(k) by S or dS: 8·D·Dv a token and head."""
-    b, h, n, d = q
-    return 8 * b * h * n * d * v[-1]
+    """dS = φ(q)ᵀdo, and do, v and φ(k) by S or dS: 4·D·Dv a key and head, and as much a query."""
+    return 2 * _flops(q, k, v)
 
 
 linear_fwd = Op(
@@ -79,6 +80,7 @@ def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
     return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, ds0, dz0)
 
 
+linear_fwd.takes["cuda"] = one_length
 linear_fwd.differentiable(_gradients, by=linear_bwd)
 linear_packed = packed(linear_fwd, linear_bwd, _gradients)
 
@@ -140,16 +142,17 @@ def linear_attention(
     """Linear attention, `o_i = φ(q_i)ᵀS / (φ(q_i)ᵀz + eps)` (Katharopoulos 2020, eq. 5, 9).
 
     Args:
-        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One of float16, bfloat16, float32
-            and float64 (under autocast they are cast first; float64 stays), one device. Sums run in
-            float32. B and N may be 0: outputs are empty, and the state stays the initial one.
+        q: (B, H, N, D); k: (B, H_kv, N_k, D); v: (B, H_kv, N_k, Dv). One of float16, bfloat16,
+            float32 and float64 (under autocast they are cast first; float64 stays), one device.
+            Sums run in float32. N_k may be another than N (cross-attention), unless causal. B, N
+            and N_k may be 0: the state of no keys is the initial one, and o is 0 without one.
             H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v (grouped-query
             attention, Ainslie et al. 2023), which every kernel reads in place.
         feature_map: "elu1" (elu + 1), "relu", "identity" (q and k are features already) or
             "softmax" (of each q over D, of k over the tokens; Shen et al. 2021; not causal).
         causal: token i sees tokens j ≤ i.
         is_causal: another name of `causal`.
-        key_mask: (B, N) bool, True where a token is real; the others vanish from S and from z.
+        key_mask: (B, N_k) bool, True where a token is real; the others vanish from S and from z.
             What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
             token is seen in every output that attends to it.
         initial_state: (S (B, H_kv, D, Dv), z (B, H_kv, D)) float32, from earlier tokens.
@@ -188,8 +191,9 @@ def linear_attention(
         True
     """
     (q, k, v), packing = unpack("linear_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("linear_attention", q, k, v, grouped=True)
+    q, k, v = check_qkv("linear_attention", q, k, v, grouped=True, cross=True)
     causal = check_causal("linear_attention", causal, is_causal)
+    check_lengths("linear_attention", q, k, causal)
     check_key_mask("linear_attention", key_mask, k)
     eps = number("linear_attention", "eps", eps)
     s0, z0 = _check_state(sequences(k, packing), k, v, initial_state)

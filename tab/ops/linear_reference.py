@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._check import accumulate, answered, real, token_major
-from ._softmax import empty_heads, weigh
+from ._softmax import empty_heads, empty_outputs, weigh
 
 CHUNK = 64  # tokens whose causal scores the reference holds at once
 BLOCK = 1024  # tokens that the reference adds up in one running sum
@@ -105,8 +105,9 @@ def inverse(den: Tensor) -> Tensor:
 def forward_reference(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     """-> o (B, H, N, Dv), S (B, H, D, Dv), z (B, H, D), the two last in the accumulation type."""
     if q.is_meta:  # shapes need no chunks, and so no guards on N
-        z = q.new_empty(*q.shape[:2], q.shape[3], dtype=accumulate(q))
-        return empty_heads(v), z.new_empty(*z.shape, v.shape[3]), z
+        o, lse = empty_outputs(q, v, accumulate(q))
+        z = lse.new_empty(*q.shape[:2], q.shape[3])
+        return o, z.new_empty(*z.shape, v.shape[3]), z
     fq, fk, v1 = _operands(q, k, v, key_mask, feature_map)
     out, _, total = _sums(fq, fk, v1, join(s0, z0), causal)
     o = out[..., :-1] * inverse(out[..., -1:] + eps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._check import (
     Layout,
+    accumulate,
     as_given,
     check_key_mask,
     check_qkv,
@@ -40,11 +41,13 @@ def linformer_attention(
     (Wang et al. 2020, eq. 7).
 
     Args:
-        q, k: (B, H, N, D); v: (B, H, N, Dv). One floating dtype, one device.
-        E: (N_max, K), or (H, N_max, K) for one per head; projects k, its first N rows are used.
+        q: (B, H, N, D); k: (B, H, N_k, D); v: (B, H, N_k, Dv). One floating dtype, one device. N_k
+            may be another than N (cross-attention).
+        E: (N_max, K), or (H, N_max, K) for one per head; projects k, its first N_k rows are used.
         F: the same for v; E by default.
-        key_mask: (B, N) bool, True where a token is real; the others are zero in q, Eᵀk and Fᵀv,
-            whatever they hold. So their own output is the mean of the K rows of Fᵀv.
+        key_mask: (B, N_k) bool, True where a token is real; the others are zero in Eᵀk and Fᵀv,
+            whatever they hold. Where N_k = N, an infinite or NaN q of theirs counts as 0, so that
+            it reaches nobody in the backward pass either.
         scale: of the scores, D^(-1/2) by default.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
 
@@ -52,7 +55,7 @@ def linformer_attention(
         o (B, H, N, Dv) in the input's dtype.
 
     Raises:
-        ValueError: N > N_max, or shapes, dtypes or devices do not fit; the message prints them.
+        ValueError: N_k > N_max, or shapes, dtypes or devices do not fit; the message prints them.
         TypeError: scale is a tensor.
 
     Example:
@@ -62,7 +65,7 @@ def linformer_attention(
         torch.Size([2, 4, 64, 32])
     """
     q, k, v = heads_first("linformer_attention", layout, q, k, v)
-    q, k, v = check_qkv("linformer_attention", q, k, v)
+    q, k, v = check_qkv("linformer_attention", q, k, v, cross=True)
     (E,) = operands("linformer_attention", E=E)
     F = E if F is None else operands("linformer_attention", F=F)[0]
     check_key_mask("linformer_attention", key_mask, k)
@@ -75,14 +78,24 @@ def linformer_attention(
             )
     if E.shape[-1] != F.shape[-1] or 0 in E.shape:
         raise ValueError(f"linformer_attention wants E, F of one K ≥ 1, got {shapes(E=E, F=F)}")
-    n, longest = q.shape[2], min(E.shape[-2], F.shape[-2])
+    n, longest = k.shape[2], min(E.shape[-2], F.shape[-2])
     if n > longest:
         raise ValueError(
-            f"linformer_attention: N = {n} tokens, but E and F have rows for N_max = {longest}; "
+            f"linformer_attention: N = {n} keys, but E and F have rows for N_max = {longest}; "
             "shorten the sequence or build E and F with more rows"
         )
     scale = score_scale("linformer_attention", scale, q.shape[-1])
-    q, k, v = real(key_mask, q, k, v)  # q too: its NaN would reach E, k and v in the backward pass
+    k, v = real(key_mask, k, v)
     short_k = E.narrow(-2, 0, n).mT @ k  # (B, H, K, D)
     short_v = F.narrow(-2, 0, n).mT @ v  # (B, H, K, Dv)
+    if key_mask is not None and n == q.shape[2]:
+        q = _without_wild(q, short_k, key_mask)
     return as_given(layout, sdpa(q, short_k, short_v, scale))
+
+
+def _without_wild(q: Tensor, k: Tensor, key_mask: Tensor) -> Tensor:
+    """q, 0 where a token is masked and its scores are not finite for sure: such a row would give
+    NaN to E, k and v in the backward pass, 0·NaN, even if nobody used its output."""
+    size = q.detach().abs().amax(-1, keepdim=True).to(accumulate(q))  # (B, H, N, 1)
+    most = size * k.detach().abs().amax((-2, -1), keepdim=True) * q.shape[-1]  # of |q·k|
+    return q.masked_fill(~key_mask[:, None, :, None] & ~most.isfinite(), 0.0)

@@ -28,8 +28,10 @@ from ._check import (
     accumulate,
     check_causal,
     check_key_mask,
+    check_lengths,
     check_qkv,
     number,
+    one_length,
     same,
     shapes,
 )
@@ -46,15 +48,14 @@ KERNELS = {"softmax": 0, "relu": 1}  # code passed to the kernels
 
 
 def _flops(q, k, v, projection, *_, **__) -> int:
-    """W q and W k, then linear attention on M features: 4·M·(D + Dv) a token and head."""
+    """W q and W k, then linear attention on M features: 2·M·(D + Dv) a query or key, and head."""
     b, h, n, d = q
-    return 4 * b * h * n * projection[0] * (d + v[-1])
+    return 2 * b * h * (n + k[2]) * projection[0] * (d + v[-1])
 
 
 def _backward_flops(do, ds, dz, q, k, v, projection, *_, **__) -> int:
-    """W q and W k again, Wᵀ twice, and linear attention's: 8·M·(D + Dv) a token and head."""
-    b, h, n, d = q
-    return 8 * b * h * n * projection[0] * (d + v[-1])
+    """W q and W k again, Wᵀ twice, and linear attention's: 4·M·(D + Dv) a query or key and head."""
+    return 2 * _flops(q, k, v, projection)
 
 
 performer_fwd = Op(
@@ -92,6 +93,7 @@ def _gradients(backend, grads, q, k, v, projection, key_mask, s0, z0, c0, *saved
     return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, None, ds0, dz0)
 
 
+performer_fwd.takes["cuda"] = one_length
 performer_fwd.differentiable(_gradients, by=performer_bwd, constant=2)  # c and lse
 performer_packed = packed(performer_fwd, performer_bwd, _gradients, constant=2)
 
@@ -157,9 +159,10 @@ def performer_attention(
     (φ(q_i)ᵀz + eps)`, φ(x)_m = exp(w_m·x̂ − ‖x̂‖²/2), x̂ = x·D^(-1/4) (Choromanski 2021, eq. 7).
 
     Args:
-        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One of float16, bfloat16, float32
-            and float64 (under autocast they are cast first; float64 stays), one device. Sums run in
-            float32. B and N may be 0: outputs are empty, and the state stays the initial one.
+        q: (B, H, N, D); k: (B, H_kv, N_k, D); v: (B, H_kv, N_k, Dv). One of float16, bfloat16,
+            float32 and float64 (under autocast they are cast first; float64 stays), one device.
+            Sums run in float32. N_k may be another than N (cross-attention), unless causal. B, N
+            and N_k may be 0: the state of no keys is the initial one, and o is 0 without one.
             H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v (grouped-query
             attention, Ainslie et al. 2023), which every kernel reads in place.
         projection: (M, D) float32 (float64 with float64 inputs), from `orthogonal_projection`;
@@ -167,7 +170,7 @@ def performer_attention(
         kernel: "softmax" (positive features, e^(w·x̂ - ‖x̂‖²/2)) or "relu" (relu(w·x̂)).
         causal: token i sees tokens j ≤ i.
         is_causal: another name of `causal`.
-        key_mask: (B, N) bool, True where a token is real; the others vanish from S, z and c.
+        key_mask: (B, N_k) bool, True where a token is real; the others vanish from S, z and c.
             What a masked token holds, NaN and inf included, reaches no other token; a NaN in a real
             token is seen in every output that attends to it.
         initial_state: (S (B, H_kv, M, Dv), z (B, H_kv, M), c (B, H_kv, M)) float32, from earlier
@@ -202,8 +205,9 @@ def performer_attention(
         True
     """
     (q, k, v), packing = unpack("performer_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("performer_attention", q, k, v, grouped=True)
+    q, k, v = check_qkv("performer_attention", q, k, v, grouped=True, cross=True)
     causal = check_causal("performer_attention", causal, is_causal)
+    check_lengths("performer_attention", q, k, causal)
     check_key_mask("performer_attention", key_mask, k)
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._check import accumulate, answered, real, token_major
-from ._softmax import empty_heads
+from ._softmax import empty_heads, empty_outputs
 from .linear_reference import join, token_sum, with_ones
 
 WIDE = 64  # block length from which the causal reference multiplies keys and values first
@@ -135,9 +135,9 @@ def _initial(s0, z0, c0, a, dv, kernel):
 def forward_reference(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     """-> o (B, H, N, Dv), S (B, H, M, Dv), z, c (B, H, M), lse (B, H, N)"""
     if q.is_meta:  # shapes need no levels, and so no guards on N
-        lse = torch.empty(q.shape[:3], dtype=accumulate(q), device=q.device)
+        o, lse = empty_outputs(q, v, accumulate(q))
         z = lse.new_empty(*q.shape[:2], projection.shape[0])
-        return empty_heads(v), z.new_empty(*z.shape, v.shape[3]), z, torch.empty_like(z), lse
+        return o, z.new_empty(*z.shape, v.shape[3]), z, torch.empty_like(z), lse
     k, v = real(key_mask, k, v)
     b, a = exponents(q, k, projection, key_mask, kernel)  # (B, H, N, M)
     v1 = with_ones(v.to(b.dtype))  # (B, H, N, Dv+1)

@@ -80,6 +80,15 @@ CASES = {  # op, formula, shapes, multiply-adds formed again
 }  # fmt: skip
 
 
+CROSS = (B, H, 5, D), *QKV[1:]
+
+
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_a_step_of_cross_attention(name):
+    op, formula, _, again = CASES[name]
+    assert counted(op, *CROSS) == counted(formula, *CROSS) + 2 * again * (5 + N) // (2 * N)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_of_attention(case):
     op, formula, shapes, again = CASES[case]

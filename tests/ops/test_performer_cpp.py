@@ -136,7 +136,7 @@ def test_op_guards_its_memory(generator):
     state = torch.zeros(2, 3, 12, 8), torch.zeros(2, 3, 12), torch.zeros(2, 3, 12)
     run = OPS["performer_fwd"].overload
     for args, words in (
-        ((q, k[:, :, :3], v, w, None, *(None,) * 3), "k has the wrong shape"),
+        ((q, k[:, :, :3], v, w, None, *(None,) * 3), "v has the wrong shape"),
         ((q, k, v.double(), w, None, *(None,) * 3), "v has the wrong dtype"),
         ((q, k, v, w[:, :3], None, *(None,) * 3), "projection has the wrong shape"),
         ((q, k, v, w.double(), None, *(None,) * 3), "projection has the wrong dtype"),

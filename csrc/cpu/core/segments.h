@@ -25,12 +25,26 @@ struct Segmented : Attention {
   /// Once the sizes are known.
   void cut(int64_t tokens) {
     tile = tokens;
-    const int64_t tiles = ceiling(n, tile);
+    const int64_t tiles = std::max<int64_t>(ceiling(n, tile), 1);
     length = ceiling(tiles, tab::segments(b * h, tiles)) * tile;
-    segments = ceiling(n, length);
+    segments = std::max<int64_t>(ceiling(n, length), 1);
     compensated = length > LONG;
   }
 };
+
+/// The arguments of the steps over keys, out of those of the steps over queries, which are complete
+/// but for this: where there are more or fewer keys, the mask is one of keys alone.
+template <class Args>
+Args over_keys(Args& a, int64_t n) {
+  Args keys = a;
+  if (n == a.n) return keys;
+  keys.n = n, keys.cut(a.tile);
+  a.mask = nullptr;
+  return keys;
+}
+
+/// Whether a tensor is so large that little of it is still cached when somebody reads it.
+inline bool large(const Tensor& x) { return x.numel() >= int64_t{1} << 21; }
 
 /// The states of all segments in one buffer. `States` says how one lies in memory: its size, clear(x),
 /// and advance(carry, x), by which carry becomes carry + x, and x what carry was.
@@ -77,33 +91,34 @@ struct SegmentStates {
       after(carry, head);
     });
   }
-  /// A step of every segment from what it has to start from.
+  /// A step of every segment of `args` from what it has to start from.
   template <class Args, class Step>
   void run(const Args& args, Step step) const {
-    each([&](int64_t task, A* scratch) {
-      step(args, task, of(a.causal ? task : task / a.segments * a.segments), scratch);
+    parallel(args.b * args.h * args.segments, [&](int64_t task) {
+      A* from = of(a.causal ? task : task / args.segments * a.segments);
+      step(args, task, from, arena<A>(work).next);
     });
   }
 };
 
 /// The forward pass: the outputs, from the state `first` of each head to `last`. The step `keys` adds
-/// keys to a state; `outputs` reads it and, causal, takes it along.
+/// keys to a state, with the arguments kv; `outputs` reads it and, causal, takes it along.
 template <class A, class Args, class States, class Given, class Step>
-void attend(const Args& a, const States& states, int64_t work, const Tensor& like, Step keys,
-            Step outputs, const Given& first, const Given& last) {
+void attend(const Args& a, const Args& kv, const States& states, int64_t work, const Tensor& like,
+            Step keys, Step outputs, const Given& first, const Given& last) {
   const auto before = [&](A* x, int64_t head) { states.read(x, first, head); };
   const auto after = [&](A* x, int64_t head) { states.write(x, last, head); };
-  if (a.segments == 1)
+  if (a.segments == 1 && kv.segments == 1)
     return parallel(a.b * a.h, [&](int64_t head) {
       Arena<A> scratch = arena<A>(work + Arena<A>::cost(states.size));
       A* state = scratch.take(states.size);
       before(state, head);
-      if (!a.causal) keys(a, head, state, scratch.next);
+      if (!a.causal) keys(kv, head, state, scratch.next);
       outputs(a, head, state, scratch.next);
       after(state, head);
     });
-  const SegmentStates<A, States> sums(a, states, work, like);
-  sums.sum(a, keys);
+  const SegmentStates<A, States> sums(kv, states, work, like);
+  sums.sum(kv, keys);
   sums.scan(false, before, after);
   sums.run(a, outputs);
 }

@@ -44,10 +44,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::op
                                            int64_t map, bool causal, double eps) {
   constexpr const char* op = "linear_fwd";
   Linear a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, false, !causal);
   prepare(op, a, map, causal, eps);
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
   a.o = Rows(o), a.stream = large(o);
+  const Linear kv = over_keys(a, in.k.size(2));
 
   return dispatch(op, in.q, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = acc_t<T>;
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::op
     const Pair<A> first(op, a, in.q, s0, z0), last(a, in.q);
     const LinearStates<A> states(a, kernels.lanes);
     const int64_t work = scratch_size(a, kernels.lanes);
-    attend<A>(a, states, work, in.q, kernels.keys, kernels.outputs, first, last);
+    attend<A>(a, kv, states, work, in.q, kernels.keys, kernels.outputs, first, last);
     return {o, *last.s, *last.z};
   });
 }
@@ -68,7 +69,7 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> d
                   int64_t map, bool causal, double eps) {
   constexpr const char* op = "linear_bwd";
   Linear a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, false, !causal);
   prepare(op, a, map, causal, eps);
   check_output(op, "do", grad, q, a.e);
   grad = unit_last(grad);
@@ -79,6 +80,7 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> d
     notes = torch::stable::new_empty(in.q, {a.b, a.h, 2, a.n}, accumulator(in.q));
     a.notes = notes->data_ptr();
   }
+  const Linear kv = over_keys(a, in.k.size(2));
 
   return dispatch(op, in.q, [&]<class T>() -> Backward {
     using A = acc_t<T>;
@@ -89,14 +91,14 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> d
     const LinearStates<A> states(a, kernels.lanes);
     const int64_t work = scratch_size(a, kernels.lanes), size = states.size;
 
-    if (a.segments == 1) {
+    if (a.segments == 1 && kv.segments == 1) {
       parallel(a.b * a.h, [&](int64_t head) {
         Arena<A> scratch = arena<A>(work + 2 * Arena<A>::cost(size));
         A *state = scratch.take(size), *dstate = scratch.take(size);
         states.read(state, start, head);
         states.read(dstate, last, head);
         kernels.queries(a, head, state, causal ? nullptr : dstate, scratch.next);
-        kernels.gradients(a, head, dstate, scratch.next);
+        kernels.gradients(kv, head, dstate, scratch.next);
         states.write(dstate, initial, head);
       });
       return {out.dq, out.dk, out.dv, *initial.s, *initial.z};
@@ -116,7 +118,7 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> d
     dsums.scan(
         true, [&](A* x, int64_t head) { states.read(x, last, head); },
         [&](A* x, int64_t head) { states.write(x, initial, head); });
-    dsums.run(a, kernels.gradients);
+    dsums.run(kv, kernels.gradients);
     return {out.dq, out.dk, out.dv, *initial.s, *initial.z};
   });
 }

@@ -81,7 +81,4 @@ inline int64_t scratch_size(const Linear& a, int64_t lanes) {
   return 8 * cost(tile * wide) + 3 * cost(wide * wide) + cost(tile * tile) + 6 * cost(tile + wide);
 }
 
-/// Whether a tensor is so large that little of it is still cached when somebody reads it.
-inline bool large(const Tensor& x) { return x.numel() >= int64_t{1} << 21; }
-
 }  // namespace tab

@@ -54,7 +54,7 @@ Five forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optional<Tens
              int64_t kernel, bool causal, double eps) {
   constexpr const char* op = "performer_fwd";
   Performer a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, false, !causal);
   prepare(op, a, q, projection, kernel, causal, eps);
   STD_TORCH_CHECK(s0.has_value() == c0.has_value(), op, ": S, z and c come together");
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
@@ -65,9 +65,10 @@ Five forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optional<Tens
     using A = acc_t<T>;
     const PerformerKernels& kernels = TAB_SELECT(performer_kernels<T>);
     const Tensor packed = pack<A>(a, kernels, projection);
+    const Performer kv = over_keys(a, in.k.size(2));
     const Triple<A> first(op, a, in.q, s0, z0, c0), last(a, in.q);
     const PerformerStates<A> states(a, kernels.lanes);
-    attend<A>(a, states, scratch_size(a, kernels.lanes), in.q, kernels.keys,
+    attend<A>(a, kv, states, scratch_size(a, kernels.lanes), in.q, kernels.keys,
               causal ? kernels.causal_outputs : kernels.outputs, first, last);
     return {o, *last.s, *last.z, *last.c, lse};
   });
@@ -79,7 +80,7 @@ Five backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, T
               std::optional<Tensor> c0, int64_t kernel, bool causal) {
   constexpr const char* op = "performer_bwd";
   Performer a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, false, !causal);
   prepare(op, a, q, projection, kernel, causal, 0);
   STD_TORCH_CHECK(s0.has_value() == c0.has_value(), op, ": S, z and c come together");
   check_output(op, "do", grad, q, a.e);
@@ -93,6 +94,7 @@ Five backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, T
     using A = acc_t<T>;
     const PerformerKernels& kernels = TAB_SELECT(performer_kernels<T>);
     const Tensor packed = pack<A>(a, kernels, projection);
+    const Performer kv = over_keys(a, in.k.size(2));
     const Triple<A> first(op, a, in.q, s0, z0, c0), last(op, a, in.q, s, z, c);
     const Triple<A> after(op, a, in.q, ds, dz, c);
     std::optional<Triple<A>> initial;
@@ -120,7 +122,7 @@ Five backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, T
       return {out.dq, out.dk, out.dv, none(), none()};
     };
 
-    if (a.segments == 1) {
+    if (a.segments == 1 && kv.segments == 1) {
       parallel(a.b * a.h, [&](int64_t head) {
         Arena<A> scratch = arena<A>(work + 2 * Arena<A>::cost(size));
         A *state = scratch.take(size), *dstate = scratch.take(size);
@@ -132,7 +134,7 @@ Five backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, T
         } else {
           std::copy_n(states.c(state), states.mp, states.c(dstate));
           kernels.queries(a, head, state, dstate, scratch.next);
-          kernels.gradients(a, head, dstate, scratch.next);
+          kernels.gradients(kv, head, dstate, scratch.next);
         }
         leave(dstate, head);
       });
@@ -159,7 +161,7 @@ Five backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, T
       kernels.queries(a, task, state, dstate, scratch.next);
     });
     dsums.scan(false, behind, leave);
-    dsums.run(a, kernels.gradients);
+    dsums.run(kv, kernels.gradients);
     return result();
   });
 }

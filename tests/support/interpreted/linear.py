@@ -67,6 +67,15 @@ def test_state_mask_eps(path, feature_map, generator):
     assert_accurate(launchers(*options), textbook(*options), [q, k, v, s0, z0], names=NAMES)
 
 
+@pytest.mark.parametrize("nq, nk", [(3, 130), (130, 3), (65, 64)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross(nq, nk, masked, generator, monkeypatch):
+    monkeypatch.setattr(_segments, "SEGMENT", 64)
+    (q, *_), (_, k, v) = (inputs(n, 24, 16, torch.float32, generator) for n in (nq, nk))
+    options = False, 0, 0.1, torch.rand(1, nk, generator=generator) > 0.3 if masked else None
+    assert_accurate(launchers(*options), textbook(*options), (q, k, v), names=NAMES)
+
+
 @pytest.mark.any_torch
 def test_layouts(path, generator):
     """The launchers read strides: the values come out as for contiguous inputs, to the bit."""

@@ -65,6 +65,17 @@ def test_sizes(path, dtype, n, d, dv, m, generator):
     assert_accurate(call("cuda", w, path), textbook(w, path), (q, k, v), names=NAMES)
 
 
+@pytest.mark.parametrize("nq, nk", [(3, 130), (130, 3), (65, 64)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross(nq, nk, masked, generator, monkeypatch):
+    """As the reference does it, which tests/ops/test_cross.py holds against the textbook."""
+    monkeypatch.setattr(_segments, "SEGMENT", 64)
+    q, _, _, w = draw(generator, 1, 2, nq, 12, 8, 20)
+    _, k, v, _ = draw(generator, 1, 2, nk, 12, 8, 20)
+    options = w, "split", 0, 0.0, torch.rand(1, nk, generator=generator) > 0.3 if masked else None
+    assert_accurate(call("cuda", *options), call("reference", *options), (q, k, v), names=NAMES)
+
+
 @pytest.mark.parametrize("kernel", [0, 1])
 def test_state_mask_eps(path, kernel, generator):
     """As the reference does it, which tests/ops/test_performer.py holds against the textbook."""

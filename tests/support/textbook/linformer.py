@@ -5,9 +5,9 @@ import torch
 
 def naive(q, k, v, E, F=None, *, scale=None, key_mask=None):
     F = E if F is None else F
-    n = q.shape[2]
+    n = k.shape[2]
     if key_mask is not None:
-        q, k, v = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (q, k, v))
+        k, v = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (k, v))
     if E.dim() == 2:
         k, v = (torch.einsum("nk,bhnd->bhkd", p[:n], x) for p, x in ((E, k), (F, v)))
     else:
