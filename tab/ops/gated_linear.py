@@ -5,7 +5,8 @@
 The log decay g_t is one number a head (retention: Sun et al. 2023, "Retentive Network", eq. 5), one
 a head and token (the SSD form of Mamba-2: Dao and Gu 2024, eq. 6), or one a channel of the key too
 (GLA: Yang et al. 2024, "Gated Linear Attention Transformers", eq. 3). Read top to bottom: ops →
-autograd → public function. The reference is in gated_linear_reference.py.
+autograd → public function. The reference is in gated_linear_reference.py, the kernel beside it, for
+decays of heads and tokens, in csrc/cpu/gated_linear.
 
 A function of its own beside `linear_attention`, whose denominator and feature map belong together:
 what is used with a decay has neither, but a scale, and is causal by nature.
@@ -165,7 +166,8 @@ def gated_linear_attention(
         return_state: also return the state after the last token.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·), and log_decay (B, N, H) or
             (B, N, H, D): views, nothing is copied.
-        backend: "auto" or "reference", the one there is; see `tab.use_backend`.
+        backend: "auto", "reference" or, for decays of heads and tokens, "cpp"; see
+            `tab.use_backend`.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype, or (o, state).

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from backends import needs_cpp
 from proof import outputs_and_gradients, poisoned
 from textbook.gated_linear import DECAYS, draw
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from tab import gated_linear_attention, use_backend
-from tab.ops.gated_linear import gated_linear_bwd, gated_linear_fwd
+from tab.ops import OPS
 
 
 @pytest.fixture(params=DECAYS, ids=lambda case: " ".join(case))
@@ -106,7 +107,8 @@ def test_a_nan_in_a_real_token_reaches_all_later_ones_alone(decay, which, genera
     x[which][0, 0, 70] = math.nan
     o = gated_linear_attention(*x)
     rows = o[0, 0].isnan().all(-1)
-    assert torch.equal(o[0, 0, :70], clean[0, 0, :70]) and torch.equal(o[0, 1], clean[0, 1])
+    assert_close(o[0, 0, :70], clean[0, 0, :70])
+    assert torch.equal(o[0, 1], clean[0, 1])
     assert rows[70] and rows[71:].all() == (which != 0)
 
 
@@ -163,8 +165,9 @@ def test_opcheck(width, state, generator):
         s0 if state else None,
         0.3,
     )
-    torch.library.opcheck(gated_linear_fwd.overload, args)
-    torch.library.opcheck(gated_linear_bwd.overload, (v, s0 if state else None, *args))
+    name = "gated_linear" if width == 1 else "channel_gated_linear"
+    torch.library.opcheck(OPS[f"{name}_fwd"].overload, args)
+    torch.library.opcheck(OPS[f"{name}_bwd"].overload, (v, s0 if state else None, *args))
 
 
 def test_two_compilations_for_all_lengths(generator):
@@ -235,3 +238,10 @@ def test_bad_input(change, words, generator):
     given = dict(zip(("q", "k", "v", "log_decay"), draw(generator), strict=True))
     with pytest.raises(ValueError, match=words):
         gated_linear_attention(**{**given, **change})
+
+
+@needs_cpp("gated_linear_fwd")
+def test_a_kernel_for_heads_is_none_for_channels(generator):
+    x = draw(generator, decay="channel")
+    with pytest.raises(RuntimeError, match="channel_gated_linear_fwd has no cpp kernel"):
+        gated_linear_attention(*x, backend="cpp")

@@ -44,15 +44,30 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, tor
 
 
 def linear(b, h, n, d, dv, randn, flip):
+    keys = n // 2 + 1 if flip % 3 and flip % 5 == 1 else n  # cross-attention
+
     def f(backend, q, k, v, s0, z0):
         o, (s, z) = tab.linear_attention(
             q, k, v, feature_map=("elu1", "relu")[flip % 2], causal=flip % 3 == 0, eps=0.5,
-            key_mask=key_mask(b, n) if flip % 4 == 1 else None, initial_state=(s0, z0),
+            key_mask=key_mask(b, keys) if flip % 4 == 1 else None, initial_state=(s0, z0),
             return_state=True, backend=backend,
         )  # fmt: skip
         return o, s, z
 
-    return f, heads(b, h, n, d, dv, randn), (randn(b, h, d, dv), randn(b, h, d).abs())
+    q, *_ = heads(b, h, n, d, dv, randn)
+    _, k, v = heads(b, h, keys, d, dv, randn)
+    return f, (q, k, v), (randn(b, h, d, dv), randn(b, h, d).abs())
+
+
+def gated_linear(b, h, n, d, dv, randn, flip):
+    def f(backend, q, k, v, g, s0):
+        return tab.gated_linear_attention(
+            q, k, v, -g.abs(), key_mask=key_mask(b, n) if flip % 4 == 1 else None,
+            initial_state=s0, return_state=True, backend=backend,
+        )  # fmt: skip
+
+    decay = randn(h) if flip % 3 == 0 else randn(b, h, n)
+    return f, heads(b, h, n, d, dv, randn), (decay, randn(b, h, d, dv))
 
 
 def performer(b, h, n, d, dv, randn, flip):
@@ -127,8 +142,9 @@ def mla_decode(b, h, n, d, dv, randn, flip):
 
 
 # What runs an op; x_fwd and x_bwd are run by x.
-CASES = {f.__name__: f for f in (linear, performer, local, sparse, mla, mla_decode)}
+CASES = {f.__name__: f for f in (linear, gated_linear, performer, local, sparse, mla, mla_decode)}
 NO_GRADIENT = {"mla_decode"}
+OWN_TYPE = {"linear", "gated_linear", "performer"}  # of their states
 
 
 def heads(b, h, n, d, dv, randn) -> tuple[Tensor, ...]:
@@ -155,7 +171,7 @@ def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, flip: int) -> N
 
     f, moved, fixed = CASES[name](*shape, randn, flip)
     acc = torch.promote_types(dtype, torch.float32)
-    states = acc if name in ("linear", "performer") else dtype  # a state is in its own type
+    states = acc if name in OWN_TYPE else dtype
     inputs = [layout(x.to(dtype), LAYOUTS[flip % 4]) for x in moved]
     inputs += [x.to(states) for x in fixed]
     run = plain if name in NO_GRADIENT else outputs_and_gradients

@@ -30,6 +30,16 @@ TAB_INLINE void store_row(T* x, int64_t n, const acc_t<T>* row, acc_t<T> scale) 
   if (i < n) store_part(x + i, load(row + i) * scale, n - i);
 }
 
+/// The same, past the caches if `past`.
+template <class T>
+TAB_INLINE void write_row(T* x, int64_t n, const acc_t<T>* row, acc_t<T> scale, bool past) {
+  using A = acc_t<T>;
+  if (!past) return store_row(x, n, row, scale);
+  int64_t i = 0;
+  for (; i + W<A> <= n; i += W<A>) stream(x + i, load(row + i) * scale);
+  if (i < n) store_part(x + i, load(row + i) * scale, n - i);
+}
+
 /// Row (b, h, t) of a tensor.
 template <class T>
 TAB_INLINE T* row(const Rows& x, int64_t b, int64_t h, int64_t t) {

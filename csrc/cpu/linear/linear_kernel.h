@@ -4,6 +4,8 @@
 // padded to whole vectors. A gradient state dS, dz has the same form. Tokens come in tiles of
 // a.tile; a task is one segment of one (b, h).
 
+#include "../core/triangle.h"
+
 namespace tab::TAB_ISA {
 
 // --- φ --------------------------------------------------------------------------------------------
@@ -117,17 +119,7 @@ static void add_rows(A* z, const A* w, const A* f, int64_t count, int64_t width,
   }
 }
 
-/// scale·row into n elements of a tensor, past the caches if `past`.
-template <class T>
-TAB_INLINE void write_row(T* x, int64_t n, const acc_t<T>* row, acc_t<T> scale, bool past) {
-  using A = acc_t<T>;
-  if (!past) return store_row(x, n, row, scale);
-  int64_t i = 0;
-  for (; i + W<A> <= n; i += W<A>) stream(x + i, load(row + i) * scale);
-  if (i < n) store_part(x + i, load(row + i) * scale, n - i);
-}
-
-/// The same for a row of four vectors in registers.
+/// scale·row of four vectors in registers, past the caches if `past`.
 template <class T>
 TAB_INLINE void put_row(T* x, const Vec<acc_t<T>> (&row)[4], Vec<acc_t<T>> scale, bool past) {
 #pragma GCC unroll 4
@@ -148,49 +140,9 @@ TAB_INLINE void write_gradient(T* x, int64_t n, acc_t<T>* df, const acc_t<T>* f,
   write_row(x, n, df, A(1), past);
 }
 
-/// p (count, Tp) = tril(x·yᵀ + r), r one number a row, given yᵀ (width, Tp).
-template <class A>
-static void triangle(int64_t count, int64_t width, const A* x, int64_t ldx, const A* yt, const A* r,
-                     A* p) {
-  const int64_t tp = padded<A>(count);
-  for (int64_t i = 0; i < count; i += 16) {  // columns right of the diagonal block are not computed
-    const int64_t rows = i + 16 < count ? 16 : count - i, columns = padded<A>(i + rows);
-    gemm(rows, columns, width, x + i * ldx, ldx, yt, tp, p + i * tp, tp, false);
-    for (int64_t t = i; t < i + rows; ++t) {
-      if (r != nullptr)
-        for (int64_t j = 0; j <= t; ++j) p[t * tp + j] += r[t];
-      clear(p + t * tp + t + 1, tp - t - 1);
-    }
-  }
-}
-
-/// y += P·x (or Pᵀ·x) for lower triangular P (count, Tp), x and y (count, width).
-template <bool transposed, class A>
-static void triangle_times(int64_t count, int64_t width, const A* p, const A* x, A* y) {
-  const int64_t tp = padded<A>(count);
-  if (!all_finite(x, count * width)) return lower_times<transposed>(count, width, p, tp, x, y);
-  for (int64_t i = 0; i < count; i += 16) {
-    const int64_t rows = i + 16 < count ? 16 : count - i;
-    if (transposed)
-      gemm<true>(rows, width, count - i, p + i * tp + i, tp, x + i * width, width, y + i * width,
-                 width, true);
-    else
-      gemm(rows, width, i + rows, p + i * tp, tp, x, width, y + i * width, width, true);
-  }
-}
-
 template <class A>
 TAB_INLINE A inverse(A den) {
   return den == 0 ? A(0) : 1 / den;
-}
-
-/// Zeros for what the sums of a segment round away, or null where they are short.
-template <class A>
-TAB_INLINE A* lost(const Linear& a, Arena<A>& arena, int64_t n) {
-  if (!a.compensated) return nullptr;
-  A* low = arena.take(n);
-  clear(low, n);
-  return low;
 }
 
 // --- steps ----------------------------------------------------------------------------------------
