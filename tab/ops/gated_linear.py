@@ -23,15 +23,15 @@ from torch import Tensor
 from ._check import (
     Layout,
     accumulate,
-    as_given,
     check_key_mask,
     check_qkv,
-    heads_first,
     shapes,
     token_major,
 )
 from ._heads import by_query_head
 from ._op import Backend, Op, choose
+from ._packed import pack, sequences, unpack
+from ._packed_op import packed
 from ._softmax import score_scale
 from .gated_linear_reference import backward_reference, forward_reference
 from .linear_reference import inverse, with_ones
@@ -88,6 +88,14 @@ for fwd, bwd in (
     (channel_gated_linear_fwd, channel_gated_linear_bwd),
 ):
     fwd.differentiable(partial(_gradients, bwd), by=bwd)
+gated_linear_packed = packed(
+    gated_linear_fwd, gated_linear_bwd, partial(_gradients, gated_linear_bwd)
+)
+channel_gated_linear_packed = packed(
+    channel_gated_linear_fwd,
+    channel_gated_linear_bwd,
+    partial(_gradients, channel_gated_linear_bwd),
+)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -104,6 +112,7 @@ def gated_linear_attention(
     key_mask: Tensor | None = ...,
     initial_state: State | None = ...,
     return_state: Literal[False] = ...,
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
@@ -119,6 +128,7 @@ def gated_linear_attention(
     key_mask: Tensor | None = ...,
     initial_state: State | None = ...,
     return_state: Literal[True],
+    cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, State]: ...
@@ -135,6 +145,7 @@ def gated_linear_attention(
     key_mask: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, State]:
@@ -164,6 +175,11 @@ def gated_linear_attention(
         initial_state: from earlier tokens, in float32: S (B, H_kv, D, Dv), or, where `normalize`
             is True, (S, z (B, H_kv, D)).
         return_state: also return the state after the last token.
+        cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
+            they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
+            Each has a state, (S, …) in all, and may be empty. On a GPU reading the ends waits.
+            Or give q, k and v as jagged nested tensors (S, H, N_s, D); o is one, too, and
+            log_decay still (H_kv,) or dense, (1, H_kv, T) or (1, H_kv, T, D).
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·), and log_decay (B, N, H) or
             (B, N, H, D): views, nothing is copied.
         backend: "auto", "reference" or, for decays of heads and tokens, "cpp"; see
@@ -185,25 +201,28 @@ def gated_linear_attention(
         (torch.Size([2, 4, 64, 32]), torch.Size([2, 4, 32, 32]))
     """
     name = "gated_linear_attention"
-    q, k, v = heads_first(name, layout, q, k, v)
+    (q, k, v), packing = unpack(name, layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv(name, q, k, v, grouped=True)
     g = _check_decay(k, log_decay, layout)
     check_key_mask(name, key_mask, k)
     scale = score_scale(name, scale, q.shape[-1])
-    s0, z0 = _check_state(k, v, initial_state, normalize)
+    s0, z0 = _check_state(sequences(k, packing), k, v, initial_state, normalize)
     dtype = q.dtype
     if normalize:  # z is one more column of S
         q, k, v = q.to(g.dtype), k.to(g.dtype), with_ones(v.to(g.dtype))
         s0 = None if s0 is None or z0 is None else torch.cat([s0, z0[..., None]], -1)
         scale = 1.0
-    op = gated_linear_fwd if g.shape[-1] == 1 else channel_gated_linear_fwd
+    one = g.shape[-1] == 1
+    op, cuts = (gated_linear_fwd if one else channel_gated_linear_fwd), ()
+    if packing is not None:
+        op, cuts = (gated_linear_packed if one else channel_gated_linear_packed), packing[:1]
     backend = choose(backend, op, q, k, v, g)
-    o, s = by_query_head(op, backend, q, k, v, g, key_mask, s0, scale)
+    o, s = by_query_head(op, backend, q, k, v, g, key_mask, s0, *cuts, scale)
     state: State = s
     if normalize:
         o = token_major((o[..., :-1] * inverse(o[..., -1:])).to(dtype))
         state = s[..., :-1], s[..., -1]
-    o = as_given(layout, o)
+    o = pack(layout, o, packing)
     return (o, state) if return_state else o
 
 
@@ -226,10 +245,10 @@ def _check_decay(k: Tensor, log_decay: Tensor, layout: Layout) -> Tensor:
     return g if g.dim() == 4 else g[..., None]
 
 
-def _check_state(k, v, state, normalize) -> tuple[Tensor | None, Tensor | None]:
+def _check_state(b, k, v, state, normalize) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
-    acc, want = accumulate(k), {"S": (*k.shape[:2], k.shape[3], v.shape[3])}
+    acc, want = accumulate(k), {"S": (b, k.shape[1], k.shape[3], v.shape[3])}
     if normalize:
         want["z"] = want["S"][:3]
     given = (state,) if isinstance(state, Tensor) else tuple(state)
