@@ -1,5 +1,6 @@
 """The attention mechanisms as functions on (B, H, N, D) tensors: what `tab` offers, one a line."""
 
+from .decode import GatedLinearCache as GatedLinearCache
 from .decode import KVCache as KVCache
 from .decode import LinearCache as LinearCache
 from .decode import LocalCache as LocalCache

@@ -1,5 +1,6 @@
 """What decoding remembers, a cache for each mechanism (docs/decoding.md)."""
 
+from .gated_linear import GatedLinearCache as GatedLinearCache
 from .kv import KVCache as KVCache
 from .linear import LinearCache as LinearCache
 from .local import LocalCache as LocalCache

@@ -48,7 +48,7 @@ class Held(DecodeCache):
         self._fits = given
         return o
 
-    def _next(self, method: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _next(self, method: str, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         where = f"{type(self).__name__}.{method}"
         q, k, v = check_qkv(where, q, k, v, grouped=True)
         if method == "step" and q.shape[2] != 1:
@@ -61,9 +61,9 @@ class Held(DecodeCache):
         keeps_no_graph(where, self.FUNCTION, q, k, v)
         if q.shape[2] == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
-        return self._attend(q, k, v)
+        return self._attend(q, k, v, *more)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _check_fit(self, where: str, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -47,7 +47,7 @@ class KVCache(Held):
         self.capacity = capacity
         self.scale = None if scale is None else number("KVCache", "scale", scale)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         n, before, scale = q.shape[2], self._length, score_scale("KVCache", self.scale, q.shape[3])
         keys, values = self._room(k, v, before + n)
         keys[:, :, before : before + n] = k

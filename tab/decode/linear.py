@@ -53,7 +53,7 @@ class LinearCache(Held):
         self.feature_map, self.backend = feature_map, backend
         self.eps = number("LinearCache", "eps", eps)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         self._length += q.shape[2]
         if self._held and q.shape[2] == 1:
             (s, z), phi = self._held.values(), FEATURE_MAPS[self.feature_map]

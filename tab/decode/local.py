@@ -45,7 +45,7 @@ class LocalCache(Held):
         self.window = window
         self.scale = None if scale is None else number("LocalCache", "scale", scale)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         n, scale = q.shape[2], score_scale("LocalCache", self.scale, q.shape[3])
         self._begin(k, v)
         keys, values = self._held.values()

@@ -61,7 +61,7 @@ class PerformerCache(Held):
         self.projection, self.kernel, self.backend = projection, kernel, backend
         self.eps = number("PerformerCache", "eps", eps)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         self._length += q.shape[2]
         if self._held and q.shape[2] == 1:
             return self._one(by_head(q, k), k, v).to(v.dtype)

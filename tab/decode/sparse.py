@@ -61,7 +61,7 @@ class SparseCache(Held):
         super().reset()
         self._row = -1
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         n, total = q.shape[2], self._length + q.shape[2]
         if total > self.pattern.n or self.pattern.heads not in (None, q.shape[1]):
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class DecodeCache(ABC):
         (torch.Size([2, 2, 1, 16]), 11)
     """
 
-    NAMES: ClassVar[tuple[str, ...]]  # of the tensors in state_dict()
+    NAMES: tuple[str, ...]  # of the tensors in state_dict()
     prefill: Callable[..., Tensor]
     step: Callable[..., Tensor]
 

@@ -89,6 +89,8 @@ class H2OCache(DecodeCache):
         q, k, v = check_qkv("H2OCache.step", q, k, v)
         check_key_mask("H2OCache.step", key_mask, k)
         self._check_next(k, v)
+        if key_mask is None and causal and self._full(q, k, v):
+            return self._replace(q, k, v)
         q, k, v = real(key_mask, q, k, v)  # what masked tokens hold reaches nobody
         self._append(k, v, key_mask)
         visible = self._visible(q.shape[2], causal)
@@ -147,13 +149,46 @@ class H2OCache(DecodeCache):
 
     def _restore(self, tensors: dict[str, Tensor], length: int) -> None:
         self.k, self.v, self.score, self.position, seen = (tensors[name] for name in self.NAMES)
-        self.seen = length if bool((seen == length).all()) else seen
+        plain = bool((seen == length).all()) and bool((self.position >= 0).all())
+        self.seen = length if plain else seen
 
     def _slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, A and position, once there are any."""
         assert self.k is not None and self.v is not None
         assert self.score is not None and self.position is not None
         return self.k, self.v, self.score, self.position
+
+    # --- a step in place --------------------------------------------------------------------------
+
+    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether this is one token for slots that are all taken, and the last word on them: no
+        gradient is recorded, and what inference mode made is not written to outside of it."""
+        if self.k is None or q.shape[2] != 1 or self.k.shape[2] != self.heavy + self.recent:
+            return False
+        slots = self._slots()
+        if not self.recent or not isinstance(self.seen, int) or self.k.dtype != k.dtype:
+            return False
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *slots)):
+            return False
+        return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in slots)
+
+    def _replace(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The token takes the slot of the one that leaves: nothing is moved."""
+        keys, values, score, position = self._slots()
+        acc = score.dtype
+        q = q.to(acc) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        own = (q * k.to(acc)).sum(-1, keepdim=True)  # (B, H, 1, 1)
+        p = torch.cat([q @ keys.to(acc).mT, own], -1).softmax(-1)
+        o = p[..., :-1] @ values.to(acc) + p[..., -1:] * v.to(acc)
+        score += p[:, :, 0, :-1]
+        self.seen += 1
+        late = position >= self.seen - self.recent
+        gone = score.masked_fill(late, torch.inf).argmin(-1, keepdim=True)  # (B, H, 1)
+        for held, x in ((keys, k), (values, v)):
+            held.scatter_(2, gone[..., None].expand_as(x), x)
+        score.scatter_(2, gone, p[:, :, 0, -1:])
+        position.scatter_(2, gone, self.seen - 1)
+        return token_major(o.to(v.dtype))
 
     # --- the parts of a step ----------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def performer(kernel: str) -> Kind:
     class Cast(tab.PerformerCache):
         """Takes the projection in the type of the first tokens, for tests in float64."""
 
-        def _attend(self, q, k, v):
+        def _attend(self, q, k, v, *more):
             self.projection = self.projection.to(tab.ops.accumulate(q))
             return super()._attend(q, k, v)
 
