@@ -78,7 +78,7 @@ def sequences(k: Tensor, packing: Packing | None) -> int:
     return k.shape[0] if packing is None else packing.cu_seqlens.shape[0] - 1
 
 
-def one_length(op: str, packing: Packing | None, option: str, why: str) -> None:
+def refuse_packed(op: str, packing: Packing | None, option: str, why: str) -> None:
     """Refuses an option that belongs to one length."""
     if packing is not None:
         raise ValueError(f"{op} takes no {option} with cu_seqlens or nested tensors: {why}")

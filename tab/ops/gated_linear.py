@@ -212,10 +212,11 @@ def gated_linear_attention(
         q, k, v = q.to(g.dtype), k.to(g.dtype), with_ones(v.to(g.dtype))
         s0 = None if s0 is None or z0 is None else torch.cat([s0, z0[..., None]], -1)
         scale = 1.0
-    one = g.shape[-1] == 1
-    op, cuts = (gated_linear_fwd if one else channel_gated_linear_fwd), ()
-    if packing is not None:
-        op, cuts = (gated_linear_packed if one else channel_gated_linear_packed), packing[:1]
+    one, cuts = g.shape[-1] == 1, () if packing is None else packing[:1]
+    if packing is None:
+        op = gated_linear_fwd if one else channel_gated_linear_fwd
+    else:
+        op = gated_linear_packed if one else channel_gated_linear_packed
     backend = choose(backend, op, q, k, v, g)
     o, s = by_query_head(op, backend, q, k, v, g, key_mask, s0, *cuts, scale)
     state: State = s
@@ -248,7 +249,8 @@ def _check_decay(k: Tensor, log_decay: Tensor, layout: Layout) -> Tensor:
 def _check_state(b, k, v, state, normalize) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
-    acc, want = accumulate(k), {"S": (b, k.shape[1], k.shape[3], v.shape[3])}
+    acc = accumulate(k)
+    want: dict[str, tuple[int, ...]] = {"S": (b, k.shape[1], k.shape[3], v.shape[3])}
     if normalize:
         want["z"] = want["S"][:3]
     given = (state,) if isinstance(state, Tensor) else tuple(state)

@@ -29,7 +29,7 @@ from ._check import (
     token_major,
 )
 from ._op import Backend, Op, choose
-from ._packed import one_length, pack, pack_rows, unpack
+from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._softmax import (
     check_lse_gradient,
@@ -274,7 +274,7 @@ def local_attention(
     n = q.shape[2]
     left, right = check_window("local_attention", window)
     if grid is not None:
-        one_length(
+        refuse_packed(
             "local_attention", packing, "grid", "images of one size are a batch (B, H, N, D)"
         )
     rows, cols = check_grid("local_attention", grid, n) if grid is not None else (0, 0)

@@ -29,7 +29,7 @@ from ._check import (
     shapes,
 )
 from ._op import Backend, Op, choose
-from ._packed import one_length, pack, pack_rows, unpack
+from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._softmax import score_scale
 from .mla_forms import compose
@@ -217,7 +217,9 @@ def mla_attention(
         form, backend = _choose_form(form, backend, x, flash)
     else:
         if form in ("expand", "absorb"):
-            one_length("mla_attention", packing, f'form="{form}"', 'use "fused", or leave it out')
+            refuse_packed(
+                "mla_attention", packing, f'form="{form}"', 'use "fused", or leave it out'
+            )
         form = "fused" if form == "auto" else form
         form, backend = _choose_form(form, backend, x, op=mla_packed)
     scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
