@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import reference_and_cpp
 from packs import DV, LENGTHS, D, H, cu, results
 from torch.testing import assert_close
 
@@ -33,7 +34,10 @@ def loop(x, **options):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("heads", [H, 2])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_loop(decay, heads, normalize):
+@pytest.mark.parametrize("backend", reference_and_cpp("gated_linear_fwd"))
+def test_the_loop(decay, heads, normalize, backend):
+    backend = "reference" if decay == "channel" else backend  # C++ has no channels
+    options = {"normalize": normalize, "backend": backend}
     x = draw(decay, heads)
 
     def positive(x):
@@ -41,11 +45,11 @@ def test_the_loop(decay, heads, normalize):
 
     def packed(*x):
         return gated_linear_attention(
-            *positive(x), cu_seqlens=cu(LENGTHS), return_state=True, normalize=normalize
+            *positive(x), cu_seqlens=cu(LENGTHS), return_state=True, **options
         )
 
     got = results(packed, x)
-    want = results(lambda *x: loop(positive(x), normalize=normalize), x)
+    want = results(lambda *x: loop(positive(x), **options), x)
     assert got[1].shape == (len(LENGTHS), heads, D, DV)
     assert_close(got, want, atol=1e-4, rtol=1e-4)
 

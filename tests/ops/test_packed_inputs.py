@@ -145,6 +145,9 @@ def test_two_batch_entries_or_none():
         tab.linear_attention(q, q, q, cu_seqlens=cu((3, 4)))
     with pytest.raises(ValueError, match=r'q\[None\] .*layout="bnhd".*q \(4, 7, 8\)'):
         tab.linear_attention(q[0], q[0], q[0], cu_seqlens=cu((3, 4)))
+    q, k = q[:1], q[:1, :, :5]  # cross-attention would have two kinds of ends
+    with pytest.raises(ValueError, match=r"as many tokens of all.*k \(1, 4, 5, 8\)"):
+        tab.linear_attention(q, k, k, cu_seqlens=cu((3, 4)))
 
 
 def test_options_of_one_length():
