@@ -20,13 +20,14 @@ class Seen:
     """What a row of blocks sees of the slots: the blocks before it, and its own at the end.
 
     tokens (S,) and own, whether that is seen, for heads that are alike; else tokens (H, S) and
-    valid (H, 1, S), padded in front.
+    valid (H, 1, S), padded in front. every: whether these are all slots, and the heads alike.
     """
 
     tokens: Tensor
     valid: Tensor | None
     before: int  # tokens of other blocks
     own: bool
+    every: bool = False
 
     def upto(self, count: int) -> tuple[Tensor, Tensor | None]:
         """tokens and valid with that many tokens of its own block."""
@@ -76,7 +77,8 @@ class Slots:
         mine = self.tokens([row])
         if len(lists) == 1:
             tokens = torch.cat([earlier[0], mine]).to(device)
-            return Seen(tokens, None, len(earlier[0]), own[0])
+            every = own[0] and len(tokens) == self.count * self.size
+            return Seen(tokens, None, len(earlier[0]), own[0], every)
         before = max(map(len, earlier))
         tokens = torch.stack([torch.cat([x.new_zeros(before - len(x)), x, mine]) for x in earlier])
         valid = torch.ones_like(tokens, dtype=torch.bool)

@@ -13,15 +13,19 @@ from ._state import by_head
 CHUNK = 128  # queries whose scores are held at once
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q (B, H, 1, D) to all of k (B, H_kv, S, D) -> (B, H, 1, Dv).
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None
+) -> Tensor:
+    """q (B, H, 1, D) to all of k (B, H_kv, S, D) -> (B, H, 1, Dv); hidden (S,), in operators alone,
+    is added to the scores.
 
     On a CPU PyTorch's flash kernel gains nothing from one query, and takes up to 1.7 times as long
     as three operators, which do not do for half types: they would round the scores.
     """
     (b, h, *_), q = q.shape, by_head(q, k)
     if q.is_cpu and q.dtype == accumulate(q):
-        o = ((q * scale) @ k.mT).softmax(-1) @ v
+        s = (q * scale) @ k.mT
+        o = (s if hidden is None else s + hidden).softmax(-1) @ v
     else:
         o = once(q, k, v, scale)
     return o.reshape(b, h, 1, v.shape[3])

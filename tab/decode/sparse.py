@@ -56,6 +56,7 @@ class SparseCache(Held):
         self._slots = Slots(pattern)
         self._row = -1  # of blocks, whose `_seen` that is
         self._seen: Seen | None = None
+        self._hidden = torch.zeros(0)  # (slots·block_size,): 0, or −∞ for a row that waits
 
     def reset(self) -> None:
         super().reset()
@@ -82,6 +83,11 @@ class SparseCache(Held):
         keys[:, :, at], values[:, :, at] = k[:, :, 0], v[:, :, 0]
         if row != self._row or self._seen is None:
             self._row, self._seen = row, self._slots.seen(row, q.device)
+            if self._seen.every:
+                self._clear(at, self.pattern.block_size - within)
+        if self._seen.every and q.is_cpu and q.dtype == accumulate(q):  # no copy of what is seen
+            self._hidden[at] = 0.0
+            return attend_one(q, keys, values, scale, self._hidden)
         tokens, valid = self._seen.upto(within + 1)
         if valid is None:  # the heads are alike, and see all of these
             if not len(tokens):
@@ -90,14 +96,23 @@ class SparseCache(Held):
             return attend_one(q, keys, values, scale)
         heads = torch.arange(q.shape[1], device=q.device) * keys.shape[1] // q.shape[1]
         acc = accumulate(q)
-        keys, values = (
-            x[:, heads[:, None], tokens].to(acc) for x in (keys, values)
-        )  # (B, H, S, ·)
+        rows = heads[:, None], tokens  # (H, 1), (H, S)
+        keys, values = (x[:, *rows].to(acc) for x in (keys, values))
         return softmax_forward(q.to(acc), keys, values, valid, scale)[0].to(q.dtype)
+
+    def _clear(self, at: int, count: int) -> None:
+        """The rows of the own block from `at` on, which hold another block's tokens still, hide."""
+        later = slice(at + 1, at + count)
+        for x in self._held.values():
+            x[:, :, later] = 0.0  # NaN would not hide
+        with ordinary():
+            self._hidden = x.new_zeros(x.shape[2])
+        self._hidden[later] = -torch.inf
 
     def _more(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """What the tokens see of earlier blocks, and their own blocks, are a sequence of its own
         with a pattern of its own, in which the queries of earlier tokens are idle."""
+        self._row = -1  # what a step found may be over
         size, n = self.pattern.block_size, q.shape[2]
         first, last = self._length // size, (self._length + n - 1) // size
         past, pattern = self._slots.part(first, last, self._length + n)

@@ -49,7 +49,8 @@ def test_dtypes(name, dtype, generator):
 @chunked
 @pytest.mark.parametrize("heads", (4, 2))
 @pytest.mark.parametrize(
-    "lengths", ((N,), (1, 40), (7, 13, 1, 20), (12, 1, 1, 9, 18), (0, 30, 0, 11), (4, 4, 8, 25))
+    "lengths",
+    ((N,), (1, 40), (7, 13, 1, 20), (12, 1, 1, 9, 18), (0, 30, 0, 11), (4, 8, 1, 2, 1, 25)),
 )
 def test_chunks(name, lengths, heads, generator):
     x = draw(generator, heads)
