@@ -6,6 +6,9 @@ BUILT := $(VENV)/.built
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
+# The tests start hundreds of processes: each would compile all of TAB's Python anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup compare test lint docs bench kernels oldest two-torch sanitize installs aarch64 clean
 
 # What the tests need beside TAB itself, Ray among it.
