@@ -172,9 +172,8 @@ def backward_reference(do, ds, q, k, v, log_decay, key_mask, s0, scale):
     it is a part of.
     """
     if q.is_meta:
-        b, h, _, d = q.shape
-        dg = log_decay.new_empty(log_decay.shape)
-        return *map(empty_heads, (q, k, v)), dg, dg.new_empty(b, h, d, v.shape[3])
+        s = q.new_empty(*q.shape[:2], q.shape[3], v.shape[3], dtype=accumulate(q))
+        return *map(empty_heads, (q, k, v, log_decay)), s
     (q,), (k, v, g) = answered(key_mask, do, q), real(key_mask, k, v, log_decay)
     cq, ck, cv, cg = operands(q, k, v, g, scale)
     (cdo,) = cut(cq.shape[3], do.to(cq.dtype))
@@ -193,5 +192,5 @@ def backward_reference(do, ds, q, k, v, log_decay, key_mask, s0, scale):
         merge(x, v.shape[2]) for x in ((dq + dfq * eq) * scale, dk + dfk * ek, dv, dg)
     )
     dk, dv, dg = real(key_mask, dk, dv, dg)
-    grads = (token_major(x.to(y.dtype)) for x, y in ((dq, q), (dk, k), (dv, v)))
-    return *grads, dg.contiguous(), dstates[:, :, 0].contiguous()
+    grads = (token_major(x.to(y.dtype)) for x, y in ((dq, q), (dk, k), (dv, v), (dg, log_decay)))
+    return *grads, dstates[:, :, 0].contiguous()

@@ -7,6 +7,7 @@ from packs import DV, LENGTHS, D, H, cu, results
 from torch.testing import assert_close
 
 from tab import gated_linear_attention
+from tab.ops import OPS
 
 T = sum(LENGTHS)
 DECAYS = {"head": (), "token": (T,), "channel": (T, D)}
@@ -103,3 +104,14 @@ def test_nested_and_in_the_other_layout():
     q, k, v = (torch.nested.nested_tensor_from_jagged(t[0], offsets) for t in turned[:3])
     o = gated_linear_attention(q, k, v, turned[3], layout="bnhd")
     assert torch.equal(o.values(), want[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_opcheck(decay):
+    """Strides too: the gradient of a decay lies as that of a key."""
+    q, k, v, g = (t.detach() for t in draw(decay))
+    name, g = ("gated_linear", g[..., None]) if decay == "token" else ("channel_gated_linear", g)
+    inputs, rest = (q, k, v, g, None, None), (cu(LENGTHS), 0.3)
+    torch.library.opcheck(OPS[f"{name}_packed_fwd"].overload, (*inputs, *rest))
+    s = torch.ones(len(LENGTHS), H, D, DV)
+    torch.library.opcheck(OPS[f"{name}_packed_bwd"].overload, (*inputs, v, s, v, None, *rest))

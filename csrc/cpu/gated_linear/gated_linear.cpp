@@ -76,9 +76,9 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, Tensor q, Tensor k, Ten
   s0 = given(op, "S", a, q, s0), ds = given(op, "dS", a, q, ds);
   grad = unit_last(grad);
   const Gradients out(a, in);
-  const Tensor dg = torch::stable::new_empty(g, {a.b, a.h, a.n, 1});
+  const Tensor dg = token_major(g, a.b, a.h, a.n, 1);
   const Tensor ds0 = empty(in.q, {a.b, a.h, a.d, a.e}, accumulator(in.q));
-  a.grad = Rows(grad), a.dg = dg.data_ptr(), a.stream = large(out.dq);
+  a.grad = Rows(grad), a.dg = Rows(dg), a.stream = large(out.dq);
 
   return dispatch(op, in.q, [&]<class T>() -> Backward {
     using A = acc_t<T>;

@@ -8,7 +8,7 @@ namespace tab {
 struct Gated : Segmented {
   double scale;
   Rows g;       // log decay (B, H, N, 1), in the accumulation type
-  void* dg;     // (B, H, N)
+  Rows dg;      // its gradient
   void* kept;   // (B, H, tiles, D, Ep): S before each tile, which `keys` leaves there unless null
   bool stream;  // outputs too large for the caches are written past them
 };

@@ -97,8 +97,7 @@ static void gradients(const Gated& a, int64_t task, void* dstate, void* scratch)
     A through = decay.total * dot(state, dsum, size), later = 0;
     for (int64_t i = count - 1; i >= 0; --i) pairs[i] += later += read[i];
     for (int64_t i = 0; i < count; ++i) {
-      A* dg = static_cast<A*>(a.dg) + (s.b * a.h + s.h) * a.n + t + i;
-      *dg = S::masked(s, t + i) ? A(0) : pairs[i] + through;
+      *row<A>(a.dg, s.b, s.h, t + i) = S::masked(s, t + i) ? A(0) : pairs[i] + through;
       through += dot(k + i * s.dp, df + i * s.dp, s.dp);
     }
     triangle_times<true>(count, s.dp, dp, q, df);
