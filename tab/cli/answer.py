@@ -66,21 +66,38 @@ class Titled(Table):
 
     def __rich_console__(self, console, options):
         yield Text(self.heading, "bold")
-        for i, column in enumerate(self.columns):  # names are the last to be folded, words never
-            texts = [str(cell) for cell in (column.header, *column.cells)]
-            parts = [part for text in texts for part in (text.split() if i else [text])]
-            column.min_width = min(max(map(cell_len, parts), default=0), 24)
+        for column, width in zip(self.columns, self._widths(options.max_width), strict=True):
+            column.width = width
         yield from super().__rich_console__(console, options)
         if self.note:
             yield Text(self.note, "dim")
         yield Text("")
 
+    def _widths(self, room: int) -> list[int]:
+        """Of the columns, which rich would let run over the edge, where what is at the right is cut
+        off. The widest gives way first, down to its longest word. Where that is not enough words
+        are broken, and last of all names, which stand at the left."""
+        widths, least = [], []
+        for i, column in enumerate(self.columns):
+            texts = [str(cell) for cell in (column.header, *column.cells)]
+            parts = [part for text in texts for part in (text.split() if i else [text])]
+            widths.append(max((cell_len(line) for t in texts for line in t.split("\n")), default=0))
+            least.append(min(max(map(cell_len, parts), default=0), 24))
+        room -= 2 * len(widths) - 1  # what rich puts between and behind them
+        for least_ones in (least, [*least[:1], *[3] * (len(least) - 1)], [1] * len(least)):
+            while sum(widths) > room:
+                over = [i for i, width in enumerate(widths) if width > least_ones[i]]
+                if not over:
+                    break
+                widths[max(over, key=widths.__getitem__)] -= 1
+        return widths
+
 
 def table(title: str, *heads: str, right: Sequence[str] = (), note: str = "") -> Titled:
     """An empty table for 80 columns and fewer: where it is narrower than its cells these are folded
     and never cut. right: the heads whose columns are set right. note: stands below, dim."""
-    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False}
-    made = Titled(**look, collapse_padding=True)
+    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    made = Titled(**look, pad_edge=False)
     made.heading, made.note = title, note
     for head in heads:
         made.add_column(head, justify="right" if head in right else "left", overflow="fold")

@@ -35,7 +35,7 @@ def command(
     from ..bench.regress import compare, differences
     from ..bench.results import load
     from ..bench.turns import busy
-    from .bench_tables import changes_table
+    from .bench_tables import changes_tables
 
     answer = Answer(quiet=quiet, as_json=as_json)
     (before, old_rows), (after, new_rows) = load(old), load(new)
@@ -51,7 +51,7 @@ def command(
         if words := busy(record.get("load"), record["environment"]["threads"]):
             console.print(f"{path}: {words}", style="yellow")
     changes = compare(old_rows, new_rows, alpha=alpha, effect=effect)
-    answer.show(changes_table(changes))
+    answer.show(*changes_tables(changes))
     answer.end(changes=[dataclasses.asdict(change) for change in changes])
     mine = [change for change in changes if change.ours]
     if any(change.bad for change in mine):

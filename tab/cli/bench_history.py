@@ -29,11 +29,11 @@ def command(
     """Show how TAB's own times moved from one commit to the next, each over a fixed operation."""
     from ..bench.history import history
     from ..bench.page import write_history
-    from .bench_tables import history_table
+    from .bench_tables import history_tables
 
     answer = Answer(quiet=quiet, as_json=as_json)
     lines = history(files, force=force)
-    answer.show(history_table(lines))
+    answer.show(*history_tables(lines))
     if out:
         write_history(out, lines)
         say(f"Page: {out}")

@@ -12,7 +12,7 @@ from ..bench.history import Line
 from ..bench.peak_memory import growth, tokens
 from ..bench.regress import Change
 from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
-from .answer import table
+from .answer import Titled, table
 
 WORDS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
@@ -159,10 +159,20 @@ def decode_table(case: str, rows: list[Row]) -> Table:
     return made
 
 
-def changes_table(changes: list[Change]) -> Table:
-    """What changed between two results, a line for each contestant and direction."""
-    note = "Change: of the time over the yardstick's, with the interval of --alpha."
-    made = table("Changes", "What", "ms", "Change", "Verdict", right=("ms",), note=note)
+def changes_tables(changes: list[Change]) -> Iterator[Table]:
+    """What changed between two results: one for each case, a line for each contestant and
+    direction."""
+    cases = list(dict.fromkeys(c.case for c in changes))
+    for case in cases:
+        made = _changes([c for c in changes if c.case == case])
+        made.heading = case
+        if case == cases[-1]:
+            made.note = "Change: of the time over the yardstick's, with the interval of --alpha."
+        yield made
+
+
+def _changes(changes: list[Change]) -> Titled:
+    made = table("", "Contestant", "ms", "Change", "Verdict", right=("ms",))
     for c in changes:
         bad = c.bad or c.undecidable
         colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
@@ -170,21 +180,21 @@ def changes_table(changes: list[Change]) -> Table:
         change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
         if c.low is not None:
             change += f" ({100 * (c.low - 1):+.3g} … {100 * (c.high - 1):+.3g})"
-        what = " ".join(filter(None, (c.case, c.contestant, c.direction)))
+        what = " ".join(filter(None, (c.contestant, c.direction)))
         made.add_row(what, f"{old} → {new}", change, Text(c.verdict, style=colour))
     return made
 
 
-def history_table(lines: list[Line]) -> Table:
-    """TAB's own times over commits, a line for each of them."""
+def history_tables(lines: list[Line]) -> Iterator[Table]:
+    """TAB's own times over commits: one for each case, contestant and direction."""
     note = "Times as fast as at first: over the yardstick's, with the least and most of processes."
-    made = table("History", "What", "Commit", "ms", "Times as fast", right=("ms",), note=note)
     for line in lines:
-        what = " ".join((line.case, line.contestant, line.direction))
+        what = f"{line.case}: {line.contestant}, {line.direction}"
+        last = note if line is lines[-1] else ""
+        made = table(what, "Commit", "ms", "Times as fast", right=("ms",), note=last)
         for p in line.points:
-            made.add_row(what, p.commit, f"{p.ms:.3g}", f"{p.value:.2f} ({p.low:.2f}–{p.high:.2f})")
-            what = ""
-    return made
+            made.add_row(p.commit, f"{p.ms:.3g}", f"{p.value:.2f} ({p.low:.2f}–{p.high:.2f})")
+        yield made
 
 
 def summaries(rows: list[Row]) -> list[dict]:

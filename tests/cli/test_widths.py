@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections import Counter
 
 import pytest
 import typer
@@ -10,6 +11,7 @@ from small_report import run
 
 from tab.analysis.one_variant import Layer
 from tab.analysis.same_function import Identity
+from tab.bench.history import Line, Point
 from tab.bench.regress import Change
 from tab.bench.rows import Row
 from tab.cli import bench_tables, tables
@@ -125,13 +127,16 @@ def robust() -> dict:
 SHARES = {("cnn", "kv_compression"): {"lr": 0.9, "compression_ratio": 0.1}}
 CHANGES = [
     Change("performer/vision/causal/bfloat16", "tab", "forward", verdict, 1e-3, 2e-3, 2.0, 1.9, 2.1)
-    for verdict in ("slower", "undecidable: one process has no spread")
+    for verdict in ("slower", "not told apart", "undecidable: one process has no spread")
 ]
+POINTS = [Point(f"291cd2{i}", 1.0, 0.981, 1.034, 26.3 + i) for i in range(2)]
+HISTORY = [Line("performer/vision/causal/bfloat16", "tab reference", "both", POINTS)]
 MADE = {
     "bench": lambda: list(bench_tables.op_tables(bench_rows())),
     "steps": lambda: [bench_tables.steps_table(step_rows())],
     "memory": lambda: [bench_tables.memory_table(memory_rows())],
-    "changes": lambda: [bench_tables.changes_table(CHANGES)],
+    "changes": lambda: list(bench_tables.changes_tables(CHANGES)),
+    "history": lambda: list(bench_tables.history_tables(HISTORY)),
     "sweep": lambda: [tables.sweep_table(trials(), (3, 5, 7), "search", SHARES)],
     "robustness": lambda: [robustness_table(robust())],
 }
@@ -143,6 +148,8 @@ def test_every_other_table_fits(name, width):
     for made in MADE[name]():
         text = printed(made, width)
         assert not cut(text, width), text
+        cells = "".join(str(c) for column in made.columns for c in (column.header, *column.cells))
+        assert not Counter("".join(cells.split())) - Counter(text), text  # all of it is there
         names = [str(cell) for cell in made.columns[0].cells]
         assert names and all(name in text for name in names if len(name) <= 24), text
 
