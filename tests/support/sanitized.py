@@ -141,9 +141,29 @@ def mla_decode(b, h, n, d, dv, randn, flip):
     return f, (randn(b, h, n, d), randn(b, h, n, rope)), (c, k_rope, w_uk, w_uv)
 
 
+def mla_decode_paged(b, h, n, d, dv, randn, flip):
+    """The rows of each sequence in pages, which lie in any order."""
+    rank, rope, size = (1, 24, 65)[flip % 3], (0, 4, 8)[flip % 3], (1, 7, 64, 100)[flip % 4]
+    lengths = torch.arange(b) * 40 % (n + 1) + (flip % 2)
+    c, k_rope, w_uk, w_uv = latents(b, h, n, d, dv, rank, rope, randn)
+    pages = -(-n // size)
+    table = torch.randperm(b * pages, generator=torch.Generator().manual_seed(flip)).view(b, -1)
+
+    def f(backend, q, q_rope, c, k_rope, w_uk, w_uv):
+        rows = torch.nn.functional.pad(torch.cat([c, k_rope], -1), (0, 0, 0, pages * size - n))
+        pool = rows.reshape(b * pages, size, -1)[table.flatten().argsort()]
+        return tab.mla_decode(
+            q[:, :, -1], q_rope[:, :, -1], pool, lengths.clamp(max=n), w_uk, w_uv,
+            page_table=table, backend=backend,
+        )[0]  # fmt: skip
+
+    return f, (randn(b, h, n, d), randn(b, h, n, rope)), (c, k_rope, w_uk, w_uv)
+
+
 # What runs an op; x_fwd and x_bwd are run by x.
-CASES = {f.__name__: f for f in (linear, gated_linear, performer, local, sparse, mla, mla_decode)}
-NO_GRADIENT = {"mla_decode"}
+FUNCTIONS = linear, gated_linear, performer, local, sparse, mla, mla_decode, mla_decode_paged
+CASES = {f.__name__: f for f in FUNCTIONS}
+NO_GRADIENT = {"mla_decode", "mla_decode_paged"}
 OWN_TYPE = {"linear", "gated_linear", "performer"}  # of their states
 
 
