@@ -9,7 +9,7 @@ from rich.text import Text
 
 from . import options
 from .answer import Answer, pairs, table
-from .terminal import bar, say
+from .terminal import bar, console
 
 
 def command(
@@ -37,7 +37,7 @@ def command(
     answer.show(made)
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f" ({', '.join(ops)})"
-        say(f"no {reason}{which}", style="dim")
+        console.print(Text(f"no {reason}{which}", "dim"))  # nobody copies it: it may break
     more = {"kernels": _kernels(answer)} if kernels else {}
     answer.end(versions=dict(facts), backends=found, **more)
 
