@@ -22,12 +22,12 @@ BACKWARD = struct(
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    ("n", "d", "dv", "feature_map", "state"),
-    [(1, 3, 2, 0, True), (5, 16, 136, 1, False), (63, 33, 65, 2, True), (63, 65, 33, 0, False),
-     (64, 64, 64, 0, False), (64, 130, 72, 0, True)],
+    ("b", "h", "n", "d", "dv", "feature_map", "state"),
+    [(2, 2, 1, 3, 2, 0, True), (2, 2, 5, 16, 136, 1, False), (2, 1, 63, 33, 65, 2, True),
+     (1, 2, 63, 65, 33, 0, False), (1, 1, 64, 64, 64, 0, False), (1, 1, 64, 130, 72, 0, True)],
 )  # fmt: skip
-def test_linear(n, d, dv, feature_map, state, dtype, causal, generator):
-    b, h, eps = 2, 2, 0.5
+def test_linear(b, h, n, d, dv, feature_map, state, dtype, causal, generator):
+    eps = 0.5
     q, k, v = inputs(generator, b, h, n, d, dv, dtype)
     do = inputs(generator, b, h, n, d, dv, dtype)[2]
     if feature_map == 2:  # features are positive
