@@ -12,6 +12,7 @@ from .rows import Row
 _HUES = {
     "kv": "#7A7A7A",
     "linear": "#0072B2",
+    "gated": "#999933",
     "performer": "#009E73",
     "local": "#E69F00",
     "sparse": "#D55E00",
@@ -80,6 +81,8 @@ def picture(rows: Iterable[Row], path: Path) -> None:
         axis.set_xticks(ticks, [f"{n:,}" for n in ticks], minor=False)
         axis.set_xticks([], minor=True)
         axis.set(title=f"decoding, {sizes}", xlabel="tokens before", ylabel="tokens/s")
-        axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.legend(
+            fontsize=7, frameon=False, handlelength=4, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
         axis.spines[["top", "right"]].set_visible(False)
     figure.keep(path, dpi=110)

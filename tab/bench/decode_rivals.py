@@ -45,6 +45,24 @@ class Recurrent:
         return o[:, :, None].to(dtype)
 
 
+class RecurrentGated:
+    """Gated linear attention as flash-linear-attention's recurrent reference has it, one decay a
+    head: S ← e^g S + k vᵀ, o = D^(-1/2)·Sᵀq."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor):
+        later = torch.arange(k.shape[2], device=k.device).flip(0)  # tokens after each
+        k = k.to(log_decay.dtype) * (log_decay[:, None] * later).exp()[..., None]
+        self.held = [k.mT @ v.to(k.dtype)]
+        self.decay, self.scale = log_decay[:, None, None], q.shape[-1] ** -0.5
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (s,), dtype = self.held, q.dtype
+        q, k, v = (x[:, :, 0].to(s.dtype) for x in (q, k, v))
+        s *= self.decay.exp()
+        s += k[..., None] * v[..., None, :]
+        return ((q * self.scale)[..., None] * s).sum(-2)[:, :, None].to(dtype)
+
+
 class EagerLinear:
     """The same by matrix products."""
 

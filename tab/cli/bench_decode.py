@@ -61,8 +61,9 @@ def command(
     use_threads(threads)
     import torch
 
-    from ..bench.decode import BLOCK, Setting, measure, names
+    from ..bench.decode import measure
     from ..bench.decode_chart import picture
+    from ..bench.decoders import BLOCK, Setting, names
     from ..bench.page import write_page
     from ..bench.results import environment, save
     from ..bench.turns import Load, in_turns

@@ -216,7 +216,7 @@ class H2OCache(DecodeCache):
             position = self.seen + key_mask[:, None].cumsum(-1) - 1  # (B, 1, T)
             position = position.masked_fill(~key_mask[:, None], -1)
             self.seen = self.seen + key_mask[:, None].sum(-1, keepdim=True)
-        position = position.expand(b, h, t)
+        position = position.expand(b, h, t).contiguous()  # a step writes to it
         score = torch.zeros(b, h, t, dtype=accumulate(k), device=k.device)
         if self.k is None:  # copies: the caller may fill his buffer anew
             self.k, self.v, self.score, self.position = k.clone(), v.clone(), score, position

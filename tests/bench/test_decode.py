@@ -7,9 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.bench import decode
-from tab.bench.decode import Decoder, Setting, measure
+from tab.bench import decode, decoders
+from tab.bench.decode import measure
 from tab.bench.decode_chart import charts, curves, picture
+from tab.bench.decoders import Decoder, Setting
 from tab.bench.results import load
 from tab.bench.rows import Row
 from tab.cli.main import app
@@ -20,7 +21,7 @@ SMALL = Setting(200, batch=2, heads=4, kv_heads=4, width=16, window=128)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_everyone_decodes_right(dtype):
     rows = measure(replace(SMALL, dtype=dtype), budget=0.001, min_rounds=1)
-    assert [row.contestant for row in rows] == decode.names()
+    assert [row.contestant for row in rows] == decoders.names()
     assert not [(row.contestant, row.skipped) for row in rows if row.skipped]
     assert all(row.error < (1e-5 if dtype == torch.float32 else 0.1) for row in rows
                if row.contestant != "tab h2o")  # fmt: skip
@@ -29,9 +30,10 @@ def test_everyone_decodes_right(dtype):
 
 def test_the_bytes_are_those_of_the_formulas():
     held = {row.contestant: row.held_bytes for row in measure(SMALL, budget=0.001, min_rounds=1)}
-    b, h, d, reserved = 2, 4, 16, 200 + decode.ROOM
+    b, h, d, reserved = 2, 4, 16, 200 + decoders.ROOM
     assert held["tab kv"] == held["sdpa"] == 4 * b * h * reserved * 2 * d
     assert held["tab linear"] == held["recurrent linear"] == 4 * b * h * d * (d + 1)
+    assert held["tab gated"] == held["recurrent gated"] == 4 * b * h * d * d
     assert held["tab performer"] == held["eager performer"] == 4 * b * h * 256 * (d + 2)
     assert held["tab local"] == held["eager local"] == 4 * b * h * 128 * 2 * d
     assert held["tab sparse"] == 4 * b * h * 128 * 2 * d

@@ -72,6 +72,16 @@ def test_h2o_moves_nothing_unless_gradients_are_recorded(generator):
     assert_close(*(c.position.sort(-1).values for c in (cache, other)))
 
 
+def test_h2o_goes_on_from_a_prompt_that_fills_it(generator):
+    """Whose tokens all stay, in the order in which they came."""
+    x = draw(generator)
+    cache, other = (tab.H2OCache(heavy=3, recent=4) for _ in range(2))
+    cache.prefill(*(t[:, :, :7] for t in x))
+    graph = [t.clone().requires_grad_() for t in x]
+    other.prefill(*(t[:, :, :7] for t in graph))
+    assert_close(decode(cache, x, 7), decode(other, graph, 7))
+
+
 def test_h2o_keeps_what_is_masked(generator):
     x = draw(generator)
     cache, again = (tab.H2OCache(heavy=3, recent=4) for _ in range(2))
