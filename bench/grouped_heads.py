@@ -11,6 +11,7 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -56,19 +57,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     contestants = list(calls(args.heads, args.tokens))
-    times: list[list[float]] = [[] for _ in contestants]
-    order = random.Random(0)
-    for turn in range(args.rounds + 2):  # two to warm up
-        for i in order.sample(range(len(contestants)), len(contestants)):
-            start = time.process_time()
-            contestants[i][3]()
-            if turn >= 2:
-                times[i].append(1e3 * (time.process_time() - start))
+    times = in_turns([call for *_, call in contestants], args.rounds)
     print(f"B 1, H {args.heads}, N {args.tokens}, D {WIDTH}, float32, ms of one thread\n")
     print("| op | H_kv | forward | forward and backward |\n|---|---|---|---|")
     for i in range(0, len(contestants), 2):
         name, kv, _, _ = contestants[i]
         print(f"| {name} | {kv} | {told(times[i])} | {told(times[i + 1])} |")
+
+
+def in_turns(calls: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """ms of processor time of each call in each round, in shuffled order."""
+    times: list[list[float]] = [[] for _ in calls]
+    order = random.Random(0)
+    for turn in range(rounds + 2):  # two to warm up
+        for i in order.sample(range(len(calls)), len(calls)):
+            start = time.process_time()
+            calls[i]()
+            if turn >= 2:
+                times[i].append(1e3 * (time.process_time() - start))
+    return times
 
 
 def told(x: list[float]) -> str:

@@ -79,20 +79,75 @@ def similarity(
         return s
 
 
+# What may be done to the scores (tab/ops/_softmax.py), None where it is not: `cap`, a number, and
+# `slope`, a pointer to the head's. Masked tokens are read from past the end, where there are zeros:
+# keys, and queries that hold what is not finite.
+
+
+@triton.jit
+def tanh(x):
+    """Of few terms below ⅝, which keeps the digits of small x; minimax."""
+    z, size = x * x, tl.abs(x)
+    near = -0.005704988 * z + 0.020639079
+    near = (near * z - 0.053739715) * z + 0.133314422
+    near = (near * z - 0.333332819) * z * x + x
+    far = 1.0 - 2.0 / (tl.exp2(size * (2 * LOG2E)) + 1.0)
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def capped(s, scale, cap):
+    """log₂e·S before the bias, of products s."""
+    if cap is not None:
+        return tanh(s * (scale / cap)) * (cap * LOG2E)
+    else:
+        return s * (scale * LOG2E)
+
+
+@triton.jit
+def biased(s, i, j, slope):
+    """Minus ALiBi's log₂e·m·|i − j|; i and j broadcast against s."""
+    if slope is not None:
+        return s - tl.abs(i - j).to(tl.float32) * (tl.load(slope) * LOG2E)
+    else:
+        return s
+
+
+@triton.jit
+def real_keys(mask, b, j, N):
+    """Whether the keys j of batch entry b are real, and where to read them."""
+    real = tl.load(mask + b.to(tl.int64) * N + j, mask=j < N, other=0) != 0
+    return real, tl.where(real, j, N)
+
+
+@triton.jit
+def quiet(mask, b, q, q_n, i, stop, N, D: tl.constexpr, BD: tl.constexpr):
+    """Where to read the queries i of batch entry b."""
+    if mask is not None:
+        odd = tl.zeros(i.shape, tl.int32)
+        for d in range(0, D, BD):
+            finite = tl.abs(tile(q, q_n, i, stop, d, D, BD)) < float("inf")
+            odd = tl.maximum(odd, 1 - tl.min(finite.to(tl.int32), 1))
+        real = tl.load(mask + b.to(tl.int64) * N + i, mask=i < stop, other=1) != 0
+        return tl.where((odd != 0) & (real == 0), stop, i)
+    else:
+        return i
+
+
 @triton.jit
 def forward_tile(
-    o, top, total, x, q, q_n, i, stop_i, k, k_n, v, v_n, j, stop_j, v0, seen, scale,
+    o, top, total, x, q, q_n, i, stop_i, k, k_n, v, v_n, j, stop_j, v0, seen, scale, cap, slope,
     HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o (m, BV), top (m,), total (m,) with the keys j; x is q's tile, seen (m, n) or None: all.
-    HIDES: `seen` leaves out keys that are there, not only places past the end."""
+    HIDES: `seen` leaves out keys that are there, not only places past the end and masked ones."""
     at = j
     if HIDES:
         at, mark = sound(v, v_n, j, stop_j, v0, DV, BV)
     y = tile(k, k_n, j, stop_j, 0, D, BD)
     s = similarity(x, y, q, q_n, i, stop_i, k, k_n, j, stop_j, D, BD, PRECISION)
-    s *= scale * LOG2E
+    s = biased(capped(s, scale, cap), i[:, None], j[None, :], slope)
     if HIDES:
         s += mark[None, :]
     if seen is not None:

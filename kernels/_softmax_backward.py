@@ -8,7 +8,7 @@ Dao 2023, "FlashAttention-2", algorithm 2; scores and pieces as in _softmax.py.
 import triton
 import triton.language as tl
 
-from ._softmax import LOG2E, similarity
+from ._softmax import LOG2E, biased, capped, similarity
 from ._tiles import dot, sound, tile
 
 
@@ -24,6 +24,13 @@ def piece(
 
 
 @triton.jit
+def steepness(s, cap):
+    """1 − tanh² of a score as `capped` gives it."""
+    bent = s / (cap * LOG2E)
+    return 1.0 - bent * bent
+
+
+@triton.jit
 def row_sums(do, do_n, o, o_n, i, stop, DV: tl.constexpr, BV: tl.constexpr):
     """Δ_i = Σ do_i∘o_i"""
     delta = tl.zeros(i.shape, tl.float32)
@@ -36,6 +43,7 @@ def row_sums(do, do_n, o, o_n, i, stop, DV: tl.constexpr, BV: tl.constexpr):
 @triton.jit
 def grad_q_tile(
     dq, x, g, lse, delta, q, q_n, do, do_n, i, stop_i, k, k_n, v, v_n, j, stop_j, d0, seen, scale,
+    cap, slope,
     HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +54,10 @@ def grad_q_tile(
         at, mark = sound(k, k_n, j, stop_j, d0, D, BD)
     y = tile(k, k_n, at if D <= BD else j, stop_j, 0, D, BD)
     s = similarity(x, y, q, q_n, i, stop_i, k, k_n, j, stop_j, D, BD, PRECISION)
-    s = s * (scale * LOG2E) - (lse * LOG2E)[:, None]
+    s = capped(s, scale, cap)
+    if cap is not None:
+        steep = steepness(s, cap)
+    s = biased(s, i[:, None], j[None, :], slope) - (lse * LOG2E)[:, None]
     if HIDES:
         s += mark[None, :]
     if seen is not None:
@@ -54,6 +65,8 @@ def grad_q_tile(
     z = tile(v, v_n, j, stop_j, 0, DV, BV)
     dp = similarity(g, z, do, do_n, i, stop_i, v, v_n, j, stop_j, DV, BV, PRECISION)
     ds = tl.exp2(s) * (dp - delta[:, None])
+    if cap is not None:
+        ds *= steep
     if HIDES:
         ds = tl.where(seen, ds, 0.0)
     y = piece(y, k, k_n, at, stop_j, d0, D, BD)
@@ -65,7 +78,7 @@ def grad_q_tile(
 @triton.jit
 def grad_kv_tile(
     dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, stop_i, k, k_n, v, v_n, j, stop_j, d0, v0,
-    seen, scale,
+    seen, scale, cap, slope,
     HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +91,10 @@ def grad_kv_tile(
     x = tile(q, q_n, at_q if D <= BD else i, stop_i, 0, D, BD)
     s = similarity(y, x, k, k_n, j, stop_j, q, q_n, i, stop_i, D, BD, PRECISION)
     top = tl.load(lse + i, mask=i < stop_i, other=float("inf"))
-    s = s * (scale * LOG2E) - (top * LOG2E)[None, :]
+    s = capped(s, scale, cap)
+    if cap is not None:
+        steep = steepness(s, cap)
+    s = biased(s, j[:, None], i[None, :], slope) - (top * LOG2E)[None, :]
     if HIDES:
         s += (mark_q + mark_g)[None, :]
     if seen is not None:
@@ -88,6 +104,8 @@ def grad_kv_tile(
     dv += dot(p, piece(g, do, do_n, at_g, stop_i, v0, DV, BV), PRECISION)
     dp = similarity(z, g, v, v_n, j, stop_j, do, do_n, i, stop_i, DV, BV, PRECISION)
     ds = p * (dp - tl.load(delta + i, mask=i < stop_i, other=0.0)[None, :])
+    if cap is not None:
+        ds *= steep
     if HIDES:
         ds = tl.where(seen, ds, 0.0)
     x = piece(x, q, q_n, at_q, stop_i, d0, D, BD)

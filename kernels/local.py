@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from ._launch import launch, register, rows, strided, token_major_empty
-from ._softmax import finish, forward_tile, heads, meta, takes, tokens
+from ._launch import launch, mask_bytes, meta_tensor, register, rows, strided, token_major_empty
+from ._softmax import finish, forward_tile, heads, meta, quiet, real_keys, takes, tokens
 from ._tiles import head, put, tile
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -53,19 +53,24 @@ def walk(
 
 @triton.jit
 def forward_part(
-    o, top, total, x, q, q_n, i, k, k_n, v, v_n, v0, lo, hi, left, right, cols, N, scale,
+    o, top, total, x, q, q_n, i, at, k, k_n, v, v_n, mask, b, v0, lo, hi, left, right, cols, N,
+    scale, cap, slope,
     MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """With the keys from lo to hi; queries i, read at `at`."""
     # A line has few masked tiles: they are not worth the memory of reading ahead.
     for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
         j = start + tl.arange(0, BN)
         seen = None
         if MASKED:
             seen = visible(i[:, None], j[None, :], left, right, cols, N, GRID, CAUSAL)
+        if mask is not None:
+            real, j = real_keys(mask, b, j, N)
+            seen = (seen & real[None, :]) if MASKED else real[None, :]
         o, top, total = forward_tile(
-            o, top, total, x, q, q_n, i, N, k, k_n, v, v_n, j, N, v0, seen, scale,
+            o, top, total, x, q, q_n, at, N, k, k_n, v, v_n, j, N, v0, seen, scale, cap, slope,
             MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return o, top, total
@@ -73,8 +78,8 @@ def forward_part(
 
 @triton.jit
 def local_forward(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n, lse,
-    N, H, left, right, height, cols, scale,
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n, lse, mask, slopes,
+    N, H, left, right, height, cols, scale, cap,
     GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,15 +92,19 @@ def local_forward(
     if CAUSAL:
         hi = tl.minimum(hi, start + BN)
         a, b = hi, hi
-    x = tile(q, q_n, i, N, 0, D, BD)
+    at = quiet(mask, bh // H, q, q_n, i, N, N, D, BD)
+    if slopes is not None:
+        slopes += bh % H
+    x = tile(q, q_n, at, N, 0, D, BD)
     y = tl.zeros((BN, BV), tl.float32)
     top = tl.full((BN,), float("-inf"), tl.float32)
     total = tl.zeros((BN,), tl.float32)
     for part in tl.static_range(3 if not GRID else 1):
         y, top, total = forward_part(
-            y, top, total, x, q, q_n, i, k, k_n, v, v_n, v0,
+            y, top, total, x, q, q_n, i, at, k, k_n, v, v_n, mask, bh // H, v0,
             lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, scale, part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
+            left, right, cols, N, scale, cap, slopes,
+            part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
         )  # fmt: skip
     y, top = finish(y, top, total)
     put(head(o, bh, H, o_b, o_h), o_n, i, N, v0, y, DV, BV)
@@ -106,23 +115,23 @@ def local_forward(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def window(q, v, left, right, height, cols, causal, scale, backward=False):
+def window(q, v, left, right, height, cols, causal, scale, softcap, backward=False):
     """-> the arguments after the tensors, the compile-time arguments, tiles of tokens."""
     b, h, n, _ = q.shape
     if causal and not cols:  # on a line no mask is needed for that
         right, causal = 0, False
     m = {"GRID": cols > 0, "CAUSAL": causal, "BN": tokens(q, n), **meta(q, v, backward)}
-    return (n, h, left, right, height, cols, scale), m, b * h * cdiv(n, m["BN"])
+    return (n, h, left, right, height, cols, scale, softcap or None), m, b * h * cdiv(n, m["BN"])
 
 
-def forward(q, k, v, left, right, height, cols, causal, scale):
+def forward(q, k, v, key_mask, slopes, left, right, height, cols, causal, scale, softcap):
     """tab::local_fwd"""
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    rest, m, tiles = window(q, v, left, right, height, cols, causal, scale)
+    rest, m, tiles = window(q, v, left, right, height, cols, causal, scale, softcap)
     launch(
         local_forward, (tiles, cdiv(v.shape[-1], m["BV"])),
-        *strided(q, k, v, o), lse, *rest, **m,
+        *strided(q, k, v, o), lse, mask_bytes(key_mask), slopes, *rest, **m,
     )  # fmt: skip
     return o, lse
 
@@ -132,9 +141,15 @@ def forward(q, k, v, left, right, height, cols, causal, scale):
 
 def cases():
     for first, q in enumerate(heads()):
-        yield q, q, q, 64, 64, 0, 0, False, 0.1
+        yield q, q, q, None, None, 64, 64, 0, 0, False, 0.1, 0.0
         if first == 0:
-            yield q, q, q, 64, 64, 128, 64, True, 0.1  # causal grid
+            yield q, q, q, None, None, 64, 64, 128, 64, True, 0.1, 0.0  # causal grid
+            yield q, q, q, *rules(q), 64, 64, 0, 0, False, 0.1, 30.0
+
+
+def rules(q):
+    """key_mask and slopes"""
+    return meta_tensor(q.shape[0], q.shape[2], dtype=torch.bool), meta_tensor(q.shape[1])
 
 
 register("local_fwd", forward, takes=takes, cases=cases)

@@ -10,8 +10,8 @@ import triton.language as tl
 from triton import cdiv
 
 from . import local
-from ._launch import launch, register, rows, strided, token_major_empty
-from ._softmax import takes
+from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty
+from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
 from ._tiles import head, put, tile
 from .local import visible, walk, window
@@ -21,8 +21,8 @@ from .local import visible, walk, window
 
 @triton.jit
 def grad_q_part(
-    dq, x, g, top, delta, q, q_n, do, do_n, i, k, k_n, v, v_n, d0, lo, hi, left, right, cols, N,
-    scale,
+    dq, x, g, top, delta, q, q_n, do, do_n, i, at, k, k_n, v, v_n, mask, b, d0, lo, hi, left,
+    right, cols, N, scale, cap, slope,
     MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -33,9 +33,12 @@ def grad_q_part(
         seen = None
         if MASKED:
             seen = visible(i[:, None], j[None, :], left, right, cols, N, GRID, CAUSAL)
+        if mask is not None:
+            real, j = real_keys(mask, b, j, N)
+            seen = (seen & real[None, :]) if MASKED else real[None, :]
         dq = grad_q_tile(
-            dq, x, g, top, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, j, N, d0, seen, scale,
-            MASKED, D, DV, BD, BV, PRECISION,
+            dq, x, g, top, delta, q, q_n, do, do_n, at, N, k, k_n, v, v_n, j, N, d0, seen, scale,
+            cap, slope, MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return dq
 
@@ -43,7 +46,7 @@ def grad_q_part(
 @triton.jit
 def local_grad_q(
     do, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n,
-    dq, dq_b, dq_h, dq_n, lse, delta, N, H, left, right, height, cols, scale,
+    dq, dq_b, dq_h, dq_n, lse, delta, mask, slopes, N, H, left, right, height, cols, scale, cap,
     GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,25 +60,29 @@ def local_grad_q(
     if CAUSAL:
         hi = tl.minimum(hi, start + BN)
         a, b = hi, hi
+    at = quiet(mask, bh // H, q, q_n, i, N, N, D, BD)
+    if slopes is not None:
+        slopes += bh % H
     sums = row_sums(do, g_n, o, o_n, i, N, DV, BV)
     if d0 == 0:
         tl.store(delta + bh.to(tl.int64) * N + i, sums, mask=i < N)
     top = tl.load(lse + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
-    x, g = tile(q, q_n, i, N, 0, D, BD), tile(do, g_n, i, N, 0, DV, BV)
+    x, g = tile(q, q_n, at, N, 0, D, BD), tile(do, g_n, at, N, 0, DV, BV)
     y = tl.zeros((BN, BD), tl.float32)
     for part in tl.static_range(3 if not GRID else 1):
         y = grad_q_part(
-            y, x, g, top, sums, q, q_n, do, g_n, i, k, k_n, v, v_n, d0,
+            y, x, g, top, sums, q, q_n, do, g_n, i, at, k, k_n, v, v_n, mask, bh // H, d0,
             lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, scale, part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
+            left, right, cols, N, scale, cap, slopes,
+            part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
         )  # fmt: skip
     put(head(dq, bh, H, dq_b, dq_h), dq_n, i, N, d0, y * scale, D, BD)
 
 
 @triton.jit
 def grad_kv_part(
-    dk, dv, y, z, lse, delta, q, q_n, do, do_n, k, k_n, v, v_n, j, d0, v0, lo, hi,
-    left, right, cols, N, scale,
+    dk, dv, y, z, lse, delta, q, q_n, do, do_n, k, k_n, v, v_n, j, real, at, mask, b, d0, v0,
+    lo, hi, left, right, cols, N, scale, cap, slope,
     MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,9 +92,12 @@ def grad_kv_part(
         seen = None
         if MASKED:
             seen = visible(i[None, :], j[:, None], left, right, cols, N, GRID, CAUSAL)
+        if mask is not None:
+            i = quiet(mask, b, q, q_n, i, N, N, D, BD)
+            seen = (seen & real[:, None]) if MASKED else real[:, None]
         dk, dv = grad_kv_tile(
-            dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, j, N, d0, v0, seen,
-            scale, MASKED, D, DV, BD, BV, PRECISION,
+            dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, at, N, d0, v0, seen,
+            scale, cap, slope, MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return dk, dv
 
@@ -95,8 +105,8 @@ def grad_kv_part(
 @triton.jit
 def local_grad_kv(
     do, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n,
-    dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n, lse, delta,
-    N, H, left, right, height, cols, scale,
+    dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n, lse, delta, mask, slopes,
+    N, H, left, right, height, cols, scale, cap,
     GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,14 +122,23 @@ def local_grad_kv(
     lo, a, b, hi = walk(start, right, left, height, cols, N, GRID, BN, BN)
     if CAUSAL:
         lo = tl.maximum(lo, start)
-    y, z = tile(k, k_n, j, N, 0, D, BD), tile(v, v_n, j, N, 0, DV, BV)
+    at, real = j, None
+    if mask is not None:
+        real, at = real_keys(mask, bh // H, j, N)
+    if slopes is not None:
+        slopes += bh % H
+    y, z = tile(k, k_n, at, N, 0, D, BD), tile(v, v_n, at, N, 0, DV, BV)
     x, w = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BV), tl.float32)
     for part in tl.static_range(3 if not GRID else 1):
         x, w = grad_kv_part(
-            x, w, y, z, lse, delta, q, q_n, do, g_n, k, k_n, v, v_n, j, d0, v0,
+            x, w, y, z, lse, delta, q, q_n, do, g_n, k, k_n, v, v_n, j, real, at, mask,
+            bh // H, d0, v0,
             lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, scale, part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
+            left, right, cols, N, scale, cap, slopes,
+            part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
         )  # fmt: skip
+    if mask is not None:
+        x, w = tl.where(real[:, None], x, 0.0), tl.where(real[:, None], w, 0.0)
     put(head(dk, bh, H, dk_b, dk_h), dk_n, j, N, d0, x * scale, D, BD)
     put(head(dv, bh, H, dv_b, dv_h), dv_n, j, N, v0, w, DV, BV)
 
@@ -127,17 +146,21 @@ def local_grad_kv(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def backward(do, q, k, v, o, lse, left, right, height, cols, causal, scale):
+def backward(
+    do, q, k, v, o, lse, key_mask, slopes, left, right, height, cols, causal, scale, softcap
+):  # fmt: skip
     """tab::local_bwd"""
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
     delta = torch.empty_like(lse)
-    rest, m, tiles = window(q, v, left, right, height, cols, causal, scale, backward=True)
+    options = left, right, height, cols, causal, scale, softcap
+    rest, m, tiles = window(q, v, *options, backward=True)
+    sums = lse, delta, mask_bytes(key_mask), slopes
     inputs = strided(do, q, k, v)
     across = cdiv(q.shape[-1], m["BD"])
-    launch(local_grad_q, (tiles, across), *inputs, *strided(o, dq), lse, delta, *rest, **m)
+    launch(local_grad_q, (tiles, across), *inputs, *strided(o, dq), *sums, *rest, **m)
     across = max(across, cdiv(v.shape[-1], m["BV"]))
-    launch(local_grad_kv, (tiles, across), *inputs, *strided(dk, dv), lse, delta, *rest, **m)
+    launch(local_grad_kv, (tiles, across), *inputs, *strided(dk, dv), *sums, *rest, **m)
     return dq, dk, dv
 
 

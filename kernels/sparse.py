@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from ._launch import launch, meta_tensor, register, rows, strided, token_major_empty
-from ._softmax import finish, fold, forward_tile, heads, meta, takes, tokens
+from ._launch import launch, mask_bytes, meta_tensor, register, rows, strided, token_major_empty
+from ._softmax import finish, fold, forward_tile, heads, meta, quiet, real_keys, takes, tokens
 from ._tiles import head, put, tile
+from .local import rules
 
 CUT = 32  # listed blocks; not measured yet
 
@@ -112,7 +113,7 @@ def batch_head(group, which, nb, lists, H):
 @triton.jit
 def sparse_forward(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n, lse, part_o, part_lse,
-    ptr, col, N, H, nb, b, lists, items, slots, scale,
+    mask, slopes, ptr, col, N, H, nb, b, lists, items, slots, scale, cap,
     CUT: tl.constexpr, SUB: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,14 +134,21 @@ def sparse_forward(
         last = first + below(col, first, last, r + 1)
         full = tl.minimum(full, r)
     middle = first if PADDED else first + below(col, first, last, full)
-    x = tile(q, q_n, i, stop, 0, D, BD)
+    at = quiet(mask, bh // H, q, q_n, i, stop, N, D, BD)
+    if slopes is not None:
+        slopes += bh % H
+    x = tile(q, q_n, at, stop, 0, D, BD)
     y = tl.zeros((BN, BV), tl.float32)
     top = tl.full((BN,), float("-inf"), tl.float32)
     total = tl.zeros((BN,), tl.float32)
     for e in range(first * SUB, middle * SUB):
         j = tl.load(col + e // SUB) * b + e % SUB * BN + tl.arange(0, BN)
+        seen = None
+        if mask is not None:
+            real, j = real_keys(mask, bh // H, j, N)
+            seen = real[None, :]
         y, top, total = forward_tile(
-            y, top, total, x, q, q_n, i, stop, k, k_n, v, v_n, j, N, v0, None, scale,
+            y, top, total, x, q, q_n, at, stop, k, k_n, v, v_n, j, N, v0, seen, scale, cap, slopes,
             False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
@@ -149,9 +157,12 @@ def sparse_forward(
         seen = (j < end)[None, :]
         if CAUSAL:
             seen = seen & (j[None, :] <= i[:, None])
+        if mask is not None:
+            real, j = real_keys(mask, bh // H, j, N)
+            seen = seen & real[None, :]
         y, top, total = forward_tile(
-            y, top, total, x, q, q_n, i, stop, k, k_n, v, v_n, j, end, v0, seen, scale,
-            CAUSAL, D, DV, BD, BV, PRECISION,
+            y, top, total, x, q, q_n, at, stop, k, k_n, v, v_n, j, end, v0, seen, scale, cap,
+            slopes, CAUSAL, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     y, top = finish(y, top, total)
     if slot == -1:
@@ -159,10 +170,10 @@ def sparse_forward(
         if v0 == 0:
             tl.store(lse + bh.to(tl.int64) * N + i, top, mask=i < stop)
     else:
-        at = (group.to(tl.int64) * slots + slot) * b
-        put(part_o + at * DV, DV, i - r * b, b, v0, y, DV, BV)
+        place = (group.to(tl.int64) * slots + slot) * b
+        put(part_o + place * DV, DV, i - r * b, b, v0, y, DV, BV)
         if v0 == 0:
-            tl.store(part_lse + at + i - r * b, top, mask=i < r * b + b)
+            tl.store(part_lse + place + i - r * b, top, mask=i < r * b + b)
 
 
 @triton.jit
@@ -219,7 +230,9 @@ def partial(x, groups: int, sizes: dict, *size: int):
     return x.new_empty(groups, sizes["slots"], sizes["b"], *size, dtype=torch.float32)
 
 
-def forward(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
+def forward(
+    q, k, v, row_ptr, col, col_ptr, row, key_mask, slopes, block_size, causal, scale, softcap
+):  # fmt: skip
     """tab::sparse_fwd"""
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -229,7 +242,8 @@ def forward(q, k, v, row_ptr, col, col_ptr, row, block_size, causal, scale):
     out = *strided(o), lse, part_o, part_lse
     launch(
         sparse_forward, (groups * sizes["items"], *across),
-        *strided(q, k, v), *out, row_ptr, col, *sizes.values(), scale, **m,
+        *strided(q, k, v), *out, mask_bytes(key_mask), slopes, row_ptr, col, *sizes.values(),
+        scale, softcap or None, **m,
     )  # fmt: skip
     if cuts:
         sizes["items"] = cuts
@@ -247,8 +261,11 @@ def cases():
     """Causal, with long rows."""
     ptr = meta_tensor(8, 129, dtype=torch.int32)
     entries = meta_tensor(9999, dtype=torch.int32)
-    for q in heads():
-        yield q, q, q, ptr, entries, ptr, entries, 64, True, 0.1
+    for first, q in enumerate(heads()):
+        pattern = ptr, entries, ptr, entries
+        yield q, q, q, *pattern, None, None, 64, True, 0.1, 0.0
+        if first == 0:
+            yield q, q, q, *pattern, *rules(q), 64, True, 0.1, 30.0
 
 
 register("sparse_fwd", forward, takes=takes, cases=cases)

@@ -11,8 +11,8 @@ import triton.language as tl
 from triton import cdiv
 
 from . import sparse
-from ._launch import launch, register, rows, strided, token_major_empty
-from ._softmax import takes
+from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty
+from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
 from ._tiles import head, put, tile
 from .sparse import batch_head, below, partial, parts, plan, slot_of, work
@@ -23,7 +23,8 @@ from .sparse import batch_head, below, partial, parts, plan, slot_of, work
 @triton.jit
 def sparse_grad_q(
     do, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n,
-    dq, dq_b, dq_h, dq_n, lse, delta, part_dq, ptr, col, N, H, nb, b, lists, items, slots, scale,
+    dq, dq_b, dq_h, dq_n, lse, delta, part_dq, mask, slopes, ptr, col, N, H, nb, b, lists, items,
+    slots, scale, cap,
     CUT: tl.constexpr, SUB: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -49,13 +50,20 @@ def sparse_grad_q(
         full = tl.minimum(full, r)
     middle = first if PADDED else first + below(col, first, last, full)
     top = tl.load(lse + bh.to(tl.int64) * N + i, mask=i < stop, other=float("inf"))
-    x, g = tile(q, q_n, i, stop, 0, D, BD), tile(do, g_n, i, stop, 0, DV, BV)
+    at = quiet(mask, bh // H, q, q_n, i, stop, N, D, BD)
+    if slopes is not None:
+        slopes += bh % H
+    x, g = tile(q, q_n, at, stop, 0, D, BD), tile(do, g_n, at, stop, 0, DV, BV)
     y = tl.zeros((BN, BD), tl.float32)
     for e in range(first * SUB, middle * SUB):
         j = tl.load(col + e // SUB) * b + e % SUB * BN + tl.arange(0, BN)
+        seen = None
+        if mask is not None:
+            real, j = real_keys(mask, bh // H, j, N)
+            seen = real[None, :]
         y = grad_q_tile(
-            y, x, g, top, sums, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, j, N, d0, None, scale,
-            False, D, DV, BD, BV, PRECISION,
+            y, x, g, top, sums, q, q_n, do, g_n, at, stop, k, k_n, v, v_n, j, N, d0, seen, scale,
+            cap, slopes, False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
         c = tl.load(col + e // SUB)
@@ -63,23 +71,26 @@ def sparse_grad_q(
         seen = (j < end)[None, :]
         if CAUSAL:
             seen = seen & (j[None, :] <= i[:, None])
+        if mask is not None:
+            real, j = real_keys(mask, bh // H, j, N)
+            seen = seen & real[None, :]
         y = grad_q_tile(
-            y, x, g, top, sums, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, j, end, d0, seen, scale,
-            CAUSAL, D, DV, BD, BV, PRECISION,
+            y, x, g, top, sums, q, q_n, do, g_n, at, stop, k, k_n, v, v_n, j, end, d0, seen, scale,
+            cap, slopes, CAUSAL, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     y *= scale
     if slot == -1:
         put(head(dq, bh, H, dq_b, dq_h), dq_n, i, stop, d0, y, D, BD)
     else:
-        at = (group.to(tl.int64) * slots + slot) * b
-        put(part_dq + at * D, D, i - r * b, b, d0, y, D, BD)
+        place = (group.to(tl.int64) * slots + slot) * b
+        put(part_dq + place * D, D, i - r * b, b, d0, y, D, BD)
 
 
 @triton.jit
 def sparse_grad_kv(
     do, g_b, g_h, g_n, q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n,
     dk, dk_b, dk_h, dk_n, dv, dv_b, dv_h, dv_n, lse, delta, part_dk, part_dv,
-    ptr, row, N, H, nb, b, lists, items, slots, scale,
+    mask, slopes, ptr, row, N, H, nb, b, lists, items, slots, scale, cap,
     CUT: tl.constexpr, SUB: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,7 +108,12 @@ def sparse_grad_kv(
     delta += bh.to(tl.int64) * N
     stop = tl.minimum((c + 1) * b, N)
     j = c * b + sub * BN + tl.arange(0, BN)
-    y, z = tile(k, k_n, j, stop, 0, D, BD), tile(v, v_n, j, stop, 0, DV, BV)
+    at, real = j, None
+    if mask is not None:
+        real, at = real_keys(mask, bh // H, j, N)
+    if slopes is not None:
+        slopes += bh % H
+    y, z = tile(k, k_n, at, stop, 0, D, BD), tile(v, v_n, at, stop, 0, DV, BV)
     x, w = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BV), tl.float32)
     middle = first
     if CAUSAL:
@@ -106,25 +122,34 @@ def sparse_grad_kv(
         for e in range(first * SUB, middle * SUB):
             i = c * b + e % SUB * BN + tl.arange(0, BN)
             seen = j[:, None] <= i[None, :]
+            if mask is not None:
+                i = quiet(mask, bh // H, q, q_n, i, stop, N, D, BD)
+                seen = seen & real[:, None]
             x, w = grad_kv_tile(
-                x, w, y, z, lse, delta, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, j, stop, d0, v0,
-                seen, scale, True, D, DV, BD, BV, PRECISION,
+                x, w, y, z, lse, delta, q, q_n, do, g_n, i, stop, k, k_n, v, v_n, at, stop, d0, v0,
+                seen, scale, cap, slopes, True, D, DV, BD, BV, PRECISION,
             )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
         r = tl.load(row + e // SUB)
         i, end = r * b + e % SUB * BN + tl.arange(0, BN), tl.minimum((r + 1) * b, N)
+        seen = None
+        if mask is not None:
+            i = quiet(mask, bh // H, q, q_n, i, end, N, D, BD)
+            seen = real[:, None]
         x, w = grad_kv_tile(
-            x, w, y, z, lse, delta, q, q_n, do, g_n, i, end, k, k_n, v, v_n, j, stop, d0, v0,
-            None, scale, False, D, DV, BD, BV, PRECISION,
+            x, w, y, z, lse, delta, q, q_n, do, g_n, i, end, k, k_n, v, v_n, at, stop, d0, v0,
+            seen, scale, cap, slopes, False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     x *= scale
+    if mask is not None:
+        x, w = tl.where(real[:, None], x, 0.0), tl.where(real[:, None], w, 0.0)
     if slot == -1:
         put(head(dk, bh, H, dk_b, dk_h), dk_n, j, stop, d0, x, D, BD)
         put(head(dv, bh, H, dv_b, dv_h), dv_n, j, stop, v0, w, DV, BV)
     else:
-        at = (group.to(tl.int64) * slots + slot) * b
-        put(part_dk + at * D, D, j - c * b, b, d0, x, D, BD)
-        put(part_dv + at * DV, DV, j - c * b, b, v0, w, DV, BV)
+        place = (group.to(tl.int64) * slots + slot) * b
+        put(part_dk + place * D, D, j - c * b, b, d0, x, D, BD)
+        put(part_dv + place * DV, DV, j - c * b, b, v0, w, DV, BV)
 
 
 @triton.jit
@@ -151,7 +176,10 @@ def sparse_add_parts(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def backward(do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal, scale):
+def backward(
+    do, q, k, v, o, lse, row_ptr, col, col_ptr, row, key_mask, slopes, block_size, causal, scale,
+    softcap,
+):  # fmt: skip
     """tab::sparse_bwd"""
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
@@ -162,13 +190,14 @@ def backward(do, q, k, v, o, lse, row_ptr, col, col_ptr, row, block_size, causal
     across_d, across_v = cdiv(q.shape[-1], m["BD"]), cdiv(v.shape[-1], m["BV"])
     inputs = strided(do, q, k, v)
     programs, sub = groups * sizes["items"], m["SUB"]
+    told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
     launch(
         sparse_grad_q, (programs, sub, across_d), *inputs, *strided(o, dq), lse, delta,
-        part_q, row_ptr, col, *sizes.values(), scale, **m,
+        part_q, *told, row_ptr, col, *sizes.values(), *scales, **m,
     )  # fmt: skip
     launch(
         sparse_grad_kv, (programs, sub, max(across_d, across_v)), *inputs, *strided(dk, dv),
-        lse, delta, part_k, part_v, col_ptr, row, *sizes.values(), scale, **m,
+        lse, delta, part_k, part_v, *told, col_ptr, row, *sizes.values(), *scales, **m,
     )  # fmt: skip
     if cuts:
         sizes["items"] = cuts

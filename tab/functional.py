@@ -17,6 +17,7 @@ from .ops import linear_attention as linear_attention
 from .ops import linformer_attention as linformer_attention
 from .ops import local_attention as local_attention
 from .ops import merge_attention as merge_attention
+from .ops import merge_sinks as merge_sinks
 from .ops import mla_attention as mla_attention
 from .ops import mla_decode as mla_decode
 from .ops import moe_experts as moe_experts

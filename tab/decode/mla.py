@@ -10,8 +10,9 @@ from torch import Tensor
 from ..ops._check import accumulate, number, operands, shapes, token_major
 from ..ops._softmax import score_scale, softmax_forward
 from ..ops.decode_cache import DecodeCache, keeps_no_graph
-from ..ops.mla import check, mla_attention
+from ..ops.mla import mla_attention
 from ..ops.mla_decode import mla_decode
+from ..ops.mla_forms import check_latents
 from ..ops.mla_pages import gather_pages
 from ._rows import Rows
 from .pages import PagePool, Pages
@@ -141,7 +142,7 @@ class MLACache(DecodeCache):
         names = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
         named = dict(zip(names, (*tensors, self.w_uk, self.w_uv), strict=True))
         x = operands(where, **named)
-        check(where, *x)
+        check_latents(where, *x)
         keeps_no_graph(where, "tab.mla_attention", *x)
         c_kv, held = x[2], self._store.cache
         width = c_kv.shape[2] + x[3].shape[2]

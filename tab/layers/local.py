@@ -9,24 +9,6 @@ from ..ops.local import in_window, local_attention
 from ._base import HeadsAttention
 from ._registry import register_attention
 
-HIDDEN = -3e4  # in the scores: exp of it is 0 in every type, and float16 can hold it
-
-
-def hide_keys(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Lets a kernel without a key mask obey one: q, k, v (B, H, N, D) with an eighth-aligned tail.
-
-    One more dimension is 1 in q and very negative in the k of a hidden token, whose weight becomes
-    exactly 0; its v is 0 too, so that a query which sees hidden tokens only gives 0.
-    """
-    if key_mask is None:
-        return q, k, v
-    real = key_mask[:, None, :, None]  # (B, 1, N, 1)
-    q_tail = q.new_zeros(*q.shape[:3], 8)
-    q_tail[..., 0] = q.shape[-1] ** 0.5  # undoes the scale
-    k_tail = torch.zeros_like(q_tail)
-    k_tail[..., :1] = torch.where(real, 0.0, HIDDEN)
-    return torch.cat([q, q_tail], -1), torch.cat([k, k_tail], -1), v.where(real, 0.0)
-
 
 @register_attention("local")
 class LocalAttention(HeadsAttention):
@@ -72,9 +54,7 @@ class LocalAttention(HeadsAttention):
         self.window_grid = grid if two_dimensional else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        q, k, v = hide_keys(q, k, v, key_mask)
-        return local_attention(q, k, v, window=self.reach, grid=self.window_grid, scale=scale)
+        return local_attention(q, k, v, window=self.reach, grid=self.window_grid, key_mask=key_mask)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         i = torch.arange(q.shape[-2], device=q.device)

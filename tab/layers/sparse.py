@@ -14,7 +14,6 @@ from ..ops.sparse import sparse_attention, sparse_bwd, sparse_fwd
 from ._base import HeadsAttention
 from ._registry import register_attention
 from ._stacking import OwnAttend, stacks
-from .local import hide_keys
 
 PATTERNS = 256  # that a process keeps: one for each length, seed and set of options
 
@@ -73,11 +72,9 @@ class SparseAttention(HeadsAttention):
         return _pattern(n, *self.rule)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        q, k, v = hide_keys(q, k, v, key_mask)
         if torch.compiler.is_compiling():
-            return bigbird(*autocast(q, k, v), self.rule, scale)[0]
-        return sparse_attention(q, k, v, self.pattern(q.shape[2]), scale=scale)
+            return bigbird(*autocast(q, k, v), key_mask, self.rule, q.shape[-1] ** -0.5)[0]
+        return sparse_attention(q, k, v, self.pattern(q.shape[2]), key_mask=key_mask)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         seen = self.pattern(q.shape[2]).to_dense().to(q.device)  # (Hp, N, N)
@@ -105,33 +102,34 @@ def _pattern(n, block_size, heads, window, num_global, num_random, seed) -> Bloc
 
 @torch.library.custom_op("tab::bigbird", mutates_args=())
 def bigbird(
-    q: Tensor, k: Tensor, v: Tensor, rule: list[int], scale: float
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rule: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """`sparse_fwd` under the pattern of these options for the N of q -> o, lse"""
     pattern = _pattern(q.shape[2], *rule).to(q.device)
-    backend = choose("auto", sparse_fwd, q)
-    return sparse_fwd(backend, q, k, v, *pattern.tensors, pattern.block_size, False, scale)
+    options = key_mask, None, pattern.block_size, False, scale, 0.0
+    x = q, k, v, *pattern.tensors, *options
+    return sparse_fwd(choose("auto", sparse_fwd, *x, cuda=key_mask is None), *x)
 
 
 @torch.library.custom_op("tab::bigbird_backward", mutates_args=())
 def bigbird_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rule: list[int],
-    scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, o: Tensor, lse: Tensor,
+    rule: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of sparse attention under the pattern that `rule` draws."""
     pattern = _pattern(q.shape[2], *rule).to(q.device)
-    backend = choose("auto", sparse_fwd, q)
-    options = pattern.block_size, False, scale
+    options = key_mask, None, pattern.block_size, False, scale, 0.0
+    backend = choose("auto", sparse_fwd, q, cuda=key_mask is None)
     return sparse_bwd(backend, do, q, k, v, o, lse, *pattern.tensors, *options)
 
 
 @bigbird.register_fake
-def _(q, k, v, rule, scale):
+def _(q, k, v, key_mask, rule, scale):
     return _like(v), q.new_empty(q.shape[:3], dtype=accumulate(q))
 
 
 @bigbird_backward.register_fake
-def _(do, q, k, v, o, lse, rule, scale):
+def _(do, q, k, v, key_mask, o, lse, rule, scale):
     return _like(q), _like(k), _like(v)
 
 
@@ -142,12 +140,12 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    *qkv, ctx.rule, ctx.scale = inputs
-    ctx.save_for_backward(*qkv, *output)
+    *tensors, ctx.rule, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _gradients(ctx, do, _):
-    return *bigbird_backward(do, *ctx.saved_tensors, ctx.rule, ctx.scale), None, None
+    return *bigbird_backward(do, *ctx.saved_tensors, ctx.rule, ctx.scale), None, None, None
 
 
 bigbird.register_autograd(_gradients, setup_context=_save)

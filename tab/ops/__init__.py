@@ -20,6 +20,7 @@ from .linear import linear_attention as linear_attention
 from .linformer import linformer_attention as linformer_attention
 from .local import local_attention as local_attention
 from .merge import merge_attention as merge_attention
+from .merge import merge_sinks as merge_sinks
 from .mla import mla_attention as mla_attention
 from .mla_decode import mla_decode as mla_decode
 from .moe import moe_experts as moe_experts

@@ -12,6 +12,7 @@ DTYPES = (*CAST, torch.float64)
 NUMBERS = {  # option -> what to do where it was to be learned
     "scale": "a learned scale multiplies q: pass q * scale, and scale=1.0",
     "eps": "it gets no gradient; pass float(eps)",
+    "softcap": "it gets no gradient; pass float(softcap)",
 }
 
 

@@ -221,9 +221,9 @@ def _way_out() -> str:
     return f'use backend="{"auto" if _default == "auto" else "reference"}"'
 
 
-def choose(backend: Backend, op: Op, x: Tensor, *others: Tensor, cuda: bool = True) -> Backend:
-    """The backend that will run `op` on `x` (…, N, D) and `others`: the caller's, else the default,
-    else what CUDA_TOKENS says, else "auto", which is the dispatcher.
+def choose(backend: Backend, op: Op, x: Tensor, *others: object, cuda: bool = True) -> Backend:
+    """The backend that will run `op` on `x` (…, N, D) and the `others` of its arguments: the
+    caller's, else the default, else what CUDA_TOKENS says, else "auto", which is the dispatcher.
 
     `cuda` says whether the CUDA C++ kernel, where there is one, takes this problem. An explicit
     backend that cannot run raises a RuntimeError that says why; it never falls back.

@@ -6,10 +6,11 @@ Local, sparse and latent attention differ in which tiles exist; inside a tile th
     P = exp(S − L),  Δ = Σ dO∘O − dL,  dV = PᵀdO,  dS = P∘(dO Vᵀ − Δ),  dQ = scale·dS K,
     dK = scale·dSᵀQ
 
-Dao 2023, "FlashAttention-2", algorithms 1 and 2. A row that is allowed nothing has L = −∞ and
-O = 0, and passes no gradient. What a pair of tokens that is not allowed holds, NaN too, reaches
-nobody. Leading dimensions are the caller's. The forward formula can be differentiated by autograd
-as often as one likes, and runs under torch.func.
+Dao 2023, "FlashAttention-2", algorithms 1 and 2. A cap c bends the scores, S = c·tanh(scale·QKᵀ/c)
+(Gemma 2 2024, sec. 2), and dS is multiplied by 1 − tanh²; a bias is added to what is bent. A row
+that is allowed nothing has L = −∞ and O = 0, and passes no gradient. What a pair of tokens that is
+not allowed holds, NaN too, reaches nobody. Leading dimensions are the caller's. The forward formula
+can be differentiated by autograd as often as one likes, and runs under torch.func.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from ._check import number
 
 
 def softmax_forward(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q (…, n, D), k (…, m, D), v (…, m, Dv), allowed (…, n, m), None for all -> O (…, n, Dv),
-    L (…, n) and max_j S_j (…, n)."""
-    s = _scores(q, k, allowed, scale)
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, softcap: float = 0.0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q (…, n, D), k (…, m, D), v (…, m, Dv), allowed (…, n, m), None for all, softcap 0 for none,
+    bias (…, n, m) -> O (…, n, Dv), L (…, n) and max_j S_j (…, n)."""
+    s, _ = _scores(q, k, allowed, scale, softcap, bias)
     peak = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
     p = (s - _finite(peak)[..., None]).exp()
     total = p.sum(-1)
@@ -38,7 +40,7 @@ def softmax_forward(
 
 def softmax_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-    allowed: Tensor | None, scale: float,
+    allowed: Tensor | None, scale: float, softcap: float = 0.0, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """do (…, n, Dv), lse and Δ (…, n), the rest as in `softmax_forward` -> dq, dk, dv.
 
@@ -46,9 +48,11 @@ def softmax_backward(
     """
     used = ((do != 0).any(-1) | (delta != 0))[..., None]
     allowed = used.expand(*used.shape[:-1], k.shape[-2]) if allowed is None else allowed & used
-    p = (_scores(q, k, allowed, scale) - _finite(lse)[..., None]).exp()
+    s, slope = _scores(q, k, allowed, scale, softcap, bias)
+    p = (s - _finite(lse)[..., None]).exp()
     p = p.masked_fill(~allowed, 0.0)
-    ds = (p * (do @ v.mT - delta[..., None])).masked_fill(~allowed, 0.0) * scale
+    ds = p * (do @ v.mT - delta[..., None])
+    ds = (ds if slope is None else ds * slope).masked_fill(~allowed, 0.0) * scale
     return weigh(ds, k, allowed), weigh(ds.mT, q, allowed.mT), weigh(p.mT, do, allowed.mT)
 
 
@@ -87,6 +91,16 @@ def own_heads(q: Tensor, k: Tensor, *_) -> str | None:
     return f"it takes as many heads of k and v as of q, got {k.shape[1]} and {q.shape[1]}"
 
 
+def plain_softmax(q: Tensor, k: Tensor, v=None, key_mask=None, slopes=None, *options) -> str | None:
+    """Why CUDA C++ does not take these arguments of a forward op, of which softcap is the last, or
+    None."""
+    if key_mask is not None:
+        return "it takes no key_mask"
+    if slopes is not None or (options and options[-1]):
+        return "it takes neither softcap nor alibi"
+    return own_heads(q, k)
+
+
 def check_lse_gradient(op: str, backend: str) -> None:
     """CUDA C++ forms Δ as Σ P∘dP, in which no gradient of L can be put."""
     if backend == "cuda":
@@ -115,9 +129,28 @@ def shared_heads(kv: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x[:, :, None] if x.shape[1] == kv else x.unflatten(1, (kv, -1)) for x in tensors)
 
 
-def _scores(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    s = q @ k.mT * scale
-    return s if allowed is None else s.masked_fill(~allowed, -torch.inf)
+def _scores(q, k, allowed, scale, softcap, bias) -> tuple[Tensor, Tensor | None]:
+    """-> S, and its slope 1 − tanh² where there is a cap."""
+    s, slope = q @ k.mT * scale, None
+    if softcap:
+        bent = (s / softcap).tanh()
+        s, slope = softcap * bent, 1 - bent * bent
+    if bias is not None:
+        s = s + bias
+    return s if allowed is None else s.masked_fill(~allowed, -torch.inf), slope
+
+
+def quiet(key_mask: Tensor | None, q: Tensor) -> Tensor:
+    """q (B, H, N, D) with 0 where a masked token holds what is not finite: its own output is of no
+    use, but the gradients of all keys would meet it."""
+    if key_mask is None:
+        return q
+    return q.masked_fill(~key_mask[:, None, :, None] & ~q.isfinite(), 0.0)
+
+
+def alibi(slopes: Tensor | None, i: Tensor, j: Tensor) -> Tensor | None:
+    """−m·|i − j| for slopes m that broadcast against the positions i (…, n, 1) and j (…, 1, m)."""
+    return None if slopes is None else slopes * -(i - j).abs()
 
 
 def _finite(x: Tensor) -> Tensor:

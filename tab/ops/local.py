@@ -8,111 +8,31 @@
 Edges truncate. Beltagy et al. 2020, "Longformer", sec. 3.1 (line); Ramachandran et al. 2019,
 "Stand-Alone Self-Attention in Vision Models", eq. 2 (grid). W(i) always holds i itself.
 
-The reference walks over chunks of queries. Their keys lie in one contiguous band with closed-form
-ends (on a grid: whole rows), so it holds CHUNK × band scores at a time and never N × N.
-Read top to bottom: reference → ops → autograd → public function.
+Read top to bottom: ops → autograd → public function. The reference is in local_reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._check import (
-    Layout,
-    accumulate,
-    check_causal,
-    check_qkv,
-    token_major,
-)
+from ._check import Layout, check_causal, check_key_mask, check_qkv
 from ._op import Backend, Op, choose
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
-from ._softmax import (
-    check_lse_gradient,
-    empty_heads,
-    empty_outputs,
-    lse_as_column,
-    own_heads,
-    row_sums,
-    score_scale,
-    shared_heads,
-    softmax_backward,
-    softmax_forward,
-)
-
-CHUNK = 64  # queries whose scores the reference holds at once
-
-# --- reference ------------------------------------------------------------------------------------
-
-
-def in_window(i: Tensor, j: Tensor, left: int, right: int, cols: int, causal: bool) -> Tensor:
-    """Whether query i sees key j (tensors that broadcast). cols 0: the tokens are a line."""
-    if cols:
-        down, across = j // cols - i // cols, j % cols - i % cols
-        seen = (down >= -left) & (down <= right) & (across >= -left) & (across <= right)
-    else:
-        seen = (j - i >= -left) & (j - i <= right)
-    return seen & (j <= i) if causal else seen
-
-
-def tiles(
-    q: Tensor, left: int, right: int, cols: int, causal: bool
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Per chunk of queries: the queries, the band of keys that they can see, who sees whom."""
-    n, width = q.shape[-2], cols or 1  # on a line every token is its own row
-    for start in range(0, max(n, 1), CHUNK):  # without tokens one empty tile
-        stop = min(start + CHUNK, n)
-        first = max(0, (start // width - left) * width)
-        last = stop if causal else min(n, ((stop - 1) // width + right + 1) * width)
-        i = torch.arange(start, stop, device=q.device)[:, None]
-        j = torch.arange(first, last, device=q.device)
-        seen = in_window(i, j, left, right, cols, causal)  # (≤ CHUNK, band)
-        yield slice(start, stop), slice(first, last), seen
-
-
-def forward_reference(q, k, v, left, right, rows, cols, causal, scale):
-    """-> o (B, H, N, Dv), lse (B, H, N) in the accumulation type."""
-    acc = accumulate(q)
-    if q.is_meta:  # shapes need no walk
-        return empty_outputs(q, v, acc)
-    dtype, parts = q.dtype, []
-    q, k, v = shared_heads(k.shape[1], q.to(acc), k.to(acc), v.to(acc))
-    for i, j, seen in tiles(q, left, right, cols, causal):
-        tile = q[..., i, :], k[..., j, :], v[..., j, :]
-        parts.append(softmax_forward(*tile, seen, scale)[:2])
-    o, lse = (torch.cat([x[which] for x in parts], dim) for which, dim in ((0, -2), (1, -1)))
-    if o.dim() == 5:
-        o, lse = o.flatten(1, 2), lse.flatten(1, 2)
-    return token_major(o.to(dtype)), lse
-
-
-def backward_reference(do, q, k, v, o, lse, left, right, rows, cols, causal, scale):
-    """-> dq, dk, dv. P is recomputed tile by tile from lse; Δ = Σ do∘o."""
-    if q.is_meta:
-        return empty_heads(q), empty_heads(k), empty_heads(v)
-    acc, dtype, shape = accumulate(q), q.dtype, q.shape
-    do, q, k, v = do.to(acc), q.to(acc), k.to(acc), v.to(acc)
-    delta = row_sums(do, o.to(acc))  # (B, H, N)
-    dq, dk, dv = [], do.new_zeros(k.shape), do.new_zeros(v.shape)
-    do, q, k, v, lse, delta = shared_heads(k.shape[1], do, q, k, v, lse, delta)
-    for i, j, seen in tiles(q, left, right, cols, causal):
-        tile = do[..., i, :], q[..., i, :], k[..., j, :], v[..., j, :], lse[..., i], delta[..., i]
-        dq_tile, dk_tile, dv_tile = softmax_backward(*tile, seen, scale)
-        dq.append(dq_tile)
-        dk[:, :, j] += dk_tile if dk_tile.dim() == 4 else dk_tile.sum(2)
-        dv[:, :, j] += dv_tile if dv_tile.dim() == 4 else dv_tile.sum(2)
-    return tuple(token_major(x.to(dtype)) for x in (torch.cat(dq, -2).view(shape), dk, dv))
-
+from ._scores import check_scores
+from ._softmax import check_lse_gradient, lse_as_column, plain_softmax, score_scale
+from .local_reference import backward_reference, forward_reference, in_window
+from .merge import merge_sinks
 
 # --- ops ------------------------------------------------------------------------------------------
 
 
 # rows = cols = 0: a line. 0 ≤ left, right < N (grid: < max(rows, cols)): no kernel overflows.
 # causal: only j ≤ i. On a line the public function has set right = 0 instead, and causal is False.
+# slopes: (H,) in the accumulation type, ALiBi's m. softcap: 0 for none.
 def _pairs(q, left, right, cols, causal) -> int:
     """Query-key pairs that the windows hold."""
     b, h, n, _ = q
@@ -120,27 +40,30 @@ def _pairs(q, left, right, cols, causal) -> int:
     return b * h * in_window(i[:, None], i, left, right, cols, causal).sum().item()
 
 
-def _flops(q, k, v, left, right, rows, cols, causal, *_, **__) -> int:
+def _flops(q, k, v, key_mask, slopes, left, right, rows, cols, causal, *_, **__) -> int:
     """Scores and sums: 2·(D + Dv) a pair."""
     return 2 * _pairs(q, left, right, cols, causal) * (q[-1] + v[-1])
 
 
-def _backward_flops(do, q, k, v, o, lse, left, right, rows, cols, causal, *_, **__) -> int:
+def _backward_flops(
+    do, q, k, v, o, lse, key_mask, slopes, left, right, rows, cols, causal, *_, **__
+) -> int:  # fmt: skip
     """Scores, do·v, dq, dk and dv: 2·(3·D + 2·Dv) a pair."""
     return 2 * _pairs(q, left, right, cols, causal) * (3 * q[-1] + 2 * v[-1])
 
 
 local_fwd = Op(
     "local_fwd",
-    "(Tensor q, Tensor k, Tensor v, SymInt left, SymInt right, SymInt rows, SymInt cols, "
-    "bool causal, float scale) -> (Tensor o, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? slopes, SymInt left, SymInt right, "
+    "SymInt rows, SymInt cols, bool causal, float scale, float softcap) -> (Tensor o, Tensor lse)",
     forward_reference,
     flops=_flops,
 )
 local_bwd = Op(
     "local_bwd",
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt left, SymInt right, "
-    "SymInt rows, SymInt cols, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? key_mask, "
+    "Tensor? slopes, SymInt left, SymInt right, SymInt rows, SymInt cols, bool causal, "
+    "float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)",
     backward_reference,
     flops=_backward_flops,
 )
@@ -148,18 +71,18 @@ local_bwd = Op(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def _gradients(backend, grads, q, k, v, o, lse, *options):
+def _gradients(backend, grads, q, k, v, key_mask, slopes, o, lse, *options):
     do, dlse = grads
     if do is None and dlse is None:
         return ()
     if dlse is not None:
         check_lse_gradient("local_bwd", backend)
         do, v, o = lse_as_column(do, dlse, v, o)
-    dq, dk, dv = local_bwd.below(backend, do, q, k, v, o, lse, *options)
+    dq, dk, dv = local_bwd.below(backend, do, q, k, v, o, lse, key_mask, slopes, *options)
     return dq, dk, dv if dlse is None else dv[..., :-1]
 
 
-local_fwd.takes["cuda"] = own_heads
+local_fwd.takes["cuda"] = plain_softmax
 local_fwd.differentiable(_gradients, by=local_bwd)
 
 
@@ -184,6 +107,10 @@ def local_attention(
     is_causal: bool | None = ...,
     grid: tuple[int, int] | None = ...,
     scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    softcap: float | None = ...,
+    alibi: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     return_lse: Literal[False] = ...,
@@ -200,6 +127,10 @@ def local_attention(
     is_causal: bool | None = ...,
     grid: tuple[int, int] | None = ...,
     scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    softcap: float | None = ...,
+    alibi: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     return_lse: Literal[True],
@@ -217,6 +148,10 @@ def local_attention(
     is_causal: bool | None = None,
     grid: tuple[int, int] | None = None,
     scale: float | None = None,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     return_lse: bool = False,
@@ -239,22 +174,29 @@ def local_attention(
             the right. Without it a window wraps around the edges of an image.
         is_causal: another name of `causal`.
         scale: of the scores, 1/√D unless given.
+        key_mask: (B, N) bool, True where a token is real; what the others hold, NaN too, reaches
+            no real token, forward or backward. A query that sees no key gives 0.
+        sinks: (H,), a logit for each head that joins the sum of every softmax without a value: the
+            weights of a row sum to less than 1 (`tab.merge_sinks`). Learned where it requires grad.
+        softcap: c > 0 bends the scores to c·tanh(s/c) (Gemma 2 2024, sec. 2), before alibi.
+        alibi: (H,), slopes m: m·|i − j| is subtracted from the scores (Press et al. 2021, "Train
+            short, test long"), on a line only; without gradient.
         cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
             they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
             A sequence may be empty. Not with a grid. On a GPU reading the ends waits.
             Or give q, k and v as jagged nested tensors (S, H, N_s, D); o is one, too.
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·): views, nothing is copied.
-        return_lse: also return L_i = log Σ_j exp(s_ij), differentiable; parts of the keys merge by
-            it (`tab.merge_attention`).
+        return_lse: also return L_i = log Σ_j exp(s_ij), sinks included, differentiable; parts of
+            the keys merge by it (`tab.merge_attention`).
         backend: "auto", "reference", "cpp", "triton" or "cuda"; see `tab.use_backend`.
 
     Returns:
         o (B, H, N, Dv) in the input's dtype, or (o, lse), lse (B, H, N) float32 (float64 for
-        float64 input) in both layouts.
+        float64 input) in both layouts; where a token sees nothing 0 and −∞, or the sink.
 
     Raises:
         ValueError: shapes, dtypes, devices, window or grid do not fit; the message says how.
-        TypeError: scale is a tensor.
+        TypeError: scale or softcap is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
     Example: an image of 8 × 8 patches, each with its eight neighbours.
@@ -278,6 +220,11 @@ def local_attention(
             "local_attention", packing, "grid", "images of one size are a batch (B, H, N, D)"
         )
     rows, cols = check_grid("local_attention", grid, n) if grid is not None else (0, 0)
+    if alibi is not None and grid is not None:
+        raise ValueError(
+            "local_attention takes alibi on a line only: on a grid i − j is no distance; leave "
+            "grid or alibi out"
+        )
     # No two tokens lie further apart. min and max stay symbolic under torch.compile: no new
     # compilation for every new length.
     reach = max(rows, cols, 1) - 1 if grid is not None else max(n, 1) - 1
@@ -285,14 +232,20 @@ def local_attention(
     if causal and not cols:
         right, causal = 0, False
     scale = score_scale("local_attention", scale, q.shape[-1])
+    check_key_mask("local_attention", key_mask, q)
+    cap, slopes = check_scores("local_attention", q, sinks, softcap, alibi)
     # The kernel is faster than dense SDPA even when the window holds every token, so "auto" never
     # leaves it. float32, one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
     #   B 128 H 4 N 64 D 64     5.8 and  9.3,  18.4 and 29.2 (window 8: 4.8 and 9.1, 14.6 and 28.7)
     #   B 512 H 4 N 16 D 32     2.7 and  3.3,   9.1 and 10.3
     #   B 1 H 2 N 1024 D 64     2.6 and  5.6,   8.9 and 19.9
     op, cuts = (local_fwd, ()) if packing is None else (local_packed, packing[:1])
-    backend = choose(backend, op, q, k, cuda=k.shape[1] == q.shape[1] and not return_lse)
-    o, lse = op.apply(backend, q, k, v, *cuts, left, right, rows, cols, causal, scale)
+    x = q, k, v, key_mask, slopes, *cuts, left, right, rows, cols, causal, scale, cap
+    few = plain_softmax(*x) is None and not return_lse and sinks is None
+    backend = choose(backend, op, *x, cuda=few)
+    o, lse = op.apply(backend, *x)
+    if sinks is not None:
+        o, lse = merge_sinks(o, lse, sinks)
     o = pack(layout, o, packing)
     return (o, pack_rows(lse, packing)) if return_lse else o
 

@@ -20,19 +20,15 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from ._check import (
-    Layout,
-    check_causal,
-    check_key_mask,
-    operands,
-    same,
-    shapes,
-)
-from ._op import Backend, Op, choose
+from ._autograd import plain
+from ._check import Layout, check_causal, check_key_mask, operands
+from ._op import Backend, Op, Unavailable, choose
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
+from ._scores import check_scores
 from ._softmax import score_scale
-from .mla_forms import compose
+from .merge import merge_sinks
+from .mla_forms import check_latents, compose
 from .mla_reference import backward_reference, forward_reference
 
 Form = Literal["auto", "fused", "expand", "absorb"]
@@ -43,7 +39,6 @@ FORMS: tuple[str, ...] = get_args(Form)
 # N 64 to 2048. Where Dn + Dr is not Dv, SDPA on a CPU has no flash kernel and writes N×N scores:
 # fused is 3.5 times as fast at N 8192, and taken at every N. On a GPU no bound is measured yet.
 FUSED_TOKENS = {"cpu": 8192, "cuda": 256}
-_NAMES = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
 
 # --- ops ------------------------------------------------------------------------------------------
 
@@ -106,6 +101,9 @@ def mla_attention(
     is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    sinks: Tensor | None = ...,
+    softcap: float | None = ...,
+    alibi: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     form: Form = ...,
@@ -126,6 +124,9 @@ def mla_attention(
     is_causal: bool | None = ...,
     key_mask: Tensor | None = ...,
     scale: float | None = ...,
+    sinks: Tensor | None = ...,
+    softcap: float | None = ...,
+    alibi: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     layout: Layout = ...,
     form: Form = ...,
@@ -147,6 +148,9 @@ def mla_attention(
     is_causal: bool | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     layout: Layout = "bhnd",
     form: Form = "auto",
@@ -166,6 +170,12 @@ def mla_attention(
         key_mask: (B, N) bool, True where a token is real; what the others hold, NaN too, reaches
             no real token, forward or backward. A query that sees no key gives 0.
         scale: 1/√(Dn + Dr) when None.
+        sinks: (H,), a logit for each head that joins the sum of every softmax without a value
+            (`tab.merge_sinks`). Learned where it requires grad.
+        softcap: c > 0 bends the scores to c·tanh(s/c) (Gemma 2 2024, sec. 2), before alibi.
+        alibi: (H,), slopes m: m·|i − j| is subtracted from the scores (Press et al. 2021, "Train
+            short, test long"); without gradient. Softcap and alibi are the fused form's reference
+            alone, which writes the scores.
         cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
             they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
             c_kv is (1, T, R), k_rope (1, T, Dr), max_logits (S, H), and the form "fused". A
@@ -176,12 +186,13 @@ def mla_attention(
         form: "fused" (K_h and V_h never written; the only form with kernels of its own), "expand"
             (K_h and V_h written, then SDPA), "absorb" (attention among the latents, by SDPA), or
             "auto": fused where a compiled kernel is there and N ≤ 8192 (on a GPU 256) or, on a CPU,
-            where Dn + Dr is not Dv, or where a backend is asked for by name; else expand. Causal,
-            on a GPU and compiled, SDPA lets a NaN of a later token through to earlier ones; fused
-            does not.
-        return_lse: also return log Σ_j exp(S_ij), (B, H, N), float32 (float64 for float64 input).
+            where Dn + Dr is not Dv, or where there are sinks, or where a backend is asked for by
+            name; else expand. Causal, on a GPU and compiled, SDPA lets a NaN of a later token
+            through to earlier ones; fused does not.
+        return_lse: also return log Σ_j exp(S_ij), sinks included, (B, H, N), float32 (float64 for
+            float64 input).
         return_max_logits: also return each head's largest score, (B, H), the same dtype, without
-            gradient; masked tokens do not count, neither as keys nor as queries.
+            gradient; masked tokens do not count, neither as keys nor as queries, nor do sinks.
         backend: "auto", "reference", "cpp", "triton" or "cuda", of the fused form.
 
     Returns:
@@ -189,7 +200,7 @@ def mla_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; the message prints them.
-        TypeError: scale is a tensor.
+        TypeError: scale or softcap is a tensor.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
     Example: H 4 heads of Dn 16 and Dr 8 out of a latent of R 32; two forms, one function.
@@ -210,24 +221,34 @@ def mla_attention(
         "mla_attention",
         q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope, w_uk=w_uk, w_uv=w_uv,
     )  # fmt: skip
-    check("mla_attention", *x)
+    check_latents("mla_attention", *x)
     check_key_mask("mla_attention", key_mask, q_nope)
+    cap, slopes = check_scores("mla_attention", q_nope, sinks, softcap, alibi)
+    bent = slopes is not None or cap > 0
+    # SDPA gives no lse, and on a CPU has no flash kernel for two widths.
+    writes = q_nope.is_cpu and q_nope.shape[-1] + q_rope.shape[-1] != w_uv.shape[1]
     if packing is None:
-        flash = q_nope.shape[-1] + q_rope.shape[-1] == w_uv.shape[1]
-        form, backend = _choose_form(form, backend, x, flash)
+        form, backend = _choose_form(form, backend, x, writes or sinks is not None, bent)
     else:
         if form in ("expand", "absorb"):
             refuse_packed(
                 "mla_attention", packing, f'form="{form}"', 'use "fused", or leave it out'
             )
+        if bent:
+            refuse_packed("mla_attention", packing, "softcap or alibi", "call it for each sequence")
         form = "fused" if form == "auto" else form
         form, backend = _choose_form(form, backend, x, op=mla_packed)
     scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
-    if form == "fused":
+    if bent:
+        o, lse, peak = plain(forward_reference, (*x, key_mask, scale, causal, cap, slopes))
+    elif form == "fused":
         op, cuts = (mla_fwd, ()) if packing is None else (mla_packed, packing[:1])
         o, lse, peak = op.apply(backend, *x, key_mask, *cuts, scale, causal)
     else:
-        o, lse, peak = compose(form, x, scale, causal, key_mask, return_lse, return_max_logits)
+        want_lse = return_lse or sinks is not None
+        o, lse, peak = compose(form, x, scale, causal, key_mask, want_lse, return_max_logits)
+    if sinks is not None:
+        o, lse = merge_sinks(o, lse, sinks)
     o = pack(layout, o, packing)
     extra = (
         *((pack_rows(lse, packing),) if return_lse else ()),
@@ -244,9 +265,14 @@ def _compiled(device: str) -> bool:
 
 
 def _choose_form(
-    form: Form, backend: Backend, x: tuple[Tensor, ...], flash: bool = True, op: Op = mla_fwd
+    form: Form,
+    backend: Backend,
+    x: tuple[Tensor, ...],
+    writes: bool = False,
+    bent: bool = False,
+    op: Op = mla_fwd,
 ) -> tuple[Form, Backend]:
-    """flash: whether SDPA on a CPU can do `expand` without writing all scores."""
+    """writes: whether `expand` would write all scores. bent: by a softcap or alibi."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
     if form in ("expand", "absorb"):
@@ -255,36 +281,19 @@ def _choose_form(
                 f"form={form!r} is a composition of PyTorch operators and takes no "
                 f'backend={backend!r}; use form="fused", or leave the backend out'
             )
+        if bent:
+            raise ValueError(
+                f"form={form!r} runs SDPA, which takes neither softcap nor alibi; "
+                'use form="fused", or leave the form out'
+            )
         return form, "auto"
     backend = choose(backend, op, *x)
+    if bent:
+        if backend not in ("auto", "reference"):
+            raise Unavailable(backend, "mla_fwd", "it takes neither softcap nor alibi")
+        return "fused", "reference"
     if form == "auto" and backend == "auto":
         device = x[0].device.type
-        better = x[0].shape[2] <= FUSED_TOKENS.get(device, 0) or (device == "cpu" and not flash)
+        better = x[0].shape[2] <= FUSED_TOKENS.get(device, 0) or writes
         form = "fused" if better and _compiled(device) else "expand"
     return ("fused" if form == "auto" else form), backend
-
-
-def check(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False):
-    """Ranks, sizes that belong together, one dtype, one device."""
-    tensors = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-    rule = None
-    if [x.dim() for x in tensors] != [4, 4, 3, 3, 3, 3]:
-        rule = (
-            "q_nope (B, H, N, Dn), q_rope (B, H, N, Dr), c_kv (B, N, R), k_rope (B, N, Dr), "
-            "w_uk (H, Dn, R), w_uv (H, Dv, R)"
-        )
-    else:
-        given = [x.shape for x in tensors]
-        (b, h, n, dn), dr, r, dv = given[0], given[1][3], given[2][2], given[5][1]
-        keys = given[2][1] if one_query else n
-        fit = [(b, h, n, dn), (b, h, n, dr), (b, keys, r), (b, keys, dr), (h, dn, r), (h, dv, r)]
-        if given != fit:
-            every = zip(_NAMES, given, fit, strict=True)
-            wrong = [f"{name} {size}" for name, found, size in every if found != size]
-            rule = f"{', '.join(wrong)} to fit the others"
-        elif not (h and dn and r and dv):
-            rule = "no empty dimension but B, N and Dr"
-    named = dict(zip(_NAMES, tensors, strict=True))
-    if rule:
-        raise ValueError(f"{op} wants {rule}; got {shapes(**named)}")
-    same(op, **named)

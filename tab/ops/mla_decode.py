@@ -15,7 +15,7 @@ from ._autograd import transforming
 from ._check import accumulate, operands, shapes
 from ._op import Backend, Op, choose
 from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
-from .mla import check
+from .mla_forms import check_latents
 from .mla_pages import check_pages, gather_pages
 
 # --- reference ------------------------------------------------------------------------------------
@@ -218,4 +218,6 @@ def _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv, page_table) -> None:
         cache = cache[:1].expand(len(seqlens), -1, -1)  # the rest of the check is of rows
     # The rest is as in mla_attention, with one query and Nmax keys.
     latent, rotary = cache.split([r, dr], -1)
-    check("mla_decode", q_nope[:, :, None], q_rope[:, :, None], latent, rotary, w_uk, w_uv, True)
+    check_latents(
+        "mla_decode", q_nope[:, :, None], q_rope[:, :, None], latent, rotary, w_uk, w_uv, True
+    )

@@ -12,11 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import accumulate, full_precision, token_major
+from ._check import accumulate, full_precision, same, shapes, token_major
 from ._op import Op
 from ._sdpa import sdpa, written
+from ._softmax import quiet
 
+_NAMES = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
 CHUNK = 256  # queries whose scores `max_logits` holds at once
+
+
+def check_latents(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False):
+    """Ranks, sizes that belong together, one dtype, one device."""
+    tensors = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
+    rule = None
+    if [x.dim() for x in tensors] != [4, 4, 3, 3, 3, 3]:
+        rule = (
+            "q_nope (B, H, N, Dn), q_rope (B, H, N, Dr), c_kv (B, N, R), k_rope (B, N, Dr), "
+            "w_uk (H, Dn, R), w_uv (H, Dv, R)"
+        )
+    else:
+        given = [x.shape for x in tensors]
+        (b, h, n, dn), dr, r, dv = given[0], given[1][3], given[2][2], given[5][1]
+        keys = given[2][1] if one_query else n
+        fit = [(b, h, n, dn), (b, h, n, dr), (b, keys, r), (b, keys, dr), (h, dn, r), (h, dv, r)]
+        if given != fit:
+            every = zip(_NAMES, given, fit, strict=True)
+            wrong = [f"{name} {size}" for name, found, size in every if found != size]
+            rule = f"{', '.join(wrong)} to fit the others"
+        elif not (h and dn and r and dv):
+            rule = "no empty dimension but B, N and Dr"
+    named = dict(zip(_NAMES, tensors, strict=True))
+    if rule:
+        raise ValueError(f"{op} wants {rule}; got {shapes(**named)}")
+    same(op, **named)
 
 
 def visible(key_mask: Tensor | None, n: int, causal: bool, device: torch.device) -> Tensor | None:
@@ -33,12 +61,6 @@ def real_tokens(key_mask: Tensor | None, *latents: Tensor) -> tuple[Tensor, ...]
     if key_mask is None:
         return latents
     return tuple(x.masked_fill(~key_mask[..., None], 0.0) for x in latents)
-
-
-def _finite_where_masked(key_mask: Tensor, q: Tensor) -> Tensor:
-    """q (B, H, N, ·) with 0 where a masked token holds what is not finite: its own output is of no
-    use, but the gradients of all keys would meet it."""
-    return q.masked_fill(~key_mask[:, None, :, None] & ~q.isfinite(), 0.0)
 
 
 def expand(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
@@ -64,7 +86,7 @@ def compose(form: str, operands, scale, causal, key_mask, want_lse, want_peak):
     project = expand if form == "expand" else absorb
     options: dict[str, Any] = {"causal": causal}
     if key_mask is not None:
-        queries = (_finite_where_masked(key_mask, x) for x in operands[:2])
+        queries = (quiet(key_mask, x) for x in operands[:2])
         operands = *queries, *real_tokens(key_mask, *operands[2:4]), *operands[4:]
         seen = visible(key_mask, operands[0].shape[2], causal, key_mask.device)
         assert seen is not None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ._check import accumulate, token_major
-from ._softmax import row_sums, softmax_backward, softmax_forward
+from ._softmax import alibi, quiet, row_sums, softmax_backward, softmax_forward
 from .mla_forms import real_tokens, visible
 
 
@@ -15,7 +15,7 @@ def _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask):
     token holds is 0."""
     acc = accumulate(q_nope)
     c, kr, uk, uv = (x.to(acc) for x in (*real_tokens(key_mask, c_kv, k_rope), w_uk, w_uv))
-    return torch.cat([q_nope, q_rope], -1).to(acc), c, kr, uk, uv
+    return quiet(key_mask, torch.cat([q_nope, q_rope], -1)).to(acc), c, kr, uk, uv
 
 
 def _keys(h, c, kr, uk, uv):
@@ -23,15 +23,22 @@ def _keys(h, c, kr, uk, uv):
     return torch.cat([c @ uk[h].mT, kr], -1), c @ uv[h].mT
 
 
-def forward_reference(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
+def forward_reference(
+    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal, softcap=0.0, slopes=None
+):  # fmt: skip
     """-> o (B, H, N, Dv), lse (B, H, N), max_logits (B, H), the last two in the accumulation type.
 
     lse_i = log Σ_j exp(S_ij). A query that sees no key has lse −inf and o 0. max_logits is the
     largest S_ij in use: j visible to i, and i a real token too where there is a key_mask.
+    softcap and slopes: only here, the ops have neither.
     """
     q, *shared = _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
     seen = visible(key_mask, q.shape[2], causal, q.device)
-    heads = [softmax_forward(q[:, h], *_keys(h, *shared), seen, scale) for h in range(q.shape[1])]
+    heads, i = [], torch.arange(q.shape[2], device=q.device)
+    for h in range(q.shape[1]):
+        bias = None if slopes is None else alibi(slopes[h], i[:, None], i)
+        tile = q[:, h], *_keys(h, *shared)
+        heads.append(softmax_forward(*tile, seen, scale, softcap, bias))
     o, lse, peak = (torch.stack(x, 1) for x in zip(*heads, strict=True))
     if key_mask is not None:
         peak = peak.masked_fill(~key_mask[:, None], -torch.inf)

@@ -77,8 +77,12 @@ def options_of(op, feature, device):
             return {"initial_state": torch.ones(B, H, D, DV, device=device), "return_state": True}
         state = [torch.ones(B, H, rows, *w, device=device) for w in width[: 2 + (op != "linear")]]
         return {"causal": True, "initial_state": tuple(state), "return_state": True}
+    if feature == "sinks":
+        return {"sinks": torch.linspace(-1, 1, H, device=device).requires_grad_()}
+    if feature == "alibi":
+        return {"alibi": torch.linspace(0.1, 1, H, device=device)}
     return {
-        "causal": {"is_causal": True}, "layout": {"layout": "bnhd"},
+        "causal": {"is_causal": True}, "softcap": {"softcap": 2.0}, "layout": {"layout": "bnhd"},
         "return_lse": {"return_lse": True}, "dropout_p": {"dropout_p": 0.1},
         "cu_seqlens": {"cu_seqlens": torch.tensor([0, 5, N], dtype=torch.int32, device=device)},
     }.get(feature, {})  # fmt: skip
@@ -86,8 +90,9 @@ def options_of(op, feature, device):
 
 def results(op, feature, backend, device):
     """-> all outputs, and what stands for the sum of each that has a gradient."""
-    x = inputs(op, device, feature)
-    out = call(op, x, backend, device, **options_of(op, feature, device))
+    x, options = inputs(op, device, feature), options_of(op, feature, device)
+    out = call(op, x, backend, device, **options)
+    x += [t for t in options.values() if isinstance(t, torch.Tensor) and t.requires_grad]
     flat = [out] if isinstance(out, torch.Tensor) else [out[0], *_flat(out[1:])]
     return x, flat, sum(o.sin().sum() for o in flat if o.requires_grad)
 
@@ -140,8 +145,8 @@ def test_the_matrix_is_whole():
     """Every op and feature once on each backend, and a reason wherever something is missing."""
     ops = {name.removesuffix("_attention") for name in tab.functional.__all__ if "_att" in name}
     features = {x[1] for x in CELLS}
-    assert {x[0] for x in CELLS} == ops - {"merge"} and len(features) == 10
-    assert len(CELLS) == len({x[:3] for x in CELLS}) == (len(ops) - 1) * 10 * 4
+    assert {x[0] for x in CELLS} == ops - {"merge"} and len(features) == 13
+    assert len(CELLS) == len({x[:3] for x in CELLS}) == (len(ops) - 1) * 13 * 4
     for *cell, text, why in CELLS:
         assert text in ("yes", "forward", "no", "–"), cell
         assert bool(why) == any(

@@ -58,8 +58,8 @@ def test_layouts(how, heads, d, backend):
         return local_attention(*x, window=3, backend=backend)
 
     assert_accurate(local, attend, inputs, names=NAMES)
-    o, lse = OPS["local_fwd"](backend, *inputs, 3, 3, 0, 0, False, 0.5)
-    grads = OPS["local_bwd"](backend, o, *inputs, o, lse, 3, 3, 0, 0, False, 0.5)
+    o, lse = OPS["local_fwd"](backend, *inputs, None, None, 3, 3, 0, 0, False, 0.5, 0.0)
+    grads = OPS["local_bwd"](backend, o, *inputs, o, lse, None, None, 3, 3, 0, 0, False, 0.5, 0.0)
     assert all(x.transpose(1, 2).is_contiguous() for x in (o, *grads))
 
 
@@ -173,7 +173,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("grid", [None, (11, 7)])
 def test_gradcheck(grid, monkeypatch):
-    monkeypatch.setattr("tab.ops.local.CHUNK", 16)
+    monkeypatch.setattr("tab.ops.local_reference.CHUNK", 16)
     inputs = [x.requires_grad_() for x in draw(1, 2, 77, 2, 3, **DOUBLE)]
     assert torch.autograd.gradcheck(
         lambda *x: local_attention(*x, window=(2, 1), grid=grid), inputs, fast_mode=True
@@ -182,7 +182,7 @@ def test_gradcheck(grid, monkeypatch):
 
 def test_lse():
     q, k, v = draw(1, 2, 65, 4)
-    o, lse = OPS["local_fwd"]("reference", q, k, v, 5, 2, 0, 0, False, 0.5)
+    o, lse = OPS["local_fwd"]("reference", q, k, v, None, None, 5, 2, 0, 0, False, 0.5, 0.0)
     scores = (q @ k.mT * 0.5).masked_fill(~in_window(65, 5, 2), -torch.inf)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse, scores.logsumexp(-1))
@@ -213,7 +213,7 @@ def test_scores_are_never_n_by_n():
 @pytest.mark.parametrize("options", [(3, 2, 0, 0, False), (1, 1, 5, 13, True)])
 def test_opcheck(options):
     q, k, v = draw(2, 2, 65, 4)
-    args = (q, k, v, *options, 0.5)
+    args = (q, k, v, torch.ones(2, 65).bool(), torch.ones(2), *options, 0.5, 3.0)
     o, lse = OPS["local_fwd"]("auto", *args)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS["local_fwd"].overload, args, test_utils=tests)
@@ -267,17 +267,23 @@ def test_bad_options(change, message):
 def test_op_guards_its_memory():
     q, k, v = draw(1, 2, 12, 4)
     forward, backward = OPS["local_fwd"].overload, OPS["local_bwd"].overload
-    o, lse = forward(q, k, v, 1, 1, 0, 0, False, 0.5)
+    o, lse = forward(q, k, v, None, None, 1, 1, 0, 0, False, 0.5, 0.0)
     for bad, message in (
-        ((q, k[:, :, :3], v, 1, 1, 0, 0), "wrong shape"),
-        ((q, k, v.double(), 1, 1, 0, 0), "wrong dtype"),
-        ((q, k, v, -1, 1, 0, 0), "0 ≤ left"),
-        ((q, k, v, 1, 1, 3, 5), "rows · cols = N"),
+        ((q, k[:, :, :3], v, None, None, 1, 1, 0, 0), "wrong shape"),
+        ((q, k, v.double(), None, None, 1, 1, 0, 0), "wrong dtype"),
+        ((q, k, v, torch.ones(1, 9).bool(), None, 1, 1, 0, 0), "key_mask has the wrong shape"),
+        ((q, k, v, torch.ones(1, 12), None, 1, 1, 0, 0), "key_mask has the wrong dtype"),
+        ((q, k, v, None, torch.ones(1), 1, 1, 0, 0), "slopes has the wrong shape"),
+        ((q, k, v, None, torch.ones(2).half(), 1, 1, 0, 0), "slopes has the wrong dtype"),
+        ((q, k, v, None, None, -1, 1, 0, 0), "0 ≤ left"),
+        ((q, k, v, None, None, 1, 1, 3, 5), "rows · cols = N"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            forward(*bad, False, 0.5)
+            forward(*bad, False, 0.5, 0.0)
+    with pytest.raises(RuntimeError, match="softcap ≥ 0"):
+        forward(q, k, v, None, None, 1, 1, 0, 0, False, 0.5, -1.0)
     with pytest.raises(RuntimeError, match="lse has the wrong shape"):
-        backward(o, q, k, v, o, lse[:, :1], 1, 1, 0, 0, False, 0.5)
+        backward(o, q, k, v, o, lse[:, :1], None, None, 1, 1, 0, 0, False, 0.5, 0.0)
 
 
 def test_bad_tensors():

@@ -98,12 +98,13 @@ def test_compiled_and_exported():
 
 def test_cuda_cpp_says_that_it_has_no_gradient_of_lse():
     q, k, v = draw(1, 1, 4, 4)
-    o, lse = OPS["local_fwd"]("reference", q, k, v, 1, 1, 0, 0, False, 0.5)
-    for name, options in (("local", (1, 1, 0, 0, False, 0.5)), ("sparse", (4, False, 0.5))):
+    o, lse = OPS["local_fwd"]("reference", q, k, v, None, None, 1, 1, 0, 0, False, 0.5, 0.0)
+    each = ("local", (1, 1, 0, 0, False, 0.5, 0.0)), ("sparse", (4, False, 0.5, 0.0))
+    for name, options in each:
         file = __import__(f"tab.ops.{name}", fromlist="_gradients")
         pattern = BlockPattern.strided(4, stride=1, block_size=4).tensors * (name == "sparse")
         with pytest.raises(RuntimeError, match="has no gradient of lse; use backend="):
-            file._gradients("cuda", (None, lse), q, k, v, *pattern, o, lse, *options)
+            file._gradients("cuda", (None, lse), q, k, v, *pattern, None, None, o, lse, *options)
 
 
 # --- merging --------------------------------------------------------------------------------------

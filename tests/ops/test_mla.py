@@ -213,12 +213,12 @@ def test_which_form_auto_is(generator, monkeypatch):
     q = operands((1, 1, short_n + 1, 2, 2, 2, 2), generator)[0]
     for compiled, short in ((True, "fused"), (False, "expand")):
         monkeypatch.setattr(mla, "_compiled", lambda device, answer=compiled: answer)
-        assert mla._choose_form("auto", "auto", [q[:, :, :short_n]], True) == (short, "auto")
-        assert mla._choose_form("auto", "auto", [q], True) == ("expand", "auto")
-        assert mla._choose_form("auto", "auto", [q], False) == (short, "auto")
-        assert mla._choose_form("auto", "reference", [q], True) == ("fused", "reference")
+        assert mla._choose_form("auto", "auto", [q[:, :, :short_n]], False) == (short, "auto")
+        assert mla._choose_form("auto", "auto", [q], False) == ("expand", "auto")
+        assert mla._choose_form("auto", "auto", [q], True) == (short, "auto")
+        assert mla._choose_form("auto", "reference", [q], False) == ("fused", "reference")
     with use_backend("reference"):
-        assert mla._choose_form("auto", "auto", [q], True) == ("fused", "reference")
+        assert mla._choose_form("auto", "auto", [q], False) == ("fused", "reference")
 
 
 def test_reference_by_name_is_full_precision_under_autocast(generator):

@@ -187,8 +187,8 @@ def test_opcheck():
     cache = torch.cat([c, kr], -1).detach().requires_grad_()
     one = qn[:, :, 0].detach().requires_grad_(), qr[:, :, 0].detach().requires_grad_()
     for op, args in (
-        (local_fwd, (*x, 3, 2, 0, 0, False, 0.5)),
-        (sparse_fwd, (*x, *blocks, BLOCK, True, 0.5)),
+        (local_fwd, (*x, None, None, 3, 2, 0, 0, False, 0.5, 0.0)),
+        (sparse_fwd, (*x, *blocks, None, None, BLOCK, True, 0.5, 0.0)),
         (mla_fwd, (*w, keep, 0.5, True)),
         (mla_decode_op, (*one, cache, torch.tensor([3, 9]), uk, uv, 0.5)),
     ):
@@ -197,8 +197,10 @@ def test_opcheck():
 
 def test_backward_ops_are_closed_to_second_derivatives():
     x = leaves(qkv(9))
-    o, lse = local_fwd("auto", *x, 1, 1, 0, 0, False, 0.5)
-    dq, *_ = local_bwd("auto", torch.ones_like(o), *x, o, lse, 1, 1, 0, 0, False, 0.5)
+    o, lse = local_fwd("auto", *x, None, None, 1, 1, 0, 0, False, 0.5, 0.0)
+    dq, *_ = local_bwd(
+        "auto", torch.ones_like(o), *x, o, lse, None, None, 1, 1, 0, 0, False, 0.5, 0.0
+    )
     with pytest.raises(NotImplementedError, match="local_bwd has no derivative of its own"):
         dq.sum().backward()
 

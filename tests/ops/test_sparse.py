@@ -42,8 +42,10 @@ def test_layouts(how, heads, d, backend):
         return sparse_attention(*x, pattern, backend=backend)
 
     assert_accurate(sparse, naive(blocks(pattern)), inputs, names=NAMES)
-    o, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, 8, False, 0.5)
-    grads = OPS["sparse_bwd"](backend, o, *inputs, o, lse, *pattern.tensors, 8, False, 0.5)
+    o, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, None, None, 8, False, 0.5, 0.0)
+    grads = OPS["sparse_bwd"](
+        backend, o, *inputs, o, lse, *pattern.tensors, None, None, 8, False, 0.5, 0.0
+    )
     assert all(x.transpose(1, 2).is_contiguous() for x in (o, *grads))
 
 
@@ -124,7 +126,7 @@ def test_op_guards_its_memory():
         ((q, k, v, row_ptr, col[:2]), "outside the pattern"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            forward(*bad, col_ptr, row, 4, False, 0.5)
+            forward(*bad, col_ptr, row, None, None, 4, False, 0.5, 0.0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -158,7 +160,7 @@ def test_rows_that_see_nothing(backend):
     nothing = torch.tensor([0, 1, 2, 3, 8, 9, 10])
     assert not out[:, :, nothing].any() and not dq[:, :, nothing].any()
     assert not dk[:, :, 8:].any() and not dv[:, :, 8:].any()
-    _, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, 4, True, 0.5)
+    _, lse = OPS["sparse_fwd"](backend, *inputs, *pattern.tensors, None, None, 4, True, 0.5, 0.0)
     assert torch.equal(lse[0, 0].isneginf().nonzero().flatten(), nothing)
 
 
@@ -166,7 +168,9 @@ def test_lse_and_large_scores():
     q, k, v = draw(1, 2, 65, 4)
     pattern = BlockPattern.bigbird(65, heads=2, block_size=8, num_random=1)
     k = k + 200  # scores of some hundreds: exp is inf
-    o, lse = OPS["sparse_fwd"]("reference", q, k, v, *pattern.tensors, 8, False, 0.5)
+    o, lse = OPS["sparse_fwd"](
+        "reference", q, k, v, *pattern.tensors, None, None, 8, False, 0.5, 0.0
+    )
     scores = (q @ k.mT * 0.5).masked_fill(~pattern.to_dense(), -torch.inf)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse, scores.logsumexp(-1))
@@ -207,7 +211,8 @@ def test_opcheck(shared):
     q, k, v = draw(2, 2, 65, 4)
     mask = BlockPattern.bigbird(65, heads=2, block_size=8).to_blocks()
     pattern = BlockPattern.from_blocks(mask[0] if shared else mask, 8, 65)
-    args = (*pattern.tensors, 8, True, 0.5)
+    rules = torch.ones(2, 65).bool(), torch.ones(2)
+    args = (*pattern.tensors, *rules, 8, True, 0.5, 3.0)
     o, lse = OPS["sparse_fwd"]("auto", q, k, v, *args)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS["sparse_fwd"].overload, (q, k, v, *args), test_utils=tests)

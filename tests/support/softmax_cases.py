@@ -34,16 +34,17 @@ def band(n: int) -> BlockPattern:
     return BlockPattern.from_blocks(blocks.tril() & blocks.triu(-1), BLOCK, n)
 
 
-def softmax_op(name: str, backend: str, n: int) -> Callable:
-    """f(q, k, v) -> o of one of `NAMES` for n tokens."""
-    pattern = band(n)
-    return {
-        "line": lambda *x: local_attention(*x, window=(3, 2), backend=backend),
-        "causal line": lambda *x: local_attention(*x, window=4, causal=True, backend=backend),
-        "grid": lambda *x: local_attention(*x, window=1, grid=(n // 4, 4), backend=backend),
-        "blocks": lambda *x: sparse_attention(*x, pattern, backend=backend),
-        "causal blocks": lambda *x: sparse_attention(*x, pattern, causal=True, backend=backend),
+def softmax_op(name: str, backend: str, n: int, **options) -> Callable:
+    """f(q, k, v) -> what one of `NAMES` gives for n tokens under these options."""
+    kind = {
+        "line": {"window": (3, 2)},
+        "causal line": {"window": 4, "causal": True},
+        "grid": {"window": 1, "grid": (n // 4, 4)},
+        "blocks": {"pattern": band(n)},
+        "causal blocks": {"pattern": band(n), "causal": True},
     }[name]
+    f = sparse_attention if "pattern" in kind else local_attention
+    return lambda *x: f(*x, backend=backend, **kind, **options)
 
 
 NAMES = ("line", "causal line", "grid", "blocks", "causal blocks")
@@ -79,3 +80,26 @@ def latents(n: int, b: int = 2, h: int = 2, r: int = 6, **kwargs) -> list[Tensor
     g = torch.Generator().manual_seed(n)
     shapes = (b, h, n, 4), (b, h, n, 2), (b, n, r), (b, n, 2), (h, 4, r), (h, 5, r)
     return [torch.randn(s, generator=g, **kwargs) for s in shapes]
+
+
+def as_heads(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
+    """The q, k and v (B, H, N, ·) that latent attention comes to."""
+    c = c_kv[:, None]
+    rotary = k_rope[:, None].expand(-1, q_nope.shape[1], -1, -1)
+    return torch.cat([q_nope, q_rope], -1), torch.cat([c @ w_uk.mT, rotary], -1), c @ w_uv.mT
+
+
+def masks(n: int, b: int = 4) -> Tensor:
+    """(4, N): padding, padding in front, tokens here and there, nobody."""
+    i, g = torch.arange(n), torch.Generator().manual_seed(5)
+    return torch.stack([i < n // 2, i > 20, torch.rand(n, generator=g) < 0.5, i < 0])[:b]
+
+
+def seen_lse(call):
+    """o and L, in which −∞ is 0, to be compared."""
+
+    def both(*x):
+        o, lse = call(*x)
+        return o, lse.masked_fill(lse.isneginf(), 0.0)
+
+    return both

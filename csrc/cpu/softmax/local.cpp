@@ -26,36 +26,42 @@ namespace {
 
 /// The window, once N is known.
 void prepare(const char* op, Local& a, int64_t left, int64_t right, int64_t rows, int64_t cols,
-             bool causal, double scale) {
+             bool causal) {
   STD_TORCH_CHECK(left >= 0 && right >= 0 && left <= a.n && right <= a.n, op,
                   ": 0 ≤ left, right ≤ N");
   STD_TORCH_CHECK((rows == 0 && cols == 0) || (rows > 0 && cols > 0 && rows * cols == a.n), op,
                   ": rows · cols = N, or both 0");
   STD_TORCH_CHECK(a.n < int64_t(1) << 30, op, ": N < 2^30");
-  a.left = left, a.right = right, a.cols = cols, a.causal = causal, a.scale = scale;
+  a.left = left, a.right = right, a.cols = cols, a.causal = causal;
 }
 
 /// Pieces that a strip's list of keys can have.
 int64_t most_runs(const Local& a) { return a.n / 64 + 2; }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t left, int64_t right,
-                                   int64_t rows, int64_t cols, bool causal, double scale) {
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
+                                   std::optional<Tensor> slopes, int64_t left, int64_t right,
+                                   int64_t rows, int64_t cols, bool causal, double scale,
+                                   double softcap) {
   constexpr const char* op = "local_fwd";
   Local a{};
-  const Inputs in(op, a, q, k, v, {}, true);
-  prepare(op, a, left, right, rows, cols, causal, scale);
+  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Rules rules(op, a, in, slopes, scale, softcap);
+  prepare(op, a, left, right, rows, cols, causal);
   return dispatch(op, in.q, [&]<class T>() {
     return softmax_forward<T>(a, TAB_SELECT(local_kernels<T>), most_runs(a), in);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o,
-                                            Tensor lse, int64_t left, int64_t right, int64_t rows,
-                                            int64_t cols, bool causal, double scale) {
+                                            Tensor lse, std::optional<Tensor> key_mask,
+                                            std::optional<Tensor> slopes, int64_t left,
+                                            int64_t right, int64_t rows, int64_t cols, bool causal,
+                                            double scale, double softcap) {
   constexpr const char* op = "local_bwd";
   Local a{};
-  const Inputs in(op, a, q, k, v, {}, true);
-  prepare(op, a, left, right, rows, cols, causal, scale);
+  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Rules rules(op, a, in, slopes, scale, softcap);
+  prepare(op, a, left, right, rows, cols, causal);
   const Cotangents given(op, a, grad, q, o, lse);
   const baseline::Window<float, false> line{a, 0, 0, 1, {}, {}, {}};
   const baseline::Window<float, true> grid{a, 0, 0, cols, {}, {}, {}};

@@ -74,10 +74,12 @@ template <bool grid, class T>
 static void strips(const Local& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
                    void* scratch) {
   using A = acc_t<T>;
+  Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
     const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * Q<A>;
     const auto rule = Window<A, grid>::at(a, i0);
-    const int64_t count = list_keys(rule, runs);
+    int64_t count = list_keys(rule, listed);
+    if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
     const Arena<A> arena{static_cast<A*>(scratch)};
     if (sums == nullptr)
       strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, arena);

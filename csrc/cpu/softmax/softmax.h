@@ -19,9 +19,11 @@ struct Softmax : Attention {
   int64_t strips;     // of one head of q
   int64_t chunk;      // keys whose scores are held at once
   bool copy;          // K and V go through scratch: to convert them or to pad their rows
+  int64_t runs;       // room for those of a strip
   bool causal;
-  double scale;
-  void* lse;  // (B, H, N) in the accumulation type
+  double scale, softcap;  // softcap 0: none
+  const void* slopes;     // (H,) in the accumulation type, or null
+  void* lse;              // (B, H, N) in the accumulation type
 };
 
 /// `count` keys from `first` on. Bit r of `rows`: the r-th block row of the strip lists them.

@@ -63,14 +63,16 @@ static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int
   A *qt = arena.take(a.d * Q<A>), *q = arena.take(Q<A> * dp), *dq = arena.take(Q<A> * dp);
   A *gt = arena.take(a.e * Q<A>), *g = arena.take(Q<A> * ep), *o = arena.take(ep);
   A *s = arena.take(a.chunk * Q<A>), *ds = arena.take(a.chunk * Q<A>);
-  A *k = nullptr, *v = nullptr;
+  A *k = nullptr, *v = nullptr, *steep = nullptr;
+  if (a.softcap > 0) steep = arena.take(a.chunk * Q<A>);
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
   Keys<T> keys{a, b, h / a.group, k, v, stretch};
   A l[Q<A>], delta[Q<A>];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
   load_rows<T>(row<T>(a.grad, b, h, i0), a.grad.n, count, a.e, g);
-  turn(count, a.d, q, A(a.scale) * LOG2E<A>, qt);
+  if (a.mask != nullptr) quiet_queries(a, b, i0, count, dp, q);
+  turn(count, a.d, q, product_scale<A>(a), qt);
   turn(count, a.e, g, A(1), gt);
   clear(l, Q<A>);
   clear(delta, Q<A>);
@@ -88,7 +90,9 @@ static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int
       run = Keys<T>::next(keys, begin, end);
       keys_times<T>(keys, false, qt, s);
       keys_times<T>(keys, true, gt, ds);
+      if (adjusts(a)) adjust(a, b, h, i0, stretch, stretch + keys.stretches, s, ds, steep);
       differentiate(rule, begin, run, A(a.scale), l, delta, s, ds);
+      if (steep) flatten(keys.size, steep, ds);
       if (again) {
         pair_by_pair<false>(keys, rule, begin, run, count, false, ds, ds, dq, dp, 0);
         continue;

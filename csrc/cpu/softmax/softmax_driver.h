@@ -30,9 +30,26 @@ struct Cotangents {
   }
 };
 
-/// How much is held at once.
+/// What is done to the scores, checked, pointed to by `a`, and kept alive.
+struct Rules {
+  std::optional<Tensor> slopes;
+
+  Rules(const char* op, Softmax& a, const Inputs& in, const std::optional<Tensor>& slopes_,
+        double scale, double softcap)
+      : slopes(contiguous(slopes_)) {
+    STD_TORCH_CHECK(softcap >= 0, op, ": softcap ≥ 0, 0 for none");
+    if (slopes) {
+      check_shape(op, "slopes", *slopes, {a.h});
+      check_dtype(op, "slopes", *slopes, accumulator(in.q));
+    }
+    a.scale = scale, a.softcap = softcap, a.slopes = slopes ? slopes->data_ptr() : nullptr;
+  }
+};
+
+/// How much is held at once. `most_runs`: pieces that a strip's list of keys can have, unmasked.
 template <class T>
-void prepare(Softmax& a, int64_t lanes, const Inputs& in) {
+void prepare(Softmax& a, int64_t lanes, int64_t most_runs, const Inputs& in) {
+  a.runs = most_runs + (a.mask != nullptr ? a.n / 16 : 0);
   a.kv = in.k.size(1), a.group = a.kv > 0 ? a.h / a.kv : 1, a.strips = ceiling(a.n, 2 * lanes);
   a.copy = !std::is_same_v<T, acc_t<T>> || a.d % lanes != 0 || a.e % lanes != 0;
   // Scores, and K and V when they are copied, fit the L2 together.
@@ -44,14 +61,14 @@ inline int64_t softmax_scratch(const Softmax& a, int64_t lanes) {
   using P = Arena<float>;
   const int64_t queries = 2 * lanes, dp = up(a.d, lanes), ep = up(a.e, lanes);
   return P::cost(a.d * queries) + P::cost(a.e * queries) + 2 * P::cost(queries * dp) +
-         2 * P::cost(queries * ep) + 2 * P::cost(a.chunk * queries) + P::cost(a.chunk * dp) +
+         2 * P::cost(queries * ep) + 3 * P::cost(a.chunk * queries) + P::cost(a.chunk * dp) +
          P::cost(a.chunk * ep);
 }
 
 template <class T, class Args>
 std::tuple<Tensor, Tensor> softmax_forward(Args& a, const SoftmaxKernels<Args>& kernels,
                                            int64_t most_runs, const Inputs& in) {
-  prepare<T>(a, kernels.lanes, in);
+  prepare<T>(a, kernels.lanes, most_runs, in);
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
   const Tensor lse = torch::stable::new_empty(in.q, {a.b, a.h, a.n}, accumulator(in.q));
   a.o = Rows(o), a.lse = lse.data_ptr();
@@ -63,7 +80,7 @@ std::tuple<Tensor, Tensor> softmax_forward(Args& a, const SoftmaxKernels<Args>& 
     // First, last, second, …: BigBird's long rows are at both ends and must not come last.
     const int64_t t = task % tasks, g = t % 2 == 0 ? t / 2 : tasks - 1 - t / 2;
     const Part part{task / tasks, g * few, std::min((g + 1) * few, strips), 1};
-    kernels.strips(a, part, nullptr, arena<Run>(most_runs).next, arena<Stretch>(most_runs).next,
+    kernels.strips(a, part, nullptr, arena<Run>(2 * a.runs).next, arena<Stretch>(a.runs).next,
                    arena<acc_t<T>>(work).next);
   });
   return {o, lse};
@@ -77,14 +94,14 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
                                                     const Bounds& keys, const Inputs& in) {
   using A = acc_t<T>;
   const int64_t lanes = kernels.lanes;
-  prepare<T>(a, lanes, in);
+  prepare<T>(a, lanes, most_runs, in);
   const Gradients out(a, in);
   const int64_t queries = 2 * lanes, strips = a.group * a.strips;
   const int64_t heads = a.b * a.kv, work = softmax_scratch(a, lanes);
   const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes);
   const int64_t length = ceiling(strips, segments(heads, strips)), count = ceiling(strips, length);
   const auto run = [&](const Part& part, const Sums& sums, A* scratch) {
-    kernels.strips(a, part, &sums, arena<Run>(most_runs).next, arena<Stretch>(most_runs).next,
+    kernels.strips(a, part, &sums, arena<Run>(2 * a.runs).next, arena<Stretch>(a.runs).next,
                    scratch);
   };
 

@@ -18,6 +18,13 @@ namespace tab::TAB_ISA {
 template <class A>
 constexpr int64_t Q = 2 * W<A>;
 
+}  // namespace tab::TAB_ISA
+
+#include "../core/tanh.h"
+#include "scores.h"
+
+namespace tab::TAB_ISA {
+
 /// y (width, Q) = scale·xᵀ of x (count ≤ Q, padded width); lanes past count are 0.
 template <class A>
 static void turn(int64_t count, int64_t width, const A* x, A scale, A* y) {
@@ -126,6 +133,7 @@ static __attribute__((noinline)) void pair_by_pair(const Keys<T>& s, const Rule&
   for (; run < end; ++run)
     for (int64_t j = run->first; j < run->first + run->count; ++j, ++at, p += Q<A>) {
       t += at == t->at + t->count;
+      if (masked(s.a, s.b, j)) continue;
       const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k,
                                     values ? s.a.e : s.a.d, s, *t, step);
       for (int64_t i = 0; i < count; ++i) {
@@ -206,7 +214,8 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
   A top[Q<A>], old[Q<A>], total[Q<A>];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
-  turn(count, a.d, q, A(a.scale) * LOG2E<A>, qt);
+  if (a.mask != nullptr) quiet_queries(a, b, i0, count, dp, q);
+  turn(count, a.d, q, product_scale<A>(a), qt);
   for (bool paired = false;; paired = true) {
     clear(o, count * ep);
     clear(total, Q<A>);
@@ -214,6 +223,8 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
     for (const Run *begin = first, *run; begin < end; begin = run) {
       run = Keys<T>::next(keys, begin, end);
       keys_times<T>(keys, false, qt, s);
+      if (adjusts(a))
+        adjust<A>(a, b, h, i0, stretch, stretch + keys.stretches, s, nullptr, nullptr);
       __builtin_memcpy(old, top, sizeof top);
       mask_scores(rule, begin, run, s, top);
       if (begin != first) rescale(count, ep, old, top, total, o);

@@ -31,10 +31,10 @@ struct Pattern {
   Tensor row_ptr, col;
 
   Pattern(const char* op, Sparse& a, const Tensor& row_ptr_, const Tensor& col_, int64_t block,
-          bool causal, double scale)
+          bool causal)
       : row_ptr(torch::stable::contiguous(row_ptr_)), col(torch::stable::contiguous(col_)) {
     STD_TORCH_CHECK(block > 0 && a.n < int64_t(1) << 30, op, ": block_size > 0, N < 2^30");
-    a.block = block, a.blocks = ceiling(a.n, block), a.causal = causal, a.scale = scale;
+    a.block = block, a.blocks = ceiling(a.n, block), a.causal = causal;
     STD_TORCH_CHECK(row_ptr.dim() == 2 && (row_ptr.size(0) == 1 || row_ptr.size(0) == a.h), op,
                     ": row_ptr is (1 or H, nb + 1)");
     a.patterns = row_ptr.size(0);
@@ -60,11 +60,14 @@ struct Pattern {
 int64_t most_runs(const Sparse& a) { return a.blocks + a.n / 64 + 2; }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, Tensor,
-                                   Tensor, int64_t block_size, bool causal, double scale) {
+                                   Tensor, std::optional<Tensor> key_mask,
+                                   std::optional<Tensor> slopes, int64_t block_size, bool causal,
+                                   double scale, double softcap) {
   constexpr const char* op = "sparse_fwd";
   Sparse a{};
-  const Inputs in(op, a, q, k, v, {}, true);
-  const Pattern pattern(op, a, row_ptr, col, block_size, causal, scale);
+  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Rules rules(op, a, in, slopes, scale, softcap);
+  const Pattern pattern(op, a, row_ptr, col, block_size, causal);
   return dispatch(op, in.q, [&]<class T>() {
     return softmax_forward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a), in);
   });
@@ -72,11 +75,14 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr,
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o,
                                             Tensor lse, Tensor row_ptr, Tensor col, Tensor, Tensor,
-                                            int64_t block_size, bool causal, double scale) {
+                                            std::optional<Tensor> key_mask,
+                                            std::optional<Tensor> slopes, int64_t block_size,
+                                            bool causal, double scale, double softcap) {
   constexpr const char* op = "sparse_bwd";
   Sparse a{};
-  const Inputs in(op, a, q, k, v, {}, true);
-  const Pattern pattern(op, a, row_ptr, col, block_size, causal, scale);
+  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Rules rules(op, a, in, slopes, scale, softcap);
+  const Pattern pattern(op, a, row_ptr, col, block_size, causal);
   const Cotangents given(op, a, grad, q, o, lse);
   const auto all = [&](int64_t, int64_t) { return std::pair<int64_t, int64_t>(0, a.n); };
   return dispatch(op, in.q, [&]<class T>() {

@@ -69,10 +69,12 @@ template <class T>
 static void strips(const Sparse& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
                    void* scratch) {
   using A = acc_t<T>;
+  Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
     const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * Q<A>;
     const auto rule = Blocks<A>::at(a, i0);
-    const int64_t count = list_keys<A>(rule, head, stretch, runs);
+    int64_t count = list_keys<A>(rule, head, stretch, listed);
+    if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
     const Arena<A> arena{static_cast<A*>(scratch)};
     if (sums == nullptr)
       strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, arena);

@@ -1,5 +1,6 @@
 // tab_cuda::local_*, tab_cuda::sparse_*: N ≤ 64, one block a (batch, head), one launch. The
 // arithmetic is in softmax.cuh; here are checks, launch, registration.
+#include <optional>
 #include <tuple>
 
 #include "../core/launch.h"
@@ -69,6 +70,13 @@ Backwarded backward(const char* op, Tensor dout, Tensor q, Tensor k, Tensor v, c
 
 // --- which keys ----------------------------------------------------------------------------------
 
+using Mask = std::optional<Tensor>;
+
+void check_plain(const char* op, const Mask& key_mask, const Mask& slopes, double softcap) {
+  STD_TORCH_CHECK(!key_mask && !slopes && softcap == 0, op,
+                  ": it takes no key_mask, no slopes and no softcap");
+}
+
 Sees window(const char* op, const Tensor& q, int64_t left, int64_t right, int64_t rows,
             int64_t cols, bool causal) {
   STD_TORCH_CHECK(q.dim() == 4, op, ": q has four dimensions");
@@ -106,31 +114,37 @@ Sees blocks(const char* op, const Tensor& q, const Tensor& row_ptr, const Tensor
 
 // --- ops -----------------------------------------------------------------------------------------
 
-Forwarded local_forward(Tensor q, Tensor k, Tensor v, int64_t left, int64_t right, int64_t rows,
-                        int64_t cols, bool causal, double scale) {
+Forwarded local_forward(Tensor q, Tensor k, Tensor v, Mask key_mask, Mask slopes, int64_t left,
+                        int64_t right, int64_t rows, int64_t cols, bool causal, double scale,
+                        double softcap) {
   const char* op = "tab_cuda::local_fwd";
+  check_plain(op, key_mask, slopes, softcap);
   return forward(op, q, k, v, window(op, q, left, right, rows, cols, causal), scale);
 }
 
 Backwarded local_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor /* o */, Tensor lse,
-                          int64_t left, int64_t right, int64_t rows, int64_t cols, bool causal,
-                          double scale) {
+                          Mask key_mask, Mask slopes, int64_t left, int64_t right, int64_t rows,
+                          int64_t cols, bool causal, double scale, double softcap) {
   const char* op = "tab_cuda::local_bwd";
+  check_plain(op, key_mask, slopes, softcap);
   return backward(op, dout, q, k, v, lse, window(op, q, left, right, rows, cols, causal), scale);
 }
 
 Forwarded sparse_forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col,
-                         Tensor /* col_ptr */, Tensor /* row */, int64_t block_size, bool causal,
-                         double scale) {
+                         Tensor /* col_ptr */, Tensor /* row */, Mask key_mask, Mask slopes,
+                         int64_t block_size, bool causal, double scale, double softcap) {
   const char* op = "tab_cuda::sparse_fwd";
+  check_plain(op, key_mask, slopes, softcap);
   const Tensor rows = torch::stable::contiguous(row_ptr), cols = torch::stable::contiguous(col);
   return forward(op, q, k, v, blocks(op, q, rows, cols, block_size, causal), scale);
 }
 
 Backwarded sparse_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor /* o */, Tensor lse,
                            Tensor row_ptr, Tensor col, Tensor /* col_ptr */, Tensor /* row */,
-                           int64_t block_size, bool causal, double scale) {
+                           Mask key_mask, Mask slopes, int64_t block_size, bool causal,
+                           double scale, double softcap) {
   const char* op = "tab_cuda::sparse_bwd";
+  check_plain(op, key_mask, slopes, softcap);
   const Tensor rows = torch::stable::contiguous(row_ptr), cols = torch::stable::contiguous(col);
   return backward(op, dout, q, k, v, lse, blocks(op, q, rows, cols, block_size, causal), scale);
 }

@@ -47,10 +47,13 @@ def latent(q, k, v):
 
 
 CASES = {  # -> the attention, who sees whom (N, N)
-    "line": (op("local_fwd", 9, 20, 0, 0, False, 0.3), (STEP >= -9) & (STEP <= 20)),
-    "grid": (op("local_fwd", 2, 2, 7, 10, False, 0.3), near(2)),
-    "causal grid": (op("local_fwd", 2, 2, 7, 10, True, 0.3), near(2) & CAUSAL),
-    "sparse": (op("sparse_fwd", *pattern().tensors, 40, True, 0.3), CAUSAL),
+    "line": (
+        op("local_fwd", None, None, 9, 20, 0, 0, False, 0.3, 0.0),
+        (STEP >= -9) & (STEP <= 20),
+    ),
+    "grid": (op("local_fwd", None, None, 2, 2, 7, 10, False, 0.3, 0.0), near(2)),
+    "causal grid": (op("local_fwd", None, None, 2, 2, 7, 10, True, 0.3, 0.0), near(2) & CAUSAL),
+    "sparse": (op("sparse_fwd", *pattern().tensors, None, None, 40, True, 0.3, 0.0), CAUSAL),
     "linear": (op("linear_fwd", None, None, None, 0, True, 0.0), CAUSAL),
     "performer": (op("performer_fwd", W, *(None,) * 4, 0, True, 0.0), CAUSAL),
     "performer relu": (op("performer_fwd", W, *(None,) * 4, 1, True, 0.0), CAUSAL),

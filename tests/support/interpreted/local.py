@@ -18,9 +18,9 @@ NAMES = "o dq dk dv"
 
 
 def check(x, left, right, rows=0, cols=0, causal=False, scale=0.4, floor=2e-6):
-    n = x[0].shape[2]
+    n, options = x[0].shape[2], (left, right, rows, cols, causal)
     assert_accurate(
-        lambda *x: local_fwd.apply("cuda", *x, left, right, rows, cols, causal, scale)[0],
+        lambda *x: local_fwd.apply("cuda", *x, None, None, *options, scale, 0.0)[0],
         naive(in_window(n, left, right, causal, cols), scale),
         x,
         floor=floor,
@@ -74,7 +74,7 @@ def test_layouts(how, generator):
     """The launchers read strides: the values come out as for contiguous inputs, to the bit."""
     q, k, v, do = (torch.randn(2, 2, 35, 8, generator=generator) for _ in range(4))
     x, results = [layout(t, how) for t in (q, k, v, do)], []
-    options = 4, 2, 5, 7, True, 0.3
+    options = None, None, 4, 2, 5, 7, True, 0.3, 0.0
     for q, k, v, do in (x, [t.contiguous() for t in x]):
         o, lse = forward(q, k, v, *options)
         results.append((o, lse, *backward(do, q, k, v, o, lse, *options)))
@@ -88,7 +88,7 @@ def test_layouts(how, generator):
 def test_like_the_reference(dtype, rows, cols, generator):
     """lse, strides and types too, causal on a line too; float64 is the reference's."""
     q, k, v, do = (torch.randn(1, 2, 36, 8, generator=generator).to(dtype) for _ in range(4))
-    options = 3, 1, rows, cols, True, 0.3
+    options = None, None, 3, 1, rows, cols, True, 0.3, 0.0
     given, wanted = forward(q, k, v, *options), forward_reference(q, k, v, *options)
     given += backward(do, q, k, v, *wanted, *options)
     wanted += backward_reference(do, q, k, v, *wanted, *options)
@@ -101,7 +101,7 @@ def test_gradient_through_lse(generator):
     """As one more column of do, v and o."""
     x = inputs(40, 8, 12, generator)
     do, dlse = (torch.randn(1, 2, 40, *w, generator=generator) for w in ((12,), ()))
-    options = 7, 3, 0, 0, False, 0.4
+    options = None, None, 7, 3, 0, 0, False, 0.4, 0.0
     exact = [t.double().requires_grad_() for t in x]
     scores = (exact[0] @ exact[1].mT * 0.4).masked_fill(~in_window(40, 7, 3), -torch.inf)
     truth = scores.softmax(-1) @ exact[2], scores.logsumexp(-1)

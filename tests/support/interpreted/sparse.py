@@ -24,7 +24,7 @@ def inputs(pattern, d, dv, generator, dtype=torch.float32, b=1, h=2):
 
 
 def check(x, pattern, causal=False, scale=0.4):
-    rest = *pattern.tensors, pattern.block_size, causal, scale
+    rest = *pattern.tensors, None, None, pattern.block_size, causal, scale, 0.0
     f = lambda *x: sparse_fwd.apply("cuda", *x, *rest)[0]  # noqa: E731
     assert_accurate(f, naive(blocks(pattern, causal), scale), x, names=NAMES)
 
@@ -73,7 +73,7 @@ def test_layouts(how, generator):
     pattern = BlockPattern.bigbird(21, heads=1, block_size=8)
     q, k, v, do = (torch.randn(2, 1, 21, 8, generator=generator) for _ in range(4))
     x, results = [layout(t, how) for t in (q, k, v, do)], []
-    options = *pattern.tensors, 8, True, 0.3
+    options = *pattern.tensors, None, None, 8, True, 0.3, 0.0
     for q, k, v, do in (x, [t.contiguous() for t in x]):
         o, lse = forward(q, k, v, *options)
         results.append((o, lse, *backward(do, q, k, v, o, lse, *options)))
@@ -89,7 +89,7 @@ def test_like_the_reference(dtype, empty, generator, monkeypatch):
     monkeypatch.setattr(kernels, "CUT", 2)
     pattern = random_pattern(36, 8, 2, 0.0 if empty else 0.6, generator)
     q, k, v, do = (torch.randn(1, 2, 36, 8, generator=generator).to(dtype) for _ in range(4))
-    options = *pattern.tensors, 8, True, 0.3
+    options = *pattern.tensors, None, None, 8, True, 0.3, 0.0
     given, wanted = forward(q, k, v, *options), forward_reference(q, k, v, *options)
     given += backward(do, q, k, v, *wanted, *options)
     wanted += backward_reference(do, q, k, v, *wanted, *options)
