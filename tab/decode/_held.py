@@ -40,11 +40,14 @@ class Held(DecodeCache):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same of one token of each sequence, N = 1."""
-        given = _kind(q, k, v)
+        return self._step(q, k, v)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        given = _kind(q, k, v, *more)
         if given == self._fits and not torch._C._is_any_autocast_enabled():
-            keeps_no_graph(f"{type(self).__name__}.step", self.FUNCTION, q, k, v)
-            return self._attend(q, k, v)
-        o = self._next("step", q, k, v)
+            keeps_no_graph(f"{type(self).__name__}.step", self.FUNCTION, q, k, v, *more)
+            return self._attend(q, k, v, *more)
+        o = self._next("step", q, k, v, *more)
         self._fits = given
         return o
 
@@ -58,10 +61,14 @@ class Held(DecodeCache):
             )
         if self._held:
             self._check_fit(where, q, k, v)
-        keeps_no_graph(where, self.FUNCTION, q, k, v)
+        self._check_more(k, *more)
+        keeps_no_graph(where, self.FUNCTION, q, k, v, *more)
         if q.shape[2] == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
         return self._attend(q, k, v, *more)
+
+    def _check_more(self, k: Tensor, *more: Tensor) -> None:
+        """What a token has beside q, k and v: nothing."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         raise NotImplementedError

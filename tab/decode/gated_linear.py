@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops._check import number, shapes
 from ..ops._softmax import score_scale
-from ..ops.decode_cache import keeps_no_graph, ordinary
+from ..ops.decode_cache import ordinary
 from ..ops.gated_linear import gated_linear_attention
 from ._held import Held
 from ._state import add_token, by_head, read
@@ -55,13 +55,11 @@ class GatedLinearCache(Held):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # type: ignore[override]
         """The same of one token of each sequence, N = 1."""
-        return self._next("step", q, k, v, log_decay)
+        return self._step(q, k, v, log_decay)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         (log_decay,) = more
-        keeps_no_graph("GatedLinearCache", self.FUNCTION, log_decay)
         scale = score_scale("GatedLinearCache", self.scale, q.shape[3])
-        self._check_decay(k, log_decay)
         if self._held and q.shape[2] == 1:
             o = self._one(by_head(q, k), k, v, log_decay, scale).to(v.dtype)
         else:
@@ -89,15 +87,14 @@ class GatedLinearCache(Held):
         s.mul_(kept[..., None])
         if z is None:
             s.addcmul_(k.mT, v)
-            o = q @ s * scale
+            o = (q * scale) @ s
             return o.reshape(o.shape[0], o.shape[1] * o.shape[2], 1, o.shape[3])
         z.mul_(kept)
         add_token(s, z, k, v)
         return read(q, s, z, 0.0)
 
-    def _check_decay(self, k: Tensor, g: Tensor) -> None:
-        """Before the state is touched."""
-        b, h, n, d = k.shape
+    def _check_more(self, k: Tensor, *more: Tensor) -> None:
+        ((b, h, n, d), (g,)) = k.shape, more
         fits = tuple(g.shape) in ((h,), (b, h, n), (b, h, n, d)) and g.is_floating_point()
         if not fits or g.device != k.device:
             raise ValueError(
