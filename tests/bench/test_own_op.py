@@ -19,7 +19,7 @@ COMPARE = (
 )
 BENCH = (
     "bench --ops retention --sizes tiny --causal yes --contestants tab,eager "
-    "--directions forward,both --budget 0.01 --processes 2 --out bench.json"
+    "--directions forward,both --budget 0.01 --processes 1 --out bench.json"
 )
 STEPS = (
     "bench steps --recipe quick --models mlp --attentions retention --batch 2 --budget 0 "
