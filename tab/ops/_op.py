@@ -12,25 +12,21 @@ oracle in one. Faster kernels register themselves for a device:
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ._autograd import below_autograd, function, once_only, plain, register, tracing, transforming
+from ._extensions import DEVICE, load_extensions, why_not
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 # Op -> the N up to which "auto" takes CUDA C++ over Triton on a GPU. A measurement decides that
 # (bench/gpu.sh); there is none yet, so CUDA C++ is not taken unasked.
 CUDA_TOKENS: dict[str, int] = {}
-_DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 OPS: dict[str, Op] = {}
 
 
@@ -126,7 +122,7 @@ class Op:
         if takes is not None:
             self.takes[backend] = takes
         namespace = "tab_cuda" if backend == "cuda" else "tab"
-        torch.library.impl(f"{namespace}::{self.name}", _DEVICE[backend].upper(), run)
+        torch.library.impl(f"{namespace}::{self.name}", DEVICE[backend].upper(), run)
         if _loaded:
             self.find_kernels()
 
@@ -163,7 +159,7 @@ class Op:
         """Notes which backends have a kernel: once, for torch.compile cannot trace what the
         dispatcher answers. An op from outside that loads its own library of C++ kernels calls it
         again."""
-        self.reasons = {backend: _why_not(self.name, backend) for backend in BACKENDS}
+        self.reasons = {backend: why_not(self.name, backend) for backend in BACKENDS}
 
     def why_not(self, backend: str) -> str | None:
         """None when this backend can run here, else the reason why it cannot."""
@@ -246,9 +242,9 @@ def choose(backend: Backend, op: Op, x: Tensor, *others: object, cuda: bool = Tr
     device = x.device.type
     if device == "meta" or backend == "reference":
         return backend
-    if _DEVICE[backend] != device:
+    if DEVICE[backend] != device:
         raise RuntimeError(
-            f"backend={backend!r} of {op.name} runs on {_DEVICE[backend]} tensors, these are on "
+            f"backend={backend!r} of {op.name} runs on {DEVICE[backend]} tensors, these are on "
             f"{device}; move them, or {_way_out()}"
         )
     reason = op.why_not(backend)
@@ -263,50 +259,13 @@ def choose(backend: Backend, op: Op, x: Tensor, *others: object, cuda: bool = Tr
 
 # --- loading --------------------------------------------------------------------------------------
 
-_missing: dict[str, str] = {}  # extension -> why it is not there
 _loaded = False  # whether the kernels of this package are there
-
-
-def _load(extension: str) -> None:
-    """Loads tab/_C.*. Not built is noted; built and broken raises: silence would hide it."""
-    names = (f"{extension}.*so", f"{extension}.*pyd")  # .pyd on Windows
-    found = sorted(path for name in names for path in Path(__file__).parents[1].glob(name))
-    if not found:
-        _missing[extension] = f"the extension tab.{extension} was not built"
-        return
-    torch.ops.load_library(str(found[0]))
 
 
 def load_kernels() -> None:
     """Called once by tab.ops, after every op is defined."""
     global _loaded
-    _load("_C")
-    if "_C" in _missing:
-        warnings.warn(
-            "TAB's C++ kernels were not built; CPU tensors use the slower PyTorch references. "
-            "`tab doctor` says more, `pip install .` builds them.",
-            stacklevel=2,
-        )
-    if not torch.cuda.is_available():
-        _missing["_C_cuda"] = _missing["triton"] = "no CUDA GPU is visible to torch"
-    else:
-        _load("_C_cuda")
-        if importlib.util.find_spec("triton") is None:
-            _missing["triton"] = "triton is not installed"
-        else:
-            importlib.import_module("tab.kernels").load()
+    load_extensions()
     for op in OPS.values():
         op.find_kernels()
     _loaded = True
-
-
-def _why_not(op: str, backend: str) -> str | None:
-    if backend in ("auto", "reference"):
-        return None
-    source = {"cpp": "_C", "triton": "triton", "cuda": "_C_cuda"}[backend]
-    name = f"tab_cuda::{op}" if backend == "cuda" else f"tab::{op}"
-    if source in _missing:
-        return _missing[source]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE[backend].upper()):
-        return None
-    return f"{op} has no {backend} kernel"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ._check import accumulate
-from ._op import Op, _why_not
+from ._extensions import why_not
+from ._op import Op
 
 # How a tensor of an op lies in a packed batch, by its name in the schemas.
 TOKENS = {  # (1, …, T, …): the dimension of the tokens
@@ -43,7 +44,7 @@ class Packed(Op):
 
     def find_kernels(self) -> None:
         there = "auto", "reference", "cpp", "triton"
-        self.reasons = {backend: _why_not(self.base.name, backend) for backend in there}
+        self.reasons = {backend: why_not(self.base.name, backend) for backend in there}
         self.reasons["cuda"] = "it has no packed batches; call it for each sequence"
 
 
