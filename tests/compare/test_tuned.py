@@ -78,7 +78,7 @@ def test_resumed_it_trains_nothing_twice(out):
 def test_the_report_says_how_it_was_tuned(out):
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "**Tuned:** for each row the same 3 draws" in text and "Not tuned" not in text
-    assert "## Tuning" in text and "| best of 1 | best of 2 | best of 3 | winner |" in text
+    assert "## Tuning" in text and "| Best of 1 | Best of 2 | Best of 3 | Winner (%) |" in text
 
 
 def test_without_it_the_report_says_so(tmp_path):

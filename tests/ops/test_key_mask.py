@@ -95,9 +95,11 @@ def test_nobody_hidden_is_no_mask(name, backend):
 
 @pytest.mark.parametrize("name", ["line", "causal blocks"])
 def test_compiled_and_exported(name):
+    op = softmax_op(name, "auto", N)  # with its pattern, which is made before
+
     class Masked(torch.nn.Module):
         def forward(self, q, k, v, mask):
-            return softmax_op(name, "auto", N, key_mask=mask)(q, k, v)
+            return op(q, k, v, key_mask=mask)
 
     x = [*qkv(N, b=4), masks(N)]
     want = Masked()(*x)

@@ -49,7 +49,7 @@ OUTPUTS = """
 import resource, torch, tab
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 q = torch.randn(1, 1, 262144, 64)  # an output of 64 MiB
-for _ in range(8):  # glibc settles after a few
+for _ in range(24):  # glibc settles after a few
     before = faults()
     o = tab.linear_attention(q, q, q, backend="cpp")
     del o

@@ -44,7 +44,7 @@ def softmax_op(name: str, backend: str, n: int, **options) -> Callable:
         "causal blocks": {"pattern": band(n), "causal": True},
     }[name]
     f = sparse_attention if "pattern" in kind else local_attention
-    return lambda *x: f(*x, backend=backend, **kind, **options)
+    return lambda *x, **more: f(*x, backend=backend, **kind, **options, **more)
 
 
 NAMES = ("line", "causal line", "grid", "blocks", "causal blocks")
