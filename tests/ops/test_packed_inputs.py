@@ -46,7 +46,10 @@ def test_jagged_nested_tensors(name, backend, layout):
     assert o.shape[0] == len(LENGTHS) and o.shape[3] == DV
     o = o.transpose(1, 2) if layout == "bhnd" else o
     rows = want[0].transpose(0, 1)
-    assert torch.equal(o.values(), rows)
+    if backend == "reference":  # its products take another way through other strides
+        torch.testing.assert_close(o.values(), rows)
+    else:
+        assert torch.equal(o.values(), rows)
     got = torch.autograd.grad(o.values().sin().sum(), x)
     assert_close(got, torch.autograd.grad(rows.sin().sum(), x))
 

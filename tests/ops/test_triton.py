@@ -125,9 +125,9 @@ def test_compiled_ones():
 
     x, counts = torch.empty(1, 1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     q, lse = torch.empty(1, 1, 1, 16, device="meta"), torch.empty(1, 1, 1, device="meta")
-    window = 1, 1, 1, 1, True, 1.0
+    window = None, None, 1, 1, 1, 1, True, 1.0, 0.0  # after key_mask and slopes
     pattern = [torch.empty(n, dtype=torch.int32, device="meta") for n in ((1, 2), 1) * 2]
-    pattern += [1, True, 1.0]
+    pattern += [None, None, 1, True, 1.0, 0.0]
     w, z = torch.empty(1, 16, device="meta"), torch.empty(1, 1, 1, device="meta")
     calls = [
         (moe.grouped, x, x[None], counts),
