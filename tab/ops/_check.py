@@ -119,10 +119,10 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 def heads_first(op: str, layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Views (B, H, N, ·) of what the caller gave; from there on errors print these shapes."""
-    if layout not in get_args(Layout):
-        raise ValueError(f"{op}: layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
     if layout == "bhnd":
         return tensors
+    if layout not in get_args(Layout):
+        raise ValueError(f"{op}: layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
     return tuple(x.transpose(1, 2) if x.dim() == 4 and not x.is_nested else x for x in tensors)
 
 

