@@ -52,7 +52,11 @@ def _note(entries: list[Standing]) -> str:
         lines.append("±: 95 % intervals; those of vs control hold together.")
     if any(entry.ratio and entry.ratio.disturbed for entry in entries):
         lines.append(f"*: disturbed by other work on the machine, by more than {LIMIT:g}×.")
-    lines += [f"{title(e.attention)}: {e.notes}." for e in entries if e.test and e.notes]
+    lacking: dict[str, list[str]] = {}  # of what rows lack it: many lack the same seeds
+    for entry in entries:
+        if entry.test and entry.notes:
+            lacking.setdefault(entry.notes, []).append(title(entry.attention))
+    lines += [f"{', '.join(names)}: {notes}." for notes, names in lacking.items()]
     return "\n".join(lines)
 
 

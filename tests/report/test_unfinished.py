@@ -1,9 +1,12 @@
 """A comparison that is not finished is reported in few words, however many runs are missing."""
 
+import io
 from dataclasses import replace
 
+from rich.console import Console
 from small_report import FACTS, run
 
+from tab.cli.tables import ranked_table
 from tab.compare.plan import Grid
 from tab.report import markdown
 from tab.report.forest import note, rows
@@ -37,6 +40,14 @@ def test_rows_that_lack_the_same_seeds_stand_together():
     (said,) = unfinished([*RUNS, *missing("linear", range(5))])
     assert "- 22 of 24 runs not begun: CNN: seeds 1–9 of Control; seeds 1–2, 4 of Self-" in said
     assert "; seeds 0–4 of Local, Linear" in said and "--resume" in said
+
+
+def test_the_terminal_names_rows_that_lack_the_same_seeds_together():
+    runs = [*RUNS[:2], *missing("none", (1, 2)), *missing("self", (1, 2))]
+    console = Console(width=100, file=io.StringIO())
+    console.print(ranked_table(ranking(runs, "cnn"), ""))
+    (line,) = [line for line in console.file.getvalue().split("\n") if "not begun" in line]
+    assert line.strip() == "Self-Attention, Control: not begun (seeds 1–2)."
 
 
 def test_what_one_seed_cannot_say_is_not_said():
