@@ -9,32 +9,13 @@ import torch
 from backends import needs_cpp, reference_and_cpp
 from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
 from tasks import threads
-from textbook.gated_linear import DECAYS, draw, naive
+from textbook.gated_linear import call, draw, naive
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tab import gated_linear_attention, linear_attention, use_backend
 
 NAMES = "o S dq dk dv dg dS₀"
-
-
-@pytest.fixture(params=DECAYS, ids=lambda case: " ".join(case))
-def decay(request):
-    """The decay of each head, token or channel, under a backend that knows it."""
-    name, backend = request.param
-    with use_backend(backend):
-        yield name
-
-
-def call(**options):
-    def f(q, k, v, g, s0=None, z0=None):
-        first = s0 if z0 is None else (s0, z0)
-        o, state = gated_linear_attention(
-            q, k, v, g, initial_state=first, return_state=True, **options
-        )
-        return (o, *state) if options.get("normalize") else (o, state)
-
-    return f
 
 
 def check(x, *, floor=2e-6, **options):

@@ -7,32 +7,12 @@ import pytest
 import torch
 from backends import needs_cpp
 from proof import outputs_and_gradients, poisoned
-from textbook.gated_linear import DECAYS, draw
+from textbook.gated_linear import call, draw
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from tab import gated_linear_attention, use_backend
+from tab import gated_linear_attention
 from tab.ops import OPS
-
-
-@pytest.fixture(params=DECAYS, ids=lambda case: " ".join(case))
-def decay(request):
-    """The decay of each head, token or channel, under a backend that knows it."""
-    name, backend = request.param
-    with use_backend(backend):
-        yield name
-
-
-def call(**options):
-    def f(q, k, v, g, s0=None, z0=None):
-        first = s0 if z0 is None else (s0, z0)
-        o, state = gated_linear_attention(
-            q, k, v, g, initial_state=first, return_state=True, **options
-        )
-        return (o, *state) if options.get("normalize") else (o, state)
-
-    return f
-
 
 # --- properties -----------------------------------------------------------------------------------
 

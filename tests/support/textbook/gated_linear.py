@@ -1,9 +1,11 @@
-"""Gated linear attention as its recurrence, token by token, and inputs for it."""
+"""Gated linear attention as its recurrence, token by token, inputs for it, and TAB's beside it."""
 
 import pytest
 import torch
 from backends import needs_cpp
 from torch.nn import functional as F
+
+from tab import gated_linear_attention
 
 # What decays at a rate of its own, and the backends that know it.
 DECAYS = [(decay, "reference") for decay in ("head", "token", "channel")]
@@ -53,3 +55,16 @@ def draw(generator, b=2, h=3, n=65, d=20, dv=28, decay="token", state=False, dty
     x = [make(b, h, n, d), make(b, h, n, d), make(b, h, n, dv)]
     x.append(F.logsigmoid(make(*g, of=acc)) / (1 + 9 * (decay == "head")))
     return x + [make(b, h, d, dv, of=acc)] * state
+
+
+def call(**options):
+    """TAB's function as `naive` is called: -> o, S and perhaps z."""
+
+    def f(q, k, v, g, s0=None, z0=None):
+        first = s0 if z0 is None else (s0, z0)
+        o, state = gated_linear_attention(
+            q, k, v, g, initial_state=first, return_state=True, **options
+        )
+        return (o, *state) if options.get("normalize") else (o, state)
+
+    return f
