@@ -50,8 +50,11 @@ kinds.forest = (figure, chart) => {
     const name = svg("text", link, {x: 0, y: narrow ? top + 16 : y + 4, class: "name"}, r.name);
     if (narrow) {
       const said = [`${r.words} ${r.kind}`, ...(r.time === null ? [] : [ratio(r)])].join(" · ");
-      svg("text", link, {x: W, y: top + 16, "text-anchor": "end", class: "number"}, said);
+      const figures = svg("text", link, {x: W, y: top + 16, "text-anchor": "end", class: "number"}, said);
       name.classList.add("strong");
+      const room = W - name.getComputedTextLength() - 8, wanted = figures.getComputedTextLength();
+      const size = parseFloat(getComputedStyle(figures).fontSize);
+      figures.style.fontSize = `${size * Math.min(1, room / wanted)}px`;  // a long name leaves less
     }
     const mark = svg("g", link, {class: "mark", stroke: colour, fill: colour});
     if (r.low !== null) {

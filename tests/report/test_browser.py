@@ -94,6 +94,13 @@ const read = () => {
 };
 }</script></head>"""
 
+NARROW = """<script>addEventListener("load", () => {
+  const box = text => text.getBoundingClientRect();
+  const rows = [...document.querySelectorAll("a.row")].map(a => a.querySelectorAll("text"));
+  document.documentElement.dataset.said =
+    JSON.stringify(rows.map(([name, said]) => [box(name).right, box(said).left]));
+})</script></head>"""
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
@@ -110,11 +117,23 @@ def written(tmp_path_factory):
     return folder
 
 
+def said_by(folder, name: str, width: int):
+    where = (folder / name).as_uri()
+    dom = chromium(folder, "--dump-dom", f"--window-size={width},900", where)
+    return json.loads(unescape(re.search('data-said="(.*?)"', dom).group(1)))
+
+
 @pytest.fixture(scope="module")
 def said(written) -> dict:
-    where = (written / "page.html").as_uri()
-    dom = chromium(written, "--dump-dom", "--window-size=500,900", where)
-    return json.loads(unescape(re.search('data-said="(.*?)"', dom).group(1)))
+    return said_by(written, "page.html", 500)
+
+
+def test_on_a_phone_no_name_runs_into_its_figures(tmp_path):
+    (tmp_path / "narrow.html").write_text(
+        page(tmp_path).replace("</head>", f"<style>body {{ width: 300px }}</style>{NARROW}", 1)
+    )
+    rows = said_by(tmp_path, "narrow.html", 500)  # Chromium's window is no narrower
+    assert len(rows) == 3 and all(right < left for right, left in rows), rows
 
 
 def test_a_star_says_what_it_means(said):
