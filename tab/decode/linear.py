@@ -54,8 +54,8 @@ class LinearCache(Held):
         self.eps = number("LinearCache", "eps", eps)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
-        self._length += q.shape[2]
         if self._held and q.shape[2] == 1:
+            self._length += 1
             (s, z), phi = self._held.values(), FEATURE_MAPS[self.feature_map]
             fq, fk = (feature(x.to(s.dtype), phi) for x in (by_head(q, k), k))
             add_token(s, z, fk, v.to(s.dtype))
@@ -67,6 +67,7 @@ class LinearCache(Held):
                 initial_state=state, return_state=True, backend=self.backend,
             )  # fmt: skip
         self._held = dict(zip(self.NAMES, after, strict=True))
+        self._length += q.shape[2]  # not before: what raises has added nothing
         return o
 
     def _sizes(self, length: int) -> dict[str, tuple[int | str, ...]]:

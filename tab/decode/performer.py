@@ -62,8 +62,8 @@ class PerformerCache(Held):
         self.eps = number("PerformerCache", "eps", eps)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
-        self._length += q.shape[2]
         if self._held and q.shape[2] == 1:
+            self._length += 1
             return self._one(by_head(q, k), k, v).to(v.dtype)
         held = self._held
         state = (held["S"], held["z"], held["c"]) if held else None
@@ -73,6 +73,7 @@ class PerformerCache(Held):
                 initial_state=state, return_state=True, backend=self.backend,
             )  # fmt: skip
         self._held = dict(zip(self.NAMES, after, strict=True))
+        self._length += q.shape[2]  # not before: what raises has added nothing
         return o
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

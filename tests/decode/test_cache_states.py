@@ -198,6 +198,19 @@ def test_what_does_not_go_on(name, generator):
     cache.step(*one)
 
 
+@every
+def test_what_raises_has_added_nothing(name, generator):
+    """A backend that is not there: the same prompt is taken afterwards as though it came first."""
+    x, cache = draw(generator, KINDS[name].heads), KINDS[name].cache()
+    try:
+        with tab.use_backend("triton" if not torch.cuda.is_available() else "cpp"):
+            cache.prefill(*x)
+    except RuntimeError:
+        assert cache.length == 0
+        cache.prefill(*x)
+    assert cache.length == N
+
+
 def test_a_step_is_checked_whenever_it_may_not_fit(generator):
     """Those like the last one are not; autocast and gradients are no part of what is alike."""
     cache, x = tab.LocalCache(window=3), draw(generator, dtype=torch.float32)
