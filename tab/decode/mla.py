@@ -127,13 +127,14 @@ class MLACache(DecodeCache):
         with torch.no_grad():
             rows = torch.cat([c_kv, k_rope], -1)
             self._store.write(rows, self.lengths or [0] * len(counts), counts)
-            self._count(counts)
             assert self._store.cache is not None
-            seqlens = torch.tensor(self.lengths, device=c_kv.device)
+            now = [n + 1 for n in self.lengths] or counts
+            seqlens = torch.tensor(now, device=c_kv.device)
             o, _ = mla_decode(
                 q_nope[:, :, 0], q_rope[:, :, 0], self._store.cache, seqlens, w_uk, w_uv,
                 page_table=self._store.page_table, scale=self.scale,
             )  # fmt: skip
+            self._count(counts)  # not before: what raises has added nothing
             return o[:, :, None]
 
     def _given(self, method: str, *tensors: Tensor) -> tuple[Tensor, ...]:

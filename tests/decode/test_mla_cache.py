@@ -49,6 +49,21 @@ def test_token_by_token(how, generator):
 
 
 @each
+def test_a_step_that_raises_has_added_nothing(how, generator, monkeypatch):
+    x = operands(SIZE, generator, torch.float64)
+    cache = made(how, *x[4:])
+    with monkeypatch.context() as patched:
+        patched.setattr("tab.decode.mla.mla_decode", lambda *_, **__: 1 / 0)
+        for now in (0, 1):  # the first token, and one behind others
+            with pytest.raises(ZeroDivisionError):
+                cache.step(*cut(x, slice(now, now + 1)))
+            assert cache.length == now
+            if not now:
+                cache.prefill(*cut(x, slice(0, 1)))
+    assert_close(decode(cache, x, 1), whole(*x)[:, :, 1:], **EXACT)
+
+
+@each
 @pytest.mark.parametrize("lengths", ((N,), (1, 36), (9, 1, 27), (0, 30, 7), (20, 1, 1, 15)))
 def test_chunks(how, lengths, generator):
     x = operands(SIZE, generator, torch.float64)
