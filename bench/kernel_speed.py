@@ -4,7 +4,9 @@
 
 For each operator and size: how many times slower than TAB's kernel the best of everything else is,
 the median and the 10th and 90th percentile of the ratio within a round. docs/benchmarks.md says how
-they are measured. The table is printed; a picture is drawn if one is named, or no RESULTS are.
+they are measured. Without RESULTS, a table of every folder in bench/results that has all operators
+is written into that page, and the picture is drawn; else the table of RESULTS is printed, and a
+picture drawn if one is named.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from tab.bench.rows import Row, percentiles, row_speedup
 from tab.report.style import figure
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "bench" / "results" / "epyc-zen4-2core"
+RESULTS = ROOT / "bench" / "results"
+MEASURED = RESULTS / "epyc-zen4-2core"  # what the picture shows
+PAGE = ROOT / "docs" / "benchmarks.md"
+MARKS = "<!-- written by bench/kernel_speed.py: -->", "<!-- up to here -->"
 PICTURE = ROOT / "docs" / "pictures" / "kernel-speed.svg"
 OPS = ("linear", "performer", "local", "sparse", "mla")
 LOOKS = {  # direction -> its name, marker, colour and place within a row
@@ -72,6 +77,30 @@ def table(folder: Path) -> list[str]:
     return lines
 
 
+def folders() -> list[Path]:
+    """All in bench/results that have the times of every operator, one a machine and set."""
+    found = (path.parent for path in sorted(RESULTS.rglob(f"{OPS[0]}.json")))
+    return [folder for folder in found if all((folder / f"{op}.json").is_file() for op in OPS)]
+
+
+def tables() -> str:
+    """What stands in docs/benchmarks.md: a table of each folder, and above it what was measured."""
+    blocks = []
+    for folder in folders():
+        name, facts = folder.relative_to(RESULTS), results.load(folder / f"{OPS[0]}.json")[0]
+        facts = facts["environment"]
+        isa = facts.get("TAB_ISA", facts["isa"]).upper().replace("AVX512", "AVX-512")
+        machine = f"{facts['cpu']}, {isa}, {facts['threads']} threads, torch {facts['torch']}"
+        blocks.append("\n".join([f"`{name}`: {machine}", "", *table(folder)]))
+    return "\n\n".join(blocks)
+
+
+def written(page: str) -> str:
+    """The page with these tables between its marks."""
+    before, rest = page.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{tables()}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
 def draw(folder: Path, path: Path) -> None:
     found = best_others(folder)
     environment = results.load(folder / f"{OPS[0]}.json")[0]["environment"]
@@ -100,6 +129,9 @@ def draw(folder: Path, path: Path) -> None:
 
 if __name__ == "__main__":
     folder, picture = [*map(Path, sys.argv[1:3]), None, None][:2]
-    print(*table(folder or MEASURED), sep="\n")
+    if folder:
+        print(*table(folder), sep="\n")
+    else:
+        PAGE.write_text(written(PAGE.read_text("utf-8")), "utf-8")
     if picture or not folder:
         draw(folder or MEASURED, picture or PICTURE)
