@@ -14,6 +14,14 @@ from typing import Any, Literal
 _UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
 
 
+def nearest(name: str, known: Iterable[str], choose: str) -> str:
+    """How an error goes on after a name that nobody knows: the nearest one, then `choose`."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if not found:
+        return f"; {choose}"
+    return f"; did you mean {found[0]!r}? {choose[0].upper()}{choose[1:]}"
+
+
 def check_keys(
     where: str, given: Iterable[str], known: Iterable[str], *, complete: bool = False
 ) -> None:
@@ -21,9 +29,8 @@ def check_keys(
     given, known = list(given), list(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: unknown {key!r}{hint} It takes: {', '.join(known)}")
+            choose = f"it takes: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown {key!r}{nearest(key, known, choose)}")
     if complete and (missing := [key for key in known if key not in given]):
         raise ValueError(f'{where}: {", ".join(missing)} missing; give it, or a base = "fair"')
 

@@ -227,7 +227,7 @@ class RunConfig:
 
 def model_class(name: str) -> type[Mlp]:
     """The options of the model called so."""
-    check_keys("the models", [name], MODELS)
+    check_keys("model", [name], MODELS)
     return MODELS[name]
 
 

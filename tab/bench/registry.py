@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 
 import torch
 
+from ..checks import nearest
 from . import ops as folder
 from .benchmark import Benchmark, Draw, Problem
 from .cases import Case
@@ -33,7 +34,8 @@ def benchmark(op: str) -> Benchmark:
     elif given := [point for point in _entry_points() if point.name == op]:
         found = given[0].load()
     else:
-        raise ValueError(f"unknown op {op}; choose from {', '.join(names())}")
+        choose = f"choose from {', '.join(names())}"
+        raise ValueError(f"unknown op {op!r}{nearest(op, names(), choose)}")
     if not isinstance(found, Benchmark):
         raise TypeError(f"the benchmark of {op} is no tab.bench.benchmark.Benchmark: {found!r}")
     return found

@@ -41,7 +41,12 @@ def run(
     context: typer.Context,
     ops: Ops = "all",
     sizes: Annotated[
-        str, typer.Option(metavar="A,B", help="Names of sizes, separated by commas, or all.")
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Names of sizes, separated by commas, or all: cifar, vision, long, window, "
+            "bigbird, decode, tiny, and n64, n128, … n65536.",
+        ),
     ] = "vision",
     causal: Annotated[
         str, typer.Option(metavar="WHICH", help="Causal attention: no, yes or both.")
@@ -87,13 +92,13 @@ def run(
     from ..bench.turns import Load
     from .bench_tables import op_tables, summaries
 
-    kind = getattr(torch, chosen(dtype, DTYPES, "dtype")[0])
-    wanted = tuple(chosen(directions, DIRECTIONS, "direction"))
+    kind = getattr(torch, chosen(dtype, DTYPES, "--dtype")[0])
+    wanted = tuple(chosen(directions, DIRECTIONS, "--directions"))
     flags = {"no": (False,), "yes": (True,), "both": (False, True)}[
-        chosen(causal, ("no", "yes", "both"), "value of --causal")[0]
+        chosen(causal, ("no", "yes", "both"), "--causal")[0]
     ]
     prefixes = beginnings(contestants)
-    every = chosen(ops, names(), "op"), chosen(sizes, list(SIZES), "size")
+    every = chosen(ops, names(), "--ops"), chosen(sizes, list(SIZES), "--sizes")
     raced = cases(*every, flags, kind, device)
     facts, roofline = environment(device), measure_roofline(kind, device)
     say(
@@ -228,7 +233,7 @@ def steps_command(
     check_keys("--attentions", names, layer_names())
     sizes = [parse_override(f"patch={size}")[1] for size in patch.split(",")] if patch else []
     changes = dict(map(parse_override, overrides or []))
-    units = subjects(recipe, chosen(models, model_names(), "model"), sizes, changes)
+    units = subjects(recipe, chosen(models, model_names(), "--models"), sizes, changes)
     one = partial(
         steps,
         attentions=names,
@@ -280,7 +285,7 @@ def memory_command(
         raise ValueError(
             f"--longest {longest}: growth needs two lengths; give at least {LENGTHS[1]}"
         )
-    wanted, lengths = chosen(ops, names(), "op"), tuple(n for n in LENGTHS if n <= longest)
+    wanted, lengths = chosen(ops, names(), "--ops"), tuple(n for n in LENGTHS if n <= longest)
     total, tables = len(lengths) * sum(len(entrants(op)) for op in wanted), []
     with bar("memory") as show:
         for op in wanted:

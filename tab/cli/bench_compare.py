@@ -14,8 +14,8 @@ from .terminal import console
 
 
 def command(
-    old: Annotated[Path, typer.Argument(help="JSON file of the earlier results.")],
-    new: Annotated[Path, typer.Argument(help="JSON file of the later results.")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="JSON file of the earlier results.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="JSON file of the later results.")],
     alpha: Annotated[
         float, typer.Option(metavar="X", help="Level of significance, after Holm's correction.")
     ] = 0.01,

@@ -78,7 +78,7 @@ def command(
     prefixes = beginnings(contestants)
     if prefixes and not any(name.startswith(prefixes) for name in names()):
         raise ValueError(f"--contestants {contestants}: choose from {', '.join(names())}")
-    kind = getattr(torch, chosen(dtype, DTYPES, "dtype")[0])
+    kind = getattr(torch, chosen(dtype, DTYPES, "--dtype")[0])
     units = [Setting(n, batch, heads, kv, width, window, kind, device) for n in _numbers(lengths)]
     one = partial(
         measure,

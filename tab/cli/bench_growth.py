@@ -46,7 +46,7 @@ def command(
         raise ValueError(
             f"--longest {longest}: growth needs two lengths; give at least {LENGTHS[1]}"
         )
-    wanted, lengths = chosen(ops, names(), "op"), [n for n in LENGTHS if n <= longest]
+    wanted, lengths = chosen(ops, names(), "--ops"), [n for n in LENGTHS if n <= longest]
     facts, roofline = environment("cpu"), measure_roofline(torch.float32, "cpu")
     only = partial(entered, beginnings(contestants))
     load, rows, tables = Load(), [], []

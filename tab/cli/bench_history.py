@@ -15,7 +15,8 @@ from .terminal import say
 
 def command(
     files: Annotated[
-        list[Path], typer.Argument(help="JSON files of tab bench --out, the oldest first.")
+        list[Path],
+        typer.Argument(metavar="FILE", help="JSON files of tab bench --out, the oldest first."),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="HTML file for a chart of the same.")

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ..checks import check_keys
 from .terminal import errors
 
-Ops = Annotated[str, typer.Option(metavar="A,B", help="Names of ops, separated by commas, or all.")]
+Ops = Annotated[
+    str,
+    typer.Option(metavar="A,B", help="Names of ops (tab list ops), separated by commas, or all."),
+]
 On = Annotated[
     str, typer.Option("--device", metavar="NAME", help="Device to measure on: cpu or cuda.")
 ]
@@ -49,10 +53,9 @@ def entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
     return prefixes is None or name == "tab" or name.startswith(prefixes)
 
 
-def chosen(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
+def chosen(given: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
     names = list(known) if given == "all" else given.split(",")
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
+    check_keys(option, names, known)
     return names
 
 

@@ -13,7 +13,7 @@ from .terminal import command_line, next_command
 
 
 def command(
-    spec: Annotated[str, typer.Argument(help=options.SETS)] = "cifar10",
+    spec: Annotated[str, typer.Argument(metavar="SET", help=options.SETS)] = "cifar10",
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:

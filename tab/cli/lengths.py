@@ -16,7 +16,9 @@ from .terminal import say
 def command(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Directories of comparisons, one for each number of tokens."),
+        typer.Argument(
+            metavar="DIR", help="Directories of comparisons, one for each number of tokens."
+        ),
     ] = None,
     steps: Annotated[
         Path | None,

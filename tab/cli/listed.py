@@ -22,7 +22,10 @@ class Kind(StrEnum):
 
 
 def command(
-    kind: Annotated[Kind, typer.Argument(help="Kind of what is listed.", show_choices=True)],
+    kind: Annotated[
+        Kind | None,
+        typer.Argument(help="Kind of what is listed; by default all.", show_choices=True),
+    ] = None,
     plugin: options.Plugin = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -30,13 +33,16 @@ def command(
     """List the attentions, ops, recipes or models there are, each with a line about it."""
     answer = Answer(quiet=quiet, as_json=as_json)
     use_plugins(plugin)
-    heads, rows = LISTS[kind]()
-    made = table(kind.capitalize(), *heads)
-    for row in rows:
-        made.add_row(*row)
-    answer.show(made)
-    keys = [head.lower() for head in heads]
-    answer.end(**{kind.value: [dict(zip(keys, row, strict=True)) for row in rows]})
+    listed = {}
+    for each in [kind] if kind else Kind:
+        heads, rows = LISTS[each]()
+        made = table(each.capitalize(), *heads)
+        for row in rows:
+            made.add_row(*row)
+        answer.show(made)
+        keys = [head.lower() for head in heads]
+        listed[each.value] = [dict(zip(keys, row, strict=True)) for row in rows]
+    answer.end(**listed)
 
 
 Listed = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows

@@ -14,7 +14,7 @@ from .terminal import bar, command_line, next_command, say
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Directory of the comparison.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the comparison.")],
     plugin: options.Plugin = None,
     data: options.DataAgain = None,
     bench: Annotated[

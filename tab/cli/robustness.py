@@ -15,7 +15,9 @@ from .terminal import bar, command_line, next_command, or_resume, say
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory of a run or of a comparison.")
+    ],
     plugin: options.Plugin = None,
     data: options.DataAgain = None,
     images: Annotated[

@@ -173,7 +173,7 @@ def command(
 
 @app.command("show")
 def show(
-    run: Annotated[Path, typer.Argument(help="Directory of the sweep.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the sweep.")],
     plugin: options.Plugin = None,
     storage: Annotated[
         str | None,

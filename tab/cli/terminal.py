@@ -61,7 +61,15 @@ class Group(TyperGroup):
 class Commands(Group):
     """Bad input and failures that explain themselves print as one red line; --debug shows where."""
 
+    def make_context(self, *args, **options):
+        with _usage_in_one_line():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx):
+        with _usage_in_one_line():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx):
         for stream in (sys.stdout, sys.stderr):  # a name may be no text, or not in their encoding
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
@@ -77,10 +85,35 @@ class Commands(Group):
             # typer's own signals (Exit, Abort) are RuntimeErrors.
             if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
                 raise
-            lines = (line.strip() for line in str(error).splitlines())
-            text = " ".join(filter(None, lines)) or type(error).__name__
-            say(f"error: {text}", style="bold red", to=errors)
+            _tell(str(error) or type(error).__name__)
             raise typer.Exit(2) from error
+
+
+def _tell(error: str) -> None:
+    """In one line, whatever lines it has."""
+    text = " ".join(filter(None, (line.strip() for line in error.splitlines())))
+    say(f"error: {text}", style="bold red", to=errors)
+
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has it, under no public name
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """What typer refuses is told as all bad input is, with the value that was given and where the
+    help is; typer would print three lines, and not always the value."""
+    try:
+        yield
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # whose message is the help itself
+            raise
+        text = error.format_message().replace("Value error, ", "").rstrip(".")
+        if hasattr(error.__cause__, "errors"):  # pydantic's, which knows what was given
+            given = repr(error.__cause__.errors()[0]["input"])
+            text += "" if given in text else f"; given was {given}"
+        path = error.ctx.command_path if error.ctx else "tab"
+        _tell(f"{text} (see {path} --help)")
+        raise typer.Exit(2) from error
 
 
 @contextmanager

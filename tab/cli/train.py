@@ -15,9 +15,14 @@ from .watching import watched, watchers
 
 
 def command(
-    model: Annotated[str, typer.Argument(help=f"Name of the model: {options.MODELS}.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"Name of the model: {options.MODELS}.")
+    ],
     attention: Annotated[
-        str, typer.Argument(help="Name of the attention mechanism; none is the control.")
+        str,
+        typer.Argument(
+            metavar="ATTENTION", help="Name of the attention mechanism; none is the control."
+        ),
     ],
     seed: Annotated[
         int,

@@ -6,7 +6,6 @@ Everything is uint8 (N, S, S, 3) in RGB. What took time to read is cached under 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from ..checks import nearest
 from ..run_config import IMAGE, usual_fit
 from ..tasks.tasks import Shared
 from . import cache as _cache
@@ -229,10 +229,8 @@ def _unknown(spec: str, path: Path) -> str:
     known = [*NAMED]
     if path.parent.is_dir():
         known += [str(path.parent / entry.name) for entry in os.scandir(path.parent)]
-    near = difflib.get_close_matches(spec, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return (
-        f"no data set {spec!r}{hint} Choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, "
-        "needle, hf:NAME, or an existing folder or archive (tar, zip) with train/<class>/* and "
-        "test/<class>/*"
+    choose = (
+        "choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, needle, hf:NAME, or an existing "
+        "folder or archive (tar, zip) with train/<class>/* and test/<class>/*"
     )
+    return f"no data set {spec!r}{nearest(spec, known, choose)}"

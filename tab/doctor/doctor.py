@@ -47,7 +47,7 @@ def versions() -> list[tuple[str, str]]:
         ("triton", _version("triton")),
         ("CUDA toolkit", str(cuda_toolkit() or "not found")),
         ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs, "
-                f"{torch.get_num_threads()} threads"),
+                f"threads of torch: {torch.get_num_threads()}"),
         ("GPU", gpu),
         *((f"tab.{name}", f"{what}: {built(name)}") for name, what in EXTENSIONS.items()),
     ]  # fmt: skip

@@ -10,7 +10,6 @@ and is then trained, compared and reported like the built-in twelve.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import typing
@@ -18,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
+from ..checks import nearest
 from ._base import Attention
 
 _layers: dict[str, type[Attention]] = {}
@@ -112,13 +112,9 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
     """
     if name not in _layers:
         if name not in (found := _entry_points()):
-            near = difflib.get_close_matches(name, layer_names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            names = ", ".join(layer_names())
-            raise ValueError(
-                f"unknown attention {name!r}{hint} Choose one of: {names}; --plugin FILE loads one "
-                "of your own"
-            )
+            names = layer_names()
+            choose = f"choose one of: {', '.join(names)}; --plugin FILE loads one of your own"
+            raise ValueError(f"unknown attention {name!r}{nearest(name, names, choose)}")
         register_attention(name)(found[name].load())
     return _published.get(name, _layers[name]) if published else _layers[name]
 

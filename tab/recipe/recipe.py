@@ -172,7 +172,7 @@ def _find(name: str, folder: Path) -> Path:
             raise ValueError(f"there is no recipe file {path}")
         return path
     name = OLD_NAMES.get(name, name)
-    check_keys("recipes (or a file ending in .toml)", [name], recipe_names())
+    check_keys("recipe (a name, or a file ending in .toml)", [name], recipe_names())
     return _FOLDER / f"{name}.toml"
 
 

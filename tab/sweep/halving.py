@@ -51,7 +51,7 @@ OLD_NAMES = {"seed": "published"}  # of a budget, as of a space: version 0.1 sai
 def named_budget(name: str) -> Budget:
     """The budget called so; a ValueError names the nearest."""
     name = OLD_NAMES.get(name, name)
-    check_keys("budgets", [name], BUDGETS)
+    check_keys("budget", [name], BUDGETS)
     return BUDGETS[name]
 
 

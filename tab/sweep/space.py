@@ -87,7 +87,7 @@ def load_space(name_or_file: str | Path) -> Space:
             raise ValueError(f"there is no file {path} with a search space")
     else:
         name = OLD_NAMES.get(name, name)
-        check_keys("spaces (or a file ending in .toml)", [name], space_names())
+        check_keys("space (a name, or a file ending in .toml)", [name], space_names())
         path = _FOLDER / f"{name}.toml"
     tables = read_toml(path, dict, "mend it, or give another space")
     return Space(path.stem, _checked(f"space {path}", tables))

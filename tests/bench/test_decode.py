@@ -124,7 +124,7 @@ def test_the_command(tmp_path, monkeypatch):
         ("--heads 8 --kv-heads 3", "--kv-heads divides --heads"),
         ("--window 200", "multiple of 64"),
         ("--contestants nobody", "choose from tab kv"),
-        ("--dtype float8", "choose from float32"),
+        ("--dtype float8", "--dtype: unknown 'float8'; did you mean 'float32'? It takes: float32"),
     ),
 )
 def test_what_is_refused(given, words):

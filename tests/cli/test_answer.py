@@ -72,6 +72,11 @@ def test_list_names_what_the_other_commands_take(kind, name):
         assert listed == layer_names()
 
 
+def test_list_of_no_kind_is_of_all():
+    listed = json.loads(tab("list", "--json").stdout)
+    assert [*listed] == ["attentions", "ops", "recipes", "models"] and all(listed.values())
+
+
 def test_list_of_something_else_names_the_kinds():
     result = tab("list", "layers")
     assert result.exit_code == 2 and "attentions" in result.stderr

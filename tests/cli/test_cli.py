@@ -113,6 +113,13 @@ def test_failed_runs_are_named_and_the_exit_code_says_so(tmp_path):
         (["train", "mlp", "none", "--resume"], "--out DIR"),
         (["report", "nowhere"], "no config.toml"),
         (["data", "nothing"], "nothing"),
+        (["compare", "--recipe", "zzz"], "unknown 'zzz'; it takes: "),
+        (["compare", "--seeds", "0"], "0"),
+        (["compare", "--seed", "2"], "--seeds"),
+        (["comparre"], "compare"),
+        (["train", "mlp"], "ATTENTION"),
+        (["--verson"], "--version"),
+        (["bench", "--ops", "linar"], "did you mean 'linear'?"),
     ],
 )
 def test_bad_input_is_one_red_line_and_exit_code_2(words, message, tmp_path, monkeypatch):

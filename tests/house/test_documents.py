@@ -1,6 +1,7 @@
 """What the documents point at is there, and README stays a first screen and not a manual."""
 
 import re
+import tomllib
 
 import pytest
 from documents import DOCUMENTS, PAGES, anchors, links, name_of, text_of
@@ -35,6 +36,13 @@ def test_files_named_in_contributing_exist():
     )
     real = [name for name in named if "x" not in re.split(r"[/._]", name)]
     assert len(real) >= 10 and not [name for name in real if not list(ROOT.glob(name))]
+
+
+def test_the_table_of_extras_is_whole():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = text_of(ROOT / "docs" / "install.md").split("## Extras")[1].split("\n## ")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")]
+    assert sorted(named) == sorted(f"`{name}`" for name in project["optional-dependencies"])
 
 
 def test_readme_is_short():
