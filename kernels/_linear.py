@@ -124,13 +124,20 @@ def scanned(a, c, mask, inv, r, s0, z0, size, count, causal, reverse, m):
     """Launches the states of the segments and their scan. -> final S and z, and what each segment
     sees."""
     b, h, n, d = a.shape
-    dv, bh = c.shape[-1], b * h
-    t = a.new_empty(bh, count, d * dv + d, dtype=torch.float32)
-    s, z = t.new_empty(b, h, d, dv), t.new_empty(b, h, d)
+    dv = c.shape[-1]
+    t = a.new_empty(b * h, count, d * dv + d, dtype=torch.float32)
     tiles = cdiv(d, m["BD"]) * cdiv(dv, m["BV"])
-    launch(linear_states, (bh, count, tiles), *strided(a, c), mask, inv, r, t, n, h, size, **m)
+    launch(linear_states, (b * h, count, tiles), *strided(a, c), mask, inv, r, t, n, h, size, **m)
+    return scan(t, (b, h, d, dv), s0, z0, causal, reverse)
+
+
+def scan(t, sizes: tuple[int, ...], s0, z0, causal, reverse):
+    """The same of states that are there; sizes: (B, H, D, Dv) of S."""
+    bh, count, size = t.shape
+    d, dv = sizes[2:]
+    s, z = t.new_empty(sizes), t.new_empty(sizes[:3])
     launch(
-        linear_scan, (bh, cdiv(t.shape[-1], SCAN)), t, s0, z0, s, z, count, CAUSAL=causal,
+        linear_scan, (bh, cdiv(size, SCAN)), t, s0, z0, s, z, count, CAUSAL=causal,
         REVERSE=reverse, D=d, DV=dv, BLOCK=SCAN,
     )  # fmt: skip
     return s, z, each_state(t, d) if causal else one_state(s, z)

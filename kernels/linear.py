@@ -7,7 +7,8 @@ fill the GPU. Otherwise, and when causal, N is cut into segments:
 
     states   T of every segment, in parallel
     scan     causal: T before each segment (after it, in the backward); else their sum
-    outputs  φ(q)ᵀT, and when causal the scores inside the token's own segment
+    outputs  φ(q)ᵀT, and when causal the scores inside the token's own segment; where D is one tile
+             in bfloat16, a program takes T through a segment instead (_linear_walk.py)
 
 Every order of summation is fixed, nothing is atomic: the same input gives the same bits.
 """
@@ -19,6 +20,7 @@ from triton import cdiv
 
 from tab.ops._check import real
 
+from . import _linear_walk
 from ._launch import (
     block,
     launch,
@@ -32,6 +34,7 @@ from ._launch import (
     whole,
 )
 from ._linear import features, inverse, scanned
+from ._linear_walk import linear_walk
 from ._segments import meta, one_launch, segments, takes
 from ._tiles import dot, head, put, sound, tile
 
@@ -143,6 +146,12 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
         return o, s, z
     size, count = segments(k, v, d, causal)
     s, z, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
+    if causal and d <= m["BD"] and m["PRECISION"] in _linear_walk.WALKS:
+        launch(
+            linear_walk, (b * h, count, cdiv(dv, m["BV"])), *strided(q, k, v), mask, *seen,
+            *strided(o), n, h, size, eps, **m,
+        )  # fmt: skip
+        return o, s, z
     launch(
         linear_outputs, (b * h, cdiv(n, m["BN"]), cdiv(dv, m["BV"])), *strided(q, k, v), mask,
         *seen, *strided(o), n, h, size, eps, CAUSAL=causal, **m,
@@ -158,6 +167,7 @@ def cases():
     for b, h, n, d, causal, types in (
         (512, 8, 64, 64, False, both),  # one launch
         (512, 8, 64, 128, False, full),  # one launch forward, split backward
+        (32, 8, 1024, 64, False, (torch.bfloat16,)),  # by segments
         (1, 8, 8192, 64, True, both),  # one tile across D
         (1, 8, 8192, 256, True, full),  # several
     ):

@@ -4,8 +4,9 @@
     dφ(k_j) = dT_j [v_j 1],   dv_j = dS_jᵀ φ(k_j)
 
 φ is computed again, never stored. Bidirectional with few tokens or many heads: one launch.
-Otherwise states and scan of T, the scalars inv and r of every token, states and scan of dT, then
-dq, dk and dv; inside a token's own segment they use scores, as the forward does.
+Otherwise, when causal, states and scan of T; then pull: dq and the states of dT; their scan; then
+push: dk and dv. Heads of more than one tile go by the scalars inv and r of every token, dq, states
+and scan of dT, dk, dv; inside a token's own segment all use scores, as the forward does.
 """
 
 import torch
@@ -15,7 +16,7 @@ from triton import cdiv
 
 from tab.ops._check import answered, real
 
-from . import linear
+from . import _linear_walk, linear
 from ._launch import (
     capability,
     launch,
@@ -26,171 +27,15 @@ from ._launch import (
     token_major_empty,
     whole,
 )
-from ._linear import features, inverse, scanned, slope
+from ._linear import features, inverse, scan, scanned, slope
+from ._linear_backward import linear_grad_k, linear_grad_q, linear_grad_v, linear_scalars
+from ._linear_walk import linear_pull, linear_push
 from ._segments import meta, one_launch, one_state, segments, takes
-from ._tiles import dot, head, hide, put, tile
+from ._tiles import dot, head, put, tile
 
 FUSED_SIZE = 64  # S and dS are both in registers
 
 # --- kernels --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def linear_scalars(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, do, g_b, g_h, g_n, o, o_b, o_h, o_n, mask,
-    z, z_bh, t_seg, inv, r, N, H, segment, eps,
-    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """inv and r (B·H, N)"""
-    bh, start = tl.program_id(0), tl.program_id(1) * BN
-    q, k = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h)
-    do, o = head(do, bh, H, g_b, g_h), head(o, bh, H, o_b, o_h)
-    if mask is not None:
-        mask += (bh // H).to(tl.int64) * N
-    part = start // segment
-    z += bh.to(tl.int64) * z_bh + part.to(tl.int64) * t_seg
-    at = start + tl.arange(0, BN)
-    den = tl.zeros((BN,), tl.float32)
-    for d0 in range(0, D, BD):
-        f, d = features(q, q_n, None, at, N, d0, MAP, D, BD), d0 + tl.arange(0, BD)
-        den += tl.sum(f * tl.load(z + d, mask=d < D, other=0.0)[None, :], 1)
-        if CAUSAL:
-            for j0 in range(part * segment, start + BN, BN):
-                j = j0 + tl.arange(0, BN)
-                p = dot(f, tl.trans(features(k, k_n, mask, j, N, d0, MAP, D, BD)), PRECISION)
-                den += tl.sum(tl.where(at[:, None] >= j[None, :], p, 0.0), 1)
-    i = inverse(den + eps)
-    product = tl.zeros((BN,), tl.float32)
-    for v0 in range(0, DV, BV):
-        product += tl.sum(tile(do, g_n, at, N, v0, DV, BV) * tile(o, o_n, at, N, v0, DV, BV), 1)
-    tl.store(inv + bh.to(tl.int64) * N + at, i, mask=at < N)
-    tl.store(r + bh.to(tl.int64) * N + at, -i * product, mask=at < N)
-
-
-@triton.jit
-def linear_grad_q(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, mask, inv, r,
-    s, z, s_bh, z_bh, t_seg, dq, dq_b, dq_h, dq_n, N, H, segment,
-    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq of one tile of tokens, BD of its columns."""
-    bh, start, d0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BD
-    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
-    do = head(do, bh, H, g_b, g_h)
-    if mask is not None:
-        mask += (bh // H).to(tl.int64) * N
-    part = start // segment
-    s += bh.to(tl.int64) * s_bh + part.to(tl.int64) * t_seg
-    z += bh.to(tl.int64) * z_bh + part.to(tl.int64) * t_seg
-    at, d = start + tl.arange(0, BN), d0 + tl.arange(0, BD)
-    i = tl.load(inv + bh.to(tl.int64) * N + at, mask=at < N, other=0.0)[:, None]
-    r_i = tl.load(r + bh.to(tl.int64) * N + at, mask=at < N, other=0.0)[:, None]
-    x = r_i * tl.load(z + d, mask=d < D, other=0.0)[None, :]  # (BN, BD)
-    for v0 in range(0, DV, BV):
-        g = i * tile(do, g_n, at, N, v0, DV, BV)
-        x += dot(g, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION)
-    if CAUSAL:
-        for last in tl.static_range(2):  # as in the forward
-            for j0 in tl.range(
-                start if last else part * segment, start + BN if last else start, BN,
-                num_stages=1 if last else None,  # nothing to read ahead
-            ):  # fmt: skip
-                j = j0 + tl.arange(0, BN)
-                p = r_i + tl.zeros((BN, BN), tl.float32)  # g_i·v_j + r_i
-                for v0 in range(0, DV, BV):
-                    g = i * tile(do, g_n, at, N, v0, DV, BV)
-                    p += dot(g, tl.trans(tile(v, v_n, j, N, v0, DV, BV)), PRECISION, "b")
-                f = features(k, k_n, mask, j, N, d0, MAP, D, BD)
-                p, f = hide(p, f, at[:, None] >= j[None, :], last)
-                x += dot(p, f, PRECISION)
-    x *= slope(tile(q, q_n, at, N, d0, D, BD), MAP)
-    put(head(dq, bh, H, dq_b, dq_h), dq_n, at, N, d0, x, D, BD)
-
-
-@triton.jit
-def linear_grad_k(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, do, g_b, g_h, g_n, mask, inv, r,
-    s, z, s_bh, z_bh, t_seg, dk, dk_b, dk_h, dk_n, N, H, segment,
-    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk of one tile of tokens, BD of its columns; s and z are dT."""
-    bh, start, d0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BD
-    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
-    do = head(do, bh, H, g_b, g_h)
-    inv += bh.to(tl.int64) * N
-    r += bh.to(tl.int64) * N
-    part = start // segment
-    s += bh.to(tl.int64) * s_bh + part.to(tl.int64) * t_seg
-    z += bh.to(tl.int64) * z_bh + part.to(tl.int64) * t_seg
-    at, d = start + tl.arange(0, BN), d0 + tl.arange(0, BD)
-    x = tl.zeros((BN, BD), tl.float32) + tl.load(z + d, mask=d < D, other=0.0)[None, :]
-    for v0 in range(0, DV, BV):
-        c = tile(v, v_n, at, N, v0, DV, BV)
-        x += dot(c, tl.trans(tile(s, DV, d, D, v0, DV, BV)), PRECISION, "a")
-    if CAUSAL:
-        end = tl.minimum((part + 1) * segment, N)
-        for later in tl.static_range(2):  # the tile that meets itself comes first
-            for i0 in tl.range(
-                start + BN if later else start, end if later else start + BN, BN,
-                num_stages=None if later else 1,
-            ):  # fmt: skip
-                i = i0 + tl.arange(0, BN)
-                scale = tl.load(inv + i, mask=i < N, other=0.0)[:, None]
-                # v_j·g_i + r_i
-                p = tl.load(r + i, mask=i < N, other=0.0)[None, :] + tl.zeros((BN, BN), tl.float32)
-                for v0 in range(0, DV, BV):
-                    g = scale * tile(do, g_n, i, N, v0, DV, BV)
-                    p += dot(tile(v, v_n, at, N, v0, DV, BV), tl.trans(g), PRECISION, "a")
-                f = features(q, q_n, None, i, N, d0, MAP, D, BD)
-                p, f = hide(p, f, at[:, None] <= i[None, :], 1 - later)
-                x += dot(p, f, PRECISION)
-    x *= slope(tile(k, k_n, at, N, d0, D, BD), MAP)
-    if mask is not None:
-        keep = tl.load(mask + (bh // H).to(tl.int64) * N + at, mask=at < N, other=0) != 0
-        x = tl.where(keep[:, None], x, 0.0)
-    put(head(dk, bh, H, dk_b, dk_h), dk_n, at, N, d0, x, D, BD)
-
-
-@triton.jit
-def linear_grad_v(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, do, g_b, g_h, g_n, mask, inv,
-    s, s_bh, t_seg, dv, dv_b, dv_h, dv_n, N, H, segment,
-    MAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dv of one tile of tokens, BV of its columns; s is dS."""
-    bh, start, v0 = tl.program_id(0), tl.program_id(1) * BN, tl.program_id(2) * BV
-    q, k, do = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(do, bh, H, g_b, g_h)
-    if mask is not None:
-        mask += (bh // H).to(tl.int64) * N
-    inv += bh.to(tl.int64) * N
-    part = start // segment
-    s += bh.to(tl.int64) * s_bh + part.to(tl.int64) * t_seg
-    at = start + tl.arange(0, BN)
-    x = tl.zeros((BN, BV), tl.float32)
-    for d0 in range(0, D, BD):
-        f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
-        x += dot(f, tile(s, DV, d0 + tl.arange(0, BD), D, v0, DV, BV), PRECISION)
-    if CAUSAL:
-        end = tl.minimum((part + 1) * segment, N)
-        for later in tl.static_range(2):
-            for i0 in tl.range(
-                start + BN if later else start, end if later else start + BN, BN,
-                num_stages=None if later else 1,
-            ):  # fmt: skip
-                i = i0 + tl.arange(0, BN)
-                p = tl.zeros((BN, BN), tl.float32)  # φ(k_j)·φ(q_i)
-                for d0 in range(0, D, BD):
-                    f = features(k, k_n, mask, at, N, d0, MAP, D, BD)
-                    p += dot(f, tl.trans(features(q, q_n, None, i, N, d0, MAP, D, BD)), PRECISION)
-                g = tile(do, g_n, i, N, v0, DV, BV)
-                g *= tl.load(inv + i, mask=i < N, other=0.0)[:, None]
-                p, g = hide(p, g, at[:, None] <= i[None, :], 1 - later)
-                x += dot(p, g, PRECISION)
-    put(head(dv, bh, H, dv_b, dv_h), dv_n, at, N, v0, x, DV, BV)
 
 
 @triton.jit
@@ -248,6 +93,13 @@ def linear_fused_backward(
 # --- launcher -------------------------------------------------------------------------------------
 
 
+def limits(q, m: dict) -> dict:
+    """Of bidirectional kernels that hold S and dS: on sm_90 133 registers a thread would leave a
+    processor room for one program, 128 for two."""
+    few = m["PRECISION"] == "bf16" and capability(q.device) >= 90
+    return {"num_warps": 8} | ({"maxnreg": 128} if few else {})
+
+
 def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
     """tab::linear_bwd"""
     (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
@@ -259,9 +111,7 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
     if one_launch(q, k, causal) and max(d, dim_v) <= FUSED_SIZE:
         ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
         dz0 = ds0.new_empty(b, h, d)
-        m |= {"BN": 32, "num_warps": 8}  # S and dS crowd the registers
-        if m["PRECISION"] == "bf16" and capability(q.device) >= 90:
-            m["maxnreg"] = 128  # 133 on sm_90: then one program alone would fill a processor
+        m |= {"BN": 32, **limits(q, m)}  # S and dS crowd the registers
         launch(
             linear_fused_backward, (b * h,), *strided(q, k, v, do, o), mask, s, z, ds, dz,
             *strided(dq, dk, dv), ds0, dz0, n, h, eps, **m,
@@ -275,6 +125,24 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
         _, _, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     inv = q.new_empty(b * h, n, dtype=torch.float32)
     r = torch.empty_like(inv)
+    if m["PRECISION"] in _linear_walk.WALKS and max(d, dim_v) <= FUSED_SIZE:
+        pull, push, step = {**m_out, "BN": 32}, m_out, size  # S and dS crowd the registers
+        if causal:
+            pull["num_warps"] = 4 if capability(q.device) >= 90 else 8  # else push spills more
+            push = pull
+        else:
+            pull, step = {**pull, **limits(q, m)}, m["BN"]
+        t = inv.new_empty(b * h, count, d * dim_v + d)
+        launch(
+            linear_pull, (b * h, count), *strided(q, k, v, do, o), mask, *seen, t, inv, r,
+            *strided(dq), n, h, size, eps, **pull,
+        )  # fmt: skip
+        ds0, dz0, seen = scan(t, (b, h, d, dim_v), ds, dz, causal, True)
+        launch(
+            linear_push, (b * h, cdiv(keys, step)), *strided(q, k, v, do), mask, inv, r, *seen,
+            *strided(dk, dv), keys, h, step, **push,
+        )  # fmt: skip
+        return dq, dk, dv, ds0, dz0
     launch(
         linear_scalars, (b * h, tiles), *strided(q, k, do, o), mask, seen[1], *seen[3:], inv, r,
         n, h, size, eps, **m_out,

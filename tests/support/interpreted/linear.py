@@ -11,7 +11,7 @@ from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout
 from textbook.linear import naive
 
-from tab.kernels import _segments
+from tab.kernels import _linear_walk, _segments
 from tab.ops.linear import backward_reference, forward_reference, linear_fwd
 
 forward, backward = interpreted("linear_fwd", "linear_bwd")
@@ -22,13 +22,16 @@ CASES = [(torch.float32, *size) for size in SIZES]
 CASES += [(dtype, *size) for dtype in (torch.bfloat16, torch.float16) for size in SIZES[::3]]
 
 
-@pytest.fixture(params=["fused", "split", "causal"])
+@pytest.fixture(params=["fused", "split", "causal", "split walk", "causal walk"])
 def path(request, monkeypatch):
-    """Every way the launchers go; segments of one tile, so that few tokens make several."""
+    """Every way the launchers go; segments of one tile, so that few tokens make several. float32
+    walks too here, by two tiles a segment: it shows more than bfloat16."""
+    way, *walk = request.param.split()
     monkeypatch.setattr(_segments, "SEGMENT", 64)
-    if request.param == "split":
+    monkeypatch.setattr(_linear_walk, "WALKS", {"bf16", "tf32x3"} if walk else set())
+    if way == "split":
         monkeypatch.setattr(_segments, "FUSED_TOKENS", 0)
-    return request.param
+    return way
 
 
 def launchers(causal, feature_map=0, eps=0.0, mask=None):
