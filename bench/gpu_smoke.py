@@ -22,6 +22,8 @@ def calls(device: str) -> dict[str, tuple[Callable, list[Tensor]]]:
     q, k, v = (draw(2, 4, 128, 64) for _ in range(3))
     w = tab.orthogonal_projection(128, 64).to(device)
     pattern = tab.BlockPattern.bigbird(128, heads=4, block_size=16)
+    few = tab.BlockPattern.bigbird(64, heads=4, block_size=8)
+    many = [draw(1, 2, 600, 64) for _ in range(3)]  # by segments
     latent, rotary = draw(2, 128, 32), draw(2, 128, 16)
     mla = [q, draw(2, 4, 128, 16), latent, rotary, draw(4, 64, 32), draw(4, 64, 32)]
     return {
@@ -30,9 +32,14 @@ def calls(device: str) -> dict[str, tuple[Callable, list[Tensor]]]:
             lambda b, *x: tab.linear_attention(*x, causal=True, backend=b),
             [q, k, v],
         ),
+        "linear, long": (lambda b, *x: tab.linear_attention(*x, backend=b), many),
         "performer": (lambda b, *x: tab.performer_attention(*x, w, backend=b), [q, k, v]),
         "local": (lambda b, *x: tab.local_attention(*x, window=16, backend=b), [q, k, v]),
         "sparse": (lambda b, *x: tab.sparse_attention(*x, pattern, backend=b), [q, k, v]),
+        "sparse, few tokens": (
+            lambda b, *x: tab.sparse_attention(*x, few, backend=b),
+            [x[:, :, :64] for x in (q, k, v)],
+        ),
         "mla": (lambda b, *x: tab.mla_attention(*x, form="fused", backend=b), mla),
     }
 

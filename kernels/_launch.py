@@ -92,8 +92,31 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
             f"{MOST_BLOCKS} at most beyond the first dimension: give fewer tokens at once"
         )
     device = args[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **options)
+    if device.type != "cuda":
+        return kernel[grid](*args, **options)
+    same = device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if same else torch.cuda.device(device):
+        dispatch(kernel, grid, device.index, args, options)
+
+
+# What a launch is known by -> the compiled kernel, the values of the options that are arguments.
+_compiled: dict[tuple, tuple] = {}
+MOST_COMPILED = 4096  # of them: lengths that never come again
+
+
+def dispatch(kernel, grid: tuple[int, ...], device: int, args: tuple, options: dict) -> None:
+    """kernel[grid](*args, **options) on the current device, whose index is given. Triton asks each
+    time what it compiled for arguments of such types and values; here a dictionary knows, which
+    tells more of them apart (docs/gpu.md has the times)."""
+    values = [(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in args]
+    key = kernel, device, (*map(type, args),), (*values,), (*options.items(),)
+    known = _compiled.get(key)
+    if known is not None:
+        return known[0][*grid, 1, 1](*args, *known[1])
+    if len(_compiled) >= MOST_COMPILED:
+        _compiled.clear()
+    constants = [options[name] for name in kernel.arg_names[len(args) :]]
+    _compiled[key] = kernel[grid](*args, **options), constants
 
 
 def block(size: int, most: int = 64) -> int:

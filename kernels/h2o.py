@@ -26,6 +26,7 @@ from ._launch import (
 )
 from ._tiles import dot, finite, head, tile
 
+MOST = tl.constexpr(2**31 - 1)
 MAX_SLOTS = 512  # a row of scores over all slots stays in registers
 ROWS = 16  # queries at once, the least that tl.dot takes
 
@@ -65,6 +66,25 @@ def credit(
 
 
 @triton.jit
+def bits(score):
+    """Scores ≥ 0 as numbers in the same order, NaN last; all below MOST."""
+    return tl.where(score == score, score, float("nan")).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def least(x, count):
+    """Which are the `count` least of x (n,), int32 ≥ 0, those in front first among equals. The
+    largest of them is found bit by bit: 31 sums, however many there are."""
+    bound = tl.zeros((), tl.int32)  # fewer than `count` lie below it
+    for i in tl.static_range(31):
+        more = bound + (1 << (30 - i))
+        bound = tl.where(tl.sum((x < more).to(tl.int32), 0) < count, more, bound)
+    below, equal = x < bound, x == bound
+    left = count - tl.sum(below.to(tl.int32), 0)
+    return (count > 0) & (below | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)))
+
+
+@triton.jit
 def h2o_scan(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, mask, chosen, N, H, blocks, block, width, budget, recent,
     scale,
@@ -77,7 +97,6 @@ def h2o_scan(
     if mask is not None:
         mask += (bh // H).to(tl.int64) * N
     chosen += bh.to(tl.int64) * blocks * width
-    slot = tl.arange(0, BS)
     token = tl.full((BS,), -1, tl.int32)
     position = tl.zeros((BS,), tl.int32)
     score = tl.zeros((BS,), tl.float32)
@@ -98,12 +117,8 @@ def h2o_scan(
         )  # fmt: skip
         # The last `recent` stay; free slots are not there to leave.
         stays = (position >= seen - recent) | (token < 0)
-        priority = tl.where(stays, float("inf"), score)
         excess = tl.sum((token >= 0).to(tl.int32), 0) - budget
-        for _ in range(0, excess):
-            least = tl.argmin(priority, 0)
-            token = tl.where(slot == least, -1, token)
-            priority = tl.where(slot == least, float("inf"), priority)
+        token = tl.where(least(tl.where(stays, MOST, bits(score)), excess), -1, token)
         live = token >= 0
         at = (t + 1) * width + tl.cumsum(live.to(tl.int32), 0) - 1
         tl.store(chosen + at, token.to(tl.int64), mask=live)

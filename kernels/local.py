@@ -3,6 +3,7 @@
 One program owns a tile of queries and walks over the keys that any of them sees. On a line the walk
 has three parts: keys that only some see (masked), that all see, that only some see. On a grid it is
 the band of whole rows of the image, masked. Nothing is atomic: the same input gives the same bits.
+Up to 64 tokens are one tile (_few.py).
 """
 
 import torch
@@ -10,24 +11,22 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from ._launch import launch, mask_bytes, meta_tensor, register, rows, strided, token_major_empty
+from . import _few
+from ._few import visible
+from ._launch import (
+    launch,
+    mask_bytes,
+    meta_heads,
+    meta_tensor,
+    register,
+    rows,
+    strided,
+    token_major_empty,
+)
 from ._softmax import finish, forward_tile, heads, meta, quiet, real_keys, takes, tokens
 from ._tiles import head, put, tile
 
 # --- kernels --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def visible(i, j, left, right, cols, N, GRID: tl.constexpr, CAUSAL: tl.constexpr):
-    """Whether query i sees key j, as in tab.ops.local; i and j broadcast."""
-    if GRID:
-        down, across = j // cols - i // cols, j % cols - i % cols
-        seen = (down >= -left) & (down <= right) & (across >= -left) & (across <= right)
-    else:
-        seen = (j - i >= -left) & (j - i <= right)
-    if CAUSAL:
-        seen = seen & (j <= i)
-    return seen & (j < N)
 
 
 @triton.jit
@@ -129,9 +128,13 @@ def forward(q, k, v, key_mask, slopes, left, right, height, cols, causal, scale,
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     rest, m, tiles = window(q, v, left, right, height, cols, causal, scale, softcap)
+    told = mask_bytes(key_mask), slopes
+    if few := _few.one_tile(q, k, v, m):
+        _few.forward(q, k, v, o, lse, told, _few.by_window(*rest[2:4], cols), rest[-2:], few)
+        return o, lse
     launch(
         local_forward, (tiles, cdiv(v.shape[-1], m["BV"])),
-        *strided(q, k, v, o), lse, mask_bytes(key_mask), slopes, *rest, **m,
+        *strided(q, k, v, o), lse, *told, *rest, **m,
     )  # fmt: skip
     return o, lse
 
@@ -145,6 +148,8 @@ def cases():
         if first == 0:
             yield q, q, q, None, None, 64, 64, 128, 64, True, 0.1, 0.0  # causal grid
             yield q, q, q, *rules(q), 64, 64, 0, 0, False, 0.1, 30.0
+    q = meta_heads(512, 8, 64, 64, torch.bfloat16)
+    yield q, q, q, None, None, 2, 2, 8, 8, False, 0.1, 0.0
 
 
 def rules(q):

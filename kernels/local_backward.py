@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from . import local
+from . import _few, local
+from ._few import visible
 from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty
 from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
 from ._tiles import head, put, tile
-from .local import visible, walk, window
+from .local import walk, window
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -152,11 +153,14 @@ def backward(
     """tab::local_bwd"""
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
-    delta = torch.empty_like(lse)
     options = left, right, height, cols, causal, scale, softcap
     rest, m, tiles = window(q, v, *options, backward=True)
-    sums = lse, delta, mask_bytes(key_mask), slopes
-    inputs = strided(do, q, k, v)
+    told = mask_bytes(key_mask), slopes
+    if few := _few.one_tile(q, k, v, m):
+        seen = _few.by_window(*rest[2:4], cols)
+        _few.backward(do, q, k, v, o, dq, dk, dv, lse, told, seen, rest[-2:], few)
+        return dq, dk, dv
+    sums, inputs = (lse, torch.empty_like(lse), *told), strided(do, q, k, v)
     across = cdiv(q.shape[-1], m["BD"])
     launch(local_grad_q, (tiles, across), *inputs, *strided(o, dq), *sums, *rest, **m)
     across = max(across, cdiv(v.shape[-1], m["BV"]))

@@ -51,11 +51,17 @@ def mla_decode_split(
     """z of one part, BH heads and BV columns; lse (parts, B, H), −inf where the part is empty."""
     chunks: tl.constexpr = (R + BV - 1) // BV
     whole: tl.constexpr = R <= BR and BR == BV
-    b, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    h, v0 = tl.program_id(1) // chunks * BH + tl.arange(0, BH), tl.program_id(1) % chunks * BV
+    # Programs that read the same latents are neighbours: those run at once, and share them in L2.
+    each = tl.cdiv(H, BH) * chunks
+    b, part, piece = (
+        (tl.program_id(0) // each).to(tl.int64),
+        tl.program_id(1),
+        tl.program_id(0) % each,
+    )
+    h, v0 = piece // chunks * BH + tl.arange(0, BH), piece % chunks * BV
     q, qr, cache = q + b * q_b, qr + b * qr_b, cache + b * c_b
     n = tl.minimum(tl.load(seqlens + b), Nmax).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(n, tl.num_programs(2)), BN) * BN
+    size = tl.cdiv(tl.cdiv(n, tl.num_programs(1)), BN) * BN
     first = part * size
     rotary = tile(qr, qr_h, h, H, 0, DR, BP)  # (BH, BP)
     if whole:
@@ -80,9 +86,9 @@ def mla_decode_split(
         out += dot(p, c, PRECISION, "b")
     out, log = finish(out, top, total)
     if v0 == 0:
-        at = (part.to(tl.int64) * tl.num_programs(0) + b) * H + h
+        at = (part.to(tl.int64) * (tl.num_programs(0) // each) + b) * H + h
         tl.store(lse + at, log, mask=h < H)
-    if n > first or tl.num_programs(2) == 1:
+    if n > first or tl.num_programs(1) == 1:
         put(z + part.to(tl.int64) * z_s + b * z_b, z_h, h, H, v0, out, R, BV)
 
 
@@ -142,7 +148,7 @@ def decode(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
         parts_lse = parts_z.new_empty(parts, b, h)
         to = parts_z, b * h * r, h * r, r, parts_lse
     launch(
-        mla_decode_split, (b, programs // b, parts), q, r, b * r,
+        mla_decode_split, (programs, parts), q, r, b * r,
         *strided(q_rope, cache), seqlens, *to, n, h, scale, **m,
     )  # fmt: skip
     if parts > 1:

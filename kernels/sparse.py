@@ -14,6 +14,7 @@ not depend on the pattern's values, only on shapes, or the host would wait for t
 
 Parts of a row go to slots that `sparse_combine` merges in the order of the columns: nothing is
 atomic, the same input gives the same bits. Where nb ≤ CUT no row is long and the grid is the rows.
+Up to 64 tokens are one tile, whatever the blocks (_few.py).
 """
 
 import torch
@@ -21,7 +22,17 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from ._launch import launch, mask_bytes, meta_tensor, register, rows, strided, token_major_empty
+from . import _few
+from ._launch import (
+    launch,
+    mask_bytes,
+    meta_heads,
+    meta_tensor,
+    register,
+    rows,
+    strided,
+    token_major_empty,
+)
 from ._softmax import finish, fold, forward_tile, heads, meta, quiet, real_keys, takes, tokens
 from ._tiles import head, put, tile
 from .local import rules
@@ -237,13 +248,17 @@ def forward(
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     sizes, groups, cuts, m = plan(q, v, row_ptr, col, block_size, causal)
+    told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
+    if few := _few.one_tile(q, k, v, m):
+        seen = _few.by_pattern(row_ptr, col, block_size)
+        _few.forward(q, k, v, o, lse, told, seen, scales, few)
+        return o, lse
     dv, across = v.shape[-1], (m["SUB"], cdiv(v.shape[-1], m["BV"]))
     part_o, part_lse = partial(q, groups, sizes, dv), partial(q, groups, sizes)
     out = *strided(o), lse, part_o, part_lse
     launch(
         sparse_forward, (groups * sizes["items"], *across),
-        *strided(q, k, v), *out, mask_bytes(key_mask), slopes, row_ptr, col, *sizes.values(),
-        scale, softcap or None, **m,
+        *strided(q, k, v), *out, *told, row_ptr, col, *sizes.values(), *scales, **m,
     )  # fmt: skip
     if cuts:
         sizes["items"] = cuts
@@ -266,6 +281,11 @@ def cases():
         yield q, q, q, *pattern, None, None, 64, True, 0.1, 0.0
         if first == 0:
             yield q, q, q, *pattern, *rules(q), 64, True, 0.1, 30.0
+    ptr = meta_tensor(8, 9, dtype=torch.int32)
+    for rule, dtype in (False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32):
+        q = meta_heads(512, 8, 64, 64, dtype)
+        told = rules(q) if rule else (None, None)
+        yield q, q, q, ptr, entries, ptr, entries, *told, 8, False, 0.1, 30.0 if rule else 0.0
 
 
 register("sparse_fwd", forward, takes=takes, cases=cases)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from . import sparse
+from . import _few, sparse
 from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty
 from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
@@ -183,14 +183,18 @@ def backward(
     """tab::sparse_bwd"""
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
-    delta = torch.empty_like(lse)
     sizes, groups, cuts, m = plan(q, v, row_ptr, col, block_size, causal, backward=True)
+    told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
+    if few := _few.one_tile(q, k, v, m):
+        seen = _few.by_pattern(row_ptr, col, block_size)
+        _few.backward(do, q, k, v, o, dq, dk, dv, lse, told, seen, scales, few)
+        return dq, dk, dv
+    delta = torch.empty_like(lse)
     part_q, part_k = (partial(q, groups, sizes, q.shape[-1]) for _ in range(2))
     part_v = partial(q, groups, sizes, v.shape[-1])
     across_d, across_v = cdiv(q.shape[-1], m["BD"]), cdiv(v.shape[-1], m["BV"])
     inputs = strided(do, q, k, v)
     programs, sub = groups * sizes["items"], m["SUB"]
-    told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
     launch(
         sparse_grad_q, (programs, sub, across_d), *inputs, *strided(o, dq), lse, delta,
         part_q, *told, row_ptr, col, *sizes.values(), *scales, **m,

@@ -21,6 +21,7 @@ from ._autograd import transforming
 from ._check import accumulate, token_major
 from ._softmax import may_look, softmax_forward
 
+FLASH = 256  # the longest head of PyTorch's flash kernel
 LANES = 16  # float32 in the widest register, AVX-512's
 
 
@@ -61,7 +62,26 @@ def once(
 
 
 def _kernel(q, k, v, seen, causal, scale):
+    if pads(q, v, seen):
+        return padded(q, k, v, causal, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale)
+
+
+def pads(q: Tensor, v: Tensor, seen: Tensor | None) -> bool:
+    """Whether PyTorch's flash kernel would run but for D ≠ Dv: it wants one size, at most 256. What
+    runs instead, memory-efficient, is expected to take twice as long; not measured yet."""
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    sizes = {q.shape[-1], v.shape[-1]}
+    return half and seen is None and len(sizes) == 2 and max(sizes) <= FLASH
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """The same with zeros behind the shorter of D and Dv: they add nothing to scores or sums."""
+    d, dv = q.shape[-1], v.shape[-1]
+    size = -(-max(d, dv) // 8) * 8
+    q, k, v = (F.pad(x, (0, size - x.shape[-1])) for x in (q, k, v))
+    scale = d**-0.5 if scale is None else scale
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)[..., :dv]
 
 
 def _harmless(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._autograd import transforming
 from ._check import accumulate
@@ -29,7 +30,7 @@ def grouped_reference(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
             torch.mm(x[rows], w[e].mT, out=y[rows])
         return y
     if native(x, w):
-        return torch._grouped_mm(x, w.mT, offs=counts.cumsum(0).to(torch.int32))
+        return F.grouped_mm(x, w.mT, offs=counts.cumsum(0).to(torch.int32))
     return grouped_in_blocks(x, w, counts)
 
 
@@ -44,7 +45,7 @@ def grouped_outer_reference(g: Tensor, x: Tensor, counts: Tensor) -> Tensor:
             torch.mm(g[rows].mT, x[rows], out=dw[e])
         return dw
     if native(x, g):
-        dw = torch._grouped_mm(g.mT, x, offs=counts.cumsum(0).to(torch.int32))
+        dw = F.grouped_mm(g.mT, x, offs=counts.cumsum(0).to(torch.int32))
         # On sm_100 it leaves an empty group unwritten (pytorch/pytorch issue 172439).
         return dw.masked_fill_((counts == 0)[:, None, None], 0.0)
     return grouped_outer_in_blocks(g, x, counts)
@@ -60,8 +61,10 @@ def _slices(x: Tensor, counts: Tensor) -> list[tuple[int, slice]]:
 
 
 def native(*tensors: Tensor) -> bool:
-    """Where torch._grouped_mm runs without asking the device for the group sizes: bfloat16 on
-    sm_90 and sm_100, every row a multiple of 16 bytes. Elsewhere it loops and synchronises."""
+    """Where PyTorch's grouped_mm is there and runs without asking the device for the group sizes:
+    bfloat16 on sm_90 and sm_100, every row a multiple of 16 bytes. Elsewhere it loops and waits."""
+    if not hasattr(F, "grouped_mm"):
+        return False
     return torch.cuda.get_device_capability(tensors[0].device)[0] in (9, 10) and all(
         x.dtype == torch.bfloat16
         and x.data_ptr() % 16 == 0

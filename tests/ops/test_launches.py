@@ -44,14 +44,28 @@ def test_a_grid_that_cuda_does_not_take(monkeypatch):
         _launch.launch(SimpleNamespace(__name__="f"), (9, 65536), torch.empty(1))
 
 
-@pytest.mark.parametrize("causal, backward", [(False, 6), (True, 8)])
-def test_launches_of_linear(causal, backward):
-    """What all tokens see stands in the forward's state, and is not summed again."""
+@pytest.mark.parametrize("d, causal, backward", [(16, 0, 3), (16, 1, 5), (80, 0, 6), (80, 1, 8)])
+def test_launches_of_linear(d, causal, backward):
+    """What all tokens see stands in the forward's state, and is not summed again; of a head of one
+    tile each token is read once."""
     from tab.kernels import linear_backward
 
-    q, s, z = (torch.empty(1, 2, *n, device="meta") for n in ((1024, 16), (16, 16), (16,)))
-    given = q, None, None, q, q, q, q, s, z, None, None, None, 0, causal, 0.0
+    q = torch.empty(1, 2, 1024, d, dtype=torch.bfloat16, device="meta")
+    s, z = (torch.empty(1, 2, *n, device="meta") for n in ((d, d), (d,)))
+    given = q, None, None, q, q, q, q, s, z, None, None, None, 0, bool(causal), 0.0
     assert len(recorded(linear_backward.backward, *given)) == backward
+
+
+@pytest.mark.parametrize("n, backward", [(64, 1), (65, 2)])
+def test_launches_of_sparse(n, backward):
+    """Few tokens are one tile, whatever the blocks."""
+    from tab.kernels import sparse, sparse_backward
+
+    q, lse = (torch.empty(1, 2, n, *d, device="meta") for d in ((16,), ()))
+    pattern = [torch.empty(*size, dtype=torch.int32, device="meta") for size in ((1, 17), (99,))]
+    options = *pattern, *pattern, None, None, 5, False, 1.0, 0.0
+    assert len(recorded(sparse.forward, q, q, q, *options)) == 1
+    assert len(recorded(sparse_backward.backward, q, q, q, q, q, lse, *options)) == backward
 
 
 LAUNCHES = [  # B, N, causal -> launches forward, backward

@@ -4,6 +4,7 @@ import pytest
 import torch
 from proof import assert_accurate, outputs_and_gradients
 from textbook.moe import experts
+from torch.nn import functional as F
 
 from tab.functional import moe_experts, noaux_tc_gate
 from tab.ops.grouped import (
@@ -11,6 +12,7 @@ from tab.ops.grouped import (
     grouped_outer_in_blocks,
     moe_grouped,
     moe_grouped_outer,
+    native,
 )
 from tab.ops.router import expert_counts
 
@@ -108,7 +110,7 @@ def test_compile_meta_autocast(generator):
     torch.testing.assert_close(low.float(), eager[0], atol=0.05, rtol=0.05)
 
 
-# The products of groups: slices (CPU), padded blocks (GPU), torch._grouped_mm (GPU, bfloat16).
+# The products of groups: slices (CPU), padded blocks (GPU), PyTorch's own (GPU, bfloat16).
 
 
 @pytest.mark.parametrize(
@@ -126,10 +128,15 @@ def test_every_grouped_product(sizes, generator):
     for product in (lambda *a: moe_grouped_outer("auto", *a), grouped_outer_in_blocks):
         torch.testing.assert_close(product(g, x, counts), dw)
     ends = counts.cumsum(0).to(torch.int32)  # the arguments the GPU path passes
-    native = torch._grouped_mm(x.float(), w.float().mT, offs=ends)
-    torch.testing.assert_close(native, y.float(), atol=1e-5, rtol=1e-5)
-    native = torch._grouped_mm(g.float().mT, x.float(), offs=ends)
-    torch.testing.assert_close(native, dw.float(), atol=1e-5, rtol=1e-5)
+    given = F.grouped_mm(x.float(), w.float().mT, offs=ends)
+    torch.testing.assert_close(given, y.float(), atol=1e-5, rtol=1e-5)
+    given = F.grouped_mm(g.float().mT, x.float(), offs=ends)
+    torch.testing.assert_close(given, dw.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_without_grouped_mm(monkeypatch):
+    monkeypatch.delattr(F, "grouped_mm")
+    assert not native(torch.empty(8, 8, dtype=torch.bfloat16))
 
 
 def test_opcheck(generator):

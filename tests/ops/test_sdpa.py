@@ -1,6 +1,7 @@
 """What TAB adds to PyTorch's scaled dot-product attention: NaN that is seen. And forward mode."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 
 import tab
 from tab.layers import get_attention
-from tab.ops._sdpa import LANES, once, sdpa, written
+from tab.ops._sdpa import LANES, _kernel, once, padded, pads, sdpa, written
 
 SIZES = (1, 3, LANES - 1, LANES, LANES + 3)
 
@@ -130,3 +131,34 @@ def test_forward_mode(attention):
             tangent = forward_ad.unpack_dual(attention(*dual)).tangent
         assert_close(tangent, want)
     assert want.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(24, 16), (13, 21)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_heads_of_two_sizes_padded_to_one(sizes, scale):
+    """As flash kernels want them: zeros change neither output nor gradients."""
+    d, dv = sizes
+    x = [torch.randn(2, 2, 9, n, dtype=torch.float64, requires_grad=True) for n in (d, d, dv)]
+    results = []
+    for f in (padded, lambda q, k, v, causal, scale: _kernel(q, k, v, None, causal, scale)):
+        o = f(*x, True, scale)
+        results.append((o, *torch.autograd.grad(o.sin().sum(), x)))
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "cuda, dtype, d, dv, seen, wanted",
+    [
+        (True, torch.bfloat16, 192, 128, None, True),
+        (True, torch.bfloat16, 128, 128, None, False),
+        (True, torch.bfloat16, 576, 512, None, False),  # longer than flash takes
+        (True, torch.float32, 192, 128, None, False),
+        (True, torch.bfloat16, 192, 128, torch.ones(9, 9), False),  # flash takes no mask
+        (False, torch.bfloat16, 192, 128, None, False),
+    ],
+)
+def test_where_heads_are_padded(cuda, dtype, d, dv, seen, wanted):
+    q, v = (SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 2, 9, n)) for n in (d, dv))
+    assert pads(q, v, seen) == wanted

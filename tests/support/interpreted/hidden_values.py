@@ -11,7 +11,7 @@ import torch
 from interpreter import interpreted
 
 from tab import BlockPattern, orthogonal_projection
-from tab.kernels import _segments
+from tab.kernels import _few, _segments
 from tab.ops import OPS
 
 OPERATORS = ("linear", "performer", "local", "sparse", "mla")
@@ -69,6 +69,8 @@ def run(f, tensors, rows):
     return o.detach(), [x.grad for x in leaves]
 
 
+# These are as few tokens as one program takes.
+CASES |= {f"few: {name}": CASES[name] for name in ("line", "causal grid", "sparse")}
 KINDS = [(name, torch.float32) for name in CASES]
 KINDS += [(name, torch.bfloat16) for name in ("line", "linear")]
 
@@ -77,6 +79,8 @@ KINDS += [(name, torch.bfloat16) for name in ("line", "linear")]
 def test_hidden(name, dtype, generator, monkeypatch):
     """In q, whose own row alone reads it; in k and in v, which all rows read that see the token."""
     monkeypatch.setattr(_segments, "SEGMENT", 64)
+    if name.startswith("few"):
+        monkeypatch.setattr(_few, "FEW", 128)
     f, sees = CASES[name]
     tensors = [torch.randn(1, 1, N, D, generator=generator).to(dtype) for _ in range(3)]
     for bad, value in ((13, math.nan), (45, math.inf)):

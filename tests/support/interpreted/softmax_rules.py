@@ -11,6 +11,7 @@ from proof import assert_accurate
 from textbook.softmax import blocks, draw, in_window, ruled
 
 from tab import BlockPattern
+from tab.kernels import _few
 from tab.kernels import sparse as kernels
 from tab.ops.local import local_fwd
 from tab.ops.sparse import sparse_fwd
@@ -48,6 +49,16 @@ CASES = {
     "blocks": sparse(False),
     "causal blocks": sparse(True),
 }
+CASES |= {f"few: {name}": CASES[name] for name in ("line", "causal grid", "causal blocks")}
+
+
+@pytest.fixture(autouse=True)
+def one_tile(request, monkeypatch):
+    """These are as few tokens as one program takes, where the name says so."""
+    if request.node.callspec.params["name"].startswith("few"):
+        monkeypatch.setattr(_few, "FEW", 128)
+
+
 RULES = [
     {"key_mask": MASK, "slopes": None, "softcap": 0.0},
     {"key_mask": None, "slopes": SLOPES, "softcap": 0.0},
@@ -77,7 +88,7 @@ def test_types_and_wide_heads(name, dtype, d, dv):
     assert_accurate(lambda *x: call(*x, **told)[0], lambda *x: truth(*x)[0], x, names="o dq dk dv")
 
 
-WIDE = [("line", 80, torch.inf), ("causal blocks", 80, torch.inf)]
+WIDE = [(name, 80, torch.inf) for name in ("line", "causal blocks", "few: causal blocks")]
 
 
 @pytest.mark.parametrize("name, d, value", [*((name, 8, torch.nan) for name in CASES), *WIDE])

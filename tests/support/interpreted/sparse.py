@@ -10,6 +10,7 @@ from proof import LAYOUTS, assert_accurate, layout
 from textbook.softmax import blocks, naive
 
 from tab import BlockPattern
+from tab.kernels import _few
 from tab.kernels import sparse as kernels
 from tab.ops.sparse import backward_reference, forward_reference, sparse_fwd
 
@@ -37,7 +38,9 @@ def random_pattern(n, block_size, heads, density, generator):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("n, block_size", [(1, 64), (30, 8), (48, 16), (100, 24), (150, 80)])
+@pytest.mark.parametrize(
+    "n, block_size", [(1, 64), (30, 8), (64, 1), (48, 16), (100, 24), (150, 80)]
+)
 def test_sizes(n, block_size, causal, generator):
     pattern = random_pattern(n, block_size, 1, 0.7, generator)
     check(inputs(pattern, 8, 12, generator, h=1), pattern, causal)
@@ -47,6 +50,7 @@ def test_sizes(n, block_size, causal, generator):
 def test_long_rows(cut, heads, causal, generator, monkeypatch):
     """Rows and columns cut in parts, some of them empty when causal, the pattern shared or not."""
     monkeypatch.setattr(kernels, "CUT", cut)
+    monkeypatch.setattr(_few, "FEW", 0)
     pattern = random_pattern(36, 8, heads, 0.6, generator)
     check(inputs(pattern, 4, 5, generator, b=1 if heads else 2), pattern, causal)
 
@@ -88,6 +92,8 @@ def test_like_the_reference(dtype, empty, generator, monkeypatch):
     """lse, strides and types too; nothing listed at all; float64 is the reference's."""
     monkeypatch.setattr(kernels, "CUT", 2)
     pattern = random_pattern(36, 8, 2, 0.0 if empty else 0.6, generator)
+    if not empty:  # and lists of blocks
+        monkeypatch.setattr(_few, "FEW", 0)
     q, k, v, do = (torch.randn(1, 2, 36, 8, generator=generator).to(dtype) for _ in range(4))
     options = *pattern.tensors, None, None, 8, True, 0.3, 0.0
     given, wanted = forward(q, k, v, *options), forward_reference(q, k, v, *options)
