@@ -11,7 +11,6 @@ torch.func transforms. The backward op has no derivative of its own, and says so
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -41,15 +40,16 @@ def plain(reference: Callable, args: tuple):
 
 
 def function(op: Op, gradients: Callable, constant: int) -> Callable:
-    """`op` by its autograd.Function; `Op.differentiable` says what the arguments are."""
-    n, count, outputs = op.tensors, len(op.overload._schema.arguments), op.overload._schema.returns
+    """`op` by its autograd.Function; `Op.differentiable` says what the arguments are. The Function
+    is given what is not a tensor as one argument: each costs its share of the call, and a gradient
+    of None."""
+    n, outputs = op.tensors, op.overload._schema.returns
     below, one, keep = op.below, len(outputs) == 1, len(outputs) - constant
-    nothing = (None,) * count
 
-    def forward(ctx, others, backend, *args):
-        outs = below(backend, *args)
-        ctx.save_for_backward(*args[:n], *((outs,) if one else outs))
-        ctx.call = backend, args[n:]
+    def forward(ctx, call, *tensors):
+        backend, options, others = ctx.call = call
+        outs = below(backend, *tensors, *options)
+        ctx.save_for_backward(*tensors, *((outs,) if one else outs))
         ctx.set_materialize_grads(False)
         if constant:  # handed on past autograd: an output of a node costs two microseconds
             others += outs[keep:]
@@ -57,22 +57,22 @@ def function(op: Op, gradients: Callable, constant: int) -> Callable:
         return outs
 
     def backward(ctx, *grads):
-        saved, (backend, options) = ctx.saved_tensors, ctx.call
+        saved, (backend, options, _) = ctx.saved_tensors, ctx.call
         if torch.is_grad_enabled():  # create_graph=True
-            got = _again(op, (*saved[:n], *options), grads, ctx.needs_input_grad[2:])
+            got = _again(op, (*saved[:n], *options), grads, ctx.needs_input_grad[1:])
         else:
             got = gradients(backend, grads, *saved, *options)
-        return None, None, *got, *nothing[len(got) :]
+        return None, *got, *(None,) * (n - len(got))
 
     name = "".join(word.capitalize() for word in op.name.removesuffix("_fwd").split("_"))
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     apply = cast(type[Function], type(name, (Function,), body)).apply
-    if not constant:
-        return functools.partial(apply, None)
 
     def run(backend, *args):
+        if not constant:
+            return apply((backend, args[n:], None), *args[:n])
         others = []
-        return *apply(others, backend, *args), *others
+        return *apply((backend, args[n:], others), *args[:n]), *others
 
     return run
 
@@ -82,19 +82,22 @@ def _again(
 ) -> tuple[Tensor | None, ...]:
     """Gradients with a graph of their own. Each operand is a view, a node of its own: q and k may
     be one tensor, or made from each other."""
+    tensors, options = args[: op.tensors], args[op.tensors :]
     with torch.enable_grad():
-        args = tuple(x.view_as(x) if need else x for x, need in zip(args, needed, strict=True))
-        outs = plain(op.reference, args)
+        tensors = tuple(
+            x.view_as(x) if need else x for x, need in zip(tensors, needed, strict=True)
+        )
+        outs = plain(op.reference, (*tensors, *options))
         outs = (outs,) if isinstance(outs, Tensor) else outs
     pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
-    wanted = [x for x, need in zip(args, needed, strict=True) if need]
+    wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
     got = iter(
         torch.autograd.grad(
             [o for o, _ in pairs], wanted, [g for _, g in pairs],
             create_graph=True, allow_unused=True,
         )
     )  # fmt: skip
-    return tuple(next(got) if need else None for need in needed[: op.tensors])
+    return tuple(next(got) if need else None for need in needed)
 
 
 def register(op: Op, apply: Callable) -> None:

@@ -16,6 +16,7 @@ NUMBERS = {  # option -> what to do where it was to be learned
 }
 
 
+_autocast_enabled = torch._C._is_any_autocast_enabled
 Given = TypeVar("Given", bound=Tensor | None)
 Layout = Literal["bhnd", "bnhd"]  # of what a public function takes and returns
 
@@ -65,7 +66,7 @@ def _refuse(op: str, name: str, x: Tensor) -> None:
 
 def autocast(*tensors: Given) -> tuple[Given, ...]:
     """Casts float16, bfloat16 and float32 to the autocast type when it is on for their device."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _autocast_enabled():
         return tensors
     device = next(x.device.type for x in tensors if x is not None)
     # is_autocast_available does not trace on torch 2.11, so meta is asked for by name.
@@ -166,7 +167,12 @@ def check_qkv(
     ...
     ValueError: mine wants q, k (B, H, N, D) and v (B, H, N, Dv); got q (1, 4, 16, 8) float32 ...
     """
-    q, k, v = operands(op, q=q, k=k, v=v)
+    # What nearly every call gives needs no more than these questions.
+    alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    nested = q.is_nested or k.is_nested or v.is_nested
+    usual = alike and not nested and q.dtype in DTYPES and not _autocast_enabled()
+    if not usual:
+        q, k, v = operands(op, q=q, k=k, v=v)
     rule, shape, wide = None, q.shape, v.shape
     if len(shape) != 4 or k.dim() != 4 or len(wide) != 4:
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
@@ -183,7 +189,7 @@ def check_qkv(
             rule = "at least one head and D, Dv ≥ 1"
     if rule:
         raise ValueError(f"{op} wants {rule}; got {shapes(q=q, k=k, v=v)}")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+    if not usual:
         same(op, q=q, k=k, v=v)
     return q, k, v
 

@@ -77,6 +77,8 @@ class Op:
             )
         self.overload = getattr(torch.ops.tab, name).default
         self.cuda_overload = getattr(torch.ops.tab_cuda, name).default
+        # What an OpOverload calls: its own __call__ is one more frame of Python in every call.
+        self.call, self.cuda_call = self.overload._op, self.cuda_overload._op
         kinds = [
             str(x.type) in ("Tensor", "Optional[Tensor]") for x in self.overload._schema.arguments
         ]
@@ -101,7 +103,7 @@ class Op:
         if backend == "reference":
             return plain(self.reference, args)
         with below_autograd():
-            return (self.cuda_overload if backend == "cuda" else self.overload)(*args)
+            return (self.cuda_call if backend == "cuda" else self.call)(*args)
 
     def implement(
         self, backend: str, kernel: Callable, takes: Callable[..., str | None] | None = None
@@ -232,13 +234,13 @@ def choose(backend: Backend, op: Op, x: Tensor, *others: object, cuda: bool = Tr
     ...
     RuntimeError: backend='triton' of linear_fwd runs on cuda tensors, these are on cpu; ...
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = _default
     if backend == "auto":
         few = x.is_cuda and x.dtype != torch.float64 and x.shape[-2] <= CUDA_TOKENS.get(op.name, 0)
         return "cuda" if few and cuda and op.why_not("cuda") is None else "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     device = x.device.type
     if device == "meta" or backend == "reference":
         return backend

@@ -37,7 +37,9 @@ def unpack(
         offsets = _offsets(op, layout, tensors)
         dense = heads_first(op, layout, *(x.values()[None] for x in tensors.values()))
         return dense, Packing(offsets, True)
-    dense = heads_first(op, layout, *tensors.values())
+    dense = tuple(tensors.values())
+    if layout != "bhnd":
+        dense = heads_first(op, layout, *dense)
     if cu_seqlens is None:
         return dense, None
     first = dense[0]

@@ -19,6 +19,8 @@ def check_scores(
     op: str, q: Tensor, sinks: Tensor | None, softcap: float | None, alibi: Tensor | None
 ) -> tuple[float, Tensor | None]:
     """-> the cap, 0 for none, and the slopes (H,) in the accumulation type."""
+    if sinks is None and softcap is None and alibi is None:
+        return 0.0, None
     check_sinks(op, sinks, q)
     cap = 0.0 if softcap is None else number(op, "softcap", softcap)
     if softcap is not None and not 0 < cap < math.inf:

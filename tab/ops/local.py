@@ -252,6 +252,8 @@ def local_attention(
 
 def check_window(op: str, window: int | tuple[int, int]) -> tuple[int, int]:
     """-> (left, right), both ≥ 0, or a ValueError with the nearest valid window."""
+    if type(window) is int and window >= 0:
+        return window, window
     pair = (window, window) if isinstance(window, int) else window
     whole = isinstance(pair, (tuple, list)) and [type(w) for w in pair] == [int, int]
     if not whole or min(pair) < 0:
