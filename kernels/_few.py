@@ -172,7 +172,8 @@ def forward(q, k, v, o, lse, told, seen, scales, m):
 def backward(do, q, k, v, o, dq, dk, dv, lse, told, seen, scales, m):
     b, h, n, _ = q.shape
     operands = strided(do, q, k, v, o, dq, dk, dv)
-    if m["PRECISION"] == "bf16" and m["num_warps"] == 4 and capability(q.device) == HOPPER:
+    plain = m["PRECISION"] == "bf16" and all(x is None for x in (*told, scales[1]))
+    if plain and m["num_warps"] == 4 and capability(q.device) == HOPPER:
         m["maxnreg"] = 168  # 176: then two programs would fill a processor, not three
     launch(few_backward, (b * h,), *operands, lse, *told, *seen, n, h, *scales, **m)
 
