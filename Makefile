@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*/*.* tests/support/*.h tests/support/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*/*.* tests/support/*.h tests/support/*.cpp tests/support/ptx/*.h tests/support/ptx/*.cpp)
 
 # The documentation as a site, in build/site; a dead link or an unknown name is an error.
 docs: $(BUILT)
@@ -57,10 +57,15 @@ bench: setup
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 # Compiles every Triton kernel for sm_80, sm_90, sm_100, prints what each needs, and holds it to the
-# limits; no GPU needed. The tests find in Triton's cache what was compiled for the report.
+# limits; runs the PTX of sm_80 on the CPU and reads the machine code of sm_90; no GPU needed. The
+# tests find in Triton's cache what was compiled for the report.
+PTX := tests/ops/test_ptx.py tests/ops/test_ptx_machine.py tests/ops/test_assembled.py
+
 kernels: setup
 	$(BIN)/tab doctor --kernels
 	$(BIN)/python -m pytest -m compiles -k "not one_launch" tests/ops/test_triton.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	    $(BIN)/python -m pytest -m compiles --numprocesses 2 --dist worksteal $(PTX)
 
 # One wheel, built on the installed torch, must pass the op tests on the oldest torch it is for; the
 # Triton that came with that one (3.6) must interpret and compile every kernel: all launches for

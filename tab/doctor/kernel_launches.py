@@ -45,12 +45,16 @@ def recorded(run: Callable, *args, arch: int = 90) -> list[Launch]:
     return seen
 
 
+def identity(launch: Launch) -> str:
+    """The same for launches of one kernel with one configuration."""
+    return f"{launch.kernel.__name__} {launch.types} {sorted(launch.options.items())}"
+
+
 def distinct(launches: list[Launch]) -> list[Launch]:
     """Of those that compile to the same code the first."""
     first: dict[str, Launch] = {}
     for launch in launches:
-        options = sorted(launch.options.items())
-        first.setdefault(f"{launch.kernel.__name__} {launch.types} {options}", launch)
+        first.setdefault(identity(launch), launch)
     return list(first.values())
 
 

@@ -21,37 +21,21 @@ from pathlib import Path
 
 import torch
 
+from .kernel_compile import code_of
+from .kernel_kept import Kept
 from .kernel_launches import Launch, launches
 
 # Compute capability -> bytes of shared memory that one block may ask for (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 # --- Triton ---------------------------------------------------------------------------------------
 
 
 def compiled(op: str, launch: Launch, arch: int) -> dict:
     """One row of the report."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, args, options = launch
-    constants = {name: value for name, value in options.items() if name not in OPTIONS}
-    signature, aligned = {}, {}
-    for i, (name, x) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        signature[name] = launch.types[i]
-        if signature[name] == "constexpr":
-            constants[name] = x
-        elif isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(kernel.arg_names[len(args) :], "constexpr")
-    code = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", arch, 32),
-        options={name: options[name] for name in OPTIONS if name in options},
-    )
+    kernel, _, options = launch
+    code = code_of(launch, arch)
     kind = next(x for x in launch.types if x.startswith("*"))[1:]
     config = " ".join(f"{k}={v}" for k, v in options.items() if k not in ("MAP", "REVERSE"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -156,7 +140,7 @@ def report_rows(
     (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block), warps
     (that a multiprocessor holds at once; below 16 little hides the wait for memory).
 
-    Compiles what Triton's cache does not hold; minutes when it holds nothing and cores are few.
+    Compiles what is not known from an earlier report of the same sources: minutes when nothing is.
     ops: only these, by the names of their files in kernels/. progress: told (done, total, what).
     """
     work = [
@@ -166,12 +150,23 @@ def report_rows(
         if ops is None or op in ops
         for launch in found
     ]
+    kept, rows = Kept(), []
+
+    def row_of(op: str, launch: Launch, arch: int) -> dict:
+        if (row := kept.get(op, launch, arch)) is None:
+            row = _compiled_in_thread(op, launch, arch)
+            kept.add(op, launch, arch, row)
+        return row
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = []
-        for row in pool.map(lambda item: _compiled_in_thread(*item), work):
-            rows.append(row)
-            if progress:
-                progress(len(rows), len(work), f"{row['kernel']}, sm_{row['arch']}")
+        try:
+            for row in pool.map(lambda item: row_of(*item), work):
+                rows.append(row)
+                if progress:
+                    progress(len(rows), len(work), f"{row['kernel']}, sm_{row['arch']}")
+        finally:  # what was found before Control-C is kept, too
+            pool.shutdown(cancel_futures=True)
+            kept.save()
     both = [row for row in built() if row["arch"] in archs]
     return rows + [row for row in both if ops is None or not ops.isdisjoint(row["op"].split())]
 

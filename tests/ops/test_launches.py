@@ -37,6 +37,36 @@ def test_two_blocks_of_the_backward_of_linear():
     assert row["warps"] == 16 and row["spilled"] == 0
 
 
+def test_rows_are_kept(monkeypatch, tmp_path):
+    """The next report compiles nothing; after another source or setting it does."""
+    from tab.doctor import kernel_kept, kernel_report
+
+    asked = []
+
+    def compiled(op, launch, arch):
+        asked.append(launch.kernel.__name__)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"kernel": launch.kernel.__name__, "arch": arch}
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernel_report, "compiled", compiled)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):  # the first row is kept
+        kernel_report.report_rows((90,), {"h2o"})
+    rows = kernel_report.report_rows((90,), {"h2o"})
+    assert len(rows) == 4 and len(asked) == 5
+    assert kernel_report.report_rows((90,), {"h2o"}) == rows and len(asked) == 5
+    kernel_report.report_rows((80,), {"h2o"})
+    assert len(asked) == 9
+    monkeypatch.setattr(kernel_kept, "_state", lambda: "other sources")
+    kernel_report.report_rows((90,), {"h2o"})
+    assert len(asked) == 13
+    (tmp_path / "cache" / "tab-kernel-report-other sources.json").write_text("{")
+    kernel_report.report_rows((90,), {"h2o"})  # a broken file is made anew
+    assert len(asked) == 17
+
+
 def test_a_grid_that_cuda_does_not_take(monkeypatch):
     from tab.kernels import _launch
 
