@@ -22,7 +22,9 @@ from tab.ops._check import real
 
 from . import _linear_walk
 from ._launch import (
+    HOPPER,
     block,
+    capability,
     launch,
     mask_bytes,
     meta_heads,
@@ -147,6 +149,8 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     size, count = segments(k, v, d, causal)
     s, z, seen = scanned(k, v, mask, None, None, s0, z0, size, count, causal, False, m)
     if causal and d <= m["BD"] and m["PRECISION"] in _linear_walk.WALKS:
+        if capability(q.device) < HOPPER:  # S and a tile of 64 tokens spill
+            m["BN"] = 32
         launch(
             linear_walk, (b * h, count, cdiv(dv, m["BV"])), *strided(q, k, v), mask, *seen,
             *strided(o), n, h, size, eps, **m,
