@@ -7,35 +7,22 @@
 //   dv = Pᵀdo + φ(k) dS,  dS₀ = e^(c₀ − c)dS + φ(q)ᵀdo,  dz₀ = e^(c₀ − c)dz − φ(q)ᵀδ
 #pragma once
 
-#include "performer_causal.cuh"
+#include "performer_causal_terms.cuh"
 
 namespace tab::few {
 
 template <typename T>
-struct PerformerCausalBackward {
-  Performer<T, float> in;
-  int causal;
-  State from, grad;  // of grad, c is that of the forward pass and never null
-  Heads<const T> dout, o;
-  const float* lse;
+struct PerformerCausalBackward : PerformerCausalTerms<T> {
   Heads<T> dq, dk, dv;
   float *ds0, *dz0;  // null without `from`
 
   static constexpr int THREADS = few::THREADS, BLOCKS = 2;
-  static constexpr int64_t BYTES = (6 * TILE<float> + 4 * SIDE) * sizeof(float) + SIDE;
-  using Pairs = Part<float, true>;
+  using Terms = PerformerCausalTerms<T>;
+  using typename Terms::Pairs, typename Terms::Tiles;
+  using Terms::in, Terms::causal, Terms::from, Terms::grad, Terms::dout, Terms::o, Terms::lse;
+  using Terms::sees, Terms::times, Terms::features, Terms::factor;
   using Out = Part<float, false>;
 
-  struct Tiles {
-    float *norms, *delta, *tops, *starts;  // tops: c, starts: c₀
-    float *x, *w, *keys, *queries, *pairs, *sum;
-    Tokens heard{0};
-    TAB_DEVICE explicit Tiles(float* memory) {
-      norms = memory, delta = norms + SIDE, tops = delta + SIDE, starts = tops + SIDE;
-      x = starts + SIDE, w = x + TILE<float>, keys = w + TILE<float>;
-      queries = keys + TILE<float>, pairs = queries + TILE<float>, sum = pairs + TILE<float>;
-    }
-  };
   struct Gradients {
     Out to_q, to_k;
     float total[Out::ROWS];
@@ -73,8 +60,6 @@ struct PerformerCausalBackward {
     values(t, bh);
   }
 
-  TAB_DEVICE bool sees(int i, int j) const { return i < in.n && j < in.n && (!causal || j <= i); }
-
   /// pairs = G
   TAB_DEVICE void make_pairs(const Tiles& t, int bh) const {
     Pairs g;
@@ -87,57 +72,13 @@ struct PerformerCausalBackward {
     keep(g, t.pairs);
   }
 
-  /// part += X Yᵀ for rows of Dv columns, by way of sum and w, which no thread still reads
-  template <typename Y>
-  TAB_DEVICE void times(Pairs& part, const Tiles& t, const T* x, int64_t stride, const Tokens& of_x,
-                        const Y* y, int64_t y_stride, const Tokens& of_y) const {
-    for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
-      const int width = columns(in.dv, c0);
-      __syncthreads();
-      load<2>(t.sum, x + c0, stride, of_x, width);
-      load<2>(t.w, y + c0, y_stride, of_y, width);
-      __syncthreads();
-      multiply<false>(part, t.sum, t.w, in.n, width);
-    }
-  }
-
-  /// x = φ(k), keys = a; queries = e^(b + c − lse) or, if a query is far, b − lse. Whether one is.
-  TAB_DEVICE bool features(const Tiles& t, int bh, int m0) const {
-    const int count = columns(in.m, m0), j = static_cast<int>(threadIdx.x);
-    const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
-    Pairs a, b;
-    in.project(a, in.k.at(bh, in.heads), in.k.n, in.real(bh), t.x, t.w, t.w, m0, true, false);
-    in.exponents(a, t.norms, bh);
-    keep(a, t.keys);
-    in.project(b, in.q.at(bh, in.heads), in.q.n, t.heard, t.x, t.w, t.w, m0, true, true);
-    bool far = false;
-    if (j < SIDE) {
-      t.starts[j] = j < count ? from.shift(all + j, in.relu) : -INFINITY;
-      t.tops[j] = j < count ? grad.c[all + j] : -INFINITY;
-      far = causal && !in.relu && j < count && t.tops[j] - fmaxf(t.starts[j], t.keys[j]) > FAR;
-    }
-    far = __syncthreads_or(far);
-    in.query_features(b, grad.c, lse, t.heard, bh, m0, far);
-    keep(b, t.queries);
-    take(a, t.keys);
-    in.key_features(a, grad.c, bh, m0);
-    keep(a, t.x);
-    __syncthreads();
-    return far;
-  }
-
-  /// e^(c₀ − c)
-  TAB_DEVICE float factor(const Tiles& t, int j) const {
-    return in.relu ? 1.0f : expf(t.starts[j] - finite(t.tops[j]));
-  }
-
   template <bool NEAR>
   TAB_DEVICE void pass(const Tiles& t, Gradients& g, int bh, int m0, int d0) const {
     const int n = in.n, count = columns(in.m, m0), width = columns(in.d, d0);
     const float* const log_den = lse + static_cast<int64_t>(bh) * n;
     const float* const ws = in.w + static_cast<int64_t>(m0) * in.d + d0;
     const int64_t all = static_cast<int64_t>(bh) * in.m + m0;
-    if (from.s) from_initial<NEAR>(t, all, count, bh);
+    if (from.s) this->template from_initial<NEAR>(t, all, count, bh);
     Out part;
     const auto far = [&part](const float* own) {  // exponents; read again, registers are too few
       return [own, &part](float pair, float other, int e) {  // 0 · ∞ where one does not see
@@ -154,7 +95,7 @@ struct PerformerCausalBackward {
     if (from.s) add(part, t.sum);
     project_back(g.to_q, t, part, ws, count, width);
 
-    if (grad.s) from_final(t, all, count, bh);
+    if (grad.s) this->from_final(t, all, count, bh);
     part = {};
     if constexpr (NEAR) {
       multiply<true>(part, t.pairs, t.queries, n, n);
@@ -178,20 +119,13 @@ struct PerformerCausalBackward {
     multiply<false>(to, t.sum, t.w, in.n, count);
   }
 
-  /// φ(q_i)_j at the shift c₀
-  template <bool NEAR>
-  TAB_DEVICE float start_feature(const Tiles& t, int i, int j) const {
-    const float b = t.queries[i * LINE<float> + j];
-    return NEAR ? b * factor(t, j) : expf(b + t.starts[j]);
-  }
-
   /// dS₀ and dz₀ of these features
   template <bool NEAR>
   TAB_DEVICE void to_initial(const Tiles& t, int64_t all, int count, int bh) const {
     const int j = static_cast<int>(threadIdx.x);
     if (j < count) {
       float sum = grad.z ? factor(t, j) * grad.z[all + j] : 0.0f;
-      for (int i = 0; i < in.n; ++i) sum -= start_feature<NEAR>(t, i, j) * t.delta[i];
+      for (int i = 0; i < in.n; ++i) sum -= this->template start_feature<NEAR>(t, i, j) * t.delta[i];
       dz0[all + j] = sum;
     }
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
@@ -217,35 +151,6 @@ struct PerformerCausalBackward {
       }
       write(ds, ds0 + all * in.dv + c0, in.dv, count, width);
     }
-  }
-
-  /// sum = φ(q)∘(do S₀ᵀ − δ z₀)
-  template <bool NEAR>
-  TAB_DEVICE void from_initial(const Tiles& t, int64_t all, int count, int bh) const {
-    const float* const log_den = lse + static_cast<int64_t>(bh) * in.n;
-    Pairs u;
-    times(u, t, dout.at(bh, in.heads), dout.n, in.n, from.s + all * in.dv, in.dv, count);
-    TAB_UNROLL
-    for (int e = 0; e < 32; ++e) {
-      const int i = u.row(u.which(e)), j = u.column(e);
-      const bool inside = i < in.n && j < count;
-      const float read = inside ? u.x[e] - t.delta[i] * from.z[all + j] : 0.0f;
-      u.x[e] = inside ? in.slope(start_feature<NEAR>(t, i, j), log_den, i) * read : 0.0f;
-    }
-    __syncwarp();  // of sum, a warp reads and writes its own rows only
-    keep(u, t.sum);
-  }
-
-  /// sum = φ(k)∘(v dSᵀ + dz)
-  TAB_DEVICE void from_final(const Tiles& t, int64_t all, int count, int bh) const {
-    Pairs u;
-    times(u, t, in.v.at(bh, in.heads), in.v.n, in.real(bh), grad.s + all * in.dv, in.dv, count);
-    TAB_UNROLL
-    for (int e = 0; e < 32; ++e)
-      if (u.column(e) < count) u.x[e] += grad.z[all + u.column(e)];
-    in.slopes(u, t.x, nullptr);
-    __syncwarp();
-    keep(u, t.sum);
   }
 
   /// to += the tile, written in another arrangement
