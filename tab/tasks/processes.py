@@ -72,7 +72,7 @@ class _Worker:
     def __init__(self, threads: int):
         context = get_context("spawn")  # CUDA and OpenMP do not survive a fork
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
         with _environment(threads), _no_interrupt():
             self.process.start()
         theirs.close()  # so that the process's end closes the last one
@@ -96,10 +96,12 @@ class _Worker:
 
 @contextlib.contextmanager
 def _environment(threads: int) -> Iterator[None]:
-    """OpenMP reads these when it loads: what starts in here begins with them."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(threads)))
+    """OpenMP and MKL read these when they load: what starts in here has so many threads, also more
+    than there are cores. It need not import torch for that, which takes seconds."""
+    count = str(threads)
+    ours = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "MKL_DYNAMIC": "FALSE"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
@@ -122,12 +124,9 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pipe: connection.Connection, threads: int) -> None:
+def _work(pipe: connection.Connection) -> None:
     """What the process does until it is ended, or the driver has died."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
-    import torch
-
-    torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the driver is ending
         while True:
             index, task = pipe.recv()

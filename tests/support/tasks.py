@@ -6,14 +6,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from tab import files
+from tab.files import write
 
 
 @contextmanager
 def threads(number: int):
     """Sums in another order are other sums: bit for bit needs the same number of threads."""
+    import torch  # not by the processes whose tasks are below: it takes seconds
+
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -26,7 +26,7 @@ def count(steps: int, *, folder: Path, emit) -> int:
     """Counts in its folder, and goes on from there."""
     path = folder / "count"
     while (done := int(path.read_text()) if path.exists() else 0) < steps:
-        files.write(path, str(done + 1).encode())
+        write(path, str(done + 1).encode())
         emit(done + 1)
     return done
 
