@@ -111,10 +111,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   with_type(op, x.q, [&](auto type) {
     using T = decltype(type);
     if (causal || s0 || ds) {
-      const PerformerCausalBackward<T> problem{
-          {x.read<T, float>(), causal, x.from(), {floats(ds_in), floats(dz_in), data(c)},
-           heads<const T>(dout), heads<const T>(o), data(lse)},
-          heads<T>(dq), heads<T>(dk), heads<T>(dv), data(ds0), data(dz0)};
+      const PerformerCausalBackward<T> problem{{x.read<T, float>(),
+                                                causal,
+                                                x.from(),
+                                                {floats(ds_in), floats(dz_in), data(c)},
+                                                heads<const T>(dout),
+                                                heads<const T>(o),
+                                                data(lse)},
+                                               heads<T>(dq),
+                                               heads<T>(dk),
+                                               heads<T>(dv),
+                                               data(ds0),
+                                               data(dz0)};
       launch(op, problem, problem.BYTES, x.q);
     } else {
       const PerformerBidirectionalBackward<T> problem{

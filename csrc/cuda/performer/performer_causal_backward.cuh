@@ -18,9 +18,9 @@ struct PerformerCausalBackward : PerformerCausalTerms<T> {
 
   static constexpr int THREADS = few::THREADS, BLOCKS = 2;
   using Terms = PerformerCausalTerms<T>;
-  using typename Terms::Pairs, typename Terms::Tiles;
   using Terms::in, Terms::causal, Terms::from, Terms::grad, Terms::dout, Terms::o, Terms::lse;
   using Terms::sees, Terms::times, Terms::features, Terms::factor;
+  using typename Terms::Pairs, typename Terms::Tiles;
   using Out = Part<float, false>;
 
   struct Gradients {
@@ -125,7 +125,8 @@ struct PerformerCausalBackward : PerformerCausalTerms<T> {
     const int j = static_cast<int>(threadIdx.x);
     if (j < count) {
       float sum = grad.z ? factor(t, j) * grad.z[all + j] : 0.0f;
-      for (int i = 0; i < in.n; ++i) sum -= this->template start_feature<NEAR>(t, i, j) * t.delta[i];
+      for (int i = 0; i < in.n; ++i)
+        sum -= this->template start_feature<NEAR>(t, i, j) * t.delta[i];
       dz0[all + j] = sum;
     }
     for (int c0 = 0; c0 < in.dv; c0 += SIDE) {
