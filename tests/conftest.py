@@ -1,5 +1,6 @@
 """Shared by all tests: GPU tests are skipped where there is none, seeds are fixed."""
 
+import gc
 import signal
 
 import pytest
@@ -10,6 +11,15 @@ from tasks import threads
 # the tests of Control-C would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is imported and collected stays, hundreds of thousands of objects. Looking at them for circles
+# again and again took a sixth of the collection, and a twentieth of the tests.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -4,7 +4,7 @@ again, and after --resume both CSV files are those of an unbroken comparison, bu
 fault                                      shown by
 a driver killed, at any moment             test_a_killed_driver_leaves_no_orphan_and_resumes,
                                            test_compare.py
-a process of --jobs killed                 test_a_killed_process_costs_nothing, test_executor.py
+a process of --jobs killed                 test_jobs_and_a_killed_process_…, test_executor.py
 a worker or a node of Ray killed           test_ray.py
 Control-C                                  test_control_c_ends_cleanly_and_resumes, test_cli.py
 a full disk                                test_a_full_disk_*
@@ -76,12 +76,6 @@ def ended(driver: subprocess.Popen, code: int) -> str:
     return out + err
 
 
-def test_jobs_change_nothing_bit_for_bit(unbroken, dataset, tmp_path):
-    out = begin(tmp_path / "jobs", dataset)
-    resume(out, dataset, Processes(2, 1))
-    same(out, unbroken, {})
-
-
 def test_a_killed_driver_leaves_no_orphan_and_resumes(unbroken, dataset, tmp_path):
     out = begin(tmp_path / "killed", dataset)
     driver = start(out)
@@ -94,7 +88,7 @@ def test_a_killed_driver_leaves_no_orphan_and_resumes(unbroken, dataset, tmp_pat
     same(out, unbroken, before)
 
 
-def test_a_killed_process_costs_nothing(unbroken, dataset, tmp_path):
+def test_jobs_and_a_killed_process_change_nothing_bit_for_bit(unbroken, dataset, tmp_path):
     out, killed, epochs = begin(tmp_path / "killed", dataset), [], []
 
     class Kill(Watcher):
@@ -118,12 +112,18 @@ def test_control_c_ends_cleanly_and_resumes(unbroken, dataset, tmp_path):
     assert f"go on with: tab compare --resume {out}" in said and "Traceback" not in said
     assert workers and not any(alive(worker) for worker in workers)
     before = finished(out)
-    resume(out, dataset, Processes(2, 1))
+    resume(out, dataset)
     same(out, unbroken, before)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("file", ["runs/mlp-linear-s0/checkpoint.pt", "experiment_summary.csv"])
+@pytest.mark.parametrize(  # the summary is the driver's, whoever trains
+    ("file", "jobs"),
+    [
+        ("runs/mlp-linear-s0/checkpoint.pt", 1),
+        ("runs/mlp-linear-s0/checkpoint.pt", 2),
+        ("experiment_summary.csv", 1),
+    ],
+)
 def test_a_full_disk_in_the_middle(file, jobs, unbroken, dataset, tmp_path):
     """The kernel's own ENOSPC: what would be written aside goes to /dev/full."""
     out = tmp_path / "full"
@@ -149,7 +149,7 @@ def test_a_full_disk_for_real(unbroken, dataset, tmp_path):
     try:
         out = begin(tmp_path / "grid", dataset)
         with pytest.raises(OSError, match="No space left on device"):
-            resume(out, dataset, Processes(2, 1))
+            resume(out, dataset)
         before = finished(out)
         subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)
         resume(out, dataset)
