@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from paths import SUPPORT
-from tasks import alive, count, count_and_die_at, facts, fail, until
+from tasks import alive, count, count_and_die_at, facts, fail, has_torch, until
 
 from tab.cli.given import device_of, executor_for
 from tab.tasks.choose import executor
@@ -44,6 +44,11 @@ def test_each_process_has_its_threads_and_loads_what_is_shared_once(tmp_path):
         assert fact["shared"] == fact["process"] != os.getpid()
         assert fact["threads"] == 3 and fact["OMP_NUM_THREADS"] == "3"
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != "3"
+
+
+def test_a_process_imports_torch_only_for_a_task_that_needs_it(tmp_path):
+    (done,) = run_tasks([Task(has_torch, (), tmp_path)], Processes(1, 1))
+    assert done.value is False, done.traceback
 
 
 def test_a_killed_process_is_replaced_and_its_task_goes_on(tmp_path, caplog):

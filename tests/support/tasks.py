@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,10 @@ def facts(shared, *, folder: Path, emit) -> dict:
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def has_torch(*, folder: Path, emit) -> bool:
+    return "torch" in sys.modules
 
 
 def wait_forever(*, folder: Path, emit) -> None:
