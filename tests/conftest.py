@@ -12,8 +12,8 @@ from tasks import threads
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What is imported and collected stays, hundreds of thousands of objects: to look at them for circles
-# again and again took a sixth of the time that collecting them takes.
+# What is imported and collected stays, hundreds of thousands of objects. To look at them for
+# circles again and again took a sixth of the collection's time.
 gc.disable()
 
 
