@@ -57,7 +57,7 @@ def _sources(*flags: str) -> str:
     """Another string as soon as a source, the compiler or one of its flags is another."""
     said = subprocess.run([flags[0], "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(said + "\0".join(flags).encode())
-    files = [*(ROOT / "csrc").rglob("*"), *SUPPORT.glob("*.h"), SUPPORT / "cuda_few.cpp"]
+    files = [*(ROOT / "csrc" / "cuda").rglob("*"), *SUPPORT.glob("*.h"), SUPPORT / "cuda_few.cpp"]
     for file in sorted(file for file in files if file.is_file()):
         digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
