@@ -21,7 +21,7 @@ FEW = 64  # tokens
 
 @triton.jit
 def visible(i, j, left, right, cols, N, GRID: tl.constexpr, CAUSAL: tl.constexpr):
-    """Whether query i sees key j, as in tab.ops.local; i and j broadcast."""
+    """Whether the query at place i sees key j of N, as in tab.ops.local; i and j broadcast."""
     if GRID:
         down, across = j // cols - i // cols, j % cols - i % cols
         seen = (down >= -left) & (down <= right) & (across >= -left) & (across <= right)
@@ -81,11 +81,11 @@ def few_forward(
         seen = seen & real[None, :]
     if slopes is not None:
         slopes += bh % H
-    at = quiet(mask, bh // H, q, q_n, i, N, N, D, BD)
+    at = quiet(mask, bh // H, q, q_n, i, N, N, N, D, BD)
     y, top, total = forward_tile(
         tl.zeros((BN, BV), tl.float32), tl.full((BN,), float("-inf"), tl.float32),
         tl.zeros((BN,), tl.float32), tile(q, q_n, at, N, 0, D, BD), q, q_n, at, N, k, k_n, v, v_n,
-        j, N, 0, seen, scale, cap, slopes, True, D, DV, BD, BV, PRECISION,
+        j, N, 0, seen, scale, cap, slopes, 0, True, D, DV, BD, BV, PRECISION,
     )  # fmt: skip
     y, top = finish(y, top, total)
     put(head(o, bh, H, o_b, o_h), o_n, i, N, 0, y, DV, BV)
@@ -114,7 +114,7 @@ def few_backward(
         seen = seen & real[None, :]
     if slopes is not None:
         slopes += bh % H
-    at = quiet(mask, bh // H, q, q_n, i, N, N, D, BD)
+    at = quiet(mask, bh // H, q, q_n, i, N, N, N, D, BD)
     delta = row_sums(do, g_n, o, o_n, i, N, DV, BV)
     top = tl.load(lse + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
     x, y = tile(q, q_n, at, N, 0, D, BD), tile(k, k_n, j, N, 0, D, BD)

@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from tab.ops._softmax import own_heads
-
 from ._launch import block, meta_heads, outside, precision
 from ._tiles import INTERPRETED, dot, finite, rounded, sound, tile
 
@@ -121,14 +119,16 @@ def real_keys(mask, b, j, N):
 
 
 @triton.jit
-def quiet(mask, b, q, q_n, i, stop, N, D: tl.constexpr, BD: tl.constexpr):
-    """Where to read the queries i of batch entry b."""
+def quiet(mask, b, q, q_n, i, stop, N, M, D: tl.constexpr, BD: tl.constexpr):
+    """Where to read the queries i of batch entry b. The mask is of M keys: where there are more or
+    fewer queries, it is none of theirs."""
     if mask is not None:
         odd = tl.zeros(i.shape, tl.int32)
         for d in range(0, D, BD):
             finite = tl.abs(tile(q, q_n, i, stop, d, D, BD)) < float("inf")
             odd = tl.maximum(odd, 1 - tl.min(finite.to(tl.int32), 1))
-        real = tl.load(mask + b.to(tl.int64) * N + i, mask=i < stop, other=1) != 0
+        mine = (i < stop) & (N == M)
+        real = tl.load(mask + b.to(tl.int64) * M + i, mask=mine, other=1) != 0
         return tl.where((odd != 0) & (real == 0), stop, i)
     else:
         return i
@@ -137,17 +137,19 @@ def quiet(mask, b, q, q_n, i, stop, N, D: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def forward_tile(
     o, top, total, x, q, q_n, i, stop_i, k, k_n, v, v_n, j, stop_j, v0, seen, scale, cap, slope,
+    shift,
     HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o (m, BV), top (m,), total (m,) with the keys j; x is q's tile, seen (m, n) or None: all.
-    HIDES: `seen` leaves out keys that are there, not only places past the end and masked ones."""
+    HIDES: `seen` leaves out keys that are there, not only places past the end and masked ones.
+    Query i stands at i + shift."""
     at = j
     if HIDES:
         at, mark = sound(v, v_n, j, stop_j, v0, DV, BV)
     y = tile(k, k_n, j, stop_j, 0, D, BD)
     s = similarity(x, y, q, q_n, i, stop_i, k, k_n, j, stop_j, D, BD, PRECISION)
-    s = biased(capped(s, scale, cap), i[:, None], j[None, :], slope)
+    s = biased(capped(s, scale, cap), i[:, None] + shift, j[None, :], slope)
     if HIDES:
         s += mark[None, :]
     if seen is not None:
@@ -159,20 +161,21 @@ def forward_tile(
 # --- launching ------------------------------------------------------------------------------------
 
 
-def takes(q, k, *_) -> str | None:
-    return outside(q) or own_heads(q, k)
+def takes(q, *_) -> str | None:
+    return outside(q)
 
 
 def meta(q, v, backward=False) -> dict:
     """The compile-time arguments that every kernel here takes."""
     d, dv = q.shape[-1], v.shape[-1]
+    few = q if q.shape[2] < v.shape[2] else v
     full = q.dtype == torch.float32  # tf32x3 holds three times the operands: narrow tiles
     # In the backward two heads' pieces of 128 columns and their products exceed an A100's memory.
     most = 64 if full or (backward and max(d, dv) > 128) else 128
     bd, bv = block(d, most), block(dv, most)
     return {
         "D": d, "DV": dv, "BD": bd, "BV": bv,
-        "PRECISION": "fp16" if q.dtype == torch.float16 else precision(q),
+        "PRECISION": "fp16" if q.dtype == torch.float16 else precision(few),
         "num_warps": 8 if full or max(d, dv) > 64 else 4, "num_stages": 2,
     }  # fmt: skip
 

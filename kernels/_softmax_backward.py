@@ -43,12 +43,12 @@ def row_sums(do, do_n, o, o_n, i, stop, DV: tl.constexpr, BV: tl.constexpr):
 @triton.jit
 def grad_q_tile(
     dq, x, g, lse, delta, q, q_n, do, do_n, i, stop_i, k, k_n, v, v_n, j, stop_j, d0, seen, scale,
-    cap, slope,
+    cap, slope, shift,
     HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (m, BD) / scale with the keys j; x, g are the tiles of q and do, lse and delta (m,),
-    seen and HIDES as in forward_tile."""
+    seen, shift and HIDES as in forward_tile."""
     at = j
     if HIDES:
         at, mark = sound(k, k_n, j, stop_j, d0, D, BD)
@@ -57,7 +57,7 @@ def grad_q_tile(
     s = capped(s, scale, cap)
     if cap is not None:
         steep = steepness(s, cap)
-    s = biased(s, i[:, None], j[None, :], slope) - (lse * LOG2E)[:, None]
+    s = biased(s, i[:, None] + shift, j[None, :], slope) - (lse * LOG2E)[:, None]
     if HIDES:
         s += mark[None, :]
     if seen is not None:
@@ -78,7 +78,7 @@ def grad_q_tile(
 @triton.jit
 def grad_kv_tile(
     dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, stop_i, k, k_n, v, v_n, j, stop_j, d0, v0,
-    seen, scale, cap, slope,
+    seen, scale, cap, slope, shift,
     HIDES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def grad_kv_tile(
     s = capped(s, scale, cap)
     if cap is not None:
         steep = steepness(s, cap)
-    s = biased(s, j[:, None], i[None, :], slope) - (top * LOG2E)[None, :]
+    s = biased(s, j[:, None], i[None, :] + shift, slope) - (top * LOG2E)[None, :]
     if HIDES:
         s += (mark_q + mark_g)[None, :]
     if seen is not None:

@@ -64,6 +64,12 @@ def head(ptr, bh, H, stride_b, stride_h):
 
 
 @triton.jit
+def key_head(ptr, bh, H, KV, stride_b, stride_h):
+    """The same of k or v (B, KV, …), for head bh % H of q."""
+    return head(ptr, bh // H * KV + bh % H // (H // KV), KV, stride_b, stride_h)
+
+
+@triton.jit
 def tile(ptr, stride, rows, n, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """x[rows, first : first + BLOCK] of x (n, SIZE), unit stride along SIZE."""
     cols = first + tl.arange(0, BLOCK)

@@ -4,16 +4,8 @@ A program owns BN queries of a block row (all of it where b ≤ 64) and walks ov
 listed for it; a block that is no whole number of tiles is padded. Columns are sorted, so whatever
 needs a mask comes last: causal's diagonal block, the ragged last block.
 
-Long rows are cut so that a few (BigBird's global ones) do not keep the GPU waiting. The grid must
-not depend on the pattern's values, only on shapes, or the host would wait for the device:
-
-    item w < Hp·nb    row w, or where it lists more than CUT columns, those up to the next multiple
-                      of CUT in `col`
-    the others        one for each inner multiple of CUT in `col` (nnz is a shape): the columns from
-                      there, if they belong to a long row; else nothing
-
-Parts of a row go to slots that `sparse_combine` merges in the order of the columns: nothing is
-atomic, the same input gives the same bits. Where nb ≤ CUT no row is long and the grid is the rows.
+Long rows are cut in parts (_lists.py), whose results go to slots that `sparse_combine` merges in the
+order of the columns: nothing is atomic, the same input gives the same bits.
 Up to 64 tokens are one tile, whatever the blocks (_few.py).
 """
 
@@ -33,90 +25,12 @@ from ._launch import (
     strided,
     token_major_empty,
 )
+from ._lists import batch_head, below, parts, reach, slot_of, work
 from ._softmax import finish, fold, forward_tile, heads, meta, quiet, real_keys, takes, tokens
-from ._tiles import head, put, tile
+from ._tiles import head, key_head, put, tile
 from .local import rules
 
 CUT = 32  # listed blocks; not measured yet
-
-# --- the work list, for forward and backward ------------------------------------------------------
-
-
-@triton.jit
-def owner(ptr, position, nb, lists):
-    """The list (of Hp·nb) that entry `position` belongs to: the last that starts at or before it.
-    ptr (Hp, nb+1) does not decrease."""
-    low, high = tl.zeros((), tl.int32), lists + lists // nb - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(ptr + middle) <= position:
-            low = middle
-        else:
-            high = middle - 1
-    return low - low // (nb + 1)
-
-
-@triton.jit
-def work(ptr, item, nb, lists, CUT: tl.constexpr):
-    """-> list, its first and last + 1 entry in this item, the slot of the result: −1 if it is the
-    list's whole result, −2 if there is nothing to do."""
-    if item < lists:
-        which = item
-        start = tl.load(ptr + which + which // nb)
-        end = tl.load(ptr + which + which // nb + 1)
-        first, slot = start, -1
-        if end - start > CUT:
-            end = (start // CUT + 1) * CUT
-            slot = end // CUT * 2
-    else:
-        first = (item - lists + 1) * CUT
-        which = owner(ptr, first, nb, lists)
-        start = tl.load(ptr + which + which // nb)
-        end = tl.load(ptr + which + which // nb + 1)
-        slot = first // CUT * 2 + 1
-        if (end - start <= CUT) | (first == start):
-            slot = -2
-        end = tl.minimum(end, first + CUT)
-    return which, first, end, slot
-
-
-@triton.jit
-def parts(ptr, item, nb, lists, CUT: tl.constexpr):
-    """-> list, first slot, number of parts, if `item` (from 0) is the first inner multiple of CUT
-    in a long list; else 0 parts."""
-    position = (item + 1) * CUT
-    which = owner(ptr, position, nb, lists)
-    start = tl.load(ptr + which + which // nb)
-    end = tl.load(ptr + which + which // nb + 1)
-    count = 1 + tl.cdiv(end - position, CUT)
-    if (end - start <= CUT) | (position == start) | (position - start > CUT):
-        count = 0
-    return which, position // CUT * 2, count
-
-
-@triton.jit
-def slot_of(first, part):
-    """first, then first + 1, + 3, + 5 …"""
-    return first + tl.maximum(2 * part - 1, 0)
-
-
-@triton.jit
-def below(entries, first, last, bound):
-    """How many of the sorted entries are < bound."""
-    count = 0
-    for at in range(first, last, 64):
-        x = tl.load(entries + at + tl.arange(0, 64), mask=at + tl.arange(0, 64) < last, other=bound)
-        count += tl.sum((x < bound).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def batch_head(group, which, nb, lists, H):
-    """Flat (batch, head). Group g of B·H/Hp: with one list for all heads g itself, else a batch."""
-    hp = lists // nb
-    each = H // hp  # heads that share a list
-    return group // each * H + which // nb * each + group % each
-
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -124,7 +38,7 @@ def batch_head(group, which, nb, lists, H):
 @triton.jit
 def sparse_forward(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, o, o_b, o_h, o_n, lse, part_o, part_lse,
-    mask, slopes, ptr, col, N, H, nb, b, lists, items, slots, scale, cap,
+    mask, slopes, ptr, col, N, M, H, KV, nb, b, lists, items, slots, scale, cap,
     CUT: tl.constexpr, SUB: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -137,15 +51,13 @@ def sparse_forward(
     if slot == -2:
         return
     bh, r = batch_head(group, which, nb, lists, H), which % nb
-    q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
-    stop = tl.minimum((r + 1) * b, N)
+    q = head(q, bh, H, q_b, q_h)
+    k, v = key_head(k, bh, H, KV, k_b, k_h), key_head(v, bh, H, KV, v_b, v_h)
+    stop, shift = tl.minimum((r + 1) * b, N), M - N
     i = r * b + sub * BN + tl.arange(0, BN)
-    full = N // b  # whole blocks
-    if CAUSAL:
-        last = first + below(col, first, last, r + 1)
-        full = tl.minimum(full, r)
+    full, last = reach(col, first, last, r * b, stop, M, shift, b, CAUSAL)
     middle = first if PADDED else first + below(col, first, last, full)
-    at = quiet(mask, bh // H, q, q_n, i, stop, N, D, BD)
+    at = quiet(mask, bh // H, q, q_n, i, stop, N, M, D, BD)
     if slopes is not None:
         slopes += bh % H
     x = tile(q, q_n, at, stop, 0, D, BD)
@@ -156,24 +68,24 @@ def sparse_forward(
         j = tl.load(col + e // SUB) * b + e % SUB * BN + tl.arange(0, BN)
         seen = None
         if mask is not None:
-            real, j = real_keys(mask, bh // H, j, N)
+            real, j = real_keys(mask, bh // H, j, M)
             seen = real[None, :]
         y, top, total = forward_tile(
-            y, top, total, x, q, q_n, at, stop, k, k_n, v, v_n, j, N, v0, seen, scale, cap, slopes,
-            False, D, DV, BD, BV, PRECISION,
+            y, top, total, x, q, q_n, at, stop, k, k_n, v, v_n, j, M, v0, seen, scale, cap, slopes,
+            shift, False, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     for e in range(middle * SUB, last * SUB):
         c = tl.load(col + e // SUB)
-        j, end = c * b + e % SUB * BN + tl.arange(0, BN), tl.minimum((c + 1) * b, N)
+        j, end = c * b + e % SUB * BN + tl.arange(0, BN), tl.minimum((c + 1) * b, M)
         seen = (j < end)[None, :]
         if CAUSAL:
-            seen = seen & (j[None, :] <= i[:, None])
+            seen = seen & (j[None, :] <= i[:, None] + shift)
         if mask is not None:
-            real, j = real_keys(mask, bh // H, j, N)
+            real, j = real_keys(mask, bh // H, j, M)
             seen = seen & real[None, :]
         y, top, total = forward_tile(
             y, top, total, x, q, q_n, at, stop, k, k_n, v, v_n, j, end, v0, seen, scale, cap,
-            slopes, CAUSAL, D, DV, BD, BV, PRECISION,
+            slopes, shift, CAUSAL, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     y, top = finish(y, top, total)
     if slot == -1:
@@ -218,22 +130,29 @@ def sparse_combine(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def plan(q, v, ptr, entries, block_size, causal, backward=False) -> tuple[dict, int, int, dict]:
-    """-> sizes that kernels take, by name; groups, each of which goes through all lists; items of
-    the merging kernels, 0 where no list can be long; compile-time arguments."""
-    b, h, n, _ = q.shape
+def plan(q, k, v, ptr, entries, others, block_size, causal, backward=False):
+    """For lists of at most `others` blocks -> sizes that kernels take, by name; groups, each of
+    which goes through all lists; items of the merging kernels, 0 where no list can be long;
+    compile-time arguments."""
+    (b, h, n, _), (_, kv, m, _) = q.shape, k.shape
     hp, nb = ptr.shape[0], ptr.shape[1] - 1
-    cuts = max(0, entries.shape[0] - 1) // CUT if nb > CUT else 0
+    cuts = max(0, entries.shape[0] - 1) // CUT if others > CUT else 0
     sizes = {
-        "N": n, "H": h, "nb": nb, "b": block_size, "lists": hp * nb, "items": hp * nb + cuts,
+        "N": n, "M": m, "H": h, "KV": kv, "nb": nb, "b": block_size, "lists": hp * nb,
+        "items": hp * nb + cuts,
         "slots": 2 * cuts + 2 if cuts else 0,
     }  # fmt: skip
     bn = tokens(q, block_size)
-    m = {
+    fixed = {
         "CUT": CUT, "SUB": cdiv(block_size, bn), "CAUSAL": causal, "PADDED": block_size % bn != 0,
         "BN": bn, **meta(q, v, backward),
     }  # fmt: skip
-    return sizes, b * h // hp, cuts, m
+    return sizes, b * h // hp, cuts, fixed
+
+
+def merging(n: int, sizes: dict, items: int) -> list:
+    """What the kernels that merge parts of long lists take of the sizes, for n tokens."""
+    return [n, *({**sizes, "items": items}[x] for x in ("H", "nb", "b", "lists", "items", "slots"))]
 
 
 def partial(x, groups: int, sizes: dict, *size: int):
@@ -245,9 +164,10 @@ def forward(
     q, k, v, row_ptr, col, col_ptr, row, key_mask, slopes, block_size, causal, scale, softcap
 ):  # fmt: skip
     """tab::sparse_fwd"""
-    q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(v)
+    q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    sizes, groups, cuts, m = plan(q, v, row_ptr, col, block_size, causal)
+    others = col_ptr.shape[1] - 1
+    sizes, groups, cuts, m = plan(q, k, v, row_ptr, col, others, block_size, causal)
     told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
     if few := _few.one_tile(q, k, v, m):
         seen = _few.by_pattern(row_ptr, col, block_size)
@@ -261,9 +181,9 @@ def forward(
         *strided(q, k, v), *out, *told, row_ptr, col, *sizes.values(), *scales, **m,
     )  # fmt: skip
     if cuts:
-        sizes["items"] = cuts
         launch(
-            sparse_combine, (groups * cuts, *across), *out, row_ptr, *sizes.values(),
+            sparse_combine, (groups * cuts, *across), *out, row_ptr,
+            *merging(q.shape[2], sizes, cuts),
             CUT=CUT, DV=dv, BN=m["BN"], BV=m["BV"],
         )  # fmt: skip
     return o, lse
@@ -280,7 +200,8 @@ def cases():
         pattern = ptr, entries, ptr, entries
         yield q, q, q, *pattern, None, None, 64, True, 0.1, 0.0
         if first == 0:
-            yield q, q, q, *pattern, *rules(q), 64, True, 0.1, 30.0
+            k = q[:, :2]  # fewer heads
+            yield q, k, k, *pattern, *rules(q), 64, True, 0.1, 30.0
     ptr = meta_tensor(8, 9, dtype=torch.int32)
     for rule, dtype in (False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32):
         q = meta_heads(512, 8, 64, 64, dtype)

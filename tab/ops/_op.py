@@ -70,6 +70,7 @@ class Op:
         self.takes: dict[str, Callable[..., str | None]] = {}
         self.kernels: dict[str, Callable] = {}  # backend -> what `implement` registered
         self.run: Callable = self  # (backend, *args) -> the outputs, in eager use
+        self.sunk: Op  # the same with sinks, where with_sinks made it
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
             torch.library.impl(
@@ -128,7 +129,7 @@ class Op:
         if _loaded:
             self.find_kernels()
 
-    def differentiable(self, gradients: Callable, by: Op, constant: int = 0) -> None:
+    def differentiable(self, gradients: Callable, by: Op | None = None, constant: int = 0) -> None:
         """Gives the op its gradients, on its Autograd key and in `apply`.
 
         gradients: (backend, gradients of the outputs, *tensors, *outputs, *options) -> those of the
@@ -138,9 +139,11 @@ class Op:
         constant: how many outputs, the last ones, carry no gradient, and come with none; the
             reference detaches them.
         """
+        self.gradients, self.constant = gradients, constant
         self.run = function(self, gradients, constant)
         register(self, self.run)
-        register(by, once_only(by, self.name).apply)
+        if by is not None:
+            register(by, once_only(by, self.name).apply)
 
     def apply(self, backend: str, *args):
         """What a public function calls: the op with its gradients. Nothing to compute (B or N is 0)

@@ -164,13 +164,13 @@ def _each(
         groups = cut(op, cu_seqlens, q.shape[2])
         sequences = sum(count for count, _ in groups)
         groups = groups or [(0, 0)]
-    parts = [_split(x, name, groups) for x, name in zip(tensors, given, strict=True)]
+    parts = [split(x, name, groups) for x, name in zip(tensors, given, strict=True)]
     outs = [
         one(tokens, *part, *(options if fit is None else fit(tokens, *options)))
         for (_, tokens), *part in zip(groups, *parts, strict=True)
     ]
     columns = zip(*outs, strict=True)
-    return tuple(_join(x, name, sequences, q) for name, x in zip(wanted, columns, strict=True))
+    return tuple(join(x, name, sequences, q) for name, x in zip(wanted, columns, strict=True))
 
 
 def cut(op: str, cu_seqlens: Tensor, tokens: int) -> list[Group]:
@@ -192,7 +192,7 @@ def cut(op: str, cu_seqlens: Tensor, tokens: int) -> list[Group]:
     )
 
 
-def _split(x: Tensor | None, name: str, groups: list[Group]) -> Parts:
+def split(x: Tensor | None, name: str, groups: list[Group]) -> Parts:
     """Views, one a group: (count, …, length, …), or (count, …) of what each sequence has one of.
     One split, whose gradient is one concatenation; slices would fill a whole tensor each."""
     if x is None or name in SHARED:
@@ -209,8 +209,8 @@ def _split(x: Tensor | None, name: str, groups: list[Group]) -> Parts:
     ]
 
 
-def _join(parts: Parts, name: str, sequences: int, q: Tensor) -> Tensor:
-    """The inverse of `_split`; what is shared is summed. Tensors (1, H, T, D) are token-major."""
+def join(parts: Parts, name: str, sequences: int, q: Tensor) -> Tensor:
+    """The inverse of `split`; what is shared is summed. Tensors (1, H, T, D) are token-major."""
     first, *others = [x for x in parts if x is not None] or [q.new_empty(0)]  # for None
     if parts[0] is None or (not others and name in SHARED):
         return first

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import transforming
-from ._check import number
+from ._check import number, one_length
 
 
 def softmax_forward(
@@ -98,7 +98,7 @@ def plain_softmax(q: Tensor, k: Tensor, v=None, key_mask=None, slopes=None, *opt
         return "it takes no key_mask"
     if slopes is not None or (options and options[-1]):
         return "it takes neither softcap nor alibi"
-    return own_heads(q, k)
+    return own_heads(q, k) or one_length(q, k)
 
 
 def check_lse_gradient(op: str, backend: str) -> None:
@@ -143,7 +143,7 @@ def _scores(q, k, allowed, scale, softcap, bias) -> tuple[Tensor, Tensor | None]
 def quiet(key_mask: Tensor | None, q: Tensor) -> Tensor:
     """q (B, H, N, D) with 0 where a masked token holds what is not finite: its own output is of no
     use, but the gradients of all keys would meet it."""
-    if key_mask is None:
+    if key_mask is None or key_mask.shape[1] != q.shape[2]:  # a mask of other tokens
         return q
     return q.masked_fill(~key_mask[:, None, :, None] & ~q.isfinite(), 0.0)
 

@@ -1,12 +1,13 @@
 """Local attention: softmax over a window of keys around each query.
 
     o_i = Σ_{j∈W(i)} exp(s_ij − L_i) v_j,  s_ij = scale·q_iᵀk_j,  L_i = log Σ_{j∈W(i)} exp s_ij
-    line:  W(i) = {j : i − left ≤ j ≤ i + right}
+    line:  W(i) = {j : p_i − left ≤ j ≤ p_i + right},  p_i = i + N_k − N_q
     grid:  W(i) = {j : −left ≤ row(j) − row(i) ≤ right and −left ≤ col(j) − col(i) ≤ right},
            row(i) = ⌊i/cols⌋, col(i) = i mod cols
 
-Edges truncate. Beltagy et al. 2020, "Longformer", sec. 3.1 (line); Ramachandran et al. 2019,
-"Stand-Alone Self-Attention in Vision Models", eq. 2 (grid). W(i) always holds i itself.
+p_i is where query i stands among the keys: the queries are the last of them. Edges truncate.
+Beltagy et al. 2020, "Longformer", sec. 3.1 (line); Ramachandran et al. 2019, "Stand-Alone
+Self-Attention in Vision Models", eq. 2 (grid).
 
 Read top to bottom: ops → autograd → public function. The reference is in local_reference.py.
 """
@@ -23,33 +24,33 @@ from ._op import Backend, Op, choose
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
+from ._sinks_op import attend, with_sinks
 from ._softmax import check_lse_gradient, lse_as_column, plain_softmax, score_scale
 from .local_reference import backward_reference, forward_reference, in_window
-from .merge import merge_sinks
 
 # --- ops ------------------------------------------------------------------------------------------
 
 
 # rows = cols = 0: a line. 0 ≤ left, right < N (grid: < max(rows, cols)): no kernel overflows.
-# causal: only j ≤ i. On a line the public function has set right = 0 instead, and causal is False.
+# causal: only j ≤ p_i. On a line the public function has set right = 0 and causal = False.
 # slopes: (H,) in the accumulation type, ALiBi's m. softcap: 0 for none.
-def _pairs(q, left, right, cols, causal) -> int:
+def _pairs(q, k, left, right, cols, causal) -> int:
     """Query-key pairs that the windows hold."""
-    b, h, n, _ = q
-    i = torch.arange(n)
-    return b * h * in_window(i[:, None], i, left, right, cols, causal).sum().item()
+    (b, h, n, _), m = q, k[2]
+    i, j = torch.arange(m - n, m)[:, None], torch.arange(m)
+    return b * h * in_window(i, j, left, right, cols, causal).sum().item()
 
 
 def _flops(q, k, v, key_mask, slopes, left, right, rows, cols, causal, *_, **__) -> int:
     """Scores and sums: 2·(D + Dv) a pair."""
-    return 2 * _pairs(q, left, right, cols, causal) * (q[-1] + v[-1])
+    return 2 * _pairs(q, k, left, right, cols, causal) * (q[-1] + v[-1])
 
 
 def _backward_flops(
     do, q, k, v, o, lse, key_mask, slopes, left, right, rows, cols, causal, *_, **__
 ) -> int:  # fmt: skip
     """Scores, do·v, dq, dk and dv: 2·(3·D + 2·Dv) a pair."""
-    return 2 * _pairs(q, left, right, cols, causal) * (3 * q[-1] + 2 * v[-1])
+    return 2 * _pairs(q, k, left, right, cols, causal) * (3 * q[-1] + 2 * v[-1])
 
 
 local_fwd = Op(
@@ -92,6 +93,8 @@ def _fit(n, left, right, *rest):
 
 
 local_packed = packed(local_fwd, local_bwd, _gradients, fit=_fit)
+with_sinks(local_fwd)
+with_sinks(local_packed)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -158,28 +161,32 @@ def local_attention(
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention within a window, `o_i = Σ_j softmax_j(scale·q_i·k_j) v_j` over the keys
-    i − left ≤ j ≤ i + right (Beltagy et al. 2020, sec. 3.1; on a grid Ramachandran et al. 2019).
+    p_i − left ≤ j ≤ p_i + right, p_i = i + N_k − N_q (Beltagy et al. 2020, sec. 3.1; on a grid
+    Ramachandran et al. 2019).
 
     Args:
-        q: (B, H, N, D); k: (B, H_kv, N, D); v: (B, H_kv, N, Dv). One floating dtype, one device.
-            Sums run in float32. H_kv divides H: head h of q attends with head ⌊h·H_kv/H⌋ of k and v
-            (grouped-query attention, Ainslie et al. 2023; multi-query with H_kv = 1), which the C++
-            kernel reads in place.
+        q: (B, H, N, D); k: (B, H_kv, N_k, D); v: (B, H_kv, N_k, Dv). One floating dtype, one
+            device. Sums run in float32. With more or fewer keys than queries (cross-attention, or
+            the last tokens of a sequence) the last query stands at the last key, as flash-attention
+            aligns them; one before the first key may see nothing. H_kv divides H: head h of q
+            attends with head ⌊h·H_kv/H⌋ of k and v (grouped-query attention, Ainslie et al. 2023;
+            multi-query with H_kv = 1), which kernels read in place.
         window: (left, right), both inclusive, or one number for both; 0 sees only itself. Any size:
             edges truncate.
-        causal: only keys j ≤ i. On a line that is right = 0. On a grid the order is the raster's:
+        causal: only keys j ≤ p_i. On a line that is right = 0. On a grid the order is the raster's:
             the rows above within the window, whole, and the row itself up to i.
-        grid: (rows, cols), rows · cols = N: the tokens are the cells of an image in raster order,
-            and the window is two-dimensional: left upwards and to the left, right downwards and to
-            the right. Without it a window wraps around the edges of an image.
+        grid: (rows, cols), rows · cols = N = N_k: the tokens are the cells of an image in raster
+            order, and the window is two-dimensional: left upwards and to the left, right downwards
+            and to the right. Without it a window wraps around the edges of an image.
         is_causal: another name of `causal`.
         scale: of the scores, 1/√D unless given.
-        key_mask: (B, N) bool, True where a token is real; what the others hold, NaN too, reaches
-            no real token, forward or backward. A query that sees no key gives 0.
+        key_mask: (B, N_k) bool, True where a token is real; what the others hold, NaN too, reaches
+            no real token, forward or backward. With N ≠ N_k it is of keys alone. A query that sees
+            no key gives 0.
         sinks: (H,), a logit for each head that joins the sum of every softmax without a value: the
             weights of a row sum to less than 1 (`tab.merge_sinks`). Learned where it requires grad.
         softcap: c > 0 bends the scores to c·tanh(s/c) (Gemma 2 2024, sec. 2), before alibi.
-        alibi: (H,), slopes m: m·|i − j| is subtracted from the scores (Press et al. 2021, "Train
+        alibi: (H,), slopes m: m·|p_i − j| is subtracted from the scores (Press et al. 2021, "Train
             short, test long"), on a line only; without gradient.
         cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
             they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
@@ -211,7 +218,7 @@ def local_attention(
         [(4, 5, 32), (4, 9, 32)]
     """
     (q, k, v), packing = unpack("local_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("local_attention", q, k, v, grouped=True)
+    q, k, v = check_qkv("local_attention", q, k, v, grouped=True, cross=grid is None)
     causal = check_causal("local_attention", causal, is_causal)
     n = q.shape[2]
     left, right = check_window("local_attention", window)
@@ -227,12 +234,12 @@ def local_attention(
         )
     # No two tokens lie further apart. min and max stay symbolic under torch.compile: no new
     # compilation for every new length.
-    reach = max(rows, cols, 1) - 1 if grid is not None else max(n, 1) - 1
+    reach = max(rows, cols, 1) - 1 if grid is not None else max(n, k.shape[2], 1) - 1
     left, right = min(left, reach), min(right, reach)
     if causal and not cols:
         right, causal = 0, False
     scale = score_scale("local_attention", scale, q.shape[-1])
-    check_key_mask("local_attention", key_mask, q)
+    check_key_mask("local_attention", key_mask, k)
     cap, slopes = check_scores("local_attention", q, sinks, softcap, alibi)
     # The kernel is faster than dense SDPA even when the window holds every token, so "auto" never
     # leaves it. float32, one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
@@ -241,11 +248,9 @@ def local_attention(
     #   B 1 H 2 N 1024 D 64     2.6 and  5.6,   8.9 and 19.9
     op, cuts = (local_fwd, ()) if packing is None else (local_packed, packing[:1])
     x = q, k, v, key_mask, slopes, *cuts, left, right, rows, cols, causal, scale, cap
-    few = q.is_cuda and plain_softmax(*x) is None and not return_lse and sinks is None
+    few = q.is_cuda and plain_softmax(*x) is None and not return_lse
     backend = choose(backend, op, *x, cuda=few)
-    o, lse = op.apply(backend, *x)
-    if sinks is not None:
-        o, lse = merge_sinks(o, lse, sinks)
+    o, lse = attend(op, backend, sinks, *x)
     o = pack(layout, o, packing)
     return (o, pack_rows(lse, packing)) if return_lse else o
 

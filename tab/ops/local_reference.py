@@ -37,21 +37,25 @@ def in_window(i: Tensor, j: Tensor, left: int, right: int, cols: int, causal: bo
 
 
 def tiles(
-    q: Tensor, left: int, right: int, cols: int, causal: bool
+    q: Tensor, k: Tensor, left: int, right: int, cols: int, causal: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Per chunk of queries: the queries, the band of keys that they can see, who sees whom."""
-    n, width = q.shape[-2], cols or 1  # on a line every token is its own row
+    n, m, width = q.shape[-2], k.shape[-2], cols or 1  # on a line every token is its own row
+    shift = m - n
     for start in range(0, max(n, 1), CHUNK):  # without tokens one empty tile
         stop = min(start + CHUNK, n)
-        first = max(0, (start // width - left) * width)
-        last = stop if causal else min(n, ((stop - 1) // width + right + 1) * width)
-        i = torch.arange(start, stop, device=q.device)[:, None]
+        first = max(0, ((start + shift) // width - left) * width)
+        last = stop + shift
+        if not causal:
+            last = min(m, ((last - 1) // width + right + 1) * width)
+        last = max(first, last)  # queries before the first key
+        i = torch.arange(start, stop, device=q.device)[:, None] + shift
         j = torch.arange(first, last, device=q.device)
         seen = in_window(i, j, left, right, cols, causal)  # (≤ CHUNK, band)
         yield slice(start, stop), slice(first, last), seen
 
 
-def _told(key_mask, slopes, i, j, seen, kv, heads):
+def _told(key_mask, slopes, i, j, seen, kv, heads, shift):
     """What is allowed and the bias of a tile: queries i and keys j (slices), who sees whom (n, m);
     both broadcast against scores (B, H, n, m), or (B, H_kv, H/H_kv, n, m) for shared heads."""
     if key_mask is not None:
@@ -59,7 +63,7 @@ def _told(key_mask, slopes, i, j, seen, kv, heads):
         seen = seen & key_mask[:, j].unflatten(0, (-1, *ones))
     if slopes is None:
         return seen, None
-    rows = torch.arange(i.start, i.stop, device=slopes.device)[:, None]
+    rows = torch.arange(i.start, i.stop, device=slopes.device)[:, None] + shift
     cols = torch.arange(j.start, j.stop, device=slopes.device)
     each = (heads,) if heads == kv else (kv, -1)
     return seen, alibi(slopes.view(*each, 1, 1), rows, cols)
@@ -72,12 +76,12 @@ def forward_reference(
     acc = accumulate(q)
     if q.is_meta:  # shapes need no walk
         return empty_outputs(q, v, acc)
-    dtype, heads, parts = q.dtype, (k.shape[1], q.shape[1]), []
+    dtype, place, parts = q.dtype, (k.shape[1], q.shape[1], k.shape[2] - q.shape[2]), []
     q = quiet(key_mask, q)
     q, k, v = shared_heads(k.shape[1], q.to(acc), k.to(acc), v.to(acc))
-    for i, j, seen in tiles(q, left, right, cols, causal):
+    for i, j, seen in tiles(q, k, left, right, cols, causal):
         tile = q[..., i, :], k[..., j, :], v[..., j, :]
-        allowed, bias = _told(key_mask, slopes, i, j, seen, *heads)
+        allowed, bias = _told(key_mask, slopes, i, j, seen, *place)
         parts.append(softmax_forward(*tile, allowed, scale, softcap, bias)[:2])
     o, lse = (torch.cat([x[which] for x in parts], dim) for which, dim in ((0, -2), (1, -1)))
     if o.dim() == 5:
@@ -92,14 +96,14 @@ def backward_reference(
     if q.is_meta:
         return empty_heads(q), empty_heads(k), empty_heads(v)
     acc, dtype, shape = accumulate(q), q.dtype, q.shape
-    heads = k.shape[1], q.shape[1]
+    place = k.shape[1], q.shape[1], k.shape[2] - q.shape[2]
     do, q, k, v = do.to(acc), quiet(key_mask, q).to(acc), k.to(acc), v.to(acc)
     delta = row_sums(do, o.to(acc))  # (B, H, N)
     dq, dk, dv = [], do.new_zeros(k.shape), do.new_zeros(v.shape)
     do, q, k, v, lse, delta = shared_heads(k.shape[1], do, q, k, v, lse, delta)
-    for i, j, seen in tiles(q, left, right, cols, causal):
+    for i, j, seen in tiles(q, k, left, right, cols, causal):
         tile = do[..., i, :], q[..., i, :], k[..., j, :], v[..., j, :], lse[..., i], delta[..., i]
-        told = _told(key_mask, slopes, i, j, seen, *heads)
+        told = _told(key_mask, slopes, i, j, seen, *place)
         dq_tile, dk_tile, dv_tile = softmax_backward(*tile, told[0], scale, softcap, told[1])
         dq.append(dq_tile)
         dk[:, :, j] += dk_tile if dk_tile.dim() == 4 else dk_tile.sum(2)

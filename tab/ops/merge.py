@@ -59,7 +59,7 @@ def merge_attention(
             f"return_lse gives them; got {shapes(**given)}"
         )
     same("merge_attention", o1=o1, o2=o2)
-    w1, w2, lse = _shares(lse1, lse2)
+    w1, w2, lse = shares(lse1, lse2)
     x, y = (
         o.to(acc).masked_fill((w == 0)[..., None], 0.0) * w[..., None]
         for o, w in ((o1, w1), (o2, w2))
@@ -106,11 +106,11 @@ def merge_sinks(
             + shapes(o=o, lse=lse)
         )
     check_sinks("merge_sinks", sinks, o)
-    w, _, total = _shares(lse, sinks.to(acc)[:, None])
+    w, _, total = shares(lse, sinks.to(acc)[:, None])
     return as_given(layout, (o.to(acc) * w[..., None]).to(o.dtype)), total
 
 
-def _shares(lse1: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shares(lse1: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> e^(L₁ − L), e^(L₂ − L) and L. Where L is NaN, since a query or a key that it sees is, the
     shares are 1: what is NaN already stays so, and no gradient of 0 becomes NaN, which a masked
     token would pass on."""

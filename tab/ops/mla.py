@@ -26,6 +26,7 @@ from ._op import Backend, Op, Unavailable, choose
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
+from ._sinks_op import attend, with_sinks
 from ._softmax import score_scale
 from .merge import merge_sinks
 from .mla_forms import check_latents, compose
@@ -84,6 +85,8 @@ def _gradients(backend, grads, *saved):
 
 mla_fwd.differentiable(_gradients, by=mla_bwd, constant=1)
 mla_packed = packed(mla_fwd, mla_bwd, _gradients, constant=1)
+with_sinks(mla_fwd)
+with_sinks(mla_packed)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -243,17 +246,15 @@ def mla_attention(
         o, lse, peak = plain(forward_reference, (*x, key_mask, scale, causal, cap, slopes))
     elif form == "fused":
         op, cuts = (mla_fwd, ()) if packing is None else (mla_packed, packing[:1])
-        o, lse, peak = op.apply(backend, *x, key_mask, *cuts, scale, causal)
+        o, lse, peak = attend(op, backend, sinks, *x, key_mask, *cuts, scale, causal)
     else:
         want_lse = return_lse or sinks is not None
         o, lse, peak = compose(form, x, scale, causal, key_mask, want_lse, return_max_logits)
-    if sinks is not None:
+    if sinks is not None and (bent or form != "fused"):
         o, lse = merge_sinks(o, lse, sinks)
     o = pack(layout, o, packing)
-    extra = (
-        *((pack_rows(lse, packing),) if return_lse else ()),
-        *((peak,) if return_max_logits else ()),
-    )
+    extra = [pack_rows(lse, packing)] if return_lse else []
+    extra += [peak] if return_max_logits else []
     return (o, *extra) if extra else o
 
 

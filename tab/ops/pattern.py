@@ -2,11 +2,6 @@
 
 Patterns by a rule are in pattern_bigbird.py and pattern_rules.py, FlexAttention's BlockMask in
 pattern_flex.py.
-
-BigBird (Zaheer et al. 2020, sec. 2 and appendix D, the internal transformer construction): with
-nb = ⌈N/b⌉ blocks, the first and last `num_global` rows of blocks see everything and their columns
-are seen by all; every other row i sees its window {i − w//2, …, i + w//2} and `num_random` others,
-drawn per head, none twice and none that it sees already.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ from torch import Tensor
 
 from . import pattern_rules
 from .pattern_bigbird import bigbird
+from .pattern_compress import check_least, check_odd, check_size, check_tail, compress, lines
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -30,10 +26,11 @@ class BlockPattern:
 
     row_ptr (Hp, nb+1), col (nnz,): block row i of head h sees the block columns
         col[row_ptr[h, i] : row_ptr[h, i+1]], sorted, none twice.
-    col_ptr (Hp, nb+1), row (nnz,): the transpose; who sees block column i.
+    col_ptr (Hp, mb+1), row (nnz,): the transpose; who sees block column i.
 
-    It serves `heads` heads, any number if None; Hp is 1 where they share the rows, else `heads`.
-    The last block is shorter when block_size does not divide n. Make one by `bigbird`,
+    It is for n queries and n_keys keys, nb and mb blocks of them, of which the last are shorter
+    where block_size divides the numbers not. It serves `heads` heads, any number if None; Hp is 1
+    where they share the rows, else `heads`. Make one by `bigbird`,
     `sliding_window`, `dilated`, `strided`, `fixed`, `from_blocks` or, of FlexAttention's BlockMask,
     `from_block_mask`; all raise a ValueError that names what does not fit.
 
@@ -51,9 +48,12 @@ class BlockPattern:
     col: Tensor
     col_ptr: Tensor
     row: Tensor
+    n_keys: int = -1  # as many as queries, unless given
     _copies: dict[str, BlockPattern] = field(default_factory=dict)  # by device, shared by them all
 
     def __post_init__(self):
+        if self.n_keys < 0:
+            object.__setattr__(self, "n_keys", self.n)
         self._copies[str(self.row_ptr.device)] = self
 
     @staticmethod
@@ -71,14 +71,9 @@ class BlockPattern:
 
         window: odd, in blocks; num_global: at each end. The draw depends on `seed` alone.
         """
-        _check_size(n, block_size)
-        if window < 1 or window % 2 == 0:
-            near = max(1, window - 1) if window < 2 else f"{window - 1} or {window + 1}"
-            raise ValueError(
-                f"BigBird's window is odd, as many blocks before as after: got {window}; "
-                f"nearest: {near}"
-            )
-        _check_least(
+        check_size(n, block_size)
+        check_odd("bigbird", window)
+        check_least(
             "bigbird", heads=(heads, 1), num_global=(num_global, 0), num_random=(num_random, 0)
         )
         with torch.device("cpu"), torch.inference_mode(False):  # whatever goes on around it
@@ -87,18 +82,23 @@ class BlockPattern:
             return _compress(n, block_size, heads, *seen)
 
     @staticmethod
-    def from_blocks(mask: Tensor, block_size: int, n: int) -> BlockPattern:
-        """mask (nb, nb), or (H, nb, nb) per head, bool, nb = ⌈n/block_size⌉: True where seen."""
-        nb = _check_size(n, block_size)
-        if mask.dtype != torch.bool or mask.dim() not in (2, 3) or mask.shape[-2:] != (nb, nb):
+    def from_blocks(
+        mask: Tensor, block_size: int, n: int, *, n_keys: int | None = None
+    ) -> BlockPattern:
+        """mask (nb, mb), or (H, nb, mb) per head, bool: True where seen. nb = ⌈n/block_size⌉, mb
+        the same of n_keys, which is n unless given."""
+        n_keys = n if n_keys is None else n_keys
+        nb, mb = check_size(n, block_size), check_size(n_keys, block_size)
+        if mask.dtype != torch.bool or mask.dim() not in (2, 3) or mask.shape[-2:] != (nb, mb):
+            keys = f", n_keys={n_keys}" if n_keys != n else ""
             raise ValueError(
-                f"BlockPattern of n={n} in blocks of {block_size} wants a bool mask ({nb}, {nb}) "
-                f"or (H, {nb}, {nb}), got {tuple(mask.shape)} {mask.dtype}"
+                f"BlockPattern of n={n}{keys} in blocks of {block_size} wants a bool mask "
+                f"({nb}, {mb}) or (H, {nb}, {mb}), got {tuple(mask.shape)} {mask.dtype}"
             )
         with torch.device("cpu"), torch.inference_mode(False):
             coordinates = (mask if mask.dim() == 3 else mask[None]).cpu().nonzero().T  # (3, nnz)
             heads = mask.shape[0] if mask.dim() == 3 else None
-            return _compress(n, block_size, heads, heads or 1, *coordinates)
+            return _compress(n, block_size, heads, heads or 1, *coordinates, n_keys)
 
     @staticmethod
     def sliding_window(
@@ -112,8 +112,8 @@ class BlockPattern:
         Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", sec. 3.2. All
         heads share it. Call `sparse_attention` with causal=True, which cuts the own block.
         """
-        nb = _check_size(n, block_size)
-        _check_least("sliding_window", window=(window, 1), sinks=(sinks, 0))
+        nb = check_size(n, block_size)
+        check_least("sliding_window", window=(window, 1), sinks=(sinks, 0))
         return _shared(n, block_size, pattern_rules.sliding_window(nb, window, sinks))
 
     @staticmethod
@@ -124,13 +124,9 @@ class BlockPattern:
 
         Beltagy et al. 2020, "Longformer", sec. 3.1, "dilated sliding window". All heads share it.
         """
-        nb = _check_size(n, block_size)
-        _check_least("dilated", window=(window, 1), dilation=(dilation, 1))
-        if window % 2 == 0:
-            raise ValueError(
-                "BlockPattern.dilated wants an odd window, as many blocks before as after: got "
-                f"{window}; nearest: {window - 1} or {window + 1}"
-            )
+        nb = check_size(n, block_size)
+        check_odd("dilated", window)
+        check_least("dilated", dilation=(dilation, 1))
         return _shared(n, block_size, pattern_rules.dilated(nb, window, dilation))
 
     @staticmethod
@@ -143,8 +139,8 @@ class BlockPattern:
         strided pattern, both parts merged in every head (sec. 4.3). stride = ⌈√nb⌉ sees the fewest
         blocks. Call `sparse_attention` with causal=True, which cuts the own block.
         """
-        nb = _check_size(n, block_size)
-        _check_least("strided", stride=(stride, 1))
+        nb = check_size(n, block_size)
+        check_least("strided", stride=(stride, 1))
         return _shared(n, block_size, pattern_rules.strided(nb, stride))
 
     @staticmethod
@@ -156,8 +152,8 @@ class BlockPattern:
         Child et al. 2019, sec. 4.2, the fixed pattern, both parts merged in every head (sec. 4.3).
         Call `sparse_attention` with causal=True, which cuts the own block.
         """
-        nb = _check_size(n, block_size)
-        _check_least("fixed", stride=(stride, 1), summary=(summary, 0))
+        nb = check_size(n, block_size)
+        check_least("fixed", stride=(stride, 1), summary=(summary, 0))
         if summary > stride:
             raise ValueError(
                 f"BlockPattern.fixed wants summary ≤ stride = {stride}, got {summary}; "
@@ -175,8 +171,8 @@ class BlockPattern:
         `mask_mod` is called for the blocks that the mask calls partial, to see what they hold.
 
         Raises:
-            ValueError: a block is seen in part; batch entries differ; N_q ≠ N_k; the blocks are no
-                squares. The message says where.
+            ValueError: a block is seen in part; batch entries differ; the blocks are no squares.
+                The message says where.
 
         Example: a causal mask of FlexAttention's, and the same attention here.
             >>> from torch.nn.attention.flex_attention import create_block_mask
@@ -189,7 +185,8 @@ class BlockPattern:
         """
         from .pattern_flex import blocks_of  # FlexAttention takes two seconds to import
 
-        return BlockPattern.from_blocks(*blocks_of(mask, causal))
+        seen, size, (n, n_keys) = blocks_of(mask, causal)
+        return BlockPattern.from_blocks(seen, size, n, n_keys=n_keys)
 
     def to_block_mask(self, *, causal: bool = False) -> BlockMask:
         """The same for FlexAttention, on this pattern's device: `flex_attention(q, k, v,
@@ -203,15 +200,36 @@ class BlockPattern:
 
         return block_mask_of(self, causal)
 
+    def tail(self, n: int) -> BlockPattern:
+        """For the last n queries alone, over the same keys: `sparse_attention(q[:, :, -n:], k, v,
+        pattern.tail(n))` gives the last n rows. Those before are whole blocks.
+
+        Example:
+            >>> tab.BlockPattern.sliding_window(64, window=2, block_size=16).tail(16)
+            BlockPattern(n=16, n_keys=64, block_size=16, heads=None, density=0.500)
+        """
+        first = check_tail(n, self.n, self.block_size)
+        with torch.device("cpu"), torch.inference_mode(False):
+            head, row = lines(self.row_ptr.cpu())
+            kept = row >= first
+            blocks = head[kept], row[kept] - first, self.col.cpu()[kept].long()
+            hp = self.row_ptr.shape[0]
+            return _compress(n, self.block_size, self.heads, hp, *blocks, self.n_keys)
+
     @property
     def blocks(self) -> int:
         """nb = ⌈n/block_size⌉"""
         return -(-self.n // self.block_size)
 
     @property
+    def key_blocks(self) -> int:
+        """mb = ⌈n_keys/block_size⌉"""
+        return -(-self.n_keys // self.block_size)
+
+    @property
     def density(self) -> float:
         """Seen pairs of blocks over all pairs of blocks, 0 to 1."""
-        return self.col.numel() / max(1, self.row_ptr.shape[0] * self.blocks**2)
+        return self.col.numel() / max(1, self.row_ptr.shape[0] * self.blocks * self.key_blocks)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -219,16 +237,16 @@ class BlockPattern:
         return self.row_ptr, self.col, self.col_ptr, self.row
 
     def to_blocks(self) -> Tensor:
-        """(Hp, nb, nb) bool, on the CPU: the inverse of `from_blocks`."""
-        lengths = self.row_ptr.cpu().diff().flatten()  # (Hp·nb,)
-        mask = torch.zeros(len(lengths), self.blocks, dtype=torch.bool)
-        mask[torch.arange(len(mask)).repeat_interleave(lengths), self.col.cpu().long()] = True
-        return mask.view(self.row_ptr.shape[0], self.blocks, self.blocks)
+        """(Hp, nb, mb) bool, on the CPU: the inverse of `from_blocks`."""
+        row_ptr = self.row_ptr.cpu()
+        mask = torch.zeros(len(row_ptr), self.blocks, self.key_blocks, dtype=torch.bool)
+        mask[(*lines(row_ptr), self.col.cpu().long())] = True
+        return mask
 
     def to_dense(self) -> Tensor:
-        """(Hp, n, n) bool, on the CPU: for tests and pictures."""
-        block = torch.arange(self.n) // self.block_size
-        return self.to_blocks()[:, block[:, None], block]
+        """(Hp, n, n_keys) bool, on the CPU: for tests and pictures."""
+        row, column = (torch.arange(x) // self.block_size for x in (self.n, self.n_keys))
+        return self.to_blocks()[:, row[:, None], column]
 
     def to(self, device: torch.device | str) -> BlockPattern:
         """The same pattern on another device; every copy is made once."""
@@ -239,38 +257,25 @@ class BlockPattern:
             with torch.inference_mode(False):  # else training could not use it later
                 row_ptr, col, col_ptr, row = (x.to(device) for x in self.tensors)
             self._copies[key] = BlockPattern(
-                self.n, self.block_size, self.heads, row_ptr, col, col_ptr, row, self._copies
-            )
+                self.n, self.block_size, self.heads, row_ptr, col, col_ptr, row, self.n_keys,
+                self._copies,
+            )  # fmt: skip
         return self._copies[key]
 
     def __reduce__(self):
         """Pickled, deepcopied and saved without the copies on other devices. torch.load reads it
         with weights_only=True, once `tab` is imported."""
-        return BlockPattern, (self.n, self.block_size, self.heads, *self.tensors)
+        return BlockPattern, (self.n, self.block_size, self.heads, *self.tensors, self.n_keys)
 
     def __repr__(self) -> str:
+        keys = f"n_keys={self.n_keys}, " if self.n_keys != self.n else ""
         return (
-            f"BlockPattern(n={self.n}, block_size={self.block_size}, heads={self.heads}, "
+            f"BlockPattern(n={self.n}, {keys}block_size={self.block_size}, heads={self.heads}, "
             f"density={self.density:.3f})"
         )
 
 
 torch.serialization.add_safe_globals([BlockPattern])
-
-
-def _check_size(n: int, block_size: int) -> int:
-    if n < 0 or block_size < 1:
-        raise ValueError(f"BlockPattern wants n ≥ 0, block_size ≥ 1; got {n} and {block_size}")
-    return -(-n // block_size)
-
-
-def _check_least(rule: str, **given: tuple[int, int]) -> None:
-    """Each (value, least value) by its name."""
-    for name, (value, least) in given.items():
-        if value < least:
-            raise ValueError(
-                f"BlockPattern.{rule} wants {name} ≥ {least}, got {value}; nearest: {least}"
-            )
 
 
 def _shared(n: int, block_size: int, blocks: tuple[Tensor, Tensor]) -> BlockPattern:
@@ -279,16 +284,10 @@ def _shared(n: int, block_size: int, blocks: tuple[Tensor, Tensor]) -> BlockPatt
 
 
 def _compress(
-    n: int, block_size: int, heads: int | None, hp: int, head: Tensor, rows: Tensor, cols: Tensor
-) -> BlockPattern:
-    """Coordinates (nnz,) in any order, repeats allowed -> compressed rows and their transpose."""
-    nb = -(-n // block_size)
-
-    def csr(major: Tensor, minor: Tensor) -> tuple[Tensor, Tensor]:
-        key = ((head * nb + major) * nb + minor).unique()  # sorted
-        count = (key // nb).bincount(minlength=hp * nb)
-        end = count.cumsum(0).view(hp, nb)
-        start = end[:, :1] - count.view(hp, nb)[:, :1]
-        return torch.cat([start, end], 1).int(), (key % nb).int()
-
-    return BlockPattern(n, block_size, heads, *csr(rows, cols), *csr(cols, rows))
+    n: int, block_size: int, heads: int | None, hp: int, head: Tensor, rows: Tensor, cols: Tensor,
+    n_keys: int = -1,
+) -> BlockPattern:  # fmt: skip
+    """Of coordinates (nnz,) in any order, repeats allowed; as many keys as queries unless given."""
+    nb, mb = (-(-x // block_size) for x in (n, n if n_keys < 0 else n_keys))
+    tensors = compress(hp, nb, mb, head, rows, cols)
+    return BlockPattern(n, block_size, heads, *tensors, n_keys)

@@ -1,4 +1,10 @@
-"""The blocks that BigBird sees, by the rule in pattern.py: window, global and random ones."""
+"""The blocks that BigBird sees: window, global and random ones.
+
+With nb = ⌈N/b⌉ blocks, the first and last `num_global` rows of blocks see everything and their
+columns are seen by all; every other row i sees its window {i − w//2, …, i + w//2} and `num_random`
+others, drawn per head, none twice and none that it sees already. Zaheer et al. 2020, sec. 2 and
+appendix D, the internal transformer construction.
+"""
 
 from __future__ import annotations
 

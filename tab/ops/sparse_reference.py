@@ -36,12 +36,12 @@ def from_blocks(x: Tensor, h: int, n: int) -> Tensor:
 
 
 def groups(
-    row_ptr: Tensor, col: Tensor, h: int, kv: int, n: int, b: int, causal: bool,
+    row_ptr: Tensor, col: Tensor, h: int, kv: int, n: int, m: int, b: int, causal: bool,
     key_mask: Tensor | None, slopes: Tensor | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:  # fmt: skip
     """Per length of block rows that occurs: the block rows (G,), as indices into (H·nb), the blocks
-    that each sees (G, L), as indices into (H_kv·nb), the tokens allowed among them (G, b, L·b) or,
-    masked, (B, G, b, L·b), and their bias (G, b, L·b) where there are slopes."""
+    that each sees (G, L), as indices into (H_kv·⌈m/b⌉), the tokens allowed among them (G, b, L·b)
+    or, masked, (B, G, b, L·b), and their bias (G, b, L·b) where there are slopes."""
     nb = row_ptr.shape[1] - 1
     start = row_ptr[:, :-1].expand(h, nb).reshape(-1)  # (H·nb,)
     length = row_ptr.diff().expand(h, nb).reshape(-1)
@@ -51,15 +51,15 @@ def groups(
             continue
         rows = (length == size).nonzero().squeeze(1)  # (G,)
         seen = col[start[rows, None] + torch.arange(size, device=col.device)].long()  # (G, L)
-        i = ((rows % nb)[:, None] * b + offset)[..., None]  # (G, b, 1)
+        i = ((rows % nb)[:, None] * b + offset)[..., None] + (m - n)  # (G, b, 1)
         j = (seen[..., None] * b + offset).flatten(1)[:, None, :]  # (G, 1, L·b)
-        allowed = (j < n).expand(-1, b, -1)
+        allowed = (j < m).expand(-1, b, -1)
         if causal:
             allowed = allowed & (j <= i)
         if key_mask is not None:
-            allowed = allowed & key_mask[:, j.clamp(max=n - 1)]
+            allowed = allowed & key_mask[:, j.clamp(max=m - 1)]
         bias = None if slopes is None else alibi(slopes[rows // nb, None, None], i, j)
-        yield rows, (rows // nb // (h // kv))[:, None] * nb + seen, allowed, bias
+        yield rows, (rows // nb // (h // kv))[:, None] * -(-m // b) + seen, allowed, bias
 
 
 def gather(x: Tensor, seen: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def forward_reference(
     q, k, v, row_ptr, col, col_ptr, row, key_mask, slopes, block_size, causal, scale, softcap
 ):  # fmt: skip
     """-> o (B, H, N, Dv), lse (B, H, N) in the accumulation type, −∞ for an empty row."""
-    acc, (_, h, n, _), kv = accumulate(q), q.shape, k.shape[1]
+    acc, (_, h, n, _), (_, kv, m, _) = accumulate(q), q.shape, k.shape
     if q.is_meta:  # the pattern has no values to walk over
         return empty_outputs(q, v, acc)
     if n == 0:
@@ -80,7 +80,7 @@ def forward_reference(
     qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (quiet(key_mask, q), k, v))
     o = qb.new_zeros(*qb.shape[:3], v.shape[-1])
     lse = qb.new_full(qb.shape[:3], -torch.inf)
-    told = h, kv, n, block_size, causal, key_mask, slopes
+    told = h, kv, n, m, block_size, causal, key_mask, slopes
     for rows, seen, allowed, bias in groups(row_ptr, col, *told):
         keys = gather(kb, seen), gather(vb, seen)
         tile = softmax_forward(qb[:, rows], *keys, allowed, scale, softcap, bias)
@@ -96,12 +96,12 @@ def backward_reference(
     """-> dq, dk, dv. P is recomputed group by group from lse; Δ = Σ do∘o."""
     if q.is_meta or q.shape[2] == 0:
         return empty_heads(q), empty_heads(k), empty_heads(v)
-    acc, (_, h, n, _), kv = accumulate(q), q.shape, k.shape[1]
+    acc, (_, h, n, _), (_, kv, m, _) = accumulate(q), q.shape, k.shape
     delta = row_sums(do.to(acc), o.to(acc))  # (B, H, N)
     dob, qb, kb, vb = (to_blocks(x.to(acc), block_size) for x in (do, quiet(key_mask, q), k, v))
     lb, db = to_blocks(lse, block_size), to_blocks(delta, block_size)
     dq, dk, dv = (dob.new_zeros(x.shape) for x in (qb, kb, vb))
-    told, bent = (h, kv, n, block_size, causal, key_mask, slopes), (scale, softcap)
+    told, bent = (h, kv, n, m, block_size, causal, key_mask, slopes), (scale, softcap)
     for rows, seen, allowed, bias in groups(row_ptr, col, *told):
         keys = gather(kb, seen), gather(vb, seen)
         dq[:, rows], dk_seen, dv_seen = softmax_backward(
@@ -109,5 +109,5 @@ def backward_reference(
         )
         dk.index_add_(1, seen.flatten(), dk_seen.unflatten(2, (-1, block_size)).flatten(1, 2))
         dv.index_add_(1, seen.flatten(), dv_seen.unflatten(2, (-1, block_size)).flatten(1, 2))
-    heads = zip((dq, dk, dv), (h, kv, kv), strict=True)
-    return tuple(token_major(from_blocks(x, count, n).to(q.dtype)) for x, count in heads)
+    heads = zip((dq, dk, dv), (h, kv, kv), (n, m, m), strict=True)
+    return tuple(token_major(from_blocks(x, count, size).to(q.dtype)) for x, count, size in heads)

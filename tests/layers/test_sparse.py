@@ -73,5 +73,5 @@ def test_layer_with_one_block_is_full_attention(generator):
 def test_layer_errors():
     with pytest.raises(ValueError, match="block_size ≥ 1; got 64 and 0"):
         build_attention("sparse", 8, seq_len=64, block_size=0)
-    with pytest.raises(ValueError, match=r"window is odd.* got 4; nearest: 3 or 5"):
+    with pytest.raises(ValueError, match=r"an odd window.* got 4; nearest: 3 or 5"):
         build_attention("sparse", 8, seq_len=64, window=4)

@@ -43,9 +43,13 @@ def test_against_the_textbook(name, causal, dtype, backend):
     """With gradients through o and L, of the sinks too; and, k and v of two heads, through o."""
     call, mask = both(name, causal, backend)
     x = [*(x.to(dtype) for x in draw(2, 4, N, 8, 12)), SINKS]
-    assert_accurate(call, ruled(mask), x, names=NAMES)
+    # The gradients are those of an output in halves; the textbook's softmax is one of float32 here.
+    floor = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert_accurate(call, ruled(mask), x, floor=floor, names=NAMES)
     x[1:3] = (t[:, ::2] for t in x[1:3])
-    assert_accurate(lambda *x: call(*x)[0], lambda *x: ruled(mask)(*x)[0], x, names=NAMES)
+    names = NAMES.replace("lse ", "")
+    o = [lambda *x, f=f: f(*x)[0] for f in (call, ruled(mask))]
+    assert_accurate(*o, x, floor=floor, names=names)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -98,8 +98,8 @@ def masks(n: int, b: int = 4) -> Tensor:
 def seen_lse(call):
     """o and L, in which −∞ is 0, to be compared."""
 
-    def both(*x):
-        o, lse = call(*x)
+    def both(*x, **more):
+        o, lse = call(*x, **more)
         return o, lse.masked_fill(lse.isneginf(), 0.0)
 
     return both

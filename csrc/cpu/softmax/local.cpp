@@ -1,7 +1,7 @@
 // tab::local_fwd and tab::local_bwd on the CPU.
 //
 //     o_i = Σ_{j∈W(i)} exp(s_ij - L_i) v_j,  s_ij = scale·q_iᵀk_j,  L_i = log Σ_{j∈W(i)} exp s_ij
-//     line:  W(i) = {j : i - left ≤ j ≤ i + right}
+//     line:  W(i) = {j : p_i - left ≤ j ≤ p_i + right},  p_i = i + N_k - N_q
 //     grid:  W(i) = {j : -left ≤ row(j) - row(i) ≤ right, and the same for the columns}
 //
 // Beltagy et al. 2020, "Longformer", sec. 3.1; Ramachandran et al. 2019, eq. 2. The keys of a strip
@@ -27,16 +27,18 @@ namespace {
 /// The window, once N is known.
 void prepare(const char* op, Local& a, int64_t left, int64_t right, int64_t rows, int64_t cols,
              bool causal) {
-  STD_TORCH_CHECK(left >= 0 && right >= 0 && left <= a.n && right <= a.n, op,
+  const int64_t most = std::max(a.n, a.m);
+  STD_TORCH_CHECK(left >= 0 && right >= 0 && left <= most && right <= most, op,
                   ": 0 ≤ left, right ≤ N");
-  STD_TORCH_CHECK((rows == 0 && cols == 0) || (rows > 0 && cols > 0 && rows * cols == a.n), op,
-                  ": rows · cols = N, or both 0");
-  STD_TORCH_CHECK(a.n < int64_t(1) << 30, op, ": N < 2^30");
+  STD_TORCH_CHECK(
+      (rows == 0 && cols == 0) || (rows > 0 && cols > 0 && rows * cols == a.n && a.n == a.m), op,
+      ": rows · cols = N, or both 0");
+  STD_TORCH_CHECK(most < int64_t(1) << 30, op, ": N < 2^30");
   a.left = left, a.right = right, a.cols = cols, a.causal = causal;
 }
 
 /// Pieces that a strip's list of keys can have.
-int64_t most_runs(const Local& a) { return a.n / 64 + 2; }
+int64_t most_runs(const Local& a) { return a.m / 64 + 2; }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
                                    std::optional<Tensor> slopes, int64_t left, int64_t right,
@@ -44,7 +46,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
                                    double softcap) {
   constexpr const char* op = "local_fwd";
   Local a{};
-  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Inputs in(op, a, q, k, v, key_mask, true, true);
   const Rules rules(op, a, in, slopes, scale, softcap);
   prepare(op, a, left, right, rows, cols, causal);
   return dispatch(op, in.q, [&]<class T>() {
@@ -59,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
                                             double scale, double softcap) {
   constexpr const char* op = "local_bwd";
   Local a{};
-  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Inputs in(op, a, q, k, v, key_mask, true, true);
   const Rules rules(op, a, in, slopes, scale, softcap);
   prepare(op, a, left, right, rows, cols, causal);
   const Cotangents given(op, a, grad, q, o, lse);

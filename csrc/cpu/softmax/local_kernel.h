@@ -7,44 +7,47 @@
 namespace tab::TAB_ISA {
 
 /// Who sees whom: -left ≤ row(j) - row(i) ≤ right, on a grid the same for the columns, causal j ≤ i.
-/// On a line every token is its own row.
+/// On a line every token is its own row, and query i stands at i + shift.
 template <class A, bool grid>
 struct Window {
   const Local& a;
   int64_t i0, i1, cols;
-  Int<A> lane[2], down[2], across[2];  // i, row(i), column(i) of each query
+  Int<A> lane[2], down[2], across[2];  // place, row(i), column(i) of each query
 
   TAB_INLINE Window at(const Local& a, int64_t i0) {
     const int64_t i1 = i0 + Q<A> < a.n ? i0 + Q<A> : a.n;
     Window x{a, i0, i1, grid ? a.cols : 1, {}, {}, {}};
     for (int64_t i = 0; i < Q<A>; ++i) {
       const int64_t half = i / W<A>, l = i % W<A>;
-      x.lane[half][l] = i0 + i;
+      x.lane[half][l] = i0 + i + a.shift;
       if (grid) x.down[half][l] = (i0 + i) / x.cols, x.across[half][l] = (i0 + i) % x.cols;
     }
     return x;
   }
   /// The keys of whole rows around query i.
   int64_t from(int64_t i) const {
-    const int64_t j = grid ? (i / cols - a.left) * cols : i - a.left;
+    const int64_t j = grid ? (i / cols - a.left) * cols : i + a.shift - a.left;
     return j > 0 ? j : 0;
   }
   int64_t to(int64_t i) const {
-    if (a.causal) return i + 1;
-    const int64_t j = grid ? (i / cols + a.right + 1) * cols : i + a.right + 1;
-    return j < a.n ? j : a.n;
+    const int64_t j = a.causal ? i + a.shift + 1
+                      : grid   ? (i / cols + a.right + 1) * cols
+                               : i + a.shift + a.right + 1;
+    return j < 0 ? 0 : j < a.m ? j : a.m;
   }
   int64_t seen_from(int64_t j) const {
-    if (a.causal) return j;
-    const int64_t i = grid ? (j / cols - a.right) * cols : j - a.right;
+    const int64_t i = a.causal ? j - a.shift
+                      : grid   ? (j / cols - a.right) * cols
+                               : j - a.shift - a.right;
     return i > 0 ? i : 0;
   }
   int64_t seen_to(int64_t j) const {
-    const int64_t i = grid ? (j / cols + a.left + 1) * cols : j + a.left + 1;
+    const int64_t i = grid ? (j / cols + a.left + 1) * cols : j - a.shift + a.left + 1;
     return i < a.n ? i : a.n;
   }
   bool whole(const Run&, int64_t j) const {
-    return !grid && i1 - 1 - a.left <= j && j <= i0 + a.right && (!a.causal || j <= i0);
+    const int64_t p0 = i0 + a.shift, p1 = i1 - 1 + a.shift;
+    return !grid && p1 - a.left <= j && j <= p0 + a.right && (!a.causal || j <= p0);
   }
   TAB_INLINE Int<A> seen(const Window& x, const Run&, int64_t j, int half) {
     typedef typename integer<A>::scalar I;

@@ -1,7 +1,9 @@
 // What a call may ask for between the product and the softmax: a cap, ALiBi's slopes, a key mask.
 // Included once per instruction set, by softmax_kernel.h.
 //
-//     s_ij = c·tanh(x_ij/c) - m_h·|i - j|,  x_ij = scale·q_iᵀk_j;  -∞ where key j is masked
+//     s_ij = c·tanh(x_ij/c) - m_h·|p_i - j|,  x_ij = scale·q_iᵀk_j;  -∞ where key j is masked
+//
+// p_i = i + shift is where query i stands among the keys.
 //
 // It is a pass of its own over scores that lie in the L2, and costs nothing where it is not asked for.
 // Long stretches of masked keys are not even listed.
@@ -15,7 +17,7 @@ TAB_INLINE bool adjusts(const Softmax& a) {
 }
 
 TAB_INLINE bool masked(const Softmax& a, int64_t b, int64_t token) {
-  return a.mask != nullptr && !a.mask[b * a.n + token];
+  return a.mask != nullptr && !a.mask[b * a.m + token];
 }
 
 /// What the scores of the product are multiplied with: log₂e·scale, or scale/c for a cap.
@@ -28,7 +30,7 @@ TAB_INLINE A product_scale(const Softmax& a) {
 /// of keys.
 TAB_INLINE int64_t leave_out_masked(const Softmax& a, int64_t b, const Run* run, const Run* end,
                                     Run* to) {
-  const uint8_t* real = a.mask + b * a.n;
+  const uint8_t* real = a.mask + b * a.m;
   int64_t count = 0;
   for (; run < end; ++run) {
     const int64_t stop = run->first + run->count;
@@ -68,7 +70,8 @@ static void adjust(const Softmax& a, int64_t b, int64_t h, int64_t i0, const Str
           x *= cap;
         }
         if (a.slopes) {
-          const auto step = __builtin_convertvector(lanes<A>() + I(i0 + lane - j), Vec<A>);
+          const auto step =
+              __builtin_convertvector(lanes<A>() + I(i0 + a.shift + lane - j), Vec<A>);
           x -= slope * maximum<A>(step, -step);
         }
         store(place, hidden ? splat<A>(-__builtin_inf()) : x);
@@ -87,9 +90,11 @@ static void flatten(int64_t keys, const A* steep, A* ds) {
 }
 
 /// q of masked tokens that hold what is not finite becomes 0: the gradients of all keys would meet it.
+/// Where there are more or fewer queries than keys, the mask is none of theirs.
 template <class A>
 static void quiet_queries(const Softmax& a, int64_t b, int64_t i0, int64_t count, int64_t width,
                           A* q) {
+  if (a.n != a.m) return;
   for (int64_t i = 0; i < count; ++i, q += width)
     if (masked(a, b, i0 + i) && !all_finite(q, width)) clear(q, width);
 }

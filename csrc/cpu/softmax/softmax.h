@@ -15,6 +15,7 @@
 namespace tab {
 
 struct Softmax : Attention {
+  int64_t m, shift;   // keys; query i stands at the token i + shift of the keys, m - n
   int64_t kv, group;  // heads of k and v; heads of q that share one of them: H / kv
   int64_t strips;     // of one head of q
   int64_t chunk;      // keys whose scores are held at once

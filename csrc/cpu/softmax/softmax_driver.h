@@ -30,7 +30,7 @@ struct Cotangents {
   }
 };
 
-/// What is done to the scores, checked, pointed to by `a`, and kept alive.
+/// Where the queries stand, and what is done to the scores, checked, pointed to by `a`, kept alive.
 struct Rules {
   std::optional<Tensor> slopes;
 
@@ -42,6 +42,7 @@ struct Rules {
       check_shape(op, "slopes", *slopes, {a.h});
       check_dtype(op, "slopes", *slopes, accumulator(in.q));
     }
+    a.m = in.k.size(2), a.shift = a.m - a.n;
     a.scale = scale, a.softcap = softcap, a.slopes = slopes ? slopes->data_ptr() : nullptr;
   }
 };
@@ -49,7 +50,7 @@ struct Rules {
 /// How much is held at once. `most_runs`: pieces that a strip's list of keys can have, unmasked.
 template <class T>
 void prepare(Softmax& a, int64_t lanes, int64_t most_runs, const Inputs& in) {
-  a.runs = most_runs + (a.mask != nullptr ? a.n / 16 : 0);
+  a.runs = most_runs + (a.mask != nullptr ? a.m / 16 : 0);
   a.kv = in.k.size(1), a.group = a.kv > 0 ? a.h / a.kv : 1, a.strips = ceiling(a.n, 2 * lanes);
   a.copy = !std::is_same_v<T, acc_t<T>> || a.d % lanes != 0 || a.e % lanes != 0;
   // Scores, and K and V when they are copied, fit the L2 together.
@@ -106,23 +107,23 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
   };
 
   if (count == 1) {
-    const int64_t rows = a.copy ? a.n * (dp + ep) : 0;
+    const int64_t rows = a.copy ? a.m * (dp + ep) : 0;
     parallel(heads, [&](int64_t head) {
       A* scratch = arena<A>(rows + work).next;
-      Sums sums{scratch, scratch + a.n * dp, dp, ep, 0, a.n};
+      Sums sums{scratch, scratch + a.m * dp, dp, ep, 0, a.m};
       if (!a.copy) {  // the outputs themselves
         const int64_t b = head / a.kv, h = head % a.kv;
         A* x = static_cast<A*>(a.dk.data) + b * a.dk.b + h * a.dk.h;
         A* y = static_cast<A*>(a.dv.data) + b * a.dv.b + h * a.dv.h;
-        sums = {x, y, a.dk.n, a.dv.n, 0, a.n};
+        sums = {x, y, a.dk.n, a.dv.n, 0, a.m};
       }
       A *x = static_cast<A*>(sums.dk), *y = static_cast<A*>(sums.dv);
-      for (int64_t j = 0; j < a.n; ++j) {
+      for (int64_t j = 0; j < a.m; ++j) {
         std::fill_n(x + j * sums.ldk, dp, A(0));
         std::fill_n(y + j * sums.ldv, ep, A(0));
       }
       run({head, 0, strips, 1}, sums, scratch + rows);
-      if (a.copy) kernels.finish(a, head, 0, a.n, &sums, 1, scratch + rows);
+      if (a.copy) kernels.finish(a, head, 0, a.m, &sums, 1, scratch + rows);
     });
     return {out.dq, out.dk, out.dv};
   }
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
     const int64_t begin = task % count * length, last = std::min(begin + length, strips) - 1;
     const int64_t i0 = begin % a.strips * queries, i1 = (last % a.strips + 1) * queries;
     const bool all = deal || begin / a.strips != last / a.strips;  // or of two heads
-    const auto [from, to] = all ? std::pair<int64_t, int64_t>(0, a.n) : keys(i0, std::min(i1, a.n));
+    const auto [from, to] = all ? std::pair<int64_t, int64_t>(0, a.m) : keys(i0, std::min(i1, a.n));
     parts[task] = {nullptr, nullptr, dp, ep, from, to};
     size += (to - from) * (dp + ep);
   }
@@ -152,10 +153,10 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
     run(deal ? dealt : block, sums, arena<A>(work).next);
   });
   constexpr int64_t rows = 256;
-  const int64_t blocks = ceiling(a.n, rows);
+  const int64_t blocks = ceiling(a.m, rows);
   parallel(heads * blocks, [&](int64_t task) {
     const int64_t head = task / blocks, j = task % blocks * rows;
-    kernels.finish(a, head, j, std::min(j + rows, a.n), &parts[head * count], count,
+    kernels.finish(a, head, j, std::min(j + rows, a.m), &parts[head * count], count,
                    arena<A>(work).next);
   });
   return {out.dq, out.dk, out.dv};

@@ -6,7 +6,7 @@
 
 namespace tab::TAB_ISA {
 
-/// The lanes see a run by the bit of their block row; causal: and only keys j ≤ i.
+/// The lanes see a run by the bit of their block row; causal: and only keys j ≤ i + shift.
 template <class A>
 struct Blocks {
   const Sparse& a;
@@ -17,16 +17,18 @@ struct Blocks {
     const int64_t i1 = i0 + Q<A> < a.n ? i0 + Q<A> : a.n, first = i0 / a.block;
     Blocks x{a, i0, i1, (int64_t(2) << ((i1 - 1) / a.block - first)) - 1, {}, {}};
     for (int64_t i = 0; i < Q<A>; ++i) {
-      x.lane[i / W<A>][i % W<A>] = i0 + i;
+      x.lane[i / W<A>][i % W<A>] = i0 + i + a.shift;
       x.bit[i / W<A>][i % W<A>] = (i0 + i) / a.block - first;
     }
     return x;
   }
   int64_t from(int64_t) const { return 0; }
-  int64_t to(int64_t i) const { return a.causal ? i + 1 : a.n; }
-  int64_t seen_from(int64_t j) const { return a.causal ? j : 0; }
+  int64_t to(int64_t i) const { return a.causal ? i + a.shift + 1 : a.m; }
+  int64_t seen_from(int64_t j) const { return a.causal ? j - a.shift : 0; }
   int64_t seen_to(int64_t) const { return a.n; }
-  bool whole(const Run& run, int64_t j) const { return run.rows == rows && (!a.causal || j <= i0); }
+  bool whole(const Run& run, int64_t j) const {
+    return run.rows == rows && (!a.causal || j <= i0 + a.shift);
+  }
   TAB_INLINE Int<A> seen(const Blocks& x, const Run& run, int64_t j, int half) {
     typedef typename integer<A>::scalar I;
     const Int<A> listed = (Int<A>{} + I(run.rows)) >> x.bit[half] & 1;
@@ -42,14 +44,14 @@ TAB_INLINE int64_t list_keys(const Blocks<A>& rule, int64_t head, Stretch* scrat
   const Sparse& a = rule.a;
   const int32_t* row_ptr = a.row_ptr + (a.patterns == 1 ? 0 : head % a.h) * (a.blocks + 1);
   const int64_t first = rule.i0 / a.block, last = (rule.i1 - 1) / a.block;
-  for (int64_t c = 0; c < a.blocks; ++c) scratch[c].count = 0;
+  for (int64_t c = 0; c < a.columns; ++c) scratch[c].count = 0;
   for (int64_t r = first; r <= last; ++r)
     for (int32_t p = row_ptr[r]; p < row_ptr[r + 1]; ++p)
       scratch[a.col[p]].count |= int64_t(1) << (r - first);
-  const int64_t end = a.causal ? rule.i1 : a.n;
+  const int64_t end = a.causal ? rule.to(rule.i1 - 1) : a.m;
   int64_t count = 0;
   Run* run = nullptr;
-  for (int64_t c = 0; c < a.blocks; ++c) {
+  for (int64_t c = 0; c < a.columns; ++c) {
     const int64_t rows = scratch[c].count;
     for (int64_t j = c * a.block, stop = j + a.block < end ? j + a.block : end; rows && j < stop;) {
       const bool joins =
