@@ -12,6 +12,7 @@ amount of work where that grows with the square of the length (mla).
 """
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -24,6 +25,16 @@ import tab
 LATENT, ROTARY = 64, 16  # of mla
 
 
+@functools.cache
+def near(tokens: int) -> tab.BlockPattern:
+    return tab.BlockPattern.sliding_window(tokens, window=2, sinks=1, block_size=32)
+
+
+def sparse(q, k, v, **options):
+    pattern = near if "cu_seqlens" in options else near(q.shape[2])
+    return tab.sparse_attention(q, k, v, pattern, causal=True, **options)
+
+
 def functions(width: int):
     """name -> (the function, whether it takes a key_mask)"""
     w = tab.orthogonal_projection(128, width, generator=torch.Generator().manual_seed(0))
@@ -32,6 +43,7 @@ def functions(width: int):
         "linear, causal": (partial(tab.linear_attention, causal=True), True),
         "performer": (partial(tab.performer_attention, projection=w), True),
         "local, window 64, causal": (partial(tab.local_attention, window=64, causal=True), False),
+        "sparse, 3 blocks of 32, causal": (sparse, True),
         "mla, causal": (partial(tab.mla_attention, causal=True, form="fused"), True),
     }
 

@@ -51,6 +51,11 @@ class SparseCache(Held):
         super().__init__()
         if not isinstance(pattern, BlockPattern):
             raise ValueError(f"SparseCache wants a BlockPattern, got {type(pattern).__name__}")
+        if pattern.n != pattern.n_keys:
+            raise ValueError(
+                f"SparseCache wants a pattern with as many keys as queries, that of the whole "
+                f"sequence; got {pattern!r}"
+            )
         self.pattern = pattern
         self.scale = None if scale is None else number("SparseCache", "scale", scale)
         self._slots = Slots(pattern)

@@ -11,7 +11,7 @@ from softmax_cases import seen_lse
 from tasks import threads
 from textbook.softmax import blocks, draw, in_window, ruled
 
-from tab import BlockPattern, local_attention, sparse_attention
+from tab import BlockPattern, SparseCache, local_attention, sparse_attention
 from tab.ops import OPS
 from tab.ops.local import local_bwd, local_fwd
 
@@ -198,6 +198,8 @@ def test_errors():
         sparse_attention(q, k, v, drawn(8, 8))
     with pytest.raises(ValueError, match=r"q and k of one shape, v with the same B, H, N, or both"):
         local_attention(q, k, v, window=1, grid=(2, 4))
+    with pytest.raises(ValueError, match=r"as many keys as queries, .* n_keys=12"):
+        SparseCache(drawn(8, 12))
     with pytest.raises(ValueError, match=r"wants key_mask \(B, N\) = \(1, 12\)"):
         local_attention(q, k, v, window=1, key_mask=torch.ones(1, 8).bool())
     for name in ("local_fwd", "sparse_fwd"):

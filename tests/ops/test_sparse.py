@@ -238,9 +238,9 @@ def test_bad_input():
     q, k, v = draw(1, 2, 12, 4)
     pattern = BlockPattern.bigbird(12, heads=2, block_size=1, num_random=1)
     for other, message in (
-        (BlockPattern.bigbird(13, heads=2, block_size=4), "N = 13, H = 2 .* N = 12, H = 2"),
-        (BlockPattern.bigbird(12, heads=3, block_size=4), "N = 12, H = 3 .* N = 12, H = 2"),
-        (BlockPattern.from_blocks(torch.ones(3, 3, dtype=torch.bool), 4, 11), "N = 11, H = any"),
+        (BlockPattern.bigbird(13, heads=2, block_size=4), "N = 13, .* H = 2 .* N = 12, .* H = 2"),
+        (BlockPattern.bigbird(12, heads=3, block_size=4), "N = 12, .* H = 3 .* N = 12, .* H = 2"),
+        (BlockPattern.from_blocks(torch.ones(3, 3, dtype=torch.bool), 4, 11), "N = 11, .* H = any"),
         (torch.ones(3, 3, dtype=torch.bool), "wants a BlockPattern, got Tensor"),
     ):
         with pytest.raises(ValueError, match=message):
