@@ -8,7 +8,8 @@ not depend on the pattern's values, only on shapes, or the host would wait for t
     the others        one for each inner multiple of CUT in `col` (nnz is a shape): the columns from
                       there, if they belong to a long row; else nothing
 
-Parts of a row go to slots, which are merged in order. Where nb ≤ CUT no row is long and the grid is the rows.
+Parts of a row go to slots, which are merged in order. Where no row can list more than CUT columns,
+the grid is the rows.
 """
 
 import triton

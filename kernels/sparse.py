@@ -4,8 +4,8 @@ A program owns BN queries of a block row (all of it where b ≤ 64) and walks ov
 listed for it; a block that is no whole number of tiles is padded. Columns are sorted, so whatever
 needs a mask comes last: causal's diagonal block, the ragged last block.
 
-Long rows are cut in parts (_lists.py), whose results go to slots that `sparse_combine` merges in the
-order of the columns: nothing is atomic, the same input gives the same bits.
+Long rows are cut in parts (_lists.py), whose results go to slots that `sparse_combine` merges in
+the order of the columns: nothing is atomic, the same input gives the same bits.
 Up to 64 tokens are one tile, whatever the blocks (_few.py).
 """
 

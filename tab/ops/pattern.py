@@ -96,9 +96,9 @@ class BlockPattern:
                 f"({nb}, {mb}) or (H, {nb}, {mb}), got {tuple(mask.shape)} {mask.dtype}"
             )
         with torch.device("cpu"), torch.inference_mode(False):
-            coordinates = (mask if mask.dim() == 3 else mask[None]).cpu().nonzero().T  # (3, nnz)
+            head, row, column = (mask if mask.dim() == 3 else mask[None]).cpu().nonzero().T
             heads = mask.shape[0] if mask.dim() == 3 else None
-            return _compress(n, block_size, heads, heads or 1, *coordinates, n_keys)
+            return _compress(n, block_size, heads, heads or 1, head, row, column, n_keys)
 
     @staticmethod
     def sliding_window(
@@ -214,7 +214,7 @@ class BlockPattern:
             kept = row >= first
             blocks = head[kept], row[kept] - first, self.col.cpu()[kept].long()
             hp = self.row_ptr.shape[0]
-            return _compress(n, self.block_size, self.heads, hp, *blocks, self.n_keys)
+            return _compress(n, self.block_size, self.heads, hp, *blocks, n_keys=self.n_keys)
 
     @property
     def blocks(self) -> int:

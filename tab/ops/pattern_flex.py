@@ -27,7 +27,7 @@ def blocks_of(mask: BlockMask, causal: bool) -> tuple[Tensor, int, tuple[int, in
     seen = torch.zeros_like(partial)
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         seen = _table(mask.full_kv_num_blocks, mask.full_kv_indices)
-        later = ~_earlier(*seen.shape[2:], size, lengths, seen.device)[0]
+        later = ~_earlier(seen.shape[2:], size, lengths, seen.device)[0]
         if causal and bool((seen & later).any()):
             _, h, row, column = (seen & later).nonzero()[0].tolist()
             raise ValueError(
@@ -78,10 +78,10 @@ def _pairs(
 
 
 def _earlier(
-    nb: int, mb: int, size: int, lengths: tuple[int, int], device: torch.device
+    blocks: torch.Size, size: int, lengths: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Blocks (nb, mb) whose pairs all have j ≤ i + N_k − N, and those of which one has."""
-    n, keys = lengths
+    (nb, mb), (n, keys) = blocks, lengths
     first = torch.arange(nb, device=device)[:, None] * size + keys - n  # place of the first query
     last = (first + size - 1).clamp(max=keys - 1)
     start = torch.arange(mb, device=device) * size
@@ -122,7 +122,7 @@ def block_mask_of(pattern: BlockPattern, causal: bool) -> BlockMask:
     rows, columns = (torch.arange(1, nb + 1, device=device) * size <= n for nb, n in counts)
     whole = rows[:, None] & columns
     if causal:
-        every, some = _earlier(*table.shape[1:], size, lengths, device)
+        every, some = _earlier(table.shape[1:], size, lengths, device)
         table, whole = table & some, whole & every
 
     def seen(b, h, i, j):

@@ -213,8 +213,7 @@ def sparse_attention(
     if packing is None:
         o, lse = _attend(q, k, v, key_mask, pattern, *options)
     elif callable(pattern):
-        each = lambda *x: _attend(*x, *options)  # noqa: E731
-        o, lse = each_sequence(each, pattern, packing.cu_seqlens, q, k, v, key_mask)
+        o, lse = each_sequence(_attend, options, pattern, packing.cu_seqlens, q, k, v, key_mask)
     else:
         raise ValueError(
             "sparse_attention wants, with cu_seqlens or nested tensors, a function of a sequence's "

@@ -34,10 +34,11 @@ def pattern_of(make: PatternOf, n: int) -> BlockPattern:
 
 @torch.compiler.disable  # it reads the lengths, and calls the caller's function with them
 def each_sequence(
-    attend: Callable[..., tuple[Tensor, Tensor]], make: PatternOf, cu_seqlens: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None,
+    attend: Callable[..., tuple[Tensor, Tensor]], options: tuple, make: PatternOf,
+    cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """attend(q, k, v, key_mask, pattern) -> o and lse, for every sequence of q (1, H, T, D)."""
+    """attend(q, k, v, key_mask, pattern, *options) -> o and lse, for each sequence of q (1, H, T,
+    D)."""
     if q.is_meta:  # lengths are values
         return empty_outputs(q, v, accumulate(q))
     groups = cut("sparse_attention", cu_seqlens, q.shape[2]) or [(0, 0)]
@@ -45,7 +46,7 @@ def each_sequence(
     given = {"q": q, "k": k, "v": v, "key_mask": key_mask}
     parts = zip(*(split(x, name, groups) for name, x in given.items()), strict=True)
     outs = [
-        attend(*part, patterns[n]) if n else _nothing(*part)
+        attend(*part, patterns[n], *options) if n else _nothing(*part)
         for (_, n), part in zip(groups, parts, strict=True)
     ]
     count = sum(many for many, _ in groups)
