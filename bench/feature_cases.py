@@ -1,0 +1,234 @@
+"""The cases of features.py: each op with one feature and without it, and the same function by
+FlexAttention and by SDPA where these compute it."""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import tab
+
+WIDTH, WINDOW, BLOCK = 64, 128, 64
+LATENT, ROTARY = 64, 16  # of mla
+NOTHING = "none of them"
+
+
+class Call(NamedTuple):
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    leaves: list[Tensor]
+
+
+class Case(NamedTuple):
+    op: str
+    feature: str
+    ours: Call
+    without: Call
+    flex: Call | None = None
+    sdpa: Call | None = None
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Token by token in memory, as a projection gives them: (B, H, N, D), or less."""
+    g = torch.Generator().manual_seed(0)
+    drawn = [
+        torch.randn(s[0], s[2], s[1], s[3], generator=g).transpose(1, 2)
+        if len(s) == 4
+        else torch.randn(s, generator=g) / 4
+        for s in shapes
+    ]
+    return [x.requires_grad_() for x in drawn]
+
+
+def lengths(tokens: int) -> list[int]:
+    """A packed batch: 16 sequences from tokens/64 to tokens/8 or so."""
+    draw = random.Random(0)
+    parts = [draw.randint(tokens // 64, tokens // 10) for _ in range(15)]
+    return [*parts, tokens - sum(parts)]
+
+
+# --- local and sparse: the same under a mask by PyTorch -------------------------------------------
+
+
+def by_flex(seen: Callable, n: int, bend: Callable | None = None, **options) -> Callable:
+    """FlexAttention, compiled. seen: which pairs; bend: of the scores."""
+    mask = create_block_mask(seen, None, None, n, n, device="cpu", BLOCK_SIZE=BLOCK)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, block_mask=mask, score_mod=bend, **options)
+
+
+def by_sdpa(mask: Tensor) -> Callable:
+    return partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+
+
+def softmax(op: str, attend: Callable, seen: Callable, heads: int, n: int) -> Iterator[Case]:
+    i = torch.arange(n)
+    dense = seen(0, 0, i[:, None], i)
+    real = i < n // 2
+    slopes, sinks = 2.0 ** -torch.arange(1.0, heads + 1), torch.linspace(-1, 1, heads)
+    falling = -slopes[:, None, None] * (i[:, None] - i).abs()
+    q, k, v = leaves(*[(1, heads, n, WIDTH)] * 3)
+    plain = Call(attend, [q, k, v])
+    grouped = [q, *leaves(*[(1, heads // 4, n, WIDTH)] * 2)]
+
+    def padded(b, h, i, j):
+        return seen(b, h, i, j) & real[j]
+
+    def capped(s, b, h, i, j):
+        return 30 * torch.tanh(s / 30)
+
+    def sloped(s, b, h, i, j):
+        return s - slopes[h] * (i - j).abs()
+
+    flex = by_flex(seen, n)
+    rows: dict[str, tuple] = {
+        NOTHING: ({}, flex, by_sdpa(dense)),
+        "grouped heads, H_kv = H/4": ({}, by_flex(seen, n, enable_gqa=True), by_sdpa(dense)),
+        "key_mask, all real": ({"key_mask": (i >= 0)[None]}, flex, by_sdpa(dense)),
+        "key_mask, half padding": (
+            {"key_mask": real[None]}, by_flex(padded, n), by_sdpa(dense & real),
+        ),
+        "softcap": ({"softcap": 30.0}, by_flex(seen, n, capped), None),
+        "alibi": (
+            {"alibi": slopes}, by_flex(seen, n, sloped),
+            by_sdpa(falling.masked_fill(~dense, -torch.inf)),
+        ),
+        "sinks": ({"sinks": sinks}, None, None),
+        "return_lse": ({"return_lse": True}, None, None),
+    }  # fmt: skip
+    for feature, (options, other, sdpa) in rows.items():
+        x = grouped if feature.startswith("grouped") else plain.leaves
+        yield Case(
+            op, feature, Call(partial(attend, **options), x), plain,
+            other and Call(other, x), sdpa and Call(sdpa, x),
+        )  # fmt: skip
+
+
+def packed_local(attend: Callable, seen: Callable, heads: int, n: int) -> Case:
+    parts = lengths(n)
+    cu = torch.tensor([0, *parts]).cumsum(0).int()
+    document = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
+
+    def within(b, h, i, j):
+        return seen(b, h, i, j) & (document[i] == document[j])
+
+    x = leaves(*[(1, heads, n, WIDTH)] * 3)
+    equal = leaves(*[(len(parts), heads, n // len(parts), WIDTH)] * 3)
+    i = torch.arange(n)
+    return Case(
+        "local", "cu_seqlens", Call(partial(attend, cu_seqlens=cu), x), Call(attend, equal),
+        Call(by_flex(within, n), x), Call(by_sdpa(within(0, 0, i[:, None], i)), x),
+    )  # fmt: skip
+
+
+# --- the others -----------------------------------------------------------------------------------
+
+
+def sums(op: str, attend: Callable, causal: bool, heads: int, n: int) -> Iterator[Case]:
+    """linear attention and performer, which no function of PyTorch computes."""
+    q, k, v = leaves(*[(1, heads, n, WIDTH)] * 3)
+    plain = Call(attend, [q, k, v])
+    few = [q, *leaves(*[(1, heads // 4, n, WIDTH)] * 2)]
+    yield Case(op, "grouped heads, H_kv = H/4", Call(attend, few), plain)
+    i, parts = torch.arange(n), lengths(n)
+    for name, real in (("all real", i >= 0), ("half padding", i < n // 2)):
+        yield Case(
+            op, f"key_mask, {name}", Call(partial(attend, key_mask=real[None]), [q, k, v]), plain
+        )
+    if not causal:  # as many tokens in all
+        crossed = leaves((1, heads, n // 2, WIDTH), *[(1, heads, n + n // 2, WIDTH)] * 2)
+        yield Case(op, "cross-attention, N/2 and 3N/2", Call(attend, crossed), plain)
+    cu = torch.tensor([0, *parts]).cumsum(0).int()
+    equal = leaves(*[(len(parts), heads, n // len(parts), WIDTH)] * 3)
+    packed = Call(partial(attend, cu_seqlens=cu), [q, k, v])
+    yield Case(op, "cu_seqlens", packed, Call(attend, equal))
+
+
+def decays(heads: int, n: int) -> Iterator[Case]:
+    """The op without a decay is causal linear attention of the same features."""
+    x = leaves(*[(1, heads, n, WIDTH)] * 3)
+    plain = partial(tab.linear_attention, feature_map="identity", causal=True)
+    rates = (1 - 2.0 ** (-5 - torch.arange(heads))).log()
+    for name, decay in (("a head", rates), ("a token", rates[None, :, None].expand(1, heads, n))):
+        gated = partial(tab.gated_linear_attention, log_decay=decay.contiguous())
+        yield Case("gated_linear", f"decay of {name}", Call(gated, x), Call(plain, x))
+
+
+def latent(heads: int, n: int) -> Iterator[Case]:
+    """SDPA and FlexAttention on the keys and values of every head, written for the call."""
+
+    def operands(b: int, n: int) -> list[Tensor]:
+        first = (b, heads, n, WIDTH), (b, heads, n, ROTARY), (b, n, LATENT), (b, n, ROTARY)
+        return leaves(*first, (heads, WIDTH, LATENT), (heads, WIDTH, LATENT))
+
+    def expanded(attend: Callable) -> Callable:
+        def function(q, q_rope, c, k_rope, w_uk, w_uv):
+            k = torch.einsum("bnr,hdr->bhnd", c, w_uk)
+            v = torch.einsum("bnr,hdr->bhnd", c, w_uv)
+            k = torch.cat([k, k_rope[:, None].expand(-1, heads, -1, -1)], -1)
+            return attend(torch.cat([q, q_rope], -1), k, v)
+
+        return function
+
+    def causal(b, h, i, j):
+        return j <= i
+
+    def within(b, h, i, j):
+        return (j <= i) & (document[i] == document[j])
+
+    def padded(b, h, i, j):
+        return (j <= i) & real[j]
+
+    attend = partial(tab.mla_attention, causal=True, form="fused")
+    x, i, parts = operands(1, n), torch.arange(n), lengths(n)
+    real, sinks = i < n // 2, torch.linspace(-1, 1, heads)
+    document = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
+    cu = torch.tensor([0, *parts]).cumsum(0).int()
+    plain, equal = Call(attend, x), Call(attend, operands(len(parts), n // len(parts)))
+    square = i[:, None], i
+    flex = by_flex(causal, n)
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
+    rows: dict[str, tuple] = {
+        NOTHING: ({}, plain, flex, sdpa),
+        "key_mask, all real": ({"key_mask": (i >= 0)[None]}, plain, flex, sdpa),
+        "key_mask, half padding": (
+            {"key_mask": real[None]}, plain, by_flex(padded, n), by_sdpa(padded(0, 0, *square)),
+        ),
+        "sinks": ({"sinks": sinks}, plain, None, None),
+        "return_lse": ({"return_lse": True}, plain, None, None),
+        "cu_seqlens": (
+            {"cu_seqlens": cu}, equal, by_flex(within, n), by_sdpa(within(0, 0, *square)),
+        ),
+    }  # fmt: skip
+    for feature, (options, without, other, theirs) in rows.items():
+        yield Case(
+            "mla", feature, Call(partial(attend, **options), x), without,
+            other and Call(expanded(other), x), theirs and Call(expanded(theirs), x),
+        )  # fmt: skip
+
+
+def cases(heads: int, n: int) -> Iterator[Case]:
+    w = tab.orthogonal_projection(128, WIDTH, generator=torch.Generator().manual_seed(0))
+    yield from sums("linear", tab.linear_attention, False, heads, n)
+    yield from sums("linear, causal", partial(tab.linear_attention, causal=True), True, heads, n)
+    yield from sums("performer", partial(tab.performer_attention, projection=w), False, heads, n)
+    yield from decays(heads, n)
+
+    def near(b, h, i, j):
+        return (j <= i) & (i - j <= WINDOW)
+
+    def blocks(b, h, i, j):
+        row, column = i // BLOCK, j // BLOCK
+        return (j <= i) & ((row - column < 4) | (column < 1))
+
+    local = partial(tab.local_attention, window=WINDOW, causal=True)
+    pattern = tab.BlockPattern.sliding_window(n, window=4, sinks=1, block_size=BLOCK)
+    sparse = partial(tab.sparse_attention, pattern=pattern, causal=True)
+    yield from softmax("local", local, near, heads, n)
+    yield packed_local(local, near, heads, n)
+    yield from softmax("sparse", sparse, blocks, heads, n)
+    yield from latent(heads, n)
