@@ -1,15 +1,20 @@
 """The PTX that Triton compiles for sm_80, executed on a CPU (tests/support/ptx): every launch of
-the experts and of batch assembly that `tab doctor --kernels` knows, against float64. Bounds,
-alignment and races are watched; shared memory and outputs start as NaN."""
+linear, local, experts, batches and H2O's choices that `tab doctor --kernels` knows, at small
+shapes, against float64. Bounds, alignment and races are watched; shared memory and outputs start as
+NaN."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from proof import assert_accurate, poisoned
+from proof import assert_accurate, outputs_and_gradients, poisoned
+from textbook import linear, softmax
 
 from tab.doctor.kernel_launches import identity, launches
 from tab.ops import OPS
+from tab.ops.h2o_choice import choose_reference
 
 pytest.importorskip("triton")
 from ptx.machine import executed
@@ -37,7 +42,74 @@ def call(op, *args):
     return OPS[op].apply("cuda", *args)
 
 
-# --- cases: (f, textbook, inputs) -----------------------------------------------------------------
+def heads(generator, n, *sizes, dtype, h=2, scale=1.0):
+    """(1, H, N, size) each, laid out by tokens as projections give them"""
+    drawn = (scale * torch.randn(1, n, h, size, generator=generator) for size in sizes)
+    return [x.to(dtype).transpose(1, 2) for x in drawn]
+
+
+def mask(generator, n):
+    some = torch.rand(1, n, generator=generator) > 0.3
+    some[:, 0] = True
+    return some
+
+
+# --- cases: (f, textbook, inputs), N a multiple of 16 as in the launchers' own, and of no tile ----
+
+
+def linear_cases(generator):
+    for n, d, causal, dtypes in (
+        (48, 64, False, (FULL, HALF)),
+        (48, 128, False, (FULL,)),
+        (272, 64, False, (HALF,)),
+        (272, 64, True, (FULL, HALF)),  # two segments
+        (272, 256, True, (FULL,)),
+    ):
+        for dtype in dtypes:
+            x = heads(generator, n, d, d, d, dtype=dtype)
+            x += (
+                torch.rand(1, 2, d, d, generator=generator),
+                torch.rand(1, 2, d, generator=generator),
+            )
+            real = mask(generator, n)
+            yield (
+                lambda q, k, v, s, z, real=real, causal=causal: call(
+                    "linear_fwd", q, k, v, real, s, z, 0, causal, 0.0
+                ),
+                partial(linear.naive, causal=causal, key_mask=real),
+                x,
+            )
+
+
+def rules(generator, n, told):
+    if not told:
+        return {"key_mask": None, "slopes": None}, 0.0
+    return {"key_mask": mask(generator, n), "slopes": torch.tensor([0.3, 0.02])}, 30.0
+
+
+def local_cases(generator):
+    for d, dtype, window, told in (
+        (64, HALF, (32, 48, 0, 0, False), False),
+        (64, HALF, (16, 16, 16, 32, True), False),  # a causal grid
+        (64, HALF, (32, 48, 0, 0, False), True),
+        (64, FULL, (32, 48, 0, 0, False), False),
+        (128, HALF, (32, 48, 0, 0, False), False),
+        (256, HALF, (32, 48, 0, 0, False), False),
+        (64, HALF, (2, 2, 8, 8, False), False),  # one tile
+    ):
+        left, right, rows, cols, causal = window
+        n = rows * cols or 208
+        given, cap = rules(generator, n, told)
+        seen = softmax.in_window(n, left, right, causal, cols)
+        yield softmax_case("local", seen, given, cap, window, n, d, dtype, generator)
+
+
+def softmax_case(op, seen, given, cap, options, n, d, dtype, generator):
+    def f(*x):
+        return call(f"{op}_fwd", *x, *given.values(), *options, d**-0.5, cap)[0]
+
+    truth = softmax.ruled(seen, **given, softcap=cap or None, scale=d**-0.5)
+    return f, lambda *x: truth(*x)[0], heads(generator, n, d, d, d, dtype=dtype)
 
 
 def moe_cases(generator):
@@ -55,7 +127,7 @@ def moe_cases(generator):
             yield lambda x, w, counts=counts: call("moe_grouped", x, w, counts), exact, (x, w)
 
 
-CASES = {"moe": moe_cases}
+CASES = {"linear": linear_cases, "local": local_cases, "moe": moe_cases}
 
 
 def covered(op, seen):
@@ -75,6 +147,22 @@ def test_every_launch(op, generator):
     covered(op, seen)
 
 
+def test_every_launch_of_h2o(generator):
+    """The choices, few slots and many."""
+    seen = []
+    for n, half, block in ((64, 16, 16), (640, 224, 64)):
+        for dtype in (FULL, HALF):
+            # Large scores: their sums lie apart, and no choice turns on a rounding.
+            q, k = heads(generator, n, 64, 64, dtype=dtype, scale=2.0)
+            options = mask(generator, n), half, half, True, block, 0.1
+            with executed(ARCH) as now, poisoned():
+                given = call("h2o_choose", q, k, *options)
+            exact = choose_reference(q.double(), k.double(), *options)
+            assert torch.equal(given.sort(-1).values, exact.sort(-1).values)
+            seen += now
+    covered("h2o", seen)
+
+
 def test_every_launch_of_batches(generator):
     images = torch.randint(256, (9, 32, 32, 3), generator=generator, dtype=torch.uint8)
     index = torch.randint(9, (16,), generator=generator)
@@ -86,3 +174,14 @@ def test_every_launch_of_batches(generator):
         given = call("assemble", images, index, moves, mean, scale)
     torch.testing.assert_close(given, exact)
     covered("batches", seen)
+
+
+def test_the_order_of_warps_does_not_matter(generator):
+    """The last warp and block first: the same bits."""
+    f, _, x = next(iter(local_cases(generator)))
+    results = []
+    for reverse in (False, True):
+        with executed(ARCH, reverse), poisoned():
+            results.append(outputs_and_gradients(f, x))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
