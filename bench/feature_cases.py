@@ -1,6 +1,7 @@
 """The cases of features.py: each op with one feature and without it, and the same function by
 FlexAttention and by SDPA where these compute it."""
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -54,9 +55,11 @@ def lengths(tokens: int) -> list[int]:
 # --- local and sparse: the same under a mask by PyTorch -------------------------------------------
 
 
-def by_flex(seen: Callable, n: int, bend: Callable | None = None, **options) -> Callable:
+def by_flex(
+    seen: Callable, n: int, bend: Callable | None = None, keys: int | None = None, **options
+) -> Callable:
     """FlexAttention, compiled. seen: which pairs; bend: of the scores."""
-    mask = create_block_mask(seen, None, None, n, n, device="cpu", BLOCK_SIZE=BLOCK)
+    mask = create_block_mask(seen, None, None, n, keys or n, device="cpu", BLOCK_SIZE=BLOCK)
     compiled = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, block_mask=mask, score_mod=bend, **options)
 
@@ -108,20 +111,36 @@ def softmax(op: str, attend: Callable, seen: Callable, heads: int, n: int) -> It
         )  # fmt: skip
 
 
-def packed_local(attend: Callable, seen: Callable, heads: int, n: int) -> Case:
+def packed(op: str, attend: Callable, equal: Callable, seen: Callable, heads: int, n: int) -> Case:
+    """equal: the op for the dense batch."""
     parts = lengths(n)
     cu = torch.tensor([0, *parts]).cumsum(0).int()
-    document = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
+    start = torch.repeat_interleave(cu[:-1], torch.tensor(parts))
 
     def within(b, h, i, j):
-        return seen(b, h, i, j) & (document[i] == document[j])
+        return seen(b, h, i - start[i], j - start[j]) & (start[i] == start[j])
 
     x = leaves(*[(1, heads, n, WIDTH)] * 3)
-    equal = leaves(*[(len(parts), heads, n // len(parts), WIDTH)] * 3)
+    dense = leaves(*[(len(parts), heads, n // len(parts), WIDTH)] * 3)
     i = torch.arange(n)
     return Case(
-        "local", "cu_seqlens", Call(partial(attend, cu_seqlens=cu), x), Call(attend, equal),
+        op, "cu_seqlens", Call(partial(attend, cu_seqlens=cu), x), Call(equal, dense),
         Call(by_flex(within, n), x), Call(by_sdpa(within(0, 0, i[:, None], i)), x),
+    )  # fmt: skip
+
+
+def crossed(op: str, attend: Callable, plain: Callable, seen: Callable, heads: int, n: int) -> Case:
+    """The last n of 2n tokens ask: they see as many keys as in the op without."""
+
+    def last(b, h, i, j):
+        return seen(b, h, i + n, j)
+
+    x = leaves((1, heads, n, WIDTH), *[(1, heads, 2 * n, WIDTH)] * 2)
+    i, j = torch.arange(n), torch.arange(2 * n)
+    return Case(
+        op, "cross-attention, N and 2N", Call(attend, x),
+        Call(plain, leaves(*[(1, heads, n, WIDTH)] * 3)),
+        Call(by_flex(last, n, keys=2 * n), x), Call(by_sdpa(last(0, 0, i[:, None], j)), x),
     )  # fmt: skip
 
 
@@ -225,10 +244,18 @@ def cases(heads: int, n: int) -> Iterator[Case]:
         row, column = i // BLOCK, j // BLOCK
         return (j <= i) & ((row - column < 4) | (column < 1))
 
-    local = partial(tab.local_attention, window=WINDOW, causal=True)
-    pattern = tab.BlockPattern.sliding_window(n, window=4, sinks=1, block_size=BLOCK)
-    sparse = partial(tab.sparse_attention, pattern=pattern, causal=True)
+    @functools.cache
+    def pattern(n: int) -> tab.BlockPattern:
+        return tab.BlockPattern.sliding_window(n, window=4, sinks=1, block_size=BLOCK)
+
+    def of(pattern: tab.BlockPattern | Callable) -> Callable:
+        return partial(tab.sparse_attention, pattern=pattern, causal=True)
+
+    local, sparse = partial(tab.local_attention, window=WINDOW, causal=True), of(pattern(n))
     yield from softmax("local", local, near, heads, n)
-    yield packed_local(local, near, heads, n)
+    yield crossed("local", local, local, near, heads, n)
+    yield packed("local", local, local, near, heads, n)
     yield from softmax("sparse", sparse, blocks, heads, n)
+    yield crossed("sparse", of(pattern(2 * n).tail(n)), sparse, blocks, heads, n)
+    yield packed("sparse", of(pattern), of(pattern(n // len(lengths(n)))), blocks, heads, n)
     yield from latent(heads, n)
