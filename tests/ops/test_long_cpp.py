@@ -9,7 +9,8 @@ from backends import needs_cpp
 
 import tab
 
-pytestmark = needs_cpp("linear_fwd")
+# The arithmetic of one and the same binary, whatever torch loads it.
+pytestmark = [needs_cpp("linear_fwd"), pytest.mark.any_torch]
 W = tab.orthogonal_projection(8, 4, generator=torch.Generator().manual_seed(0))
 OPS = {
     "linear": lambda q, k, v, **o: tab.linear_attention(q, k, v, **o),

@@ -11,7 +11,8 @@ from backends import needs_cpp
 
 import tab
 
-pytestmark = needs_cpp("linear_fwd")
+# The arithmetic of one and the same binary, whatever torch loads it.
+pytestmark = [needs_cpp("linear_fwd"), pytest.mark.any_torch]
 B, H, D = 2, 2, 8
 PATTERN = {
     n: tab.BlockPattern.bigbird(n, heads=H, block_size=4, window=1, num_global=0, num_random=0)
