@@ -177,7 +177,7 @@ def _changes(changes: list[Change]) -> Titled:
         bad = c.bad or c.undecidable
         colour = "red" if bad else "green" if c.verdict == "faster" else "dim"
         old, new = ("–" if x is None else f"{1e3 * x:.3g}" for x in (c.old, c.new))
-        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+.1f} %"
+        change = "–" if c.ratio is None else f"{100 * (c.ratio - 1):+z.1f} %"
         if c.low is not None:
             change += f" ({100 * (c.low - 1):+.3g} … {100 * (c.high - 1):+.3g})"
         what = " ".join(filter(None, (c.contestant, c.direction)))

@@ -65,7 +65,7 @@ def _verdicts(
     told = {}
     for a, estimate in zip(samples, differences([*samples.values()], control), strict=True):
         interval = estimate.interval(alpha)
-        text = f"{100 * estimate.value:+.1f}"
+        text = f"{100 * estimate.value:+z.1f}"
         if interval:
             text += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
         told[a] = f"{text} {words(interval, min(len(samples[a].seeds), len(control.seeds)))}"

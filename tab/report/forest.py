@@ -48,8 +48,8 @@ class Row:
         """+1.9 [+1.3, +2.5]"""
         if self.difference is None:
             return ""
-        ends = "" if self.low is None else f" [{self.low:+.1f}, {self.high:+.1f}]"
-        return f"{self.difference:+.1f}{ends}"
+        ends = "" if self.low is None else f" [{self.low:+z.1f}, {self.high:+z.1f}]"
+        return f"{self.difference:+z.1f}{ends}"
 
 
 def rows(entries: list[Standing]) -> list[Row]:

@@ -112,5 +112,5 @@ def _above(entry: Standing) -> str:
 
 
 def _signed(value: float, low: float | None, high: float | None) -> str:
-    ends = "" if low is None else f", {100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{100 * value:+.1f} points{ends}" if low is None else f"{100 * value:+.1f}{ends}"
+    ends = "" if low is None else f", {100 * low:+z.1f} to {100 * high:+z.1f}"
+    return f"{100 * value:+z.1f} points{ends}" if low is None else f"{100 * value:+z.1f}{ends}"

@@ -17,6 +17,7 @@ from ..web import CHARTS, document
 from .chart_data import Group
 from .html_tables import Html, slug
 
+ORIGIN = "What was run"
 LIMIT = 5_000_000  # bytes of the page: what mail and a repository still take
 
 
@@ -56,13 +57,13 @@ def _page(text: str, looks: dict, groups: list[Group], pictures: str, kernels: s
     before = [g.heading for g in groups if not g.wide and g.heading not in titles]
     parts = [f"<h1>{html.inline(name)}</h1>", f'<div class="answer">{html(answer)}</div>']
     parts += [_section(heading, there[heading]) for heading in first]
-    parts += [f'<section class="origin">{html(head)}</section>']
+    parts += [_section(ORIGIN, html(head))]
     legend = '<div class="show"></div>'
     parts += [_section(heading, legend + there[heading]) for heading in before]
     for heading, section in zip(titles, sections, strict=True):
         words = html(section.removeprefix(heading), heading)
         parts.append(_section(heading, there.get(heading, "") + words))
-    named = [*first, *before, *titles, *(["Pictures"] if pictures else [])]
+    named = [*first, ORIGIN, *before, *titles, *(["Pictures"] if pictures else [])]
     contents = _contents([*named, *(["Kernels"] if kernels else [])])
     scripts = ("tables.js", *(CHARTS if drawn else []))
     data = {"looks": looks, "charts": drawn} if drawn else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
 from markdown_it.token import Token
 
 from ..compare.verdicts import kind
@@ -29,6 +30,7 @@ class Html:
         self._md = MarkdownIt("commonmark", {"html": False}).enable("table")
         before = '<div class="table"><div class="scroll"><table>'
         rules = {"table_open": lambda *_: before, "table_close": lambda *_: "</table></div></div>"}
+        rules["code_inline"] = lambda tokens, i, *_: _code(tokens[i].content)
         self._md.renderer.rules |= rules
         self._taken: set[str] = set()
 
@@ -57,6 +59,17 @@ class Html:
                     self._taken.add(place)
             if head.startswith("Verdict") and kind(text):
                 cell.attrSet("class", f"verdict {kind(text)}")
+
+
+def _code(text: str) -> str:
+    """A browser would break a command within its options, behind a hyphen of `--seeds`."""
+    words = (
+        f'<span class="option">{escapeHtml(word)}</span>'
+        if word.startswith("-")
+        else escapeHtml(word)
+        for word in text.split(" ")
+    )
+    return f"<code>{' '.join(words)}</code>"
 
 
 def _cells(tokens: list[Token]) -> list[tuple[Token, str]]:

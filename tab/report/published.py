@@ -38,7 +38,7 @@ def published_section(runs: list[Run], note: str) -> str:
             difference = test.value - curve.test[-1]
             inside = abs(difference) <= NEAR
             compared, near = compared + 1, near + inside
-            cells[3:6] = [test.show(".1f", 100), f"{100 * difference:+.1f}", _yes(inside)]
+            cells[3:6] = [test.show(".1f", 100), f"{100 * difference:+z.1f}", _yes(inside)]
             cells[7] = train.show(".1f", 100)
         elif begun := [r for r in runs if (r.model, r.attention) == (model, attention) and r.rows]:
             cells[3] = begun[0].state
@@ -95,7 +95,7 @@ def _by_epoch(pairs: dict[Pair, tuple[Lines, Lines]]) -> str:
         rows = {
             here: (ours["test"], ".1f", "–"),
             "published": (theirs["test"], ".1f", "–"),
-            "difference": (apart, "+.1f", f"{apart[most]:+.1f} (epoch {most + 1})"),
+            "difference": (apart, "+z.1f", f"{apart[most]:+z.1f} (epoch {most + 1})"),
         }
         for what, (values, form, last) in rows.items():
             cells = [f"{values[m - 1]:{form}}" if m <= len(values) else "–" for m in marks]

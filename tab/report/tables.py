@@ -102,7 +102,7 @@ def _ratio(runs: list[Run], control: dict[int, Run]) -> Median | None:
 def versus(entry: Standing) -> str:
     if entry.attention == "none" and entry.test:
         return "baseline"
-    return entry.points.show("+.1f", 100) if entry.points else "–"
+    return entry.points.show("+z.1f", 100) if entry.points else "–"
 
 
 def p_value(p: float | None) -> str:

@@ -44,9 +44,10 @@ def swap_attention(
         from weights of their own, as mechanisms without such projections must.
     modules: the names of those to swap, as `model.named_modules()` has them; None: all, and a
         module that looks like an attention but is of no known class is an error.
-    seq_len: the most tokens N that the model will meet; read off a timm ViT, whose class and other
-        prefix tokens count. grid: (rows, columns) of the tokens; read off a timm ViT without prefix
-        tokens. With them the tokens are a line, and mechanisms that need a grid say so.
+    seq_len: the most tokens N that the model will meet; read off a ViT of timm or torchvision,
+        whose class and other prefix tokens count. grid: (rows, columns) of the tokens; read off a
+        timm ViT without prefix tokens. With them the tokens are a line, and mechanisms that need a
+        grid say so.
     options: of the layer; those that are not given have its defaults, and num_heads the model's.
 
     Token j of the batch takes part unless key_padding_mask hides it. What it holds then reaches no
@@ -162,7 +163,8 @@ def _swapped(model, name, old, attention, carry, seq_len, grid, options) -> nn.M
             attention, qkv.weight.shape[1], seq_len=seq_len, grid=grid, **{**own, **options}
         )
     except ValueError as error:
-        raise ValueError(f"{error}{why if grid is None else ''}") from None
+        missed = grid is None and "grid" in str(error)
+        raise ValueError(f"{error}{why if missed else ''}") from None
     if getattr(layer, "reads_stream", False):
         raise ValueError(
             f"{attention} with experts reads the residual stream too, which only models of TAB "
@@ -203,9 +205,12 @@ def _carry(layer: Attention, attention: str, qkv: nn.Linear, out: nn.Linear) -> 
 
 
 def _tokens(model: nn.Module, name: str) -> tuple[int | None, tuple[int, int] | None, str]:
-    """(seq_len, grid, what to say of them) of the timm ViT that the module called so lies in."""
+    """(seq_len, grid, what to say of a grid) of the ViT that the module called so lies in, where
+    that is one of timm or torchvision."""
     outer = [".".join(name.split(".")[:i]) for i in reversed(range(name.count(".") + 1))]
     for vit in map(model.get_submodule, outer):
+        if hasattr(vit, "seq_length") and hasattr(vit, "conv_proj"):  # torchvision's, of one size
+            return vit.seq_length, None, _line(vit.seq_length - 1, 1)
         if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "patch_embed"):
             continue
         patches = getattr(vit.patch_embed, "num_patches", None)
@@ -213,9 +218,14 @@ def _tokens(model: nn.Module, name: str) -> tuple[int | None, tuple[int, int] | 
             return None, None, ": this model takes images of several sizes"
         extra, size = vit.num_prefix_tokens, tuple(vit.patch_embed.grid_size)
         if extra:
-            line = f" (beside its {patches} patches the model has {extra} prefix tokens, so that "
-            return patches + extra, None, f"{line}its tokens are a line and no grid)"
+            return patches + extra, None, _line(patches, extra)
         if not isinstance(getattr(vit, "patch_drop", nn.Identity()), nn.Identity):
             return patches, None, " (the model drops patches, so that its tokens are no grid)"
         return patches, size, ""
     return None, None, ""
+
+
+def _line(patches: int, extra: int) -> str:
+    tokens = "1 prefix token" if extra == 1 else f"{extra} prefix tokens"
+    said = f"beside its {patches} patches the model has {tokens}"
+    return f" ({said}, so that its tokens are a line and no grid)"

@@ -59,6 +59,10 @@ def row(low: float, high: float) -> Row:
     )
 
 
+def test_no_difference_is_minus_nothing():
+    assert row(-0.02, 0.01).words == "+0.0 [+0.0, +0.0]"
+
+
 def test_one_row_far_off_leaves_the_others_their_room():
     near = [row(x - 1, x + 1) for x in (-0.5, 0.0, 0.5, 1.0)]
     low, high = extent(near)

@@ -17,6 +17,7 @@ from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
 from tab.report.chart_data import Group, charts, looks, tradeoff_group
 from tab.report.html import LIMIT, html_page
+from tab.report.html_tables import Html
 from tab.report.sweep import sweep_charts, sweep_section
 from tab.sweep.trials import RungTrial
 from tab.web import CHARTS
@@ -59,6 +60,12 @@ def test_structure(tmp_path):
     ).items()
     with pytest.raises(ValueError, match="no result of `tab bench`"):
         page(tmp_path, bench=tmp_path)
+
+
+def test_a_command_is_not_broken_within_an_option():
+    said = Html()("`tab compare --seeds 5 <x>` and `a-b`")
+    assert '<code>tab compare <span class="option">--seeds</span> 5 &lt;x&gt;</code>' in said
+    assert "<code>a-b</code>" in said
 
 
 def test_axes_of_the_tradeoff():

@@ -32,7 +32,8 @@ def test_mean_and_interval():
     assert mean.value == pytest.approx(0.6)
     assert mean.half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-3)
     assert Mean.of([0.5]) == Mean(0.5, None) and Mean.of([]) is None
-    assert Mean(-0.0312, 0.004).show("+.1f", 100, " %") == "-3.1 ± 0.4 %"
+    assert Mean(-0.0312, 0.004).show("+z.1f", 100, " %") == "-3.1 ± 0.4 %"
+    assert Mean(-0.0001, 0.004).show("+z.1f", 100) == "+0.0 ± 0.4"  # nothing is -0.0
 
 
 def test_one_disturbed_run_does_not_move_a_time():

@@ -188,11 +188,22 @@ def test_grid_of_a_vit():
     model = tab.swap_attention(vit(**plain), "local", **options)
     assert model.blocks[0].attn.layer.window_grid == (4, 4)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn.*grid.*16 patches.*1 prefix tokens"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn.*grid.*16 patches.*1 prefix token,"):
         tab.swap_attention(vit(), "local", **options)
     assert tab.swap_attention(vit(), "local").blocks[0].attn.layer.seq_len == 17
     with pytest.raises(ValueError, match="drops patches"):
         tab.swap_attention(vit(**plain, patch_drop_rate=0.5), "local", **options)
+
+
+def test_a_vit_of_torchvision_says_its_length():
+    model = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=C, mlp_dim=C)
+    with pytest.raises(ValueError, match=r"grid.*16 patches.*1 prefix token,"):
+        tab.swap_attention(model, "local", two_dimensional=True)
+    with pytest.raises(ValueError, match=r"no option num_feature; it takes [\w, ]+$"):
+        tab.swap_attention(model, "performer", num_feature=8)
+    tab.swap_attention(model, "linformer")(torch.randn(1, 3, 32, 32)).sum().backward()
+    layer = model.encoder.layers[0].self_attention.layer
+    assert layer.seq_len == 17 and all(p.grad is not None for p in layer.parameters())
 
 
 def test_a_half_type_the_device_and_the_mode_are_kept():
