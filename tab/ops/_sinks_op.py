@@ -50,8 +50,9 @@ def with_sinks(base: Op) -> None:
     def scaled(backend: str) -> Callable:
         def run(*args):
             o, lse, *others = base.below(backend, *args[:n], *args[n + 1 :])
-            share, _, lse = shares(lse, args[n].to(lse.dtype)[:, None])
-            return o.mul_(share[..., None]), lse, *others
+            sinks = args[n].to(lse.dtype)[:, None]
+            share = (lse - sinks).sigmoid().nan_to_num_(1.0)  # NaN: neither, or o is NaN already
+            return o.mul_(share[..., None]), lse.logaddexp(sinks), *others
 
         return run
 
