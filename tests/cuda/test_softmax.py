@@ -9,6 +9,7 @@ from proof import assert_accurate
 from tab.ops import BlockPattern
 from tab.ops._softmax import softmax_forward
 from tab.ops.local import in_window
+from tab.ops.merge import merge_sinks, shares
 
 SIZES = "int heads d dv; float scale; Sees sees"
 FORWARD = struct("Forward", f"{SIZES}; Heads q k v o; pointer lse")
@@ -17,7 +18,7 @@ BACKWARD = struct("Backward", f"{SIZES}; Heads do q k v; pointer lse; Heads dq d
 
 class Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sees, scale):
+    def forward(ctx, q, k, v, sees, scale, sinks=None):
         q, k, v = map(unit_last, (q, k, v))
         sizes = q.shape[1], q.shape[3], v.shape[3], scale, sees
 
@@ -25,6 +26,9 @@ class Softmax(torch.autograd.Function):
             return FORWARD(*sizes, *map(heads, (q, k, v, o)), lse.data_ptr())
 
         o, lse = run("softmax_fwd", make, q, [v, q[..., 0].float()])
+        if sinks is not None:  # as tab/ops/_sinks_op.py does it
+            share, _, lse = shares(lse, sinks[:, None])
+            o = o * share[..., None].to(o.dtype)
         ctx.save_for_backward(q, k, v, lse)
         ctx.sizes = sizes
         return o
@@ -38,18 +42,19 @@ class Softmax(torch.autograd.Function):
             inputs = map(heads, (do, q, k, v))
             return BACKWARD(*ctx.sizes, *inputs, lse.data_ptr(), *map(heads, outputs))
 
-        return *run("softmax_bwd", make, q, [q, k, v]), None, None
+        return *run("softmax_bwd", make, q, [q, k, v]), None, None, None
 
 
-def check_softmax(x, sees, allowed, scale=0.3):
+def check_softmax(x, sees, allowed, scale=0.3, sinks=None):
     """`allowed` (H or 1, N, N) must say what `sees` says."""
 
     def naive(q, k, v):
         acc = torch.promote_types(q.dtype, torch.float32)
-        return softmax_forward(q.to(acc), k.to(acc), v.to(acc), allowed, scale)[0].to(q.dtype)
+        o, lse, _ = softmax_forward(q.to(acc), k.to(acc), v.to(acc), allowed, scale)
+        return (o if sinks is None else merge_sinks(o, lse, sinks)[0]).to(q.dtype)
 
     def given(q, k, v):
-        return Softmax.apply(q, k, v, sees, scale)
+        return Softmax.apply(q, k, v, sees, scale, sinks)
 
     assert_accurate(given, naive, x, floor=FLOOR[x[0].dtype], names="o dq dk dv")
 
@@ -79,6 +84,12 @@ def test_softmax_shapes(b, h, n, d, dv, dtype, generator):
 def test_local(n, left, right, grid, causal, dtype, generator):
     x = inputs(generator, 1, 2, n, 16, 24, dtype)
     check_softmax(x, *local(n, left, right, grid, causal))
+
+
+def test_sinks(generator):
+    """The backward kernel, given L with the sink, needs no more: it forms Δ as Σ P∘dP."""
+    x = inputs(generator, 2, 2, 40, 16, 24, torch.float32)
+    check_softmax(x, *local(40, 3, 5), sinks=torch.tensor([0.5, 2.0]))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
