@@ -1,6 +1,6 @@
 """The PTX that Triton compiles for sm_80, executed on a CPU (tests/support/ptx): every launch of
-linear, local, experts, batches and H2O's choices that `tab doctor --kernels` knows, at small
-shapes, against float64. Bounds, alignment and races are watched; shared memory and outputs start as
+linear, local, latent decoding, experts, batches and H2O's choices that `tab doctor --kernels`
+knows, at small shapes, against float64. Bounds, alignment and races are watched; shared memory and outputs start as
 NaN."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from textbook import linear, softmax
 from tab.doctor.kernel_launches import identity, launches
 from tab.ops import OPS
 from tab.ops.h2o_choice import choose_reference
+from tab.ops.mla_decode import decode_reference
 
 pytest.importorskip("triton")
 from ptx.machine import executed
@@ -145,6 +146,39 @@ def test_every_launch(op, generator):
             assert_accurate(f, exact, x)
         seen += now
     covered(op, seen)
+
+
+def within(given, exact, dtype):
+    """Of one sum after another, as accurate as the dtype."""
+    bound = 5e-6 if dtype == FULL else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(given.double(), exact, rtol=bound, atol=bound)
+
+
+def test_every_launch_of_mla_decode(generator):
+    """A sequence in three parts, one of them empty for the other."""
+    seen = []
+    for h, r, dtypes in ((64, 512, (FULL, HALF)), (16, 64, (HALF,)), (64, 576, (FULL, HALF))):
+        for dtype in dtypes:
+            q, q_rope, cache = (
+                torch.randn(shape, generator=generator).to(dtype)
+                for shape in ((2, h, 128), (2, h, 64), (2, 528, r + 64))
+            )
+            weights = [
+                (torch.randn(h, 128, r, generator=generator) / r**0.5).to(dtype) for _ in range(2)
+            ]
+            lengths = torch.tensor([500, 37], dtype=torch.int32)
+            with executed(ARCH) as now, poisoned():
+                given = call("mla_decode", q, q_rope, cache, lengths, *weights, 0.02)
+            exact = decode_reference(
+                *(x.double() for x in (q, q_rope, cache)),
+                lengths,
+                *(w.double() for w in weights),
+                0.02,
+            )
+            for a, b in zip(given, exact, strict=True):
+                within(a, b, dtype)
+            seen += now
+    covered("mla_decode", seen)
 
 
 def test_every_launch_of_h2o(generator):
