@@ -1,7 +1,7 @@
 """The PTX that Triton compiles for sm_80, executed on a CPU (tests/support/ptx): every launch of
 linear, local, latent decoding, experts, batches and H2O's choices that `tab doctor --kernels`
-knows, at small shapes, against float64. Bounds, alignment and races are watched; shared memory and outputs start as
-NaN."""
+knows, at small shapes, against float64. Bounds, alignment and races are
+watched; shared memory and outputs start as NaN."""
 
 from __future__ import annotations
 
