@@ -14,7 +14,8 @@ struct Window {
   int64_t i0, i1, cols;
   Int<A> lane[2], down[2], across[2];  // place, row(i), column(i) of each query
 
-  TAB_INLINE Window at(const Local& a, int64_t i0) {
+  /// Of the panel that begins with query i0.
+  TAB_INLINE Window at(const Local& a, int64_t i0, int64_t /* strip */) {
     const int64_t i1 = i0 + Q<A> < a.n ? i0 + Q<A> : a.n;
     Window x{a, i0, i1, grid ? a.cols : 1, {}, {}, {}};
     for (int64_t i = 0; i < Q<A>; ++i) {
@@ -45,6 +46,7 @@ struct Window {
     const int64_t i = grid ? (j / cols + a.left + 1) * cols : j - a.shift + a.left + 1;
     return i < a.n ? i : a.n;
   }
+  bool reaches(const Run&, int64_t j) const { return from(i0) <= j && j < to(i1 - 1); }
   bool whole(const Run&, int64_t j) const {
     const int64_t p0 = i0 + a.shift, p1 = i1 - 1 + a.shift;
     return !grid && p1 - a.left <= j && j <= p0 + a.right && (!a.causal || j <= p0);
@@ -63,12 +65,12 @@ struct Window {
   }
 };
 
-/// The one run of keys around the queries i0 …, in pieces that fit a chunk.
+/// The one run of keys around the queries i0 … i1, in pieces that fit a chunk.
 template <class Rule>
-TAB_INLINE int64_t list_keys(const Rule& rule, Run* runs) {
-  const int64_t to = rule.to(rule.i1 - 1);
+TAB_INLINE int64_t list_keys(const Rule& rule, int64_t i0, int64_t i1, Run* runs) {
+  const int64_t to = rule.to(i1 - 1);
   int64_t count = 0;
-  for (int64_t j = rule.from(rule.i0); j < to; j += rule.a.chunk)
+  for (int64_t j = rule.from(i0); j < to; j += rule.a.chunk)
     runs[count++] = {j, j + rule.a.chunk < to ? rule.a.chunk : to - j, 1};
   return count;
 }
@@ -77,17 +79,18 @@ template <bool grid, class T>
 static void strips(const Local& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
                    void* scratch) {
   using A = acc_t<T>;
+  const int64_t queries = sums == nullptr ? Q<A> : BACKWARD<A>;
   Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
-    const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * Q<A>;
-    const auto rule = Window<A, grid>::at(a, i0);
-    int64_t count = list_keys(rule, listed);
+    const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * queries;
+    const auto rule = Window<A, grid>::at(a, i0, i0);
+    int64_t count = list_keys(rule, i0, least(i0 + queries, a.n), listed);
     if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
     const Arena<A> arena{static_cast<A*>(scratch)};
     if (sums == nullptr)
       strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, arena);
     else
-      strip_backward<T>(a, rule, head, i0, runs, runs + count, stretch, *sums, arena);
+      strip_backward<T, Window<A, grid>>(a, head, i0, runs, runs + count, stretch, *sums, arena);
   }
 }
 
@@ -101,6 +104,7 @@ static void window(const Local& a, const Part& part, const Sums* sums, Run* runs
 }
 
 template <class T>
-constexpr SoftmaxKernels<Local> local_kernels = {W<acc_t<T>>, window<T>, finish<T, Local>};
+constexpr SoftmaxKernels<Local> local_kernels = {W<acc_t<T>>, Q<acc_t<T>>, BACKWARD<acc_t<T>>,
+                                                 window<T>, finish<T, Local>};
 
 }  // namespace tab::TAB_ISA

@@ -47,18 +47,18 @@ TAB_INLINE int64_t leave_out_masked(const Softmax& a, int64_t b, const Run* run,
   return count;
 }
 
-/// s (keys, Q), times log₂e, from the product. Backward: ds, the products do·v, becomes 0 where the
-/// key is masked, and `steep` gets ds/dx = 1 - tanh² where there is a cap.
+/// s (keys, Q), rows ld apart, times log₂e, from the product. Backward: ds, the products do·v, becomes
+/// 0 where the key is masked, and `steep` gets ds/dx = 1 - tanh² where there is a cap.
 template <class A>
 static void adjust(const Softmax& a, int64_t b, int64_t h, int64_t i0, const Stretch* t,
-                   const Stretch* end, A* s, A* ds, A* steep) {
+                   const Stretch* end, int64_t ld, A* s, A* ds, A* steep) {
   typedef typename integer<A>::scalar I;
   const bool bends = a.softcap > 0 || a.slopes != nullptr;
   const A cap = A(a.softcap) * LOG2E<A>;
   const A slope = a.slopes ? static_cast<const A*>(a.slopes)[h] * LOG2E<A> : A(0);
   for (; t < end; ++t)
     for (int64_t r = 0; r < t->count; ++r) {
-      const int64_t j = t->first + r, at = (t->at + r) * Q<A>;
+      const int64_t j = t->first + r, at = (t->at + r) * ld;
       const bool hidden = masked(a, b, j);
       if (!hidden && !bends) continue;
       for (int64_t lane = 0; lane < Q<A>; lane += W<A>) {
@@ -82,11 +82,12 @@ static void adjust(const Softmax& a, int64_t b, int64_t h, int64_t i0, const Str
 
 /// ds∘steep; a pair that does not see each other, 0, stays 0.
 template <class A>
-static void flatten(int64_t keys, const A* steep, A* ds) {
-  for (const A* end = ds + keys * Q<A>; ds < end; ds += W<A>, steep += W<A>) {
-    const Vec<A> x = load(ds);
-    store(ds, x == 0 ? x : x * load(steep));
-  }
+static void flatten(int64_t keys, int64_t ld, const A* steep, A* ds) {
+  for (const A* end = ds + keys * ld; ds < end; ds += ld, steep += ld)
+    for (int64_t i = 0; i < Q<A>; i += W<A>) {
+      const Vec<A> x = load(ds + i);
+      store(ds + i, x == 0 ? x : x * load(steep + i));
+    }
 }
 
 /// q of masked tokens that hold what is not finite becomes 0: the gradients of all keys would meet it.

@@ -1,8 +1,9 @@
 // Softmax attention over chosen keys, the plain data: what local.cpp and sparse.cpp share with their
 // kernels (softmax_kernel.h, softmax_backward.h) and with the drivers (softmax_driver.h).
 //
-// A strip is two vectors of queries (32 floats on AVX-512) of one (b, h) against a list of runs of
-// keys. Its scores are kept transposed, Sᵀ (keys, queries):
+// A strip is some queries of one (b, h) against a list of runs of keys: two vectors of them, a panel,
+// and backward as many panels as are 32 floats, since each visit of a strip to a key costs a sum that
+// is loaded and stored. Its scores are kept transposed, Sᵀ (keys, queries):
 //     Sᵀ = K·Qᵀ     K is read row by row where it lies: only Q, the small side, is transposed
 //     softmax       runs down the columns: a maximum and a sum for every lane, nothing horizontal
 //     O = (Sᵀ)ᵀ·V   V is read where it lies
@@ -53,7 +54,7 @@ struct Part {
 /// j0 … j1 of one head as the sum of the parts that hold them.
 template <class Args>
 struct SoftmaxKernels {
-  int64_t lanes;
+  int64_t lanes, forward, backward;  // the last two: queries in a strip
   void (*strips)(const Args&, const Part&, const Sums*, Run*, Stretch*, void* scratch);
   void (*finish)(const Args&, int64_t head, int64_t j0, int64_t j1, const Sums* parts,
                  int64_t count, void* scratch);

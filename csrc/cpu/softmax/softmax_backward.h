@@ -9,8 +9,8 @@
 
 namespace tab::TAB_ISA {
 
-/// sums of the keys (rows of ld) += p (keys, Q) · x (count, width). A tile of keys skips the queries
-/// at both ends that do not see it.
+/// sums of the keys (rows of ld) += p (keys, BACKWARD) · x (count, width). A tile of keys skips the
+/// queries at both ends that do not see it.
 template <class T, class Rule>
 static void add_to_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t count,
                         int64_t width, const acc_t<T>* p, const acc_t<T>* x, acc_t<T>* sums,
@@ -24,19 +24,25 @@ static void add_to_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t 
               to = rule.seen_to(t.first + r + rows - 1) - i0;
       from = from > 0 ? from : 0, to = to < count ? to : count;
       if (from < to)
-        gemm(rows, width, to - from, p + (t.at + r) * Q<A> + from, Q<A>, x + from * width, width,
-             sums + (t.first + r - first) * ld, ld, true);
+        gemm(rows, width, to - from, p + (t.at + r) * BACKWARD<A> + from, BACKWARD<A>,
+             x + from * width, width, sums + (t.first + r - first) * ld, ld, true);
     }
   }
 }
 
-/// p = 2^(s - l) where seen, else 0; ds = scale·p∘(ds - Δ). In place.
+/// p = 2^(s - l) where seen, else 0; ds = scale·p∘(ds - Δ). In place, for one panel.
 template <class A, class Rule>
 static void differentiate(const Rule& rule, const Run* run, const Run* end, A scale, const A* l,
                           const A* delta, A* s, A* ds) {
   const Vec<A> l0 = load(l), l1 = load(l + W<A>), d0 = load(delta), d1 = load(delta + W<A>);
   for (; run < end; ++run)
-    for (int64_t j = run->first; j < run->first + run->count; ++j, s += Q<A>, ds += Q<A>) {
+    for (int64_t j = run->first; j < run->first + run->count;
+         ++j, s += BACKWARD<A>, ds += BACKWARD<A>) {
+      if (!rule.reaches(*run, j)) {
+        clear(s, Q<A>);
+        clear(ds, Q<A>);
+        continue;
+      }
       Vec<A> p0 = exp2<A>(load(s) - l0), p1 = exp2<A>(load(s + W<A>) - l1);
       Vec<A> ds0 = p0 * (load(ds) - d0) * scale, ds1 = p1 * (load(ds + W<A>) - d1) * scale;
       if (!rule.whole(*run, j)) {
@@ -53,29 +59,30 @@ static void differentiate(const Rule& rule, const Run* run, const Run* end, A sc
 
 /// dq of the queries i0 … of one head; their part of dK and dV goes into `sums`. A q or do that is
 /// not finite must reach no key beyond its window, nor such a key dq: then pair by pair.
-template <class T, class Rule>
-static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int64_t i0,
-                           const Run* first, const Run* end, Stretch* stretch, const Sums& sums,
+template <class T, class Rule, class Args>
+static void strip_backward(const Args& a, int64_t head, int64_t i0, const Run* first,
+                           const Run* end, Stretch* stretch, const Sums& sums,
                            Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
+  constexpr int64_t wide = BACKWARD<A>;
   const int64_t b = head / a.h, h = head % a.h, dp = padded<A>(a.d), ep = padded<A>(a.e);
-  const int64_t count = i0 + Q<A> < a.n ? Q<A> : a.n - i0;
-  A *qt = arena.take(a.d * Q<A>), *q = arena.take(Q<A> * dp), *dq = arena.take(Q<A> * dp);
-  A *gt = arena.take(a.e * Q<A>), *g = arena.take(Q<A> * ep), *o = arena.take(ep);
-  A *s = arena.take(a.chunk * Q<A>), *ds = arena.take(a.chunk * Q<A>);
+  const int64_t count = least(wide, a.n - i0);
+  A *qt = arena.take(a.d * wide), *q = arena.take(wide * dp), *dq = arena.take(wide * dp);
+  A *gt = arena.take(a.e * wide), *g = arena.take(wide * ep), *o = arena.take(ep);
+  A *s = arena.take(a.chunk * wide), *ds = arena.take(a.chunk * wide);
   A *k = nullptr, *v = nullptr, *steep = nullptr;
-  if (a.softcap > 0) steep = arena.take(a.chunk * Q<A>);
+  if (a.softcap > 0) steep = arena.take(a.chunk * wide);
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
   Keys<T> keys{a, b, h / a.group, k, v, stretch};
-  A l[Q<A>], delta[Q<A>];
+  A l[wide], delta[wide];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
   load_rows<T>(row<T>(a.grad, b, h, i0), a.grad.n, count, a.e, g);
   if (a.mask != nullptr) quiet_queries(a, b, i0, count, dp, q);
-  turn(count, a.d, q, product_scale<A>(a), qt);
-  turn(count, a.e, g, A(1), gt);
-  clear(l, Q<A>);
-  clear(delta, Q<A>);
+  turn(count, a.d, q, product_scale<A>(a), qt, wide);
+  turn(count, a.e, g, A(1), gt, wide);
+  clear(l, wide);
+  clear(delta, wide);
   const bool finite_queries = all_finite(q, count * dp) && all_finite(g, count * ep);
   const A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
   for (int64_t i = 0; i < count; ++i) {
@@ -84,27 +91,33 @@ static void strip_backward(const Softmax& a, const Rule& rule, int64_t head, int
     l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * LOG2E<A>;
   }
   A *dk = static_cast<A*>(sums.dk), *dv = static_cast<A*>(sums.dv);
+  const Rule strip = Rule::at(a, i0, i0);
   for (bool again = false;; again = true) {  // the second time for dq alone
     clear(dq, count * dp);
     for (const Run *begin = first, *run; begin < end; begin = run) {
       run = Keys<T>::next(keys, begin, end);
-      keys_times<T>(keys, false, qt, s);
-      keys_times<T>(keys, true, gt, ds);
-      if (adjusts(a)) adjust(a, b, h, i0, stretch, stretch + keys.stretches, s, ds, steep);
-      differentiate(rule, begin, run, A(a.scale), l, delta, s, ds);
-      if (steep) flatten(keys.size, steep, ds);
-      if (again) {
-        pair_by_pair<false>(keys, rule, begin, run, count, false, ds, ds, dq, dp, 0);
-        continue;
+      for (int64_t at = 0; at < count; at += Q<A>) {
+        const Rule rule = Rule::at(a, i0 + at, i0);
+        A *sp = s + at, *dsp = ds + at, *steepp = beside(steep, at);
+        keys_times<T>(keys, rule, false, qt + at, sp, wide);
+        keys_times<T>(keys, rule, true, gt + at, dsp, wide);
+        if (adjusts(a))
+          adjust<A>(a, b, h, i0 + at, stretch, stretch + keys.stretches, wide, sp, dsp, steepp);
+        differentiate(rule, begin, run, A(a.scale), l + at, delta + at, sp, dsp);
+        if (steep) flatten(keys.size, wide, steepp, dsp);
+        A* dqp = dq + at * dp;
+        if (again)
+          pair_by_pair<false>(keys, rule, begin, run, false, dsp, wide, dsp, dqp, dp, 0);
+        else
+          times_keys<T>(keys, rule, false, dsp, wide, dqp);
+        if (again || finite_queries) continue;
+        const A *gp = g + at * ep, *qp = q + at * dp;
+        pair_by_pair<true>(keys, rule, begin, run, true, sp, wide, gp, dv, sums.ldv, sums.first);
+        pair_by_pair<true>(keys, rule, begin, run, false, dsp, wide, qp, dk, sums.ldk, sums.first);
       }
-      if (finite_queries) {
-        add_to_keys<T>(keys, rule, i0, count, ep, s, g, dv, sums.ldv, sums.first);
-        add_to_keys<T>(keys, rule, i0, count, dp, ds, q, dk, sums.ldk, sums.first);
-      } else {
-        pair_by_pair<true>(keys, rule, begin, run, count, true, s, g, dv, sums.ldv, sums.first);
-        pair_by_pair<true>(keys, rule, begin, run, count, false, ds, q, dk, sums.ldk, sums.first);
-      }
-      times_keys<T>(keys, rule, i0, count, false, ds, dq);
+      if (again || !finite_queries) continue;
+      add_to_keys<T>(keys, strip, i0, count, ep, s, g, dv, sums.ldv, sums.first);
+      add_to_keys<T>(keys, strip, i0, count, dp, ds, q, dk, sums.ldk, sums.first);
     }
     if (again || all_finite(dq, count * dp)) break;
   }

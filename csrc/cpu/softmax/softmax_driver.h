@@ -49,18 +49,18 @@ struct Rules {
 
 /// How much is held at once. `most_runs`: pieces that a strip's list of keys can have, unmasked.
 template <class T>
-void prepare(Softmax& a, int64_t lanes, int64_t most_runs, const Inputs& in) {
+void prepare(Softmax& a, int64_t lanes, int64_t queries, int64_t most_runs, const Inputs& in) {
   a.runs = most_runs + (a.mask != nullptr ? a.m / 16 : 0);
-  a.kv = in.k.size(1), a.group = a.kv > 0 ? a.h / a.kv : 1, a.strips = ceiling(a.n, 2 * lanes);
+  a.kv = in.k.size(1), a.group = a.kv > 0 ? a.h / a.kv : 1, a.strips = ceiling(a.n, queries);
   a.copy = !std::is_same_v<T, acc_t<T>> || a.d % lanes != 0 || a.e % lanes != 0;
   // Scores, and K and V when they are copied, fit the L2 together.
   a.chunk = std::clamp<int64_t>(65536 / (a.d + a.e) / 8 * 8, 64, 512);
 }
 
 /// Scratch of one strip, in elements: every piece that the kernels take.
-inline int64_t softmax_scratch(const Softmax& a, int64_t lanes) {
+inline int64_t softmax_scratch(const Softmax& a, int64_t lanes, int64_t queries) {
   using P = Arena<float>;
-  const int64_t queries = 2 * lanes, dp = up(a.d, lanes), ep = up(a.e, lanes);
+  const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes);
   return P::cost(a.d * queries) + P::cost(a.e * queries) + 2 * P::cost(queries * dp) +
          2 * P::cost(queries * ep) + 3 * P::cost(a.chunk * queries) + P::cost(a.chunk * dp) +
          P::cost(a.chunk * ep);
@@ -69,12 +69,12 @@ inline int64_t softmax_scratch(const Softmax& a, int64_t lanes) {
 template <class T, class Args>
 std::tuple<Tensor, Tensor> softmax_forward(Args& a, const SoftmaxKernels<Args>& kernels,
                                            int64_t most_runs, const Inputs& in) {
-  prepare<T>(a, kernels.lanes, most_runs, in);
+  prepare<T>(a, kernels.lanes, kernels.forward, most_runs, in);
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
   const Tensor lse = torch::stable::new_empty(in.q, {a.b, a.h, a.n}, accumulator(in.q));
   a.o = Rows(o), a.lse = lse.data_ptr();
   const int64_t heads = a.b * a.kv, strips = a.group * a.strips;
-  const int64_t work = softmax_scratch(a, kernels.lanes);
+  const int64_t work = softmax_scratch(a, kernels.lanes, kernels.forward);
   const int64_t few = std::clamp<int64_t>(heads * strips / (8 * threads()), 1, 16);
   const int64_t tasks = ceiling(strips, few);
   parallel(heads * tasks, [&](int64_t task) {
@@ -94,11 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
                                                     int64_t most_runs, bool deal,
                                                     const Bounds& keys, const Inputs& in) {
   using A = acc_t<T>;
-  const int64_t lanes = kernels.lanes;
-  prepare<T>(a, lanes, most_runs, in);
+  const int64_t lanes = kernels.lanes, queries = kernels.backward;
+  prepare<T>(a, lanes, queries, most_runs, in);
   const Gradients out(a, in);
-  const int64_t queries = 2 * lanes, strips = a.group * a.strips;
-  const int64_t heads = a.b * a.kv, work = softmax_scratch(a, lanes);
+  const int64_t strips = a.group * a.strips;
+  const int64_t heads = a.b * a.kv, work = softmax_scratch(a, lanes, queries);
   const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes);
   const int64_t length = ceiling(strips, segments(heads, strips)), count = ceiling(strips, length);
   const auto run = [&](const Part& part, const Sums& sums, A* scratch) {
@@ -107,11 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
   };
 
   if (count == 1) {
-    const int64_t rows = a.copy ? a.m * (dp + ep) : 0;
+    // In the outputs the rows of a head lie H·D apart. Where that is a power of two they share a few
+    // sets of the caches, which then hold few of them. So the sums stand side by side in scratch and
+    // are stored once, unless they are few or very many.
+    const bool apart = a.copy || (a.m > 128 && a.m * (dp + ep) <= int64_t{1} << 20);
+    const int64_t rows = apart ? a.m * (dp + ep) : 0;
     parallel(heads, [&](int64_t head) {
       A* scratch = arena<A>(rows + work).next;
       Sums sums{scratch, scratch + a.m * dp, dp, ep, 0, a.m};
-      if (!a.copy) {  // the outputs themselves
+      if (!apart) {  // the outputs themselves
         const int64_t b = head / a.kv, h = head % a.kv;
         A* x = static_cast<A*>(a.dk.data) + b * a.dk.b + h * a.dk.h;
         A* y = static_cast<A*>(a.dv.data) + b * a.dv.b + h * a.dv.h;
@@ -123,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Args& a, const SoftmaxKernel
         std::fill_n(y + j * sums.ldv, ep, A(0));
       }
       run({head, 0, strips, 1}, sums, scratch + rows);
-      if (a.copy) kernels.finish(a, head, 0, a.m, &sums, 1, scratch + rows);
+      if (apart) kernels.finish(a, head, 0, a.m, &sums, 1, scratch + rows);
     });
     return {out.dq, out.dk, out.dv};
   }

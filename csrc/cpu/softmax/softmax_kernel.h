@@ -5,8 +5,9 @@
 //
 // Dao 2023, "FlashAttention-2", algorithm 1. A Rule says which keys a query sees inside the runs:
 //     from(i), to(i)           bounds of the keys that query i can see, neither falls as i grows
+//     reaches(run, j)          some query of the panel may see key j
 //     seen_from(j), seen_to(j) the same for the queries that can see key j
-//     whole(run, j)            every query of the strip sees key j
+//     whole(run, j)            every query of the panel sees key j
 //     seen(run, j, half)       else: which lanes of this vector of queries do
 //
 // The tiles of a product also hold pairs that do not see each other, at weight 0. But 0·NaN and 0·∞
@@ -14,9 +15,11 @@
 
 namespace tab::TAB_ISA {
 
-/// Queries in a strip.
+/// Queries in a panel, and in a strip: forward one panel, backward several side by side (softmax.h).
 template <class A>
 constexpr int64_t Q = 2 * W<A>;
+template <class A>
+constexpr int64_t BACKWARD = 64 / TAB_VECTOR_BYTES * Q<A>;
 
 }  // namespace tab::TAB_ISA
 
@@ -25,13 +28,13 @@ constexpr int64_t Q = 2 * W<A>;
 
 namespace tab::TAB_ISA {
 
-/// y (width, Q) = scale·xᵀ of x (count ≤ Q, padded width); lanes past count are 0.
+/// y (width, ld) = scale·xᵀ of x (count ≤ ld, padded width); lanes past count are 0.
 template <class A>
-static void turn(int64_t count, int64_t width, const A* x, A scale, A* y) {
-  if (count < Q<A>) clear(y, width * Q<A>);
-  transpose(count, width, x, padded<A>(width), y, Q<A>);
+static void turn(int64_t count, int64_t width, const A* x, A scale, A* y, int64_t ld) {
+  if (count < ld) clear(y, width * ld);
+  transpose(count, width, x, padded<A>(width), y, ld);
   if (scale != 1)
-    for (int64_t i = 0; i < width * Q<A>; i += W<A>) store(y + i, load(y + i) * scale);
+    for (int64_t i = 0; i < width * ld; i += W<A>) store(y + i, load(y + i) * scale);
 }
 
 // --- keys -----------------------------------------------------------------------------------------
@@ -82,26 +85,33 @@ struct Keys {
   }
 };
 
-/// y (keys, Q) = rows of K (or V) · xᵀ, given xᵀ (width, Q).
-template <class T>
-static void keys_times(const Keys<T>& s, bool values, const acc_t<T>* xt, acc_t<T>* y) {
+/// y (keys, Q) = rows of K (or V) · xᵀ, given xᵀ (width, Q), both with rows ld apart. Keys at both
+/// ends that no query of the panel sees are left out.
+template <class T, class Rule>
+static void keys_times(const Keys<T>& s, const Rule& rule, bool values, const acc_t<T>* xt,
+                       acc_t<T>* y, int64_t ld) {
   using A = acc_t<T>;
   const int64_t width = values ? s.a.e : s.a.d;
+  const int64_t first = rule.from(rule.i0), last = rule.to(rule.i1 - 1);
   for (int64_t i = 0; i < s.stretches; ++i) {
     const Stretch& x = s.stretch[i];
     int64_t step;
     const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k, width, s, x, step);
-    gemm(x.count, Q<A>, width, keys, step, xt, Q<A>, y + x.at * Q<A>, Q<A>, false);
+    const int64_t from = first > x.first ? first - x.first : 0, to = least(last - x.first, x.count);
+    if (from < to)
+      gemm(to - from, Q<A>, width, keys + from * step, step, xt, ld, y + (x.at + from) * ld, ld,
+           false);
   }
 }
 
-/// y (count, width) += pᵀ · rows of K (or V), p (keys, Q). A tile of queries skips the keys at both
-/// ends that it cannot see.
+/// y (count, width) += pᵀ · rows of K (or V), p (keys, Q) with rows ld apart. A tile of queries skips
+/// the keys at both ends that it cannot see.
 template <class T, class Rule>
-static void times_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t count, bool values,
-                       const acc_t<T>* p, acc_t<T>* y) {
+static void times_keys(const Keys<T>& s, const Rule& rule, bool values, const acc_t<T>* p,
+                       int64_t ld, acc_t<T>* y) {
   using A = acc_t<T>;
   const int64_t width = padded<A>(values ? s.a.e : s.a.d);
+  const int64_t i0 = rule.i0, count = rule.i1 - i0;
   for (int64_t i = 0; i < s.stretches; ++i) {
     const Stretch& x = s.stretch[i];
     int64_t step;
@@ -112,34 +122,33 @@ static void times_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t c
       int64_t from = rule.from(i0 + r) - x.first, to = rule.to(i0 + r + rows - 1) - x.first;
       from = from > 0 ? from : 0, to = to < x.count ? to : x.count;
       if (from < to)
-        gemm<true>(rows, width, to - from, p + (x.at + from) * Q<A> + r, Q<A>, keys + from * step,
-                   step, y + r * width, width, true);
+        gemm<true>(rows, width, to - from, p + (x.at + from) * ld + r, ld, keys + from * step, step,
+                   y + r * width, width, true);
     }
   }
 }
 
-/// The same over the pairs that see each other, or `to_keys`: row j - first of y (rows of ld) +=
+/// The same over the pairs that see each other, or `to_keys`: row j - first of y (rows of ldy) +=
 /// Σ_i p_ij x_i.
 template <bool to_keys, class T, class Rule>
 static __attribute__((noinline)) void pair_by_pair(const Keys<T>& s, const Rule& rule,
-                                                   const Run* run, const Run* end, int64_t count,
-                                                   bool values, const acc_t<T>* p,
-                                                   const acc_t<T>* x, acc_t<T>* y, int64_t ld,
-                                                   int64_t first) {
+                                                   const Run* run, const Run* end, bool values,
+                                                   const acc_t<T>* p, int64_t ld, const acc_t<T>* x,
+                                                   acc_t<T>* y, int64_t ldy, int64_t first) {
   using A = acc_t<T>;
   const int64_t width = padded<A>(values ? s.a.e : s.a.d);
   const Stretch* t = s.stretch;
   int64_t at = 0, step;
   for (; run < end; ++run)
-    for (int64_t j = run->first; j < run->first + run->count; ++j, ++at, p += Q<A>) {
+    for (int64_t j = run->first; j < run->first + run->count; ++j, ++at, p += ld) {
       t += at == t->at + t->count;
       if (masked(s.a, s.b, j)) continue;
       const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k,
                                     values ? s.a.e : s.a.d, s, *t, step);
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < rule.i1 - rule.i0; ++i) {
         if (!rule.whole(*run, j) && !Rule::seen(rule, *run, j, i / W<A>)[i % W<A>]) continue;
         if (to_keys)
-          add_scaled(y + (j - first) * ld, p[i], x + i * width, width);
+          add_scaled(y + (j - first) * ldy, p[i], x + i * width, width);
         else
           add_scaled(y + i * width, p[i], keys + (at - t->at) * step, width);
       }
@@ -215,24 +224,24 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
   if (a.mask != nullptr) quiet_queries(a, b, i0, count, dp, q);
-  turn(count, a.d, q, product_scale<A>(a), qt);
+  turn(count, a.d, q, product_scale<A>(a), qt, Q<A>);
   for (bool paired = false;; paired = true) {
     clear(o, count * ep);
     clear(total, Q<A>);
     for (int64_t i = 0; i < Q<A>; ++i) top[i] = -__builtin_inf();
     for (const Run *begin = first, *run; begin < end; begin = run) {
       run = Keys<T>::next(keys, begin, end);
-      keys_times<T>(keys, false, qt, s);
+      keys_times<T>(keys, rule, false, qt, s, Q<A>);
       if (adjusts(a))
-        adjust<A>(a, b, h, i0, stretch, stretch + keys.stretches, s, nullptr, nullptr);
+        adjust<A>(a, b, h, i0, stretch, stretch + keys.stretches, Q<A>, s, nullptr, nullptr);
       __builtin_memcpy(old, top, sizeof top);
       mask_scores(rule, begin, run, s, top);
       if (begin != first) rescale(count, ep, old, top, total, o);
       exponentiate(keys.size, top, s, total);
       if (paired)
-        pair_by_pair<false>(keys, rule, begin, run, count, true, s, s, o, ep, 0);
+        pair_by_pair<false>(keys, rule, begin, run, true, s, Q<A>, s, o, ep, 0);
       else
-        times_keys<T>(keys, rule, i0, count, true, s, o);
+        times_keys<T>(keys, rule, true, s, Q<A>, o);
     }
     if (paired || all_finite(o, count * ep)) break;
   }
