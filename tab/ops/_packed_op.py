@@ -4,6 +4,9 @@ length.
 `packed(op, …)` makes the ops `x_packed_fwd` and `x_packed_bwd` beside `x_fwd` and `x_bwd`. They
 take the same arguments, and `cu_seqlens` behind the tensors. To PyTorch they are ops like others:
 torch.compile and torch.export see one call, and only the call itself reads the lengths.
+
+Where C++ has a kernel for the whole batch, tab_packed::x_packed_fwd of the same schema, that runs
+in place of one call for each length.
 """
 
 from __future__ import annotations
@@ -38,14 +41,30 @@ class Packed(Op):
     def __init__(self, base: Op, name: str, schema: str, each: Callable, flops: Callable):
         self.base = base
         super().__init__(name, schema, each("reference"), flops=flops)
-        for backend in ("cpp", "triton"):
-            self.implement(backend, each("auto"))
+        torch.library.define(f"tab_packed::{name}", schema)
+        self.whole: Callable | None = None  # C++ for all sequences at once; find_kernels fills it
+        self.implement("cpp", self._on_cpu(each("auto")))
+        self.implement("triton", each("auto"))
         self.takes, self.own = base.takes, False
+
+    def _on_cpu(self, one_by_one: Callable) -> Callable:
+        kinds = [x.name for x in self.overload._schema.arguments]
+        q, ends = kinds.index("q" if "q" in kinds else "q_nope"), kinds.index("cu_seqlens")
+
+        def run(*args):
+            if self.whole is None:
+                return one_by_one(*args)
+            check_ends(self.base.name, args[ends], args[q].shape[2])
+            return self.whole(*args)
+
+        return run
 
     def find_kernels(self) -> None:
         there = "auto", "reference", "cpp", "triton"
         self.reasons = {backend: why_not(self.base.name, backend) for backend in there}
         self.reasons["cuda"] = "it has no packed batches; call it for each sequence"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"tab_packed::{self.name}", "CPU"):
+            self.whole = getattr(torch.ops.tab_packed, self.name).default
 
 
 def packed(
@@ -175,17 +194,23 @@ def _each(
 
 def cut(op: str, cu_seqlens: Tensor, tokens: int) -> list[Group]:
     """The sequences, neighbours of one length together."""
-    ends = cu_seqlens.tolist()
+    ends = check_ends(op, cu_seqlens, tokens)
     lengths = [b - a for a, b in pairwise(ends)]
-    back = next((i for i, x in enumerate(lengths, 1) if x < 0), 0)
+    return [(len(list(same)), length) for length, same in groupby(lengths)]
+
+
+def check_ends(op: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """The ends as numbers, or a ValueError that names what is wrong with them."""
+    ends = cu_seqlens.tolist()
+    if ends[0] == 0 and ends[-1] == tokens and ends == sorted(ends):
+        return ends
+    back = next((i for i, (a, b) in enumerate(pairwise(ends), 1) if b < a), 0)
     if ends[0] != 0:
         fault = f"it starts at {ends[0]}"
     elif back:
         fault = f"cu_seqlens[{back}] = {ends[back]} follows {ends[back - 1]}"
-    elif ends[-1] != tokens:
-        fault = f"it ends at {ends[-1]}"
     else:
-        return [(len(list(same)), length) for length, same in groupby(lengths)]
+        fault = f"it ends at {ends[-1]}"
     raise ValueError(
         f"{op} wants cu_seqlens to start at 0, never to fall, and to end at {tokens}, the number "
         f"of tokens; {fault}"

@@ -3,12 +3,14 @@
 //
 // Work is cut into (b, h) and, when there are too few of those for the threads, into segments of the
 // sequence: their states are summed first, each is given what it starts from, and then every segment
-// runs on its own.
+// runs on its own. A packed batch is cut into (sequence, h) in the same way (packed.h): a Problem is a
+// dense batch, or one sequence of a packed one.
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
-#include "attention.h"
+#include "packed.h"
 #include "task.h"
 
 namespace tab {
@@ -18,15 +20,16 @@ namespace tab {
 constexpr int64_t LONG = int64_t{1} << 15;
 
 struct Segmented : Attention {
+  int64_t states;                  // B, or of how many packed sequences there are states
   int64_t tile, segments, length;  // tokens in a tile; segments of a sequence, tokens in each
   bool causal, compensated;        // compensated: sums keep what additions round away
   double eps;
 
-  /// Once the sizes are known.
-  void cut(int64_t tokens) {
+  /// Once the sizes are known. `rows`: how many (b, h), or (sequence, h), run side by side.
+  void cut(int64_t tokens, int64_t rows) {
     tile = tokens;
     const int64_t tiles = std::max<int64_t>(ceiling(n, tile), 1);
-    length = ceiling(tiles, tab::segments(b * h, tiles)) * tile;
+    length = ceiling(tiles, tab::segments(rows, tiles)) * tile;
     segments = std::max<int64_t>(ceiling(n, length), 1);
     compensated = length > LONG;
   }
@@ -38,9 +41,57 @@ template <class Args>
 Args over_keys(Args& a, int64_t n) {
   Args keys = a;
   if (n == a.n) return keys;
-  keys.n = n, keys.cut(a.tile);
+  keys.n = n, keys.cut(a.tile, a.b * a.h);
   a.mask = nullptr;
   return keys;
+}
+
+/// The steps over queries of one problem, and those over its keys.
+template <class Args>
+struct Problem {
+  Args a, kv;
+};
+
+/// A dense batch with `keys` keys as one problem, or a packed batch of T elements as many.
+/// move(x, from): what `x` has beside the rows of tokens is that of the tokens from there on.
+template <class T, class Args, class Move>
+std::vector<Problem<Args>> problems(Args& a, int64_t keys, const Ends& ends, const Move& move) {
+  if (!ends.packed) {
+    const Args kv = over_keys(a, keys);
+    return {{a, kv}};
+  }
+  // Side by side, or, where they are too few for the threads, each in segments.
+  const int64_t all = ends.count() * a.h;
+  const int64_t rows = segments(all, ceiling(a.n, a.tile)) == 1 ? all : a.h;
+  std::vector<Problem<Args>> each;
+  each.reserve(ends.count());
+  a.compensated = false;
+  for (int64_t i = 0; i < ends.count(); ++i) {
+    Args x = sequence<T>(a, ends.at[i], ends.at[i + 1]);
+    x.cut(a.tile, rows);
+    a.compensated = a.compensated || x.compensated;  // for the scratch
+    move(x, ends.at[i]);
+    each.push_back({x, x});
+  }
+  return each;
+}
+
+/// Whether nobody's tokens are cut into segments.
+template <class Args>
+bool whole(const std::vector<Problem<Args>>& each) {
+  return std::all_of(each.begin(), each.end(), [](const Problem<Args>& x) {
+    return x.a.segments == 1 && x.kv.segments == 1;
+  });
+}
+
+/// f(problem, head, slot) for every (b, h) or (sequence, h), side by side; the slot is the place of
+/// its state among all.
+template <class Args, class F>
+void each_head(const std::vector<Problem<Args>>& each, const F& f) {
+  if (each.empty()) return;
+  const int64_t heads = each[0].a.b * each[0].a.h;
+  parallel(heads * static_cast<int64_t>(each.size()),
+           [&](int64_t slot) { f(each[slot / heads], slot % heads, slot); });
 }
 
 /// Whether a tensor is so large that little of it is still cached when somebody reads it.
@@ -102,25 +153,29 @@ struct SegmentStates {
 };
 
 /// The forward pass: the outputs, from the state `first` of each head to `last`. The step `keys` adds
-/// keys to a state, with the arguments kv; `outputs` reads it and, causal, takes it along.
+/// keys to a state; `outputs` reads it and, causal, takes it along.
 template <class A, class Args, class States, class Given, class Step>
-void attend(const Args& a, const Args& kv, const States& states, int64_t work, const Tensor& like,
-            Step keys, Step outputs, const Given& first, const Given& last) {
-  const auto before = [&](A* x, int64_t head) { states.read(x, first, head); };
-  const auto after = [&](A* x, int64_t head) { states.write(x, last, head); };
-  if (a.segments == 1 && kv.segments == 1)
-    return parallel(a.b * a.h, [&](int64_t head) {
+void attend(const std::vector<Problem<Args>>& each, const States& states, int64_t work,
+            const Tensor& like, Step keys, Step outputs, const Given& first, const Given& last) {
+  if (whole(each))
+    return each_head(each, [&](const Problem<Args>& x, int64_t head, int64_t slot) {
       Arena<A> scratch = arena<A>(work + Arena<A>::cost(states.size));
       A* state = scratch.take(states.size);
-      before(state, head);
-      if (!a.causal) keys(kv, head, state, scratch.next);
-      outputs(a, head, state, scratch.next);
-      after(state, head);
+      states.read(state, first, slot);
+      if (!x.a.causal) keys(x.kv, head, state, scratch.next);
+      outputs(x.a, head, state, scratch.next);
+      states.write(state, last, slot);
     });
-  const SegmentStates<A, States> sums(kv, states, work, like);
-  sums.sum(kv, keys);
-  sums.scan(false, before, after);
-  sums.run(a, outputs);
+  int64_t slot = 0;  // of the first head
+  for (const auto& [a, kv] : each) {
+    const SegmentStates<A, States> sums(kv, states, work, like);
+    sums.sum(kv, keys);
+    sums.scan(
+        false, [&](A* x, int64_t head) { states.read(x, first, slot + head); },
+        [&](A* x, int64_t head) { states.write(x, last, slot + head); });
+    sums.run(a, outputs);
+    slot += a.b * a.h;
+  }
 }
 
 }  // namespace tab

@@ -21,18 +21,27 @@ namespace tab {
 namespace {
 
 /// The common part of the arguments, once q, k and v are known.
-void prepare(const char* op, Gated& a, const Tensor& q, const Tensor& g, double scale) {
+void prepare(const char* op, Gated& a, const Ends& ends, const Tensor& q, const Tensor& g,
+             double scale) {
   check_shape(op, "log_decay", g, {a.b, a.h, a.n, 1});
   check_dtype(op, "log_decay", g, accumulator(q));
   a.g = Rows(g), a.scale = scale, a.causal = true;
-  a.cut(a.d > 128 || a.e > 128 ? 32 : 64);
+  a.states = ends.packed ? ends.count() : a.b;
+  a.cut(a.d > 128 || a.e > 128 ? 32 : 64, a.b * a.h);
+}
+
+template <class T>
+std::vector<Problem<Gated>> cut(Gated& a, const Ends& ends) {
+  return problems<T>(a, a.n, ends, [](Gated& x, int64_t from) {
+    skip<acc_t<T>>(x.g, from), skip<acc_t<T>>(x.dg, from);
+  });
 }
 
 /// A state (B, H, D, Dv), where there is one.
 std::optional<Tensor> given(const char* op, const char* name, const Gated& a, const Tensor& q,
                             const std::optional<Tensor>& s) {
   if (!s) return s;
-  check_shape(op, name, *s, {a.b, a.h, a.d, a.e});
+  check_shape(op, name, *s, {a.states, a.h, a.d, a.e});
   check_dtype(op, name, *s, accumulator(q));
   return contiguous(s);
 }
@@ -41,24 +50,23 @@ A* data(const std::optional<Tensor>& s) {
   return s ? static_cast<A*>(s->data_ptr()) : nullptr;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor g,
-                                   std::optional<Tensor> mask, std::optional<Tensor> s0,
-                                   double scale) {
-  constexpr const char* op = "gated_linear_fwd";
-  Gated a{};
-  const Inputs in(op, a, q, k, v, mask);
-  prepare(op, a, q, g, scale);
-  s0 = given(op, "S", a, q, s0);
+using Forward = std::tuple<Tensor, Tensor>;
+
+Forward forward(const char* op, const Ends& ends, Gated& a, const Inputs& in, const Tensor& g,
+                std::optional<Tensor> s0, double scale) {
+  prepare(op, a, ends, in.q, g, scale);
+  s0 = given(op, "S", a, in.q, s0);
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
-  const Tensor s = empty(in.q, {a.b, a.h, a.d, a.e}, accumulator(in.q));
+  const Tensor s = empty(in.q, {a.states, a.h, a.d, a.e}, accumulator(in.q));
   a.o = Rows(o), a.stream = large(o);
 
-  return dispatch(op, in.q, [&]<class T>() -> std::tuple<Tensor, Tensor> {
+  return dispatch(op, in.q, [&]<class T>() -> Forward {
     using A = acc_t<T>;
     const GatedKernels& kernels = TAB_SELECT(gated_kernels<T>);
+    const std::vector<Problem<Gated>> each = cut<T>(a, ends);
     const GatedStates<A> states(a, kernels.lanes);
     A *const first = data<A>(s0), *const last = static_cast<A*>(s.data_ptr());
-    attend<A>(a, a, states, scratch_size(a, kernels.lanes), in.q, kernels.keys, kernels.outputs,
+    attend<A>(each, states, scratch_size(a, kernels.lanes), in.q, kernels.keys, kernels.outputs,
               first, last);
     return {o, s};
   });
@@ -66,64 +74,116 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor g,
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Backward backward(Tensor grad, std::optional<Tensor> ds, Tensor q, Tensor k, Tensor v, Tensor g,
-                  std::optional<Tensor> mask, std::optional<Tensor> s0, double scale) {
-  constexpr const char* op = "gated_linear_bwd";
-  Gated a{};
-  const Inputs in(op, a, q, k, v, mask);
-  prepare(op, a, q, g, scale);
-  check_output(op, "do", grad, q, a.e);
-  s0 = given(op, "S", a, q, s0), ds = given(op, "dS", a, q, ds);
+Backward backward(const char* op, const Ends& ends, Gated& a, const Inputs& in, Tensor grad,
+                  std::optional<Tensor> ds, const Tensor& g, std::optional<Tensor> s0,
+                  double scale) {
+  prepare(op, a, ends, in.q, g, scale);
+  check_output(op, "do", grad, in.q, a.e);
+  s0 = given(op, "S", a, in.q, s0), ds = given(op, "dS", a, in.q, ds);
   grad = unit_last(grad);
   const Gradients out(a, in);
   const Tensor dg = token_major(g, a.b, a.h, a.n, 1);
-  const Tensor ds0 = empty(in.q, {a.b, a.h, a.d, a.e}, accumulator(in.q));
+  const Tensor ds0 = empty(in.q, {a.states, a.h, a.d, a.e}, accumulator(in.q));
   a.grad = Rows(grad), a.dg = Rows(dg), a.stream = large(out.dq);
 
   return dispatch(op, in.q, [&]<class T>() -> Backward {
     using A = acc_t<T>;
     const GatedKernels& kernels = TAB_SELECT(gated_kernels<T>);
+    std::vector<Problem<Gated>> each = cut<T>(a, ends);
     const GatedStates<A> states(a, kernels.lanes);
     const int64_t work = scratch_size(a, kernels.lanes), size = states.size;
-    const Tensor kept =
-        torch::stable::new_empty(g, {a.b * a.h * ceiling(a.n, a.tile) * a.d * states.ep});
-    const Gated adding = a;  // which keeps no states
-    a.kept = kept.data_ptr();
-    const auto first = [&](A* x, int64_t head) { states.read(x, data<A>(s0), head); };
-    const auto last = [&](A* x, int64_t head) { states.read(x, data<A>(ds), head); };
-    const auto initial = [&](A* x, int64_t head) {
-      states.write(x, static_cast<A*>(ds0.data_ptr()), head);
+    const auto kept_by = [&](const Gated& x) {  // numbers
+      return x.b * x.h * ceiling(x.n, x.tile) * x.d * states.ep;
+    };
+    int64_t room = 0;
+    for (const auto& x : each) room += kept_by(x.a);
+    const Tensor kept = torch::stable::new_empty(g, {room});
+    A* at = static_cast<A*>(kept.data_ptr());
+    for (auto& x : each) x.a.kept = at, at += kept_by(x.a);  // x.kv keeps no states
+    const auto first = [&](A* x, int64_t slot) { states.read(x, data<A>(s0), slot); };
+    const auto last = [&](A* x, int64_t slot) { states.read(x, data<A>(ds), slot); };
+    const auto initial = [&](A* x, int64_t slot) {
+      states.write(x, static_cast<A*>(ds0.data_ptr()), slot);
     };
     const Backward result{out.dq, out.dk, out.dv, dg, ds0};
 
-    if (a.segments == 1) {
-      parallel(a.b * a.h, [&](int64_t head) {
+    if (whole(each)) {
+      each_head(each, [&](const Problem<Gated>& x, int64_t head, int64_t slot) {
         Arena<A> scratch = arena<A>(work + Arena<A>::cost(size));
         A* state = scratch.take(size);
-        first(state, head);
-        kernels.keys(a, head, state, scratch.next);
-        last(state, head);
-        kernels.gradients(a, head, state, scratch.next);
-        initial(state, head);
+        first(state, slot);
+        kernels.keys(x.a, head, state, scratch.next);
+        last(state, slot);
+        kernels.gradients(x.a, head, state, scratch.next);
+        initial(state, slot);
       });
       return result;
     }
-    const SegmentStates<A, GatedStates<A>> sums(a, states, work, in.q),
-        dsums(a, states, work, in.q);
-    sums.sum(adding, kernels.keys);
-    sums.scan(false, first, [](A*, int64_t) {});
-    sums.run(a, kernels.keys);
-    dsums.sum(a, kernels.reads);
-    dsums.scan(true, last, initial);
-    dsums.run(a, kernels.gradients);
+    int64_t slot = 0;  // of the first head
+    for (const auto& [x, adding] : each) {
+      const auto moved = [&](const auto& f) {
+        return [&](A* state, int64_t head) { f(state, slot + head); };
+      };
+      const SegmentStates<A, GatedStates<A>> sums(x, states, work, in.q),
+          dsums(x, states, work, in.q);
+      sums.sum(adding, kernels.keys);
+      sums.scan(false, moved(first), [](A*, int64_t) {});
+      sums.run(x, kernels.keys);
+      dsums.sum(x, kernels.reads);
+      dsums.scan(true, moved(last), moved(initial));
+      dsums.run(x, kernels.gradients);
+      slot += x.b * x.h;
+    }
     return result;
   });
+}
+
+// --- dense and packed -----------------------------------------------------------------------------
+
+Forward dense_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
+                      std::optional<Tensor> s0, double scale) {
+  Gated a{};
+  const Inputs in("gated_linear_fwd", a, q, k, v, mask);
+  return forward("gated_linear_fwd", {}, a, in, g, s0, scale);
+}
+
+Forward packed_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
+                       std::optional<Tensor> s0, Tensor cu_seqlens, double scale) {
+  constexpr const char* op = "gated_linear_packed_fwd";
+  Gated a{};
+  const Inputs in(op, a, q, k, v, mask);
+  return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, g, s0, scale);
+}
+
+Backward dense_backward(Tensor grad, std::optional<Tensor> ds, Tensor q, Tensor k, Tensor v,
+                        Tensor g, std::optional<Tensor> mask, std::optional<Tensor> s0,
+                        double scale) {
+  Gated a{};
+  const Inputs in("gated_linear_bwd", a, q, k, v, mask);
+  return backward("gated_linear_bwd", {}, a, in, grad, ds, g, s0, scale);
+}
+
+Backward packed_backward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
+                         std::optional<Tensor> s0, Tensor o, Tensor /* s */,
+                         std::optional<Tensor> grad, std::optional<Tensor> ds, Tensor cu_seqlens,
+                         double scale) {
+  constexpr const char* op = "gated_linear_packed_bwd";
+  Gated a{};
+  const Inputs in(op, a, q, k, v, mask);
+  const Ends ends(op, cu_seqlens, a.b, a.n);
+  Backward got = backward(op, ends, a, in, or_zeros(grad, o), ds, g, s0, scale);
+  if (!s0) std::get<4>(got) = nothing(in.q);
+  return got;
 }
 
 }  // namespace
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
-  m.impl("gated_linear_fwd", TORCH_BOX(&tab::forward));
-  m.impl("gated_linear_bwd", TORCH_BOX(&tab::backward));
+  m.impl("gated_linear_fwd", TORCH_BOX(&tab::dense_forward));
+  m.impl("gated_linear_bwd", TORCH_BOX(&tab::dense_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
+  m.impl("gated_linear_packed_fwd", TORCH_BOX(&tab::packed_forward));
+  m.impl("gated_linear_packed_bwd", TORCH_BOX(&tab::packed_backward));
 }

@@ -33,45 +33,49 @@ const LinearKernels& kernels_for(const Linear& a) {
 }
 
 /// The common part of the arguments, once q, k and v are known.
-void prepare(const char* op, Linear& a, int64_t map, bool causal, double eps) {
+void prepare(const char* op, Linear& a, const Ends& ends, int64_t map, bool causal, double eps) {
   STD_TORCH_CHECK(map >= 0 && map <= 2, op, ": feature_map is 0, 1 or 2");
   a.map = static_cast<int>(map), a.causal = causal, a.eps = eps;
-  a.cut(a.d > 128 || a.e > 128 ? 32 : 64);
+  a.states = ends.packed ? ends.count() : a.b;
+  a.cut(a.d > 128 || a.e > 128 ? 32 : 64, a.b * a.h);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
-                                           std::optional<Tensor> s0, std::optional<Tensor> z0,
-                                           int64_t map, bool causal, double eps) {
-  constexpr const char* op = "linear_fwd";
-  Linear a{};
-  const Inputs in(op, a, q, k, v, mask, false, !causal);
-  prepare(op, a, map, causal, eps);
+template <class T>
+std::vector<Problem<Linear>> cut(Linear& a, const Inputs& in, const Ends& ends) {
+  return problems<T>(a, in.k.size(2), ends, [&](Linear& x, int64_t from) {
+    if (a.notes != nullptr) x.notes = static_cast<acc_t<T>*>(a.notes) + 2 * a.h * from;
+  });
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor>;
+
+Forward forward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
+                const std::optional<Tensor>& s0, const std::optional<Tensor>& z0, int64_t map,
+                bool causal, double eps) {
+  prepare(op, a, ends, map, causal, eps);
   const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
   a.o = Rows(o), a.stream = large(o);
-  const Linear kv = over_keys(a, in.k.size(2));
 
-  return dispatch(op, in.q, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
+  return dispatch(op, in.q, [&]<class T>() -> Forward {
     using A = acc_t<T>;
     const LinearKernels& kernels = kernels_for<T>(a);
+    const std::vector<Problem<Linear>> each = cut<T>(a, in, ends);
     const Pair<A> first(op, a, in.q, s0, z0), last(a, in.q);
     const LinearStates<A> states(a, kernels.lanes);
-    const int64_t work = scratch_size(a, kernels.lanes);
-    attend<A>(a, kv, states, work, in.q, kernels.keys, kernels.outputs, first, last);
+    attend<A>(each, states, scratch_size(a, kernels.lanes), in.q, kernels.keys, kernels.outputs,
+              first, last);
     return {o, *last.s, *last.z};
   });
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, Tensor q,
-                  Tensor k, Tensor v, Tensor /* o */, Tensor s, Tensor z,
-                  std::optional<Tensor> mask, std::optional<Tensor> s0, std::optional<Tensor> z0,
+Backward backward(const char* op, const Ends& ends, Linear& a, const Inputs& in, Tensor grad,
+                  const std::optional<Tensor>& ds, const std::optional<Tensor>& dz, const Tensor& s,
+                  const Tensor& z, const std::optional<Tensor>& s0, const std::optional<Tensor>& z0,
                   int64_t map, bool causal, double eps) {
-  constexpr const char* op = "linear_bwd";
-  Linear a{};
-  const Inputs in(op, a, q, k, v, mask, false, !causal);
-  prepare(op, a, map, causal, eps);
-  check_output(op, "do", grad, q, a.e);
+  prepare(op, a, ends, map, causal, eps);
+  check_output(op, "do", grad, in.q, a.e);
   grad = unit_last(grad);
   const Gradients out(a, in);
   a.grad = Rows(grad), a.stream = large(out.dq);
@@ -80,53 +84,107 @@ Backward backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> d
     notes = torch::stable::new_empty(in.q, {a.b, a.h, 2, a.n}, accumulator(in.q));
     a.notes = notes->data_ptr();
   }
-  const Linear kv = over_keys(a, in.k.size(2));
 
   return dispatch(op, in.q, [&]<class T>() -> Backward {
     using A = acc_t<T>;
     const LinearKernels& kernels = kernels_for<T>(a);
+    const std::vector<Problem<Linear>> each = cut<T>(a, in, ends);
     const Pair<A> first(op, a, in.q, s0, z0), total(op, a, in.q, s, z);
     const Pair<A> last(op, a, in.q, ds, dz), initial(a, in.q);
     const Pair<A>& start = causal ? first : total;  // what the first query sees
     const LinearStates<A> states(a, kernels.lanes);
     const int64_t work = scratch_size(a, kernels.lanes), size = states.size;
+    const Backward result{out.dq, out.dk, out.dv, *initial.s, *initial.z};
 
-    if (a.segments == 1 && kv.segments == 1) {
-      parallel(a.b * a.h, [&](int64_t head) {
+    if (whole(each)) {
+      each_head(each, [&](const Problem<Linear>& x, int64_t head, int64_t slot) {
         Arena<A> scratch = arena<A>(work + 2 * Arena<A>::cost(size));
         A *state = scratch.take(size), *dstate = scratch.take(size);
-        states.read(state, start, head);
-        states.read(dstate, last, head);
-        kernels.queries(a, head, state, causal ? nullptr : dstate, scratch.next);
-        kernels.gradients(kv, head, dstate, scratch.next);
-        states.write(dstate, initial, head);
+        states.read(state, start, slot);
+        states.read(dstate, last, slot);
+        kernels.queries(x.a, head, state, causal ? nullptr : dstate, scratch.next);
+        kernels.gradients(x.kv, head, dstate, scratch.next);
+        states.write(dstate, initial, slot);
       });
-      return {out.dq, out.dk, out.dv, *initial.s, *initial.z};
+      return result;
     }
-    const SegmentStates<A, LinearStates<A>> sums(a, states, work, in.q);
-    const SegmentStates<A, LinearStates<A>> dsums(a, states, work, in.q);
-    if (causal) {
-      sums.sum(a, kernels.keys);
-      sums.scan(
-          false, [&](A* x, int64_t head) { states.read(x, first, head); }, [](A*, int64_t) {});
+    int64_t slot = 0;  // of the first head
+    for (const auto& [x, kv] : each) {
+      const SegmentStates<A, LinearStates<A>> sums(x, states, work, in.q);
+      const SegmentStates<A, LinearStates<A>> dsums(x, states, work, in.q);
+      if (causal) {
+        sums.sum(x, kernels.keys);
+        sums.scan(
+            false, [&](A* state, int64_t head) { states.read(state, first, slot + head); },
+            [](A*, int64_t) {});
+      }
+      dsums.each([&, &x = x](int64_t task, A* scratch) {
+        if (!causal) states.read(sums.of(task), total, slot + task / x.segments);
+        states.clear(dsums.of(task));
+        kernels.queries(x, task, sums.of(task), dsums.of(task), scratch);
+      });
+      dsums.scan(
+          true, [&](A* state, int64_t head) { states.read(state, last, slot + head); },
+          [&](A* state, int64_t head) { states.write(state, initial, slot + head); });
+      dsums.run(kv, kernels.gradients);
+      slot += x.b * x.h;
     }
-    dsums.each([&](int64_t task, A* scratch) {
-      if (!causal) states.read(sums.of(task), total, task / a.segments);
-      states.clear(dsums.of(task));
-      kernels.queries(a, task, sums.of(task), dsums.of(task), scratch);
-    });
-    dsums.scan(
-        true, [&](A* x, int64_t head) { states.read(x, last, head); },
-        [&](A* x, int64_t head) { states.write(x, initial, head); });
-    dsums.run(kv, kernels.gradients);
-    return {out.dq, out.dk, out.dv, *initial.s, *initial.z};
+    return result;
   });
+}
+
+// --- dense and packed -----------------------------------------------------------------------------
+
+Forward dense_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
+                      std::optional<Tensor> s0, std::optional<Tensor> z0, int64_t map, bool causal,
+                      double eps) {
+  Linear a{};
+  const Inputs in("linear_fwd", a, q, k, v, mask, false, !causal);
+  return forward("linear_fwd", {}, a, in, s0, z0, map, causal, eps);
+}
+
+Forward packed_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
+                       std::optional<Tensor> s0, std::optional<Tensor> z0, Tensor cu_seqlens,
+                       int64_t map, bool causal, double eps) {
+  constexpr const char* op = "linear_packed_fwd";
+  Linear a{};
+  const Inputs in(op, a, q, k, v, mask);
+  return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, s0, z0, map, causal, eps);
+}
+
+Backward dense_backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, Tensor q,
+                        Tensor k, Tensor v, Tensor /* o */, Tensor s, Tensor z,
+                        std::optional<Tensor> mask, std::optional<Tensor> s0,
+                        std::optional<Tensor> z0, int64_t map, bool causal, double eps) {
+  Linear a{};
+  const Inputs in("linear_bwd", a, q, k, v, mask, false, !causal);
+  return backward("linear_bwd", {}, a, in, grad, ds, dz, s, z, s0, z0, map, causal, eps);
+}
+
+Backward packed_backward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
+                         std::optional<Tensor> s0, std::optional<Tensor> z0, Tensor o, Tensor s,
+                         Tensor z, std::optional<Tensor> grad, std::optional<Tensor> ds,
+                         std::optional<Tensor> dz, Tensor cu_seqlens, int64_t map, bool causal,
+                         double eps) {
+  constexpr const char* op = "linear_packed_bwd";
+  Linear a{};
+  const Inputs in(op, a, q, k, v, mask);
+  const Ends ends(op, cu_seqlens, a.b, a.n);
+  if (ds.has_value() != dz.has_value()) ds = or_zeros(ds, s), dz = or_zeros(dz, z);
+  Backward got =
+      backward(op, ends, a, in, or_zeros(grad, o), ds, dz, s, z, s0, z0, map, causal, eps);
+  if (!s0) std::get<3>(got) = std::get<4>(got) = nothing(in.q);
+  return got;
 }
 
 }  // namespace
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
-  m.impl("linear_fwd", TORCH_BOX(&tab::forward));
-  m.impl("linear_bwd", TORCH_BOX(&tab::backward));
+  m.impl("linear_fwd", TORCH_BOX(&tab::dense_forward));
+  m.impl("linear_bwd", TORCH_BOX(&tab::dense_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
+  m.impl("linear_packed_fwd", TORCH_BOX(&tab::packed_forward));
+  m.impl("linear_packed_bwd", TORCH_BOX(&tab::packed_backward));
 }

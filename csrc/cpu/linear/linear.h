@@ -29,16 +29,16 @@ struct Pair {
        const std::optional<Tensor>& z0) {
     STD_TORCH_CHECK(s0.has_value() == z0.has_value(), op, ": S and z come together");
     if (!s0) return;
-    check_shape(op, "S", *s0, {a.b, a.h, a.d, a.e});
-    check_shape(op, "z", *z0, {a.b, a.h, a.d});
+    check_shape(op, "S", *s0, {a.states, a.h, a.d, a.e});
+    check_shape(op, "z", *z0, {a.states, a.h, a.d});
     check_dtype(op, "S", *s0, accumulator(like));
     check_dtype(op, "z", *z0, accumulator(like));
     s = contiguous(s0), z = contiguous(z0);
     point();
   }
   Pair(const Linear& a, const Tensor& like)
-      : s(empty(like, {a.b, a.h, a.d, a.e}, accumulator(like))),
-        z(torch::stable::new_empty(like, {a.b, a.h, a.d}, accumulator(like))) {
+      : s(empty(like, {a.states, a.h, a.d, a.e}, accumulator(like))),
+        z(torch::stable::new_empty(like, {a.states, a.h, a.d}, accumulator(like))) {
     point();
   }
   void point() { sp = static_cast<A*>(s->data_ptr()), zp = static_cast<A*>(z->data_ptr()); }

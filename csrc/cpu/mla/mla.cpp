@@ -14,58 +14,18 @@
 // How the backward pass is cut depends on the shape alone: the same bits on any number of threads.
 
 #include <algorithm>
+#include <limits>
+#include <vector>
 
-#include "../../common.h"
+#include "../core/packed.h"
 #include "mla.h"
 
 #define TAB_KERNEL "../mla/mla_kernel.h"
 #include "../core/each_isa.h"
+#include "mla_cut.h"
 
 namespace tab {
 namespace {
-
-/// How many parts of the batch, of the heads and of the queries; `each` is the size of one part.
-struct Cut {
-  struct Axis {
-    int64_t size, each, parts;
-    Axis(int64_t size, int64_t parts, int64_t whole = 1)
-        : size(size),
-          each(ceiling(ceiling(size, parts), whole) * whole),
-          parts(ceiling(size, each)) {}
-    int64_t from(int64_t part) const { return part * each; }
-    int64_t to(int64_t part) const { return std::min(size, (part + 1) * each); }
-  };
-  Axis batch, heads, queries;
-
-  int64_t tasks() const { return batch.parts * heads.parts * queries.parts; }
-  int64_t query_part(int64_t task) const { return task % queries.parts; }
-  int64_t head_part(int64_t task) const { return task / queries.parts % heads.parts; }
-  int64_t batch_part(int64_t task) const { return task / queries.parts / heads.parts; }
-  MlaTask operator[](int64_t task) const {
-    const int64_t b = batch_part(task), h = head_part(task), q = query_part(task);
-    return {batch.from(b), batch.to(b), heads.from(h), heads.to(h), queries.from(q), queries.to(q)};
-  }
-};
-
-/// Enough tasks for the threads: first by batch, then by heads, then by blocks of queries.
-Cut cut_forward(const Mla& a) {
-  const int64_t enough = a.b % threads() == 0 ? a.b : 4 * threads();
-  const Cut::Axis batch(a.b, a.b), heads(a.h, std::min(a.h, ceiling(enough, a.b)));
-  const int64_t left = ceiling(enough, batch.parts * heads.parts);
-  return {batch, heads, Cut::Axis(a.n, std::min(left, ceiling(a.n, 64)), a.rows)};
-}
-
-/// At most 64 tasks, whose sums take at most 64 MiB (or four times the smallest possible).
-Cut cut_backward(const Mla& a, int64_t latent, int64_t weights) {
-  constexpr int64_t enough = 64, room = int64_t(1) << 24;
-  const int64_t latents = std::max<int64_t>(4, room / latent);
-  const int64_t weight_sums = std::max<int64_t>(4, room / weights);
-  const Cut::Axis batch(a.b, std::min({a.b, enough, weight_sums}));
-  const Cut::Axis heads(a.h, std::min({a.h, ceiling(enough, batch.parts), latents}));
-  const int64_t left = std::min({enough / (batch.parts * heads.parts), latents / heads.parts,
-                                 weight_sums / batch.parts, ceiling(a.n, 128)});
-  return {batch, heads, Cut::Axis(a.n, std::max<int64_t>(1, left), a.rows)};
-}
 
 /// Where the rows of a (B, N, ·) tensor, or of the (H, ·, R) weights, lie.
 Rows by_batch(const Tensor& x) {
@@ -79,15 +39,51 @@ Rows by_head(const Tensor& x) {
   return rows;
 }
 
+/// Queries whose scores are held at once: a strip stays in the L2. Causal, short ones leave out more of
+/// the hidden keys.
+int64_t rows_of(const Mla& a) {
+  return std::clamp<int64_t>((int64_t(1) << 16) / a.n / 8 * 8, 8, a.causal ? 16 : 64);
+}
+
+/// A dense batch, or one sequence of a packed one, how it is cut, and where it stands among all.
+struct Problem {
+  Mla a;
+  int64_t number;
+  Cut cut;
+  int64_t at = 0;  // its place in a buffer of sums
+};
+
+/// Those that have tokens. T is the type of the tensors.
+template <class T, class F>
+std::vector<Problem> problems(const Mla& a, const Ends& ends, const F& cut) {
+  if (!ends.packed) return {{a, 0, cut(a, 1)}};
+  int64_t count = 0;
+  for (int64_t i = 0; i < ends.count(); ++i) count += ends.at[i] < ends.at[i + 1];
+  std::vector<Problem> each;
+  for (int64_t i = 0; i < ends.count(); ++i) {
+    const int64_t from = ends.at[i], n = ends.at[i + 1] - from;
+    if (n == 0) continue;
+    Mla x = a;
+    x.n = n, x.rows = rows_of(x);
+    for (Rows* y : {&x.qn, &x.qr, &x.c, &x.kr, &x.o, &x.grad, &x.dqn, &x.dqr, &x.dc, &x.dkr})
+      skip<T>(*y, from);
+    if (x.mask != nullptr) x.mask += from;
+    x.lse = static_cast<acc_t<T>*>(x.lse) + from;
+    if (x.dlse != nullptr) x.dlse = static_cast<const acc_t<T>*>(x.dlse) + from;
+    each.push_back({x, i, cut(x, count)});
+  }
+  return each;
+}
+
 /// The inputs of both passes, checked, pointed to by `a`, and kept alive.
-struct Inputs {
+struct Operands {
   Tensor qn, qr, c, kr, uk, uv;
   std::optional<Tensor> mask;
   Mla a{};
 
-  Inputs(const char* op, const Tensor& qn_, const Tensor& qr_, const Tensor& c_, const Tensor& kr_,
-         const Tensor& uk_, const Tensor& uv_, const std::optional<Tensor>& mask_, double scale,
-         bool causal)
+  Operands(const char* op, const Tensor& qn_, const Tensor& qr_, const Tensor& c_,
+           const Tensor& kr_, const Tensor& uk_, const Tensor& uv_,
+           const std::optional<Tensor>& mask_, double scale, bool causal)
       : qn(unit_last(qn_)),
         qr(unit_last(qr_)),
         c(unit_last(c_)),
@@ -110,58 +106,72 @@ struct Inputs {
     mask = contiguous(mask_), a.mask = mask_bytes(mask);
     a.qn = Rows(qn), a.qr = Rows(qr), a.c = by_batch(c), a.kr = by_batch(kr);
     a.uk = by_head(uk), a.uv = by_head(uv);
-    // A strip of scores stays in the L2. Causal, short ones leave out more of the hidden keys.
-    a.rows = std::clamp<int64_t>((int64_t(1) << 16) / a.n / 8 * 8, 8, causal ? 16 : 64);
+    a.row = a.n, a.rows = rows_of(a);
   }
 };
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Three forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
-              std::optional<Tensor> mask, double scale, bool causal) {
-  Inputs in("mla_fwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
+Three forward(const char* op, Operands& in, const Ends& ends) {
   Mla& a = in.a;
+  const int64_t batches = ends.packed ? ends.count() : a.b, heads = a.b * a.h;
   const Tensor o = token_major(in.qn, a.b, a.h, a.n, a.dv);
   const ScalarType acc = accumulator(in.qn);
   const Tensor lse = torch::stable::new_empty(in.qn, {a.b, a.h, a.n}, acc);
-  const Tensor peaks = torch::stable::new_empty(in.qn, {a.b, a.h}, acc);
+  const Tensor peaks = torch::stable::new_empty(in.qn, {batches, a.h}, acc);
   a.o = Rows(o), a.lse = lse.data_ptr();
 
-  return dispatch("mla_fwd", in.qn, [&]<class T>() -> Three {
+  return dispatch(op, in.qn, [&]<class T>() -> Three {
     using A = acc_t<T>;
     const MlaKernels& kernels = TAB_SELECT(mla_kernels<T>);
     const int64_t rp = up(a.r, kernels.lanes), dvp = up(a.dv, kernels.lanes);
     const Tensor weights = torch::stable::new_empty(in.qn, {a.h, a.dn * rp + a.r * dvp}, acc);
     a.weights = weights.data_ptr();
     parallel(a.h, [&](int64_t head) { kernels.pack_forward(a, head, arena<A>(a.dv * rp).next); });
-    const Cut cut = cut_forward(a);
-    const int64_t work = kernels.forward_scratch(a), parts = cut.queries.parts, heads = a.b * a.h;
-    const Tensor every = parts == 1 ? peaks : torch::stable::new_empty(in.qn, {parts, heads}, acc);
-    A *highest = static_cast<A*>(peaks.data_ptr()), *each = static_cast<A*>(every.data_ptr());
-    parallel(cut.tasks(), [&](int64_t task) {
-      kernels.forward(a, cut[task], each + cut.query_part(task) * heads, arena<A>(work).next);
-    });
-    for (int64_t i = 0; parts > 1 && i < heads; ++i) {
-      highest[i] = each[i];
-      for (int64_t part = 1; part < parts; ++part)
-        if (const A other = each[part * heads + i]; other != other || other > highest[i])
-          highest[i] = other;
+    std::vector<Problem> each = problems<T>(a, ends, cut_forward);
+    std::vector<std::pair<const Problem*, int64_t>> tasks;
+    int64_t work = 0, size = 0;
+    for (Problem& x : each) {
+      work = std::max(work, kernels.forward_scratch(x.a));
+      x.at = size, size += x.cut.queries.parts * heads;
+      for (int64_t task = 0; task < x.cut.tasks(); ++task) tasks.push_back({&x, task});
     }
+    const Tensor every = torch::stable::new_empty(in.qn, {size}, acc);
+    A *highest = static_cast<A*>(peaks.data_ptr()), *parts = static_cast<A*>(every.data_ptr());
+    parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+      const auto& [x, task] = tasks[i];
+      kernels.forward(x->a, x->cut[task], parts + x->at + x->cut.query_part(task) * heads,
+                      arena<A>(work).next);
+    });
+    if (ends.packed)  // of no tokens
+      std::fill_n(highest, batches * a.h, -std::numeric_limits<A>::infinity());
+    for (const Problem& x : each)
+      for (int64_t i = 0; i < heads; ++i) {
+        A& top = highest[x.number * heads + i] = parts[x.at + i];
+        for (int64_t part = 1; part < x.cut.queries.parts; ++part)
+          if (const A other = parts[x.at + part * heads + i]; other != other || other > top)
+            top = other;
+      }
     return {o, lse, peaks};
   });
 }
 
-Six backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tensor c, Tensor kr,
-             Tensor uk, Tensor uv, Tensor o, Tensor lse, std::optional<Tensor> mask, double scale,
-             bool causal) {
-  Inputs in("mla_bwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
+/// What one task does, one after the other.
+struct Job {
+  const Problem* of;
+  MlaTask task;
+  MlaSums sums;
+};
+
+Six backward(const char* op, Operands& in, const Ends& ends, Tensor grad,
+             std::optional<Tensor> dlse, Tensor o, Tensor lse) {
   Mla& a = in.a;
   const ScalarType acc = accumulator(in.qn);
-  check_output("mla_bwd", "do", grad, qn, a.dv);
-  check_output("mla_bwd", "o", o, qn, a.dv);
-  check_lse("mla_bwd", "lse", lse, qn);
-  if (dlse) check_lse("mla_bwd", "dlse", *dlse, qn);
+  check_output(op, "do", grad, in.qn, a.dv);
+  check_output(op, "o", o, in.qn, a.dv);
+  check_lse(op, "lse", lse, in.qn);
+  if (dlse) check_lse(op, "dlse", *dlse, in.qn);
   grad = unit_last(grad), o = unit_last(o), lse = torch::stable::contiguous(lse);
   dlse = contiguous(dlse);
   const Tensor dqn = token_major(in.qn, a.b, a.h, a.n, a.dn);
@@ -174,7 +184,7 @@ Six backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tens
   a.dc = by_batch(dc), a.dkr = by_batch(dkr);
   a.lse = lse.data_ptr(), a.dlse = dlse ? dlse->data_ptr() : nullptr;
 
-  return dispatch("mla_bwd", in.qn, [&]<class T>() -> Six {
+  return dispatch(op, in.qn, [&]<class T>() -> Six {
     using A = acc_t<T>;
     const MlaKernels& kernels = TAB_SELECT(mla_kernels<T>);
     const int64_t rp = up(a.r, kernels.lanes), drp = up(a.dr, kernels.lanes);
@@ -183,28 +193,56 @@ Six backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tens
     a.weights = weights.data_ptr();
     parallel(a.h, [&](int64_t head) { kernels.pack_backward(a, head, nullptr); });
 
-    const int64_t latent = a.b * a.n * (rp + drp), weight = a.h * rows * rp;
-    const Cut cut = cut_backward(a, latent, weight);
-    const int64_t latents = cut.heads.parts * cut.queries.parts;
-    const int64_t weight_sums = cut.batch.parts * cut.queries.parts;
-    const bool straight = latents == 1;
-    const Tensor latent_buffer =
-        torch::stable::new_empty(in.qn, {straight ? 0 : latents * latent}, acc);
-    const Tensor weight_buffer = torch::stable::new_empty(in.qn, {weight_sums * weight}, acc);
-    A* of_latents = straight ? nullptr : static_cast<A*>(latent_buffer.data_ptr());
-    A* of_weights = static_cast<A*>(weight_buffer.data_ptr());
-    const int64_t work = kernels.backward_scratch(a);
-    parallel(cut.tasks(), [&](int64_t task) {
-      const int64_t q = cut.query_part(task);
-      const int64_t i = cut.head_part(task) * cut.queries.parts + q;
-      const int64_t j = cut.batch_part(task) * cut.queries.parts + q;
-      const MlaSums sums{straight ? nullptr : of_latents + i * latent, of_weights + j * weight};
-      kernels.backward(a, cut[task], sums, arena<A>(work).next);
+    // Many sequences are undivided, and neighbours share a sum of weights, of which there are 64.
+    constexpr int64_t many = 16, groups = 64;
+    const int64_t weight = a.h * rows * rp;
+    std::vector<Problem> each = problems<T>(a, ends, [&](const Mla& x, int64_t count) {
+      return count >= many ? undivided(x) : cut_backward(x, x.b * x.n * (rp + drp), weight, count);
     });
-    if (!straight)
-      parallel(a.b * a.n, [&](int64_t token) {
-        kernels.finish_latent(a, token, of_latents, latents, arena<A>(rp + drp).next);
-      });
+    const int64_t count = static_cast<int64_t>(each.size()), shared = std::min(count, groups);
+    const bool sharing = count >= many;
+    const auto latents = [](const Problem& x) { return x.cut.heads.parts * x.cut.queries.parts; };
+    const auto latent = [&](const Problem& x) { return x.a.b * x.a.n * (rp + drp); };
+    int64_t work = 0, latent_size = 0, weight_sums = sharing ? shared : 0;
+    for (Problem& x : each) {
+      work = std::max(work, kernels.backward_scratch(x.a)), x.at = latent_size;
+      if (latents(x) > 1) latent_size += latents(x) * latent(x);
+      if (!sharing) weight_sums += x.cut.batch.parts * x.cut.queries.parts;
+    }
+    const Tensor latent_buffer = torch::stable::new_empty(in.qn, {latent_size}, acc);
+    const Tensor weight_buffer = torch::stable::new_empty(in.qn, {weight_sums * weight}, acc);
+    A* of_latents = static_cast<A*>(latent_buffer.data_ptr());
+    A* of_weights = static_cast<A*>(weight_buffer.data_ptr());
+    std::vector<std::vector<Job>> tasks(sharing ? shared : 0);
+    int64_t first = 0;  // the sums of weights of the problems before
+    for (int64_t i = 0; i < count; ++i) {
+      const Problem& x = each[i];
+      if (sharing) {
+        std::vector<Job>& jobs = tasks[i * shared / count];
+        MlaTask task = x.cut[0];
+        task.add = !jobs.empty();
+        jobs.push_back({&x, task, {nullptr, of_weights + i * shared / count * weight}});
+        continue;
+      }
+      for (int64_t t = 0; t < x.cut.tasks(); ++t) {
+        const int64_t q = x.cut.query_part(t), parts = x.cut.queries.parts;
+        A* sums = of_latents + x.at + (x.cut.head_part(t) * parts + q) * latent(x);
+        tasks.push_back({{&x,
+                          x.cut[t],
+                          {latents(x) == 1 ? nullptr : sums,
+                           of_weights + (first + x.cut.batch_part(t) * parts + q) * weight}}});
+      }
+      first += x.cut.batch.parts * x.cut.queries.parts;
+    }
+    parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+      for (const Job& job : tasks[i])
+        kernels.backward(job.of->a, job.task, job.sums, arena<A>(work).next);
+    });
+    for (const Problem& x : each)
+      if (latents(x) > 1)
+        parallel(x.a.b * x.a.n, [&](int64_t token) {
+          kernels.finish_latent(x.a, token, of_latents + x.at, latents(x), arena<A>(rp + drp).next);
+        });
     parallel(a.h, [&](int64_t head) {
       kernels.finish_weights(a, head, of_weights, weight_sums, arena<A>(rp).next, by_head(duk),
                              by_head(duv));
@@ -213,10 +251,46 @@ Six backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tens
   });
 }
 
+// --- dense and packed -----------------------------------------------------------------------------
+
+Three dense_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
+                    std::optional<Tensor> mask, double scale, bool causal) {
+  Operands in("mla_fwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
+  return forward("mla_fwd", in, {});
+}
+
+Three packed_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
+                     std::optional<Tensor> mask, Tensor cu_seqlens, double scale, bool causal) {
+  constexpr const char* op = "mla_packed_fwd";
+  Operands in(op, qn, qr, c, kr, uk, uv, mask, scale, causal);
+  return forward(op, in, Ends(op, cu_seqlens, in.a.b, in.a.n));
+}
+
+Six dense_backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tensor c,
+                   Tensor kr, Tensor uk, Tensor uv, Tensor o, Tensor lse,
+                   std::optional<Tensor> mask, double scale, bool causal) {
+  Operands in("mla_bwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
+  return backward("mla_bwd", in, {}, grad, dlse, o, lse);
+}
+
+Six packed_backward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
+                    std::optional<Tensor> mask, Tensor o, Tensor lse, Tensor /* max_logits */,
+                    std::optional<Tensor> grad, std::optional<Tensor> dlse, Tensor cu_seqlens,
+                    double scale, bool causal) {
+  constexpr const char* op = "mla_packed_bwd";
+  Operands in(op, qn, qr, c, kr, uk, uv, mask, scale, causal);
+  const Ends ends(op, cu_seqlens, in.a.b, in.a.n);
+  return backward(op, in, ends, or_zeros(grad, o), dlse, o, lse);
+}
+
 }  // namespace
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
-  m.impl("mla_fwd", TORCH_BOX(&tab::forward));
-  m.impl("mla_bwd", TORCH_BOX(&tab::backward));
+  m.impl("mla_fwd", TORCH_BOX(&tab::dense_forward));
+  m.impl("mla_bwd", TORCH_BOX(&tab::dense_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
+  m.impl("mla_packed_fwd", TORCH_BOX(&tab::packed_forward));
+  m.impl("mla_packed_bwd", TORCH_BOX(&tab::packed_backward));
 }

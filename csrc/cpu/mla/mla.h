@@ -13,14 +13,16 @@ struct Mla {
   const uint8_t* mask;            // (B, N) or null
   Rows qn, qr, c, kr, uk, uv, o;  // uk and uv: h and n are the head and the row
   Rows grad, dqn, dqr, dc, dkr;   // backward
-  void* lse;                      // (B, H, N)
-  const void* dlse;               // (B, H, N) or null
+  void* lse;                      // (B, H, N), packed (1, H, T)
+  const void* dlse;               // like it, or null
+  int64_t row;                    // of lse: N or T
   void* weights;                  // (H, …), packed: see the kernels
 };
 
 /// The batch entries, heads and queries of one task.
 struct MlaTask {
   int64_t b0, b1, h0, h1, q0, q1;
+  bool add;  // to sums of weights that are there, instead of starting them
 };
 
 /// Sums of one task, in the accumulation type: dc and dk_r (B, N, Rp + Drp), null when they go

@@ -72,7 +72,7 @@ static void load_cotangents(const Mla& a, int64_t b, int64_t h, int64_t i0, int6
                             acc_t<T>* q, acc_t<T>* g, acc_t<T>* o, acc_t<T>* delta, acc_t<T>* lse) {
   using A = acc_t<T>;
   const int64_t dkp = padded<A>(a.dn + a.dr), dvp = padded<A>(a.dv),
-                first = (b * a.h + h) * a.n + i0;
+                first = (b * a.h + h) * a.row + i0;
   const A *l = static_cast<const A*>(a.lse) + first, *dl = static_cast<const A*>(a.dlse);
   for (int64_t i = 0; i < count; ++i, g += dvp) {
     prefetch_row(row<T>(a.grad, b, h, i0 + i + AHEAD), a.dv);
@@ -153,7 +153,7 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
       }
       gemm(seen, s.rp, high, grads, ld, w, s.rp, dc, s.rp, true);
       gemm<true>(high, s.rp, seen, grads, ld, c, s.rp,
-                 static_cast<A*>(sums.weights) + h * high * s.rp, s.rp, b > task.b0);
+                 static_cast<A*>(sums.weights) + h * high * s.rp, s.rp, task.add || b > task.b0);
       for (int64_t j = 0; j < seen; ++j)
         add_scaled(dkr + j * s.drp, A(a.scale) * LOG2E<A>, grads + j * ld + high, s.drp);
     }

@@ -228,7 +228,7 @@ static void forward(const Mla& a, const MlaTask& task, void* peaks, void* scratc
           clear(o, count * s.dvp);
           pair_by_pair<false>(i0, count, s.dvp, strip, s.strip, v, s.dvp, o, s.dvp);
         }
-        A* lse = static_cast<A*>(a.lse) + (b * a.h + h) * a.n + i0;
+        A* lse = static_cast<A*>(a.lse) + (b * a.h + h) * a.row + i0;
         for (int64_t i = 0; i < count; ++i) {
           store_row(row<T>(a.o, b, h, i0 + i), a.dv, o + i * s.dvp,
                     total[i] == 0 ? A(0) : 1 / total[i]);

@@ -14,7 +14,8 @@ struct Performer : Segmented {
   int kernel;           // 0 softmax, 1 relu
   double scale, root;   // scale D^(-1/2) and its root
   void *panels, *rows;  // W·D^(-1/4), packed
-  void* lse;            // (B, H, N)
+  void* lse;            // (B, H, N), packed (1, H, T)
+  int64_t row;          // of lse: N or T
 };
 
 struct PerformerKernels {
@@ -35,15 +36,15 @@ struct Triple {
   Triple(const char* op, const Performer& a, const Tensor& like, const std::optional<Tensor>& s0,
          const std::optional<Tensor>& z0, const std::optional<Tensor>& c0) {
     STD_TORCH_CHECK(s0.has_value() == z0.has_value(), op, ": S and z come together");
-    if (s0) sp = take(op, "S", *s0, {a.b, a.h, a.m, a.e}, like, s);
-    if (z0) zp = take(op, "z", *z0, {a.b, a.h, a.m}, like, z);
-    if (c0) cp = take(op, "c", *c0, {a.b, a.h, a.m}, like, c);
+    if (s0) sp = take(op, "S", *s0, {a.states, a.h, a.m, a.e}, like, s);
+    if (z0) zp = take(op, "z", *z0, {a.states, a.h, a.m}, like, z);
+    if (c0) cp = take(op, "c", *c0, {a.states, a.h, a.m}, like, c);
   }
   /// Fresh ones, contiguous.
   Triple(const Performer& a, const Tensor& like)
-      : s(empty(like, {a.b, a.h, a.m, a.e}, accumulator(like))),
-        z(torch::stable::new_empty(like, {a.b, a.h, a.m}, accumulator(like))),
-        c(torch::stable::new_empty(like, {a.b, a.h, a.m}, accumulator(like))) {
+      : s(empty(like, {a.states, a.h, a.m, a.e}, accumulator(like))),
+        z(torch::stable::new_empty(like, {a.states, a.h, a.m}, accumulator(like))),
+        c(torch::stable::new_empty(like, {a.states, a.h, a.m}, accumulator(like))) {
     sp = data(*s), zp = data(*z), cp = data(*c);
   }
   static A* data(const Tensor& x) { return static_cast<A*>(x.data_ptr()); }

@@ -103,7 +103,7 @@ struct Segment {
                                A* lse) {
     load(s, s.a.q, t, count, s.a.d, q);
     load(s, s.a.grad, t, count, s.a.e, g);
-    const A* all = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.n + t;
+    const A* all = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.row + t;
     for (int64_t i = 0; i < count; ++i) {
       load_row(row(s, s.a.o, t + i), s.a.e, o);
       r[i] = -dot(g + i * s.ep, o, s.ep), lse[i] = all[i];

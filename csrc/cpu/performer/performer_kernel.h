@@ -29,7 +29,7 @@ TAB_INLINE void finish(const Segment<T>& s, int64_t i, const A* sum, A den, A r)
   den += static_cast<A>(s.a.eps);
   const bool nothing = den == 0;
   store_row(Segment<T>::row(s, s.a.o, i), s.a.e, sum, nothing ? A(0) : 1 / den);
-  A* lse = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.n + i;
+  A* lse = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.row + i;
   *lse = nothing ? INF<A> : r + static_cast<A>(__builtin_log(den));
 }
 
