@@ -1,8 +1,7 @@
-"""`tab bench`, `tab bench steps` and `tab bench memory`."""
+"""`tab bench` and `tab bench steps`."""
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..machine import command
-from . import bench_compare, bench_decode, bench_growth, bench_history, options
+from . import bench_compare, bench_decode, bench_growth, bench_history, bench_memory, options
 from .answer import Answer
 from .bench_options import (
     Budget,
@@ -32,6 +31,7 @@ app.command("compare")(bench_compare.command)
 app.command("decode")(bench_decode.command)
 app.command("growth")(bench_growth.command)
 app.command("history")(bench_history.command)
+app.command("memory")(bench_memory.command)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -152,7 +152,7 @@ def _end(answer: Answer, out: Path | None, rows: list[dict], **more: object) -> 
     after = None
     if out:
         say(f"Page: {out.with_suffix('.html')}")
-        if any(row["seconds"] for row in rows):  # times, and not memory
+        if any(row["seconds"] for row in rows):
             say("After a change, measure the same again with --out NEW.json.")
             after = command_line("bench", "compare", str(out), "NEW.json")
             next_command(after)
@@ -260,46 +260,3 @@ def steps_command(
     answer.show(*map(steps_table, found.values()))
     warn(load)
     _end(answer, out, summaries(rows), load=load.record(), environment=facts)
-
-
-@app.command("memory")
-def memory_command(
-    ops: Ops = "all",
-    longest: Annotated[int, typer.Option(metavar="N", help="Largest number of tokens.")] = 16384,
-    threads: options.Threads = None,
-    out: Out = None,
-    quiet: options.Quiet = False,
-    as_json: options.Json = False,
-) -> None:
-    """Measure how the peak memory of each op on the CPU grows with the number of tokens."""
-    answer = Answer(quiet=quiet, as_json=as_json)
-    use_threads(threads)
-    from ..bench.page import write_page
-    from ..bench.peak_memory import LENGTHS, entrants, memory, picture
-    from ..bench.registry import names
-    from ..bench.results import environment, save
-    from .bench_tables import memory_table, summaries
-
-    facts, rows = environment("cpu"), []
-    if longest < LENGTHS[1]:
-        raise ValueError(
-            f"--longest {longest}: growth needs two lengths; give at least {LENGTHS[1]}"
-        )
-    wanted, lengths = chosen(ops, names(), "--ops"), tuple(n for n in LENGTHS if n <= longest)
-    total, tables = len(lengths) * sum(len(entrants(op)) for op in wanted), []
-    with bar("memory") as show:
-        for op in wanted:
-            points = itertools.count(len(rows))
-
-            def point(what: str, points=points) -> None:
-                show(next(points), total, what)
-
-            new = memory(op, lengths, progress=point)
-            rows += new
-            tables.append(memory_table(new))
-            if out:
-                write_page(out.with_suffix(".html"), save(out, rows, None, facts, command()), rows)
-    answer.show(*tables)
-    if out:
-        picture(rows, out.with_suffix(".png"))
-    _end(answer, out, summaries(rows), environment=facts)
