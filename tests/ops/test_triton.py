@@ -37,6 +37,7 @@ SPILLS = {
     ("mla_grad_kv", 90): 192,
     ("mla_grad_kv", 100): 320,
     ("local_grad_kv", 80): 320,
+    ("local_grad_kv", 100): 448,
     ("sparse_grad_kv", 80): 256,
     ("sparse_grad_kv", 90): 256,
     "performer_fused": 512,
