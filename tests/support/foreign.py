@@ -144,7 +144,7 @@ def main() -> None:
         if missing := wanted - set(server.names):
             raise SystemExit(f"not in the program: {', '.join(sorted(missing))}")
         for name in set(server.names) & set(OPS):
-            OPS[name].overload = server.kernel(name)
+            OPS[name].call = server.kernel(name)
             OPS[name].reasons["cpp"] = None
         count = 0
         for name in sys.argv[1:] or CASES:
