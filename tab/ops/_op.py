@@ -91,8 +91,8 @@ class Op:
             self.find_kernels()
 
     def __call__(self, backend: str, *args):
-        """One kernel."""
-        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+        """One kernel. torch.jit.trace looks whether it writes the same graph without gradients."""
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or tracing():
             if backend == "reference":
                 return plain(self.reference, args)
             return (self.cuda_overload if backend == "cuda" else self.overload)(*args)

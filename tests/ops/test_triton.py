@@ -128,6 +128,7 @@ def test_compiled_ones():
 
     x, counts = torch.empty(1, 1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     q, lse = torch.empty(1, 1, 1, 16, device="meta"), torch.empty(1, 1, 1, device="meta")
+    rows, sums = q.expand(1, 1, 128, 16), lse.expand(1, 1, 128)  # too many for the kernel of few
     window = None, None, 1, 1, 1, 1, True, 1.0, 0.0  # after key_mask and slopes
     pattern = [torch.empty(n, dtype=torch.int32, device="meta") for n in ((1, 2), 1) * 2]
     pattern += [None, None, 1, True, 1.0, 0.0]
@@ -136,17 +137,20 @@ def test_compiled_ones():
         (moe.grouped, x, x[None], counts),
         (moe.grouped_outer, x, x, counts),
         (h2o.choose, x[None, None], x[None, None], None, 1, 0, True, 1, 1.0),
-        (local.forward, q, q, q, *window),
-        (local_backward.backward, q, q, q, q, q, lse, *window),
-        (sparse.forward, q, q, q, *pattern),
-        (sparse_backward.backward, q, q, q, q, q, lse, *pattern),
     ]
+    for x, of_x in ((q, lse), (rows, sums)):
+        calls += [
+            (local.forward, x, x, x, *window),
+            (local_backward.backward, x, x, x, x, x, of_x, *window),
+            (sparse.forward, x, x, x, *pattern),
+            (sparse_backward.backward, x, x, x, x, x, of_x, *pattern),
+        ]
     for kernel, causal in ((0, True), (1, False)):
         options = *(None,) * 4, kernel, causal
         calls += [(performer.forward, q, q, q, w, *options, 0.0)]
         given = q, None, None, q, q, q, w, q, z[..., None].expand_as(q), z, z, lse
         calls += [(performer_backward.backward, *given, *options)]
     found = distinct([launch for call in calls for launch in recorded(*call)])
-    assert len(found) == 3 + 6 + 9
+    assert len(found) == 3 + 4 + 6 + 9  # the few of both, then their tiles, then performer
     for launch in found:
         assert compiled("ones", launch, 90)["registers"] > 0

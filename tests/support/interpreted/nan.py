@@ -118,8 +118,6 @@ BEYOND = [
     ("performer_fwd", [*heads(d=300), W], "D up to 256, got 300"),
     ("local_fwd", heads(torch.float64), "got float64"),
     ("sparse_fwd", heads(torch.float64), "got float64"),
-    ("local_fwd", heads(h=4), "as many heads of k and v as of q, got 1 and 4"),
-    ("sparse_fwd", heads(h=4), "as many heads of k and v as of q, got 1 and 4"),
     ("mla_fwd", latents(dtype=torch.float64), "got float64"),
     ("mla_fwd", latents(dr=129), "Dr up to 128, got 129"),
     ("mla_fwd", latents(dv=129), "Dv up to 128, got 129"),
