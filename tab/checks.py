@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 _UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
 
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
 
 def nearest(name: str, known: Iterable[str], choose: str) -> str:
     """How an error goes on after a name that nobody knows: the nearest one, then `choose`."""
@@ -49,7 +51,7 @@ def check_type(where: str, value: object, hint: object) -> Any:
     wanted = " or ".join(
         ", ".join(map(repr, typing.get_args(kind)))
         if typing.get_origin(kind) is Literal
-        else kind.__name__
+        else _WORDS.get(kind, kind.__name__)
         for kind in choices
     )
     raise ValueError(f"{where} = {value!r}: give {wanted}")

@@ -33,11 +33,13 @@ def command(
         made.add_row(op, *marks)
         for backend, reason in row.items():
             if reason:
-                why.setdefault(f"{backend}: {reason.removeprefix(f'{op} ')}", []).append(op)
+                own = reason.removeprefix(f"{op} has ")  # "no cpp kernel"
+                text = own.capitalize() if own != reason else f"No {backend}, since {reason}"
+                why.setdefault(text, []).append(op)
     answer.show(made)
     for reason, ops in why.items():
-        which = "" if len(ops) == len(found) else f" ({', '.join(ops)})"
-        console.print(Text(f"no {reason}{which}", "dim"))  # nobody copies it: it may break
+        which = "" if len(ops) == len(found) else f": {', '.join(ops)}"
+        console.print(Text(f"{reason}{which}", "dim"))  # nobody copies it: it may break
     more = {"kernels": _kernels(answer)} if kernels else {}
     answer.end(versions=dict(facts), backends=found, **more)
 

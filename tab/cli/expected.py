@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from .. import machine
 from .terminal import bar, console, say
 
 
@@ -13,14 +14,15 @@ def say_time(
 ) -> None:
     """runs: (config, the part of it that is still to be trained). Says nothing of what is done, or
     where no step could be timed; --quiet does without. executor: by default this process. cluster:
-    it runs elsewhere, with as many workers as there are then."""
+    it runs elsewhere, with as many workers as there are then. Runs with more threads than this
+    machine has cores share them."""
     from ..train.estimate import estimate
 
     left = [(config, part) for config, part in runs if part > 0]
     if console.quiet or not left:
         return
     jobs, threads = getattr(executor, "jobs", 1), getattr(executor, "threads", None)
-    with bar("first steps") as show, _threads(threads):
+    with bar("first steps") as show, _threads(threads) as each:
         found = estimate(left, dataset, device, progress=show)
     if not found.measured:
         return
@@ -29,9 +31,12 @@ def say_time(
         which = "one step"
     elif found.measured < found.variants:
         which = f"one step of {found.measured} of {found.variants} variants"
-    text = f"It will take about {duration(found.seconds / jobs)}"
+    crowd = 1.0 if cluster or device != "cpu" else max(1.0, jobs * each / machine.cores())
+    text = f"It will take about {duration(found.seconds * crowd / jobs)}"
     if cluster:
         text += " of computing, shared among the workers of the cluster"
+    elif (machine.load() or 0.0) > machine.cores():
+        text += " while the machine is as busy as it is now"
     say(f"{text}: {which} was timed.")
 
 
@@ -49,13 +54,13 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(count: int | None) -> Iterator[int]:
     """As many as each run will have."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
-        yield
+        yield count or before
     finally:
         torch.set_num_threads(before)

@@ -46,11 +46,11 @@ def versions() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or '–'}"),
         ("triton", _version("triton")),
         ("CUDA toolkit", str(cuda_toolkit() or "not found")),
-        ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs, "
-                f"threads of torch: {torch.get_num_threads()}"),
+        ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"),
+        ("torch threads", str(torch.get_num_threads())),
         ("GPU", gpu),
         *((f"tab.{name}", f"{what}: {built(name)}") for name, what in EXTENSIONS.items()),
-    ]  # fmt: skip
+    ]
 
 
 def built(extension: str) -> str:

@@ -1,12 +1,15 @@
 """A busy machine is told of; threads of a training sleep while they wait."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from small_cli import SMALL, flat, tab
 
 from tab import machine
+from tab.cli.expected import say_time
 from tab.cli.given import SPINS
+from tab.train import estimate
 
 TRAIN = ("train", "mlp", "none", *SMALL)
 
@@ -30,3 +33,23 @@ def test_threads_wait_as_the_environment_says_else_soon_asleep(given, spins, mon
         monkeypatch.setenv(name, value)
     done = tab(*TRAIN, "--out", tmp_path / "run")
     assert done.exit_code == 0 and os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize(
+    "jobs, threads, load, text",
+    [
+        (1, 2, 0.1, "about 2 min:"),
+        (4, 1, 0.1, "about 50 s:"),  # four on two cores are as quick as two
+        (4, 2, 0.1, "about 2 min:"),
+        (2, 1, 0.1, "about 50 s:"),
+        (1, 2, 9.0, "about 2 min while the machine is as busy as it is now:"),
+    ],
+)
+def test_the_time_told_knows_cores_and_load(jobs, threads, load, text, monkeypatch, capsys):
+    seconds = estimate.Estimate(100.0, 1, 1)
+    monkeypatch.setattr(estimate, "estimate", lambda *args, **options: seconds)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "load", lambda: load)
+    executor = SimpleNamespace(jobs=jobs, threads=threads)
+    say_time([("config", 1.0)], None, "cpu", executor)
+    assert f"It will take {text}" in flat(capsys.readouterr().out)
