@@ -30,6 +30,11 @@ MATCHED = 0.02  # sizes this near to the control's count as the same
 MATCH = f"{100 * MATCHED:g} %"
 
 
+def data_title(name: str) -> str:
+    """'the pictures in cars' of 'folder:cars', what --data DIR is called in files."""
+    return f"the pictures in {path}" if (path := name.removeprefix("folder:")) != name else name
+
+
 def report(
     runs: list[Run],
     facts: dict,
@@ -45,7 +50,7 @@ def report(
     seeds = counted(grid.seeds, "seed")
     several = any(e.verdict and e.verdict.seeds > 1 for mine in ranked.values() for e in mine)
     parts = [
-        f"# Attention compared on {plain(facts['dataset']['name'])}",
+        f"# Attention compared on {plain(data_title(facts['dataset']['name']))}",
         "\n>\n".join(f"> {answer}" for answer in answers(ranked, alike)),
         *(picture(file, shown[file]) for file in shown if file.startswith(FIRST)),
         f"Recipe {code(grid.recipe)}, {epochs} epochs, {seeds}. "

@@ -111,3 +111,10 @@ def test_a_report_of_figures_alone(out, dataset, tmp_path):
         text = write_report(copy, dataset).read_text(encoding="utf-8")
         assert f"**Without weights:** the model.safetensors of {lost} of {count} runs" in text
     assert "Without weights" not in write_report(out, dataset).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, title", [("folder:cars", "the pictures in cars"), ("cifar10", "cifar10")]
+)
+def test_the_title_says_pictures_in_a_folder_as_one_does(name, title):
+    assert markdown.data_title(name) == title
