@@ -1,15 +1,17 @@
 """Packed batches in C++: one call for all sequences, whose numbers are those of the loop."""
 
+from functools import partial
+
 import pytest
 import torch
 from backends import needs_cpp
-from packs import LENGTHS, call, cu, draw, loop, results
+from packs import LENGTHS, H, call, cu, cut, draw, loop, results
 from tasks import threads
 
-from tab import gated_linear_attention
+from tab import gated_linear_attention, local_attention
 from tab.ops import OPS, _packed_op
 
-NAMES = "linear", "performer"
+NAMES = "linear", "performer", "local"
 T = sum(LENGTHS)
 pytestmark = needs_cpp("linear_fwd")
 
@@ -51,6 +53,28 @@ def test_gated_few_sequences():
     for count in (1, 3):
         with threads(count):
             same_bits("gated", draw("linear", 613), (600, 13))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (300, 13)], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_local_with_every_rule(lengths, count):
+    """Positions, masks and heads are those of each sequence."""
+    x = draw("local", sum(lengths), heads=2)
+    mask = torch.rand(1, sum(lengths), generator=torch.Generator().manual_seed(3)) < 0.7
+    rules = {"window": (20, 7), "softcap": 3.0, "alibi": torch.linspace(0.1, 0.5, H)}
+    f = partial(local_attention, backend="cpp", return_lse=True, **rules)
+
+    def alone(*x):
+        parts = zip(cut("local", x, lengths), mask.split(lengths, 1), strict=True)
+        o, lse = zip(*(f(*p, key_mask=m) for p, m in parts if p[0].shape[2]), strict=True)
+        return torch.cat(o, 2), torch.cat(lse, 2).detach()
+
+    def packed(*x):
+        o, lse = f(*x, key_mask=mask, cu_seqlens=cu(lengths))
+        return o, lse.detach()
+
+    with threads(count):
+        assert all(map(torch.equal, results(packed, x), results(alone, x)))
 
 
 @pytest.mark.parametrize("name", NAMES)

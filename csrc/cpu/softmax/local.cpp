@@ -40,46 +40,90 @@ void prepare(const char* op, Local& a, int64_t left, int64_t right, int64_t rows
 /// Pieces that a strip's list of keys can have.
 int64_t most_runs(const Local& a) { return a.m / 64 + 2; }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
-                                   std::optional<Tensor> slopes, int64_t left, int64_t right,
-                                   int64_t rows, int64_t cols, bool causal, double scale,
-                                   double softcap) {
+/// Of the keys that the queries i0 … i1 see.
+std::pair<int64_t, int64_t> bounds(const Local& a, int64_t i0, int64_t i1) {
+  const baseline::Window<float, false> line{a, 0, 0, 1, {}, {}, {}};
+  const baseline::Window<float, true> grid{a, 0, 0, a.cols, {}, {}, {}};
+  if (a.cols > 0) return {grid.from(i0), grid.to(i1 - 1)};
+  return {line.from(i0), line.to(i1 - 1)};
+}
+
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+Two forward(const char* op, Local& a, const Inputs& in, const Ends& ends) {
+  return dispatch(op, in.q, [&]<class T>() {
+    return softmax_forward<T>(a, TAB_SELECT(local_kernels<T>), most_runs, in, ends);
+  });
+}
+
+Three backward(const char* op, Local& a, const Inputs& in, const Ends& ends) {
+  return dispatch(op, in.q, [&]<class T>() {
+    return softmax_backward<T>(a, TAB_SELECT(local_kernels<T>), most_runs, false, bounds, in, ends);
+  });
+}
+
+// --- dense and packed -----------------------------------------------------------------------------
+
+Two dense_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
+                  std::optional<Tensor> slopes, int64_t left, int64_t right, int64_t rows,
+                  int64_t cols, bool causal, double scale, double softcap) {
   constexpr const char* op = "local_fwd";
   Local a{};
   const Inputs in(op, a, q, k, v, key_mask, true, true);
   const Rules rules(op, a, in, slopes, scale, softcap);
   prepare(op, a, left, right, rows, cols, causal);
-  return dispatch(op, in.q, [&]<class T>() {
-    return softmax_forward<T>(a, TAB_SELECT(local_kernels<T>), most_runs(a), in);
-  });
+  return forward(op, a, in, {});
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o,
-                                            Tensor lse, std::optional<Tensor> key_mask,
-                                            std::optional<Tensor> slopes, int64_t left,
-                                            int64_t right, int64_t rows, int64_t cols, bool causal,
-                                            double scale, double softcap) {
+Two packed_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
+                   std::optional<Tensor> slopes, Tensor cu_seqlens, int64_t left, int64_t right,
+                   int64_t rows, int64_t cols, bool causal, double scale, double softcap) {
+  constexpr const char* op = "local_packed_fwd";
+  STD_TORCH_CHECK(rows == 0 && cols == 0, op, ": on a line only");
+  Local a{};
+  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Rules rules(op, a, in, slopes, scale, softcap);
+  prepare(op, a, left, right, rows, cols, causal);
+  return forward(op, a, in, Ends(op, cu_seqlens, a.b, a.n));
+}
+
+Three dense_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,
+                     std::optional<Tensor> key_mask, std::optional<Tensor> slopes, int64_t left,
+                     int64_t right, int64_t rows, int64_t cols, bool causal, double scale,
+                     double softcap) {
   constexpr const char* op = "local_bwd";
   Local a{};
   const Inputs in(op, a, q, k, v, key_mask, true, true);
   const Rules rules(op, a, in, slopes, scale, softcap);
   prepare(op, a, left, right, rows, cols, causal);
   const Cotangents given(op, a, grad, q, o, lse);
-  const baseline::Window<float, false> line{a, 0, 0, 1, {}, {}, {}};
-  const baseline::Window<float, true> grid{a, 0, 0, cols, {}, {}, {}};
-  const auto keys = [&](int64_t i0, int64_t i1) -> std::pair<int64_t, int64_t> {
-    if (cols > 0) return {grid.from(i0), grid.to(i1 - 1)};
-    return {line.from(i0), line.to(i1 - 1)};
-  };
-  return dispatch(op, in.q, [&]<class T>() {
-    return softmax_backward<T>(a, TAB_SELECT(local_kernels<T>), most_runs(a), false, keys, in);
-  });
+  return backward(op, a, in, {});
+}
+
+Three packed_backward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask,
+                      std::optional<Tensor> slopes, Tensor o, Tensor lse,
+                      std::optional<Tensor> grad, std::optional<Tensor> dlse, Tensor cu_seqlens,
+                      int64_t left, int64_t right, int64_t rows, int64_t cols, bool causal,
+                      double scale, double softcap) {
+  constexpr const char* op = "local_packed_bwd";
+  STD_TORCH_CHECK(rows == 0 && cols == 0, op, ": on a line only");
+  Local a{};
+  const Inputs in(op, a, q, k, v, key_mask, true);
+  const Rules rules(op, a, in, slopes, scale, softcap);
+  prepare(op, a, left, right, rows, cols, causal);
+  const Cotangents given(op, a, or_zeros(grad, o), q, o, lse, dlse);
+  return backward(op, a, in, Ends(op, cu_seqlens, a.b, a.n));
 }
 
 }  // namespace
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
-  m.impl("local_fwd", TORCH_BOX(&tab::forward));
-  m.impl("local_bwd", TORCH_BOX(&tab::backward));
+  m.impl("local_fwd", TORCH_BOX(&tab::dense_forward));
+  m.impl("local_bwd", TORCH_BOX(&tab::dense_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
+  m.impl("local_packed_fwd", TORCH_BOX(&tab::packed_forward));
+  m.impl("local_packed_bwd", TORCH_BOX(&tab::packed_backward));
 }

@@ -25,7 +25,9 @@ struct Softmax : Attention {
   bool causal;
   double scale, softcap;  // softcap 0: none
   const void* slopes;     // (H,) in the accumulation type, or null
-  void* lse;              // (B, H, N) in the accumulation type
+  void* lse;              // (B, H, N) in the accumulation type, packed (1, H, T)
+  const void* dlse;       // like it, or null
+  int64_t row;            // of both: N or T
 };
 
 /// `count` keys from `first` on. Bit r of `rows`: the r-th block row of the strip lists them.

@@ -1,7 +1,7 @@
 // One strip backward (the scheme: softmax.h). Included once per instruction set, after
 // softmax_kernel.h.
 //
-//     P = exp(S - L),  Δ = Σ dO∘O,  dV = PᵀdO,  dS = scale·P∘(dO Vᵀ - Δ),  dQ = dS K,  dK = dSᵀQ
+//     P = exp(S - L),  Δ = Σ dO∘O - dL,  dV = PᵀdO,  dS = scale·P∘(dO Vᵀ - Δ),  dQ = dS K,  dK = dSᵀQ
 //
 // Dao 2023, "FlashAttention-2", algorithm 2, with everything transposed: Pᵀ and dSᵀ (keys, queries).
 // dQ is whole after a strip. dK and dV are added up over the strips of a task, one after the other,
@@ -84,10 +84,11 @@ static void strip_backward(const Args& a, int64_t head, int64_t i0, const Run* f
   clear(l, wide);
   clear(delta, wide);
   const bool finite_queries = all_finite(q, count * dp) && all_finite(g, count * ep);
-  const A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
+  const A* lse = static_cast<A*>(a.lse) + head * a.row + i0;
+  const A* dlse = beside(static_cast<const A*>(a.dlse), head * a.row + i0);
   for (int64_t i = 0; i < count; ++i) {
     load_row(row<T>(a.o, b, h, i0 + i), a.e, o);
-    delta[i] = dot(g + i * ep, o, ep);
+    delta[i] = dot(g + i * ep, o, ep) - (dlse == nullptr ? A(0) : dlse[i]);
     l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * LOG2E<A>;
   }
   A *dk = static_cast<A*>(sums.dk), *dv = static_cast<A*>(sums.dv);

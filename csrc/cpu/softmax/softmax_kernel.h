@@ -245,7 +245,7 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
     }
     if (paired || all_finite(o, count * ep)) break;
   }
-  A* lse = static_cast<A*>(a.lse) + head * a.n + i0;
+  A* lse = static_cast<A*>(a.lse) + head * a.row + i0;
   for (int64_t i = 0; i < count; ++i) {
     store_row(row<T>(a.o, b, h, i0 + i), a.e, o + i * ep, total[i] == 0 ? A(0) : 1 / total[i]);
     lse[i] = (top[i] + log2(total[i])) * LN2<A>;

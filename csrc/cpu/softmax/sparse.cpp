@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor row_ptr,
   const Rules rules(op, a, in, slopes, scale, softcap);
   const Pattern pattern(op, a, row_ptr, col, block_size, causal);
   return dispatch(op, in.q, [&]<class T>() {
-    return softmax_forward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a), in);
+    return softmax_forward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs, in);
   });
 }
 
@@ -86,9 +86,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Ten
   const Rules rules(op, a, in, slopes, scale, softcap);
   const Pattern pattern(op, a, row_ptr, col, block_size, causal);
   const Cotangents given(op, a, grad, q, o, lse);
-  const auto all = [&](int64_t, int64_t) { return std::pair<int64_t, int64_t>(0, a.m); };
+  const auto all = [](const Sparse& a, int64_t, int64_t) -> std::pair<int64_t, int64_t> {
+    return {0, a.m};
+  };
   return dispatch(op, in.q, [&]<class T>() {
-    return softmax_backward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs(a), true, all, in);
+    return softmax_backward<T>(a, TAB_SELECT(sparse_kernels<T>), most_runs, true, all, in);
   });
 }
 
