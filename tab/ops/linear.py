@@ -26,7 +26,7 @@ from ._check import (
     same,
     shapes,
 )
-from ._heads import by_query_head
+from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
 from ._packed import pack, sequences, softmax_tokens, unpack
 from ._packed_op import packed
@@ -39,9 +39,9 @@ FEATURE_MAPS = {"elu1": 0, "relu": 1, "identity": 2}  # code passed to the kerne
 
 
 def _flops(q, k, v, *_, **__) -> int:
-    """S = φ(k)ᵀv and φ(q)ᵀS: 2·D·Dv a key and head, and as much a query."""
+    """S = φ(k)ᵀv and φ(q)ᵀS: 2·D·Dv a key and head of k, and as much a query and head of q."""
     b, h, n, d = q
-    return 2 * b * h * (n + k[2]) * d * v[-1]
+    return 2 * b * (h * n + k[1] * k[2]) * d * v[-1]
 
 
 def _backward_flops(do, ds, dz, q, k, v, *_, **__) -> int:
@@ -53,7 +53,7 @@ linear_fwd = Op(
     "linear_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "int feature_map, bool causal, float eps) -> (Tensor o, Tensor s, Tensor z)",
-    forward_reference,
+    groups_forward(forward_reference),
     flops=_flops,
 )
 linear_bwd = Op(
@@ -61,7 +61,7 @@ linear_bwd = Op(
     "(Tensor do, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor o, Tensor s, "
     "Tensor z, Tensor? key_mask, Tensor? s0, Tensor? z0, int feature_map, bool causal, float eps) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
-    backward_reference,
+    groups_backward(backward_reference),
     flops=_backward_flops,
 )
 
@@ -213,7 +213,7 @@ def linear_attention(
     op, cuts = (linear_fwd, ()) if packing is None else (linear_packed, packing[:1])
     backend = choose(backend, op, q, k, v)
     options = FEATURE_MAPS[feature_map], causal, eps
-    o, s, z = by_query_head(op, backend, q, k, v, key_mask, s0, z0, *cuts, *options)
+    o, s, z = by_group(op, backend, q, k, v, key_mask, s0, z0, *cuts, *options)
     o = pack(layout, o, packing)
     return (o, (s, z)) if return_state else o
 

@@ -35,7 +35,7 @@ from ._check import (
     same,
     shapes,
 )
-from ._heads import by_query_head
+from ._heads import by_group, by_query_head, groups_backward, groups_forward
 from ._op import Backend, Op, choose
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
@@ -50,7 +50,7 @@ KERNELS = {"softmax": 0, "relu": 1}  # code passed to the kernels
 def _flops(q, k, v, projection, *_, **__) -> int:
     """W q and W k, then linear attention on M features: 2·M·(D + Dv) a query or key, and head."""
     b, h, n, d = q
-    return 2 * b * h * (n + k[2]) * projection[0] * (d + v[-1])
+    return 2 * b * (h * n + k[1] * k[2]) * projection[0] * (d + v[-1])
 
 
 def _backward_flops(do, ds, dz, q, k, v, projection, *_, **__) -> int:
@@ -63,7 +63,7 @@ performer_fwd = Op(
     "(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "Tensor? c0, int kernel, bool causal, float eps) "
     "-> (Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse)",
-    forward_reference,
+    groups_forward(forward_reference, lse=True),
     flops=_flops,
 )
 performer_bwd = Op(
@@ -72,7 +72,7 @@ performer_bwd = Op(
     "Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse, Tensor? key_mask, "
     "Tensor? s0, Tensor? z0, Tensor? c0, int kernel, bool causal) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
-    backward_reference,
+    groups_backward(backward_reference),
     flops=_backward_flops,
 )
 
@@ -222,9 +222,8 @@ def performer_attention(
     op, cuts = (performer_fwd, ()) if packing is None else (performer_packed, packing[:1])
     backend = choose(backend, op, q, k, v, projection, cuda=simple)
     options = KERNELS[kernel], causal, eps
-    o, s, z, c, _ = by_query_head(
-        op, backend, q, k, v, projection, key_mask, *state, *cuts, *options
-    )
+    by = by_query_head if causal else by_group  # the causal kernels take one head of a group
+    o, s, z, c, *_ = by(op, backend, q, k, v, projection, key_mask, *state, *cuts, *options)
     o = pack(layout, o, packing)
     return (o, (s, z, c)) if return_state else o
 

@@ -89,6 +89,20 @@ def test_a_step_of_cross_attention(name):
     assert counted(op, *CROSS) == counted(formula, *CROSS) + 2 * again * (5 + N) // (2 * N)
 
 
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_a_step_of_grouped_heads(name):
+    """The keys are summed once for the heads of q that share them."""
+
+    def grouped(q, k, v):
+        if name == "performer":
+            q, k = q @ W.T, k @ W.T
+        return q.unflatten(1, (2, 3)) @ (k.mT @ v)[:, :, None]
+
+    few = (B, 6, N, D), (B, 2, N, D), (B, 2, N, DV)
+    again = B * (6 + 2) * N * M * D if name == "performer" else 0
+    assert counted(CASES[name][0], *few) == counted(grouped, *few) + 2 * again
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_of_attention(case):
     op, formula, shapes, again = CASES[case]

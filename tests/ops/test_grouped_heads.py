@@ -7,38 +7,15 @@ import torch
 from backends import needs_cpp, reference_and_cpp
 from proof import LAYOUTS, Largest, assert_accurate, layout, outputs_and_gradients
 from tasks import threads
-from textbook.linear import naive as linear
-from textbook.performer import naive as performer
-from textbook.softmax import blocks, draw, in_window, naive
+from textbook.grouped import given, repeated
+from textbook.softmax import blocks, in_window, naive
 
-from tab import (
-    BlockPattern,
-    linear_attention,
-    local_attention,
-    orthogonal_projection,
-    performer_attention,
-    sparse_attention,
-)
+from tab import BlockPattern, local_attention, sparse_attention
 from tab.ops import OPS
 from tab.ops._op import choose
 
 BACKENDS = reference_and_cpp("local_fwd")
 NAMES = "o dq dk dv"
-
-
-def given(b, h, kv, n, d, dv=None, **options):
-    (q, *_), (_, k, v) = draw(b, h, n, d, **options), draw(b, kv, n, d, dv, seed=1, **options)
-    return q, k, v
-
-
-def repeated(attention):
-    """The textbook: head h of q meets head ⌊h·H_kv/H⌋ of k and v."""
-
-    def grouped(q, k, v):
-        times = q.shape[1] // k.shape[1]
-        return attention(q, *(x.repeat_interleave(times, 1) for x in (k, v)))
-
-    return grouped
 
 
 def case(name, n, h, causal, **options):
@@ -134,59 +111,6 @@ def test_compiled_exported_and_without_memory(name):
     compiled = torch.compile(Attention(), backend="aot_eager", fullgraph=True)
     for x, y in zip(*(outputs_and_gradients(f, inputs) for f in (compiled, call)), strict=True):
         torch.testing.assert_close(x, y)
-
-
-PROJECTION = orthogonal_projection(12, 8, generator=torch.Generator().manual_seed(0))
-
-
-def summed(name, **options):
-    """Linear and performer: -> the call, o and its state, and the truth."""
-    if name == "linear":
-        call = partial(linear_attention, return_state=True, **options)
-        textbook = partial(linear, causal=options["causal"])
-    else:
-        call = partial(performer_attention, projection=PROJECTION, return_state=True, **options)
-        textbook = partial(performer, w=PROJECTION, causal=options["causal"])
-
-    def outputs(q, k, v):
-        o, state = call(q, k, v)
-        return (o, *state) if name == "linear" else o  # c is arbitrary, and S and z relative to it
-
-    def truth(q, k, v):
-        o, s, z = repeated(textbook)(q, k, v)
-        return (o, s[:, :: q.shape[1] // k.shape[1]], z[:, :: q.shape[1] // k.shape[1]])
-
-    return outputs, truth if name == "linear" else lambda *x: truth(*x)[0]
-
-
-@pytest.mark.parametrize("name", ["linear", "performer"])
-@pytest.mark.parametrize("heads", [(4, 1), (6, 2)], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", reference_and_cpp("linear_fwd"))
-def test_sums_over_keys(name, heads, causal, backend):
-    """With gradients through the state, which has the heads of k."""
-    call, truth = summed(name, causal=causal, backend=backend)
-    assert_accurate(call, truth, given(2, *heads, 70, 8, 12))
-
-
-@pytest.mark.parametrize("name", ["linear", "performer"])
-def test_sums_over_keys_any_derivative_and_from_a_state(name):
-    """A sequence in two parts is the whole, and what is given is read in place."""
-    inputs = [x.requires_grad_() for x in given(1, 4, 2, 9, 8, dtype=torch.float64)]
-    w = PROJECTION.double()
-    call = linear_attention if name == "linear" else partial(performer_attention, projection=w)
-    assert torch.autograd.gradcheck(partial(call, causal=True), inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(partial(call, causal=True), inputs, fast_mode=True)
-    first, later = ([x[:, :, part] for x in inputs] for part in (slice(0, 5), slice(5, 9)))
-    _, state = call(*first, causal=True, return_state=True)
-    assert all(x.shape[:2] == (1, 2) for x in state)
-    o = call(*later, causal=True, initial_state=state)
-    torch.testing.assert_close(o, call(*inputs, causal=True)[:, :, 5:])
-    with Largest() as largest:
-        o = call(*inputs, causal=True)
-    assert o.transpose(1, 2).is_contiguous() and largest.numel <= max(
-        x.numel() for x in (o, *state)
-    )
 
 
 def test_what_a_backend_does_not_take():

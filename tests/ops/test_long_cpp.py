@@ -6,17 +6,24 @@ Equal keys are the worst case: added one after the other, all are rounded the sa
 import pytest
 import torch
 from backends import needs_cpp
+from tasks import threads as on_threads
 
 import tab
 
 # The arithmetic of one and the same binary, whatever torch loads it.
 pytestmark = [needs_cpp("linear_fwd"), pytest.mark.any_torch]
 W = tab.orthogonal_projection(8, 4, generator=torch.Generator().manual_seed(0))
+
+
+def performer(q, k, v, **options):
+    return tab.performer_attention(q, k, v, W.to(q.dtype), **options)
+
+
 OPS = {
     "linear": lambda q, k, v, **o: tab.linear_attention(q, k, v, **o),
     "linear relu": lambda q, k, v, **o: tab.linear_attention(q, k, v, feature_map="relu", **o),
-    "performer": lambda q, k, v, **o: tab.performer_attention(q, k, v, W, **o),
-    "performer relu": lambda q, k, v, **o: tab.performer_attention(q, k, v, W, kernel="relu", **o),
+    "performer": lambda q, k, v, **o: performer(q, k, v, **o),
+    "performer relu": lambda q, k, v, **o: performer(q, k, v, kernel="relu", **o),
 }
 
 
@@ -53,6 +60,20 @@ def test_equal_keys(name, causal, one_thread, generator):
     one = OPS[name](*(x[:, :, :1] for x in (k, k, v)), return_state=True, backend="cpp")[1]
     z = one[1].double() * n
     assert ((state[1].double() - z).abs() <= 1e-4 * z).all()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_in_long_segments(name, generator):
+    """Five heads on two threads are two segments each, and each of them a long sum."""
+    x = [torch.randn(1, 5, 66000, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in x]
+        with on_threads(2):
+            o = OPS[name](*leaves, causal=True, backend="cpp")
+            found.append(torch.autograd.grad(o, leaves, torch.ones_like(o)))
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("threads", (1, 3))

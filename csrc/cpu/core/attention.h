@@ -31,7 +31,7 @@ struct Gradients {
   Tensor dq, dk, dv;
 
   Gradients(Attention& a, const Inputs& in)
-      : dq(token_major(in.q, a.b, a.h, a.n, a.d)),
+      : dq(token_major(in.q, a.b, in.q.size(1), a.n, a.d)),
         dk(token_major(in.k, a.b, in.k.size(1), in.k.size(2), a.d)),
         dv(token_major(in.v, a.b, in.v.size(1), in.v.size(2), a.e)) {
     a.dq = Rows(dq), a.dk = Rows(dk), a.dv = Rows(dv);

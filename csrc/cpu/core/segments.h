@@ -20,18 +20,21 @@ namespace tab {
 constexpr int64_t LONG = int64_t{1} << 15;
 
 struct Segmented : Attention {
-  int64_t states;                  // B, or of how many packed sequences there are states
+  int64_t group = 1;  // heads of q that share one of k, v and the states; h counts the latter
+  int64_t states;     // B, or of how many packed sequences there are states
   int64_t tile, segments, length;  // tokens in a tile; segments of a sequence, tokens in each
   bool causal, compensated;        // compensated: sums keep what additions round away
   double eps;
 
+  /// Counts heads, once q and k are known.
+  void share(const Inputs& in) { h = in.k.size(1), group = h > 0 ? in.q.size(1) / h : 1; }
   /// Once the sizes are known. `rows`: how many (b, h), or (sequence, h), run side by side.
   void cut(int64_t tokens, int64_t rows) {
     tile = tokens;
     const int64_t tiles = std::max<int64_t>(ceiling(n, tile), 1);
     length = ceiling(tiles, tab::segments(rows, tiles)) * tile;
     segments = std::max<int64_t>(ceiling(n, length), 1);
-    compensated = length > LONG;
+    compensated = length * group > LONG;
   }
 };
 

@@ -33,8 +33,10 @@ const LinearKernels& kernels_for(const Linear& a) {
 }
 
 /// The common part of the arguments, once q, k and v are known.
-void prepare(const char* op, Linear& a, const Ends& ends, int64_t map, bool causal, double eps) {
+void prepare(const char* op, Linear& a, const Inputs& in, const Ends& ends, int64_t map,
+             bool causal, double eps) {
   STD_TORCH_CHECK(map >= 0 && map <= 2, op, ": feature_map is 0, 1 or 2");
+  a.share(in);
   a.map = static_cast<int>(map), a.causal = causal, a.eps = eps;
   a.states = ends.packed ? ends.count() : a.b;
   a.cut(a.d > 128 || a.e > 128 ? 32 : 64, a.b * a.h);
@@ -43,7 +45,7 @@ void prepare(const char* op, Linear& a, const Ends& ends, int64_t map, bool caus
 template <class T>
 std::vector<Problem<Linear>> cut(Linear& a, const Inputs& in, const Ends& ends) {
   return problems<T>(a, in.k.size(2), ends, [&](Linear& x, int64_t from) {
-    if (a.notes != nullptr) x.notes = static_cast<acc_t<T>*>(a.notes) + 2 * a.h * from;
+    if (a.notes != nullptr) x.notes = static_cast<acc_t<T>*>(a.notes) + 2 * a.h * a.group * from;
   });
 }
 
@@ -52,8 +54,8 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>;
 Forward forward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
                 const std::optional<Tensor>& s0, const std::optional<Tensor>& z0, int64_t map,
                 bool causal, double eps) {
-  prepare(op, a, ends, map, causal, eps);
-  const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
+  prepare(op, a, in, ends, map, causal, eps);
+  const Tensor o = token_major(in.v, a.b, in.q.size(1), a.n, a.e);
   a.o = Rows(o), a.stream = large(o);
 
   return dispatch(op, in.q, [&]<class T>() -> Forward {
@@ -74,14 +76,14 @@ Backward backward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
                   const std::optional<Tensor>& ds, const std::optional<Tensor>& dz, const Tensor& s,
                   const Tensor& z, const std::optional<Tensor>& s0, const std::optional<Tensor>& z0,
                   int64_t map, bool causal, double eps) {
-  prepare(op, a, ends, map, causal, eps);
+  prepare(op, a, in, ends, map, causal, eps);
   check_output(op, "do", grad, in.q, a.e);
   grad = unit_last(grad);
   const Gradients out(a, in);
   a.grad = Rows(grad), a.stream = large(out.dq);
   std::optional<Tensor> notes;
   if (causal) {
-    notes = torch::stable::new_empty(in.q, {a.b, a.h, 2, a.n}, accumulator(in.q));
+    notes = torch::stable::new_empty(in.q, {a.b, a.h * a.group, 2, a.n}, accumulator(in.q));
     a.notes = notes->data_ptr();
   }
 
@@ -139,7 +141,7 @@ Forward dense_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                       std::optional<Tensor> s0, std::optional<Tensor> z0, int64_t map, bool causal,
                       double eps) {
   Linear a{};
-  const Inputs in("linear_fwd", a, q, k, v, mask, false, !causal);
+  const Inputs in("linear_fwd", a, q, k, v, mask, true, !causal);
   return forward("linear_fwd", {}, a, in, s0, z0, map, causal, eps);
 }
 
@@ -148,7 +150,7 @@ Forward packed_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                        int64_t map, bool causal, double eps) {
   constexpr const char* op = "linear_packed_fwd";
   Linear a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, true);
   return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, s0, z0, map, causal, eps);
 }
 
@@ -157,7 +159,7 @@ Backward dense_backward(Tensor grad, std::optional<Tensor> ds, std::optional<Ten
                         std::optional<Tensor> mask, std::optional<Tensor> s0,
                         std::optional<Tensor> z0, int64_t map, bool causal, double eps) {
   Linear a{};
-  const Inputs in("linear_bwd", a, q, k, v, mask, false, !causal);
+  const Inputs in("linear_bwd", a, q, k, v, mask, true, !causal);
   return backward("linear_bwd", {}, a, in, grad, ds, dz, s, z, s0, z0, map, causal, eps);
 }
 
@@ -168,7 +170,7 @@ Backward packed_backward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mas
                          double eps) {
   constexpr const char* op = "linear_packed_bwd";
   Linear a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   if (ds.has_value() != dz.has_value()) ds = or_zeros(ds, s), dz = or_zeros(dz, z);
   Backward got =

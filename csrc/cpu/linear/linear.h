@@ -8,7 +8,7 @@ namespace tab {
 struct Linear : Segmented {
   int map;      // φ: 0 elu + 1, 1 relu, 2 identity
   bool stream;  // outputs too large for the caches are written past them
-  void* notes;  // (B, H, 2, N): 1/den and r, causal backward only
+  void* notes;  // (B, heads of q, 2, N): 1/den and r, causal backward only
 };
 
 struct LinearKernels {

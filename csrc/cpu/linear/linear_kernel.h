@@ -2,7 +2,7 @@
 //
 // A state is one block of scratch: S (D, Ep) and behind it z (Dp), where Dp and Ep are D and Dv
 // padded to whole vectors. A gradient state dS, dz has the same form. Tokens come in tiles of
-// a.tile; a task is one segment of one (b, h).
+// a.tile; a task is one segment of one (b, head of k and v), and of all heads of q that share it.
 
 #include "../core/triangle.h"
 
@@ -53,7 +53,7 @@ static void load_features(const T* x, int64_t step, const T* beside, int64_t bes
 
 // --- tiles ----------------------------------------------------------------------------------------
 
-/// The tokens [from, to) of head (b, h), and how their tiles are loaded. fixed: D and Dv where they
+/// The tokens [from, to) of head (b, h) of k and v, or of one of q, and how their tiles are loaded. fixed: D and Dv where they
 /// are known to be that, so that rows are worked on in registers without loops; else 0.
 template <class T, int64_t fixed>
 struct Segment {
@@ -65,6 +65,10 @@ struct Segment {
     const int64_t head = task / a.segments, from = task % a.segments * a.length;
     const int64_t to = from + a.length < a.n ? from + a.length : a.n;
     return {a, head / a.h, head % a.h, from, to, padded<A>(a.d), padded<A>(a.e)};
+  }
+  /// The same tokens of the g-th head of q that shares this one.
+  TAB_INLINE Segment of_queries(const Segment& s, int64_t g) {
+    return {s.a, s.b, s.h * s.a.group + g, s.from, s.to, s.dp, s.ep};
   }
   TAB_INLINE T* row(const Rows& x, const Segment& s, int64_t t) {
     return static_cast<T*>(x.data) + s.b * x.b + s.h * x.h + t * x.n;
@@ -184,26 +188,33 @@ static void outputs(const Linear& a, int64_t task, void* state, void* scratch) {
   A *low = lost(a, arena, d * ep), *low_z = lost(a, arena, dp);
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = t + a.tile < s.to ? a.tile : s.to - t, tp = padded<A>(count);
-    S::features(a.q, s, nullptr, t, count, fq);
-    gemm(count, ep, d, fq, dp, sum, ep, o, ep, false);
     if (a.causal) {
       S::features(a.k, s, a.mask, t, count, fk);
       S::values(a.v, s, a.mask, t, count, v);
       transpose(count, d, fk, dp, fkt, tp);
-      triangle<A>(count, d, fq, dp, fkt, nullptr, p);
-      triangle_times<false>(count, ep, p, v, o);
-      gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true, low);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      A den = dot(fq + i * dp, z, dp) + static_cast<A>(a.eps);
+    for (int64_t g = 0; g < a.group; ++g) {
+      const auto x = S::of_queries(s, g);
+      S::features(a.q, x, nullptr, t, count, fq);
+      gemm(count, ep, d, fq, dp, sum, ep, o, ep, false);
       if (a.causal) {
-        Vec<A> own{};
-        for (int64_t j = 0; j < tp; j += W<A>) own += load(p + i * tp + j);
-        den += tab::TAB_ISA::sum<A>(own);
+        triangle<A>(count, d, fq, dp, fkt, nullptr, p);
+        triangle_times<false>(count, ep, p, v, o);
       }
-      write_row(S::row(a.o, s, t + i), e, o + i * ep, inverse(den), a.stream);
+      for (int64_t i = 0; i < count; ++i) {
+        A den = dot(fq + i * dp, z, dp) + static_cast<A>(a.eps);
+        if (a.causal) {
+          Vec<A> own{};
+          for (int64_t j = 0; j < tp; j += W<A>) own += load(p + i * tp + j);
+          den += tab::TAB_ISA::sum<A>(own);
+        }
+        write_row(S::row(a.o, x, t + i), e, o + i * ep, inverse(den), a.stream);
+      }
     }
-    if (a.causal) add_rows<A>(z, nullptr, fk, count, dp, low_z);
+    if (a.causal) {
+      gemm<true>(d, ep, count, fk, dp, v, ep, sum, ep, true, low);
+      add_rows<A>(z, nullptr, fk, count, dp, low_z);
+    }
   }
   fence();
 }

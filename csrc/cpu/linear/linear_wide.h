@@ -95,22 +95,25 @@ template <class T>
 static void wide_outputs(const Linear& a, int64_t task, void* state, void* scratch) {
   using A = acc_t<T>;
   constexpr int64_t d = 4 * W<A>;
-  const auto s = Wide<T>::at(a, task);
+  const auto keys = Wide<T>::at(a, task);
   Arena<A> arena{static_cast<A*>(scratch)};
   A *fq = arena.take(a.tile * d), *inverse = arena.take(a.tile);
   const A *sum = static_cast<A*>(state), *z = sum + d * d;
-  for (int64_t t = s.from; t < s.to; t += a.tile) {
-    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
-    Wide<T>::features(a.q, s, nullptr, t, count, fq);
-    inverses<A>(count, fq, z, a.eps, inverse);
-    for (int64_t i = 0; i < count; i += 4) {
-      Tile<A> o{};
-      ask<T>(a.q, s, t + a.tile + i);
-      add_product(fq + i * d, d, sum, o);
+  for (int64_t head = 0; head < a.group; ++head) {
+    const auto s = Wide<T>::of_queries(keys, head);
+    for (int64_t t = s.from; t < s.to; t += a.tile) {
+      const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
+      Wide<T>::features(a.q, s, nullptr, t, count, fq);
+      inverses<A>(count, fq, z, a.eps, inverse);
+      for (int64_t i = 0; i < count; i += 4) {
+        Tile<A> o{};
+        ask<T>(a.q, s, t + a.tile + i);
+        add_product(fq + i * d, d, sum, o);
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r)
-        if (i + r < count)
-          put_row(Wide<T>::row(a.o, s, t + i + r), o[r], splat<A>(inverse[i + r]), a.stream);
+        for (int r = 0; r < 4; ++r)
+          if (i + r < count)
+            put_row(Wide<T>::row(a.o, s, t + i + r), o[r], splat<A>(inverse[i + r]), a.stream);
+      }
     }
   }
   fence();
@@ -120,7 +123,7 @@ template <class T>
 static void wide_queries(const Linear& a, int64_t task, void* state, void* dstate, void* scratch) {
   using A = acc_t<T>;
   constexpr int64_t d = 4 * W<A>;
-  const auto s = Wide<T>::at(a, task);
+  const auto keys = Wide<T>::at(a, task);
   const auto slope = Slope<A>::of(a.map);
   Arena<A> arena{static_cast<A*>(scratch)};
   A *fq = arena.take(a.tile * d), *g = arena.take(a.tile * d), *st = arena.take(d * d);
@@ -128,38 +131,42 @@ static void wide_queries(const Linear& a, int64_t task, void* state, void* dstat
   A *z = static_cast<A*>(state) + d * d, *dsum = static_cast<A*>(dstate);
   A *low = lost(a, arena, d * d), *low_z = lost(a, arena, d);
   transpose(d, d, static_cast<A*>(state), d, st, d);
-  for (int64_t t = s.from; t < s.to; t += a.tile) {
-    const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
-    Wide<T>::features(a.q, s, nullptr, t, count, fq, &a.grad);
-    drop_queries(s, t, count, fq);
-    inverses<A>(count, fq, z, a.eps, inverse);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < d; j += W<A>)
-        store(g + i * d + j, load(Wide<T>::row(a.grad, s, t + i) + j) * inverse[i]);
-    for (int64_t i = 0; i < count; i += 4) {
-      Tile<A> df{};
-      ask<T>(a.q, s, t + a.tile + i), ask<T>(a.grad, s, t + a.tile + i);
-      add_product(g + i * d, d, st, df);
-      const A* f = fq + i * d;
-      Vec<A> part[4];  // g·o = φ(q)·(S g)/den
+  for (int64_t head = 0; head < a.group; ++head) {
+    const auto s = Wide<T>::of_queries(keys, head);
+    for (int64_t t = s.from; t < s.to; t += a.tile) {
+      const int64_t count = t + a.tile < s.to ? a.tile : s.to - t;
+      Wide<T>::features(a.q, s, nullptr, t, count, fq, &a.grad);
+      drop_queries(s, t, count, fq);
+      inverses<A>(count, fq, z, a.eps, inverse);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < d; j += W<A>)
+          store(g + i * d + j, load(Wide<T>::row(a.grad, s, t + i) + j) * inverse[i]);
+      for (int64_t i = 0; i < count; i += 4) {
+        Tile<A> df{};
+        ask<T>(a.q, s, t + a.tile + i), ask<T>(a.grad, s, t + a.tile + i);
+        add_product(g + i * d, d, st, df);
+        const A* f = fq + i * d;
+        Vec<A> part[4];  // g·o = φ(q)·(S g)/den
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        part[n] = df[n][0] * load(f + n * d);
+        for (int n = 0; n < 4; ++n) {
+          part[n] = df[n][0] * load(f + n * d);
 #pragma GCC unroll 4
-        for (int j = 1; j < 4; ++j) part[n] += df[n][j] * load(f + n * d + j * W<A>);
+          for (int j = 1; j < 4; ++j) part[n] += df[n][j] * load(f + n * d + j * W<A>);
+        }
+        store_four(r + i, four_sums<A>(part) * -load_four(inverse + i));
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j)
+            df[n][j] = (df[n][j] + load(z + j * W<A>) * r[i + n]) *
+                       Slope<A>::at(slope, load(f + n * d + j * W<A>));
+          if (i + n < count)
+            put_row(Wide<T>::row(a.dq, s, t + i + n), df[n], splat<A>(1), a.stream);
+        }
       }
-      store_four(r + i, four_sums<A>(part) * -load_four(inverse + i));
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-          df[n][j] = (df[n][j] + load(z + j * W<A>) * r[i + n]) *
-                     Slope<A>::at(slope, load(f + n * d + j * W<A>));
-        if (i + n < count) put_row(Wide<T>::row(a.dq, s, t + i + n), df[n], splat<A>(1), a.stream);
-      }
+      gemm<true>(d, d, count, fq, d, g, d, dsum, d, true, low);
+      add_rows<A>(dsum + d * d, r, fq, count, d, low_z);
     }
-    gemm<true>(d, d, count, fq, d, g, d, dsum, d, true, low);
-    add_rows<A>(dsum + d * d, r, fq, count, d, low_z);
   }
   fence();
 }

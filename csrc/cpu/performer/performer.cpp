@@ -25,13 +25,14 @@ namespace tab {
 namespace {
 
 /// The common part of the arguments, once q, k and v are known.
-void prepare(const char* op, Performer& a, const Ends& ends, const Tensor& q,
+void prepare(const char* op, Performer& a, const Inputs& in, const Ends& ends,
              const Tensor& projection, int64_t kernel, bool causal, double eps) {
   STD_TORCH_CHECK(projection.dim() == 2, op, ": projection is (M, D)");
   STD_TORCH_CHECK(kernel == 0 || kernel == 1, op, ": kernel is 0 or 1");
   a.m = projection.size(0);
   check_shape(op, "projection", projection, {a.m, a.d});
-  check_dtype(op, "projection", projection, accumulator(q));
+  check_dtype(op, "projection", projection, accumulator(in.q));
+  a.share(in);
   a.kernel = static_cast<int>(kernel), a.causal = causal, a.eps = eps;
   a.scale = 1 / std::sqrt(static_cast<double>(a.d)), a.root = std::sqrt(a.scale);
   a.states = ends.packed ? ends.count() : a.b, a.row = a.n;
@@ -67,10 +68,11 @@ struct Given {
 };
 
 Five forward(const char* op, const Ends& ends, Performer& a, const Inputs& in, const Given& given) {
-  prepare(op, a, ends, in.q, given.projection, given.kernel, given.causal, given.eps);
+  prepare(op, a, in, ends, given.projection, given.kernel, given.causal, given.eps);
   STD_TORCH_CHECK(given.s0.has_value() == given.c0.has_value(), op, ": S, z and c come together");
-  const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
-  const Tensor lse = torch::stable::new_empty(in.q, {a.b, a.h, a.n}, accumulator(in.q));
+  const int64_t heads = in.q.size(1);
+  const Tensor o = token_major(in.v, a.b, heads, a.n, a.e);
+  const Tensor lse = torch::stable::new_empty(in.q, {a.b, heads, a.n}, accumulator(in.q));
   a.o = Rows(o), a.lse = lse.data_ptr();
 
   return dispatch(op, in.q, [&]<class T>() -> Five {
@@ -89,7 +91,7 @@ Five forward(const char* op, const Ends& ends, Performer& a, const Inputs& in, c
 Five backward(const char* op, const Ends& ends, Performer& a, const Inputs& in, Tensor grad,
               const std::optional<Tensor>& ds, const std::optional<Tensor>& dz, Tensor o,
               const Tensor& s, const Tensor& z, const Tensor& c, Tensor lse, const Given& given) {
-  prepare(op, a, ends, in.q, given.projection, given.kernel, given.causal, 0);
+  prepare(op, a, in, ends, given.projection, given.kernel, given.causal, 0);
   STD_TORCH_CHECK(given.s0.has_value() == given.c0.has_value(), op, ": S, z and c come together");
   check_output(op, "do", grad, in.q, a.e);
   check_output(op, "o", o, in.q, a.e);
@@ -189,7 +191,7 @@ Five dense_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optiona
                    std::optional<Tensor> s0, std::optional<Tensor> z0, std::optional<Tensor> c0,
                    int64_t kernel, bool causal, double eps) {
   Performer a{};
-  const Inputs in("performer_fwd", a, q, k, v, mask, false, !causal);
+  const Inputs in("performer_fwd", a, q, k, v, mask, !causal, !causal);
   return forward("performer_fwd", {}, a, in, {projection, s0, z0, c0, kernel, causal, eps});
 }
 
@@ -198,7 +200,7 @@ Five packed_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::option
                     Tensor cu_seqlens, int64_t kernel, bool causal, double eps) {
   constexpr const char* op = "performer_packed_fwd";
   Performer a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, !causal);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   return forward(op, ends, a, in, {projection, s0, z0, c0, kernel, causal, eps});
 }
@@ -209,7 +211,7 @@ Five dense_backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor>
                     std::optional<Tensor> z0, std::optional<Tensor> c0, int64_t kernel,
                     bool causal) {
   Performer a{};
-  const Inputs in("performer_bwd", a, q, k, v, mask, false, !causal);
+  const Inputs in("performer_bwd", a, q, k, v, mask, !causal, !causal);
   const Given given{projection, s0, z0, c0, kernel, causal, 0};
   return backward("performer_bwd", {}, a, in, grad, ds, dz, o, s, z, c, lse, given);
 }
@@ -221,7 +223,7 @@ Five packed_backward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optio
                      int64_t kernel, bool causal, double) {
   constexpr const char* op = "performer_packed_bwd";
   Performer a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, !causal);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   if (ds.has_value() != dz.has_value()) ds = or_zeros(ds, s), dz = or_zeros(dz, z);
   const Given given{projection, s0, z0, c0, kernel, causal, 0};

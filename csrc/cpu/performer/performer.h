@@ -14,7 +14,7 @@ struct Performer : Segmented {
   int kernel;           // 0 softmax, 1 relu
   double scale, root;   // scale D^(-1/2) and its root
   void *panels, *rows;  // W·D^(-1/4), packed
-  void* lse;            // (B, H, N), packed (1, H, T)
+  void* lse;            // (B, heads of q, N), packed (1, heads of q, T)
   int64_t row;          // of lse: N or T
 };
 

@@ -17,20 +17,24 @@ static void queries(const Performer& a, int64_t task, void* state, void* dstate,
   A *r = arena.take(a.tile), *lse = arena.take(a.tile), *o = arena.take(s.ep);
   for (int64_t p = 0; p < s.mp / P<A>; ++p)
     transpose(P<A>, a.e, t.s + p * P<A> * s.ep, s.ep, st + p * P<A> * a.e, P<A>);
-  for (int64_t i = s.from; i < s.to; i += a.tile) {
-    const int64_t count = S::count(s, i);
-    S::load_queries(s, i, count, q, g, o, r, lse);
-    for (int64_t p = 0; p < s.mp / P<A>; ++p) {
-      exponents(s, p, count, q, x);
-      const Vec<A> c[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
-      features(a.kernel, count, x, c, lse);
-      gemm_panel<false, 2>(count, a.e, g, s.ep, st + p * P<A> * a.e, P<A>, y, P<A>, false);
-      slopes(a.kernel, count, y, r, t.z + p * P<A>, x, lse);
-      accumulate_panel(dt, p, s.ep, count, x, g, r);
-      const A* w = static_cast<const A*>(a.rows) + p * P<A> * s.dp;
-      gemm(count, s.dp, P<A>, y, P<A>, w, s.dp, dq, s.dp, p != 0);
+  for (int64_t head = 0; head < a.group; ++head) {
+    const auto sq = S::of_queries(s, head);
+    for (int64_t i = s.from; i < s.to; i += a.tile) {
+      const int64_t count = S::count(s, i);
+      S::load_queries(sq, i, count, q, g, o, r, lse);
+      for (int64_t p = 0; p < s.mp / P<A>; ++p) {
+        exponents(s, p, count, q, x);
+        const Vec<A> c[2] = {load(t.c + p * P<A>), load(t.c + p * P<A> + W<A>)};
+        features(a.kernel, count, x, c, lse);
+        gemm_panel<false, 2>(count, a.e, g, s.ep, st + p * P<A> * a.e, P<A>, y, P<A>, false);
+        slopes(a.kernel, count, y, r, t.z + p * P<A>, x, lse);
+        accumulate_panel(dt, p, s.ep, count, x, g, r);
+        const A* w = static_cast<const A*>(a.rows) + p * P<A> * s.dp;
+        gemm(count, s.dp, P<A>, y, P<A>, w, s.dp, dq, s.dp, p != 0);
+      }
+      for (int64_t j = 0; j < count; ++j)
+        store_row(S::row(sq, a.dq, i + j), a.d, dq + j * s.dp, A(1));
     }
-    for (int64_t j = 0; j < count; ++j) store_row(S::row(s, a.dq, i + j), a.d, dq + j * s.dp, A(1));
   }
 }
 

@@ -61,7 +61,7 @@ struct State {
   }
 };
 
-/// The tokens [from, to) of head (b, h), and how their tiles are loaded.
+/// The tokens [from, to) of head (b, h) of k and v, or of one of q, and how their tiles are loaded.
 template <class T>
 struct Segment {
   using A = acc_t<T>;
@@ -72,6 +72,10 @@ struct Segment {
     const int64_t head = task / a.segments, from = task % a.segments * a.length;
     const int64_t to = from + a.length < a.n ? from + a.length : a.n;
     return {a, head / a.h, head % a.h, from, to, up(a.m, P<A>), padded<A>(a.d), padded<A>(a.e)};
+  }
+  /// The same tokens of the g-th head of q that shares this one.
+  TAB_INLINE Segment of_queries(const Segment& s, int64_t g) {
+    return {s.a, s.b, s.h * s.a.group + g, s.from, s.to, s.mp, s.dp, s.ep};
   }
   TAB_INLINE T* row(const Segment& s, const Rows& x, int64_t t) {
     return static_cast<T*>(x.data) + s.b * x.b + s.h * x.h + t * x.n;
@@ -103,7 +107,7 @@ struct Segment {
                                A* lse) {
     load(s, s.a.q, t, count, s.a.d, q);
     load(s, s.a.grad, t, count, s.a.e, g);
-    const A* all = static_cast<A*>(s.a.lse) + (s.b * s.a.h + s.h) * s.a.row + t;
+    const A* all = lse_of(s, t);
     for (int64_t i = 0; i < count; ++i) {
       load_row(row(s, s.a.o, t + i), s.a.e, o);
       r[i] = -dot(g + i * s.ep, o, s.ep), lse[i] = all[i];
@@ -111,6 +115,10 @@ struct Segment {
       r[i] = 0, lse[i] = INF<A>;
       clear(q + i * s.dp, s.dp);
     }
+  }
+  /// Of a head of q.
+  TAB_INLINE A* lse_of(const Segment& s, int64_t t) {
+    return static_cast<A*>(s.a.lse) + (s.b * s.a.h * s.a.group + s.h) * s.a.row + t;
   }
   TAB_INLINE int64_t count(const Segment& s, int64_t t) {
     return t + s.a.tile < s.to ? s.a.tile : s.to - t;
