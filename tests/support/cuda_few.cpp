@@ -31,10 +31,11 @@ static const char* run(const void* problem, int type, int blocks, int64_t bytes)
 }
 
 /// BYTES(T) is the shared memory that the launcher asks for.
-#define TAB_KERNEL(name, Problem)                                                     \
-  extern "C" const char* name(const void* problem, int type, int blocks) {            \
-    const int64_t bytes = type == 0 ? Problem<float>::BYTES : Problem<__half>::BYTES; \
-    return run<Problem>(problem, type, blocks, bytes);                                \
+#define TAB_KERNEL(name, Problem)                                                           \
+  extern "C" [[gnu::visibility("default")]] const char* name(const void* problem, int type, \
+                                                             int blocks) {                  \
+    const int64_t bytes = type == 0 ? Problem<float>::BYTES : Problem<__half>::BYTES;       \
+    return run<Problem>(problem, type, blocks, bytes);                                      \
   }
 #ifdef LINEAR
 TAB_KERNEL(linear_fwd, LinearForward)

@@ -169,6 +169,11 @@ inline void run_threads() {
                                std::to_string(fiber.where.line()));
 }
 
+/// Whether each of `bytes` is what memset left.
+inline bool untouched(const unsigned char* begin, size_t bytes) {
+  return *begin == 0xff && std::memcmp(begin, begin + 1, bytes - 1) == 0;
+}
+
 /// problem(memory) by blocks · threads; "" or what went wrong. `element`: of the least access.
 template <typename Problem>
 std::string run(const Problem& problem, int blocks, int threads, int64_t bytes, int element) try {
@@ -183,9 +188,9 @@ std::string run(const Problem& problem, int blocks, int threads, int64_t bytes, 
     races.watch(begin + GUARD, bytes, element);
     run_threads();
     races.size = 0;
-    for (size_t i = 0; i < size + 2 * GUARD; ++i)
-      if (begin[i] != 0xff && (i < GUARD || i >= GUARD + bytes))
-        throw std::runtime_error("a write outside of shared memory");
+    const auto* const end = begin + GUARD + bytes;
+    if (!untouched(begin, GUARD) || !untouched(end, size - bytes + GUARD))
+      throw std::runtime_error("a write outside of shared memory");
   }
   return "";
 } catch (const std::exception& error) {

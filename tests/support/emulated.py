@@ -35,6 +35,7 @@ def library(mechanism: str) -> ctypes.CDLL:
         "-fno-strict-aliasing",
         "-shared",
         "-fPIC",
+        "-fvisibility=hidden",  # calls within the library go straight
         f"-I{SUPPORT}",
     ]
     flags += ["-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
