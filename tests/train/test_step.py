@@ -186,7 +186,7 @@ def test_compiled_with_state(monkeypatch):
         for c in (True, False)
     ]
     torch._dynamo.reset()
-    pair = [two_epochs(steps_of(config), images()) for config in configs]
+    pair = [two_epochs(steps_of(config), images(count=32)) for config in configs]
     assert_same(*pair, rtol=1e-3, atol=1e-4)
 
 
