@@ -78,7 +78,7 @@ def test_a_killed_process_costs_the_group_nothing(tmp_path):
 def test_the_command_says_that_times_are_shares(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "--data", GRID.data, "--models", "mlp", "--attentions", "none,linear"]
-    words += ["--recipe", "quick", "--seeds", "2", "--batch-seeds", "2", "--jobs", "2"]
+    words += ["--recipe", "quick", "--seeds", "2", "--batch-seeds", "2"]
     words += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     result = CliRunner().invoke(app, [*words, "--out", "out"])
     assert result.exit_code == 0, result.output
