@@ -48,7 +48,7 @@ def both(layer, x, key_mask=None):
         return layer.flex(q, k, v, key_mask, flex_attention), layer.dense(q, k, v, key_mask)
 
 
-# Each mask with the score that hides pairs itself, and each score with the mask that heads differ in.
+# Each mask with the score that hides pairs itself, each score with the mask that heads differ in.
 @pytest.mark.parametrize(
     ("mask", "score"),
     sorted({("none", "none"), *((m, "hide") for m in MASKS), *(("heads", s) for s in SCORES)}),
