@@ -234,7 +234,9 @@ def cases(heads: int, n: int) -> Iterator[Case]:
     w = tab.orthogonal_projection(128, WIDTH, generator=torch.Generator().manual_seed(0))
     yield from sums("linear", tab.linear_attention, False, heads, n)
     yield from sums("linear, causal", partial(tab.linear_attention, causal=True), True, heads, n)
-    yield from sums("performer", partial(tab.performer_attention, projection=w), False, heads, n)
+    performer = partial(tab.performer_attention, projection=w)
+    yield from sums("performer", performer, False, heads, n)
+    yield from sums("performer, causal", partial(performer, causal=True), True, heads, n)
     yield from decays(heads, n)
 
     def near(b, h, i, j):

@@ -35,7 +35,7 @@ from ._check import (
     same,
     shapes,
 )
-from ._heads import by_group, by_query_head, groups_backward, groups_forward
+from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
@@ -222,8 +222,7 @@ def performer_attention(
     op, cuts = (performer_fwd, ()) if packing is None else (performer_packed, packing[:1])
     backend = choose(backend, op, q, k, v, projection, cuda=simple)
     options = KERNELS[kernel], causal, eps
-    by = by_query_head if causal else by_group  # the causal kernels take one head of a group
-    o, s, z, c, *_ = by(op, backend, q, k, v, projection, key_mask, *state, *cuts, *options)
+    o, s, z, c, _ = by_group(op, backend, q, k, v, projection, key_mask, *state, *cuts, *options)
     o = pack(layout, o, packing)
     return (o, (s, z, c)) if return_state else o
 

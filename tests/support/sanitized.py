@@ -45,6 +45,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, tor
 
 def linear(b, h, n, d, dv, randn, flip):
     keys = n // 2 + 1 if flip % 3 and flip % 5 == 1 else n  # cross-attention
+    kv = 1 if flip % 2 else h
 
     def f(backend, q, k, v, s0, z0):
         o, (s, z) = tab.linear_attention(
@@ -55,8 +56,8 @@ def linear(b, h, n, d, dv, randn, flip):
         return o, s, z
 
     q, *_ = heads(b, h, n, d, dv, randn)
-    _, k, v = heads(b, h, keys, d, dv, randn)
-    return f, (q, k, v), (randn(b, h, d, dv), randn(b, h, d).abs())
+    _, k, v = heads(b, kv, keys, d, dv, randn)
+    return f, (q, k, v), (randn(b, kv, d, dv), randn(b, kv, d).abs())
 
 
 def gated_linear(b, h, n, d, dv, randn, flip):
@@ -84,21 +85,27 @@ def performer(b, h, n, d, dv, randn, flip):
             initial_state=(s0, z0, c0.detach()), return_state=True,
         )[0]  # fmt: skip
 
-    state = randn(b, h, m, dv), randn(b, h, m).abs(), randn(b, h, m)
-    return f, heads(b, h, n, d, dv, randn), state
+    kv = 1 if flip % 3 == 0 else h
+    state = randn(b, kv, m, dv), randn(b, kv, m).abs(), randn(b, kv, m)
+    return f, heads(b, h, n, d, dv, randn, kv), state
 
 
 def local(b, h, n, d, dv, randn, flip):
     window = [(0, 0), (3, 1), (16, 40), (n, n)][flip % 4]
     rows = next(r for r in (7, 5, 3, 2, 1) if n % r == 0)
     grid = (rows, n // rows) if flip % 3 == 1 else None
+    ends = None
+    if flip % 3 == 2:  # packed
+        b, n = 1, b * n
+        ends = torch.tensor([0, n // 3, n // 3, n // 3 + n // 2, n])
 
     def f(backend, q, k, v):
         return tab.local_attention(
-            q, k, v, window=window, causal=flip % 2 == 1, grid=grid, backend=backend
-        )
+            q, k, v, window=window, causal=flip % 2 == 1, grid=grid, cu_seqlens=ends,
+            return_lse=ends is not None, backend=backend,
+        )  # fmt: skip
 
-    return f, heads(b, h, n, d, dv, randn), ()
+    return f, heads(b, h, n, d, dv, randn, 1 if flip % 2 else h), ()
 
 
 def sparse(b, h, n, d, dv, randn, flip):
@@ -169,8 +176,9 @@ NO_GRADIENT = {"mla_decode", "mla_decode_paged"}
 OWN_TYPE = {"linear", "gated_linear", "performer"}  # of their states
 
 
-def heads(b, h, n, d, dv, randn) -> tuple[Tensor, ...]:
-    return randn(b, h, n, d), randn(b, h, n, d), randn(b, h, n, dv)
+def heads(b, h, n, d, dv, randn, kv: int | None = None) -> tuple[Tensor, ...]:
+    kv = h if kv is None else kv
+    return randn(b, h, n, d), randn(b, kv, n, d), randn(b, kv, n, dv)
 
 
 def latents(b, h, n, d, dv, rank, rope, randn) -> tuple[Tensor, ...]:

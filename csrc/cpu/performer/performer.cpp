@@ -191,7 +191,7 @@ Five dense_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optiona
                    std::optional<Tensor> s0, std::optional<Tensor> z0, std::optional<Tensor> c0,
                    int64_t kernel, bool causal, double eps) {
   Performer a{};
-  const Inputs in("performer_fwd", a, q, k, v, mask, !causal, !causal);
+  const Inputs in("performer_fwd", a, q, k, v, mask, true, !causal);
   return forward("performer_fwd", {}, a, in, {projection, s0, z0, c0, kernel, causal, eps});
 }
 
@@ -200,7 +200,7 @@ Five packed_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::option
                     Tensor cu_seqlens, int64_t kernel, bool causal, double eps) {
   constexpr const char* op = "performer_packed_fwd";
   Performer a{};
-  const Inputs in(op, a, q, k, v, mask, !causal);
+  const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   return forward(op, ends, a, in, {projection, s0, z0, c0, kernel, causal, eps});
 }
@@ -211,7 +211,7 @@ Five dense_backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor>
                     std::optional<Tensor> z0, std::optional<Tensor> c0, int64_t kernel,
                     bool causal) {
   Performer a{};
-  const Inputs in("performer_bwd", a, q, k, v, mask, !causal, !causal);
+  const Inputs in("performer_bwd", a, q, k, v, mask, true, !causal);
   const Given given{projection, s0, z0, c0, kernel, causal, 0};
   return backward("performer_bwd", {}, a, in, grad, ds, dz, o, s, z, c, lse, given);
 }
@@ -223,7 +223,7 @@ Five packed_backward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optio
                      int64_t kernel, bool causal, double) {
   constexpr const char* op = "performer_packed_bwd";
   Performer a{};
-  const Inputs in(op, a, q, k, v, mask, !causal);
+  const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   if (ds.has_value() != dz.has_value()) ds = or_zeros(ds, s), dz = or_zeros(dz, z);
   const Given given{projection, s0, z0, c0, kernel, causal, 0};

@@ -114,10 +114,10 @@ struct PerformerStates {
 inline int64_t scratch_size(const Performer& a, int64_t lanes) {
   const auto cost = [](int64_t n) { return Arena<float>::cost(n); };
   const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes), mp = up(a.m, 2 * lanes);
-  const int64_t tp = up(a.tile, lanes), panel = 2 * lanes;
-  return 3 * cost(tp * dp) + 3 * cost(tp * ep) + 2 * cost(tp * mp) + 3 * cost(tp * panel) +
-         cost(mp * a.e) + cost(tp * a.e) + 2 * cost(tp * tp) + 2 * cost(tp * lanes) + 6 * cost(tp) +
-         cost(ep) + (a.compensated ? cost(mp * (ep + 1)) : 0);
+  const int64_t tp = up(a.tile, lanes), panel = 2 * lanes, all = a.causal ? a.group * tp : tp;
+  return 3 * cost(all * dp) + 3 * cost(all * ep) + 2 * cost(all * mp) + 3 * cost(tp * panel) +
+         cost(mp * a.e) + cost(tp * a.e) + 2 * cost(all * tp) + 2 * cost(all * lanes) +
+         6 * cost(all) + cost(ep) + (a.compensated ? cost(mp * (ep + 1)) : 0);
 }
 
 }  // namespace tab
