@@ -20,12 +20,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tab import kernels
 from tab.bench.cases import SIZES
 from tab.doctor import kernel_report
 from tab.kernels import _launch
 
-kernels.load()
+_launch.load()
 BLOCK, WINDOW = {"cifar": 8, "vision": 64, "long": 64}, {"cifar": 8, "vision": 128, "long": 128}
 ISSUED = 132 * 4 * 1.755e3  # instructions a microsecond: H100, boost clock
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,17 @@ class Launcher(NamedTuple):
 
 
 LAUNCHERS: dict[str, Launcher] = {}  # by the name of the op; each file of this folder adds its own
+FOLDER = Path(__file__).parent
+
+
+def load() -> None:
+    """Imports every file of this folder, as `tab.kernels.…`; each registers its launchers.
+
+    The folder has no __init__.py. Where a clone is on sys.path, `kernels` would be that file, while
+    others, transformers among them, look there for a package of another project.
+    """
+    for path in sorted(FOLDER.glob("*.py")):
+        importlib.import_module(f"{__package__}.{path.stem}")
 
 
 def register(

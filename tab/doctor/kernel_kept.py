@@ -57,9 +57,9 @@ def _state() -> str:
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
-    from .. import kernels
+    from ..kernels._launch import FOLDER
 
-    files = [*Path(kernels.__file__).parent.glob("*.py"), *HERE.glob("kernel_*.py")]
+    files = [*FOLDER.glob("*.py"), *HERE.glob("kernel_*.py")]
     tools = [f"{tool.path} {tool.version}" for tool in map(assembler, (80, 90, 100))]
     settings = json.dumps(get_cache_invalidating_env_vars(), sort_keys=True)
     said = "\0".join([digest(*sorted(files)), triton.__version__, settings, *tools])

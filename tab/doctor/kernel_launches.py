@@ -21,10 +21,9 @@ class Launch(NamedTuple):
 
 def launches(arch: int) -> dict[str, list[Launch]]:
     """Op -> its distinct launches on an architecture; NAME_backward.py counts with NAME."""
-    from .. import kernels
-    from ..kernels._launch import LAUNCHERS
+    from ..kernels._launch import LAUNCHERS, load
 
-    kernels.load()
+    load()
     found: dict[str, list[Launch]] = {}
     for launcher in LAUNCHERS.values():
         op = launcher.run.__module__.rpartition(".")[2].removesuffix("_backward")

@@ -39,7 +39,7 @@ def load_extensions() -> None:
         if importlib.util.find_spec("triton") is None:
             _missing["triton"] = "triton is not installed"
         else:
-            importlib.import_module("tab.kernels").load()
+            importlib.import_module("tab.kernels._launch").load()
 
 
 def why_not(op: str, backend: str) -> str | None:

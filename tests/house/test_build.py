@@ -118,9 +118,16 @@ def test_a_broken_nvcc_costs_only_the_cuda_kernels(tmp_path):
     assert done.returncode == 0 and "tab._C_cuda is left out" in done.stderr, done.stderr
 
 
-def test_kernels_refuses_its_bare_name():
-    done = run("import kernels")
-    assert done.returncode and "tab.kernels" in done.stderr
+def test_a_clone_on_the_path_hides_no_package_of_the_name_kernels(tmp_path):
+    """The hub's package of that name is found, wherever it lies; where there is none, transformers
+    takes a folder without __file__ and __version__ for none, and imports."""
+    look = "import kernels; print(kernels.__file__, getattr(kernels, '__version__', None))"
+    done = run(look)
+    assert done.stdout.split() == ["None", "None"], done.stderr
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.9'\n")
+    done = run(look, PYTHONPATH=str(tmp_path))
+    assert done.stdout.split() == [str(tmp_path / "kernels" / "__init__.py"), "0.9"], done.stderr
 
 
 def test_unknown_default_backend_is_refused():

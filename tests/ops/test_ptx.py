@@ -28,9 +28,9 @@ FULL, HALF = torch.float32, torch.bfloat16
 @pytest.fixture(scope="module", autouse=True)
 def launchers():
     """Triton's launchers in the place of the CUDA C++ ops, for CPU tensors."""
-    from tab import kernels
+    from tab.kernels._launch import load
 
-    kernels.load()
+    load()
     library = torch.library.Library("tab_cuda", "IMPL")
     for name, op in OPS.items():
         if op.own and "triton" in op.kernels:

@@ -5,11 +5,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 
 from tab.doctor.kernel_launches import distinct, launches, recorded
 from tab.doctor.kernel_report import SHARED_LIMIT, compiled, report_rows
@@ -50,9 +49,7 @@ FEW = 128
 
 
 def test_every_launcher_is_interpreted():
-    from tab import kernels
-
-    launching = {path.stem for path in Path(kernels.__file__).parent.glob("[!_]*.py")}
+    launching = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     assert {name.removesuffix("_backward") for name in launching} <= set(INTERPRETED)
 
 
@@ -106,9 +103,7 @@ def hold(rows: list[dict]) -> None:
 
 def launched_kernels() -> set[str]:
     """The kernels that a launcher names: launch(NAME, …"""
-    from tab import kernels
-
-    files = Path(kernels.__file__).parent.glob("*.py")
+    files = (ROOT / "kernels").glob("*.py")
     return {x for file in files for x in re.findall(r"launch\(\s*(\w+), \(", file.read_text())}
 
 

@@ -11,12 +11,12 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from tab import kernels
+from tab.kernels import _launch
 from tab.ops import OPS
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton loads"
 
-kernels.load()
+_launch.load()
 
 exact = InterpreterBuilder.create_dot
 
