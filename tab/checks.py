@@ -16,12 +16,13 @@ _UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first,
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
-def nearest(name: str, known: Iterable[str], choose: str) -> str:
-    """How an error goes on after a name that nobody knows: the nearest one, then `choose`."""
+def unknown(name: str, known: Iterable[str], choose: str, *, what: str = "") -> str:
+    """The error about a name that nobody knows, with the nearest one, then `choose`. what: the
+    kind of name, "op " for instance."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     if not found:
-        return f"; {choose}"
-    return f"; did you mean {found[0]!r}? {choose[0].upper()}{choose[1:]}"
+        return f"unknown {what}{name!r}; {choose}"
+    return f"unknown {what}{name!r}; did you mean {found[0]!r}? {choose[0].upper()}{choose[1:]}"
 
 
 def check_keys(
@@ -31,8 +32,8 @@ def check_keys(
     given, known = list(given), list(known)
     for key in given:
         if key not in known:
-            choose = f"it takes: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown {key!r}{nearest(key, known, choose)}")
+            takes = f"it takes: {', '.join(known)}"
+            raise ValueError(f"{where}: {unknown(key, known, takes)}")
     if complete and (missing := [key for key in known if key not in given]):
         raise ValueError(f'{where}: {", ".join(missing)} missing; give it, or a base = "fair"')
 

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 
 import torch
 
-from ..checks import nearest
+from ..checks import unknown
 from . import ops as folder
 from .benchmark import Benchmark, Draw, Problem
 from .cases import Case
@@ -35,7 +35,7 @@ def benchmark(op: str) -> Benchmark:
         found = given[0].load()
     else:
         choose = f"choose from {', '.join(names())}"
-        raise ValueError(f"unknown op {op!r}{nearest(op, names(), choose)}")
+        raise ValueError(unknown(op, names(), choose, what="op "))
     if not isinstance(found, Benchmark):
         raise TypeError(f"the benchmark of {op} is no tab.bench.benchmark.Benchmark: {found!r}")
     return found

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ..checks import nearest
+from ..checks import unknown
 from ..run_config import IMAGE, usual_fit
 from ..tasks.tasks import Shared
 from . import cache as _cache
@@ -233,4 +233,4 @@ def _unknown(spec: str, path: Path) -> str:
         "choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, needle, hf:NAME, or an existing "
         "folder or archive (tar, zip) with train/<class>/* and test/<class>/*"
     )
-    return f"no data set {spec!r}{nearest(spec, known, choose)}"
+    return unknown(spec, known, choose, what="data set ")

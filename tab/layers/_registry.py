@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from ..checks import nearest
+from ..checks import unknown
 from ._base import Attention
 
 _layers: dict[str, type[Attention]] = {}
@@ -114,7 +114,7 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
         if name not in (found := _entry_points()):
             names = layer_names()
             choose = f"choose one of: {', '.join(names)}; --plugin FILE loads one of your own"
-            raise ValueError(f"unknown attention {name!r}{nearest(name, names, choose)}")
+            raise ValueError(unknown(name, names, choose, what="attention "))
         register_attention(name)(found[name].load())
     return _published.get(name, _layers[name]) if published else _layers[name]
 

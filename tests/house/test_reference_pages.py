@@ -181,7 +181,7 @@ def texts() -> list[list[str]]:
                 parts = [node.value]
             else:
                 continue
-            if sum(map(len, parts)) >= 16:
+            if sum(map(len, parts)) >= 20:
                 found.append(parts)
     return found
 
