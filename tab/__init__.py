@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PACKAGES = ("functional", "layers", "ops")
 _CALLED = ("bench", "compare", "sweep")  # packages, and functions of tab.api
 # name -> where it lies, apart from the operators: these do not need what trains.
-_ELSEWHERE = {"load_model": "train", "load_study": "api", "swap_attention": "swap"}
+_ELSEWHERE = {"load_model": "train", "load_study": "api", "swap_attention": "models.swap"}
 
 if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from . import functional as functional
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from .api import sweep as sweep
     from .functional import *  # noqa: F403
     from .ops import use_backend as use_backend
-    from .swap import swap_attention as swap_attention
+    from .models.swap import swap_attention as swap_attention
     from .train import load_model as load_model
 else:
 

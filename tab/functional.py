@@ -1,13 +1,13 @@
 """The attention mechanisms as functions on (B, H, N, D) tensors: what `tab` offers, one a line."""
 
-from .decode import GatedLinearCache as GatedLinearCache
-from .decode import KVCache as KVCache
-from .decode import LinearCache as LinearCache
-from .decode import LocalCache as LocalCache
-from .decode import MLACache as MLACache
-from .decode import PagePool as PagePool
-from .decode import PerformerCache as PerformerCache
-from .decode import SparseCache as SparseCache
+from .ops.decode import GatedLinearCache as GatedLinearCache
+from .ops.decode import KVCache as KVCache
+from .ops.decode import LinearCache as LinearCache
+from .ops.decode import LocalCache as LocalCache
+from .ops.decode import MLACache as MLACache
+from .ops.decode import PagePool as PagePool
+from .ops.decode import PerformerCache as PerformerCache
+from .ops.decode import SparseCache as SparseCache
 from .ops import BlockPattern as BlockPattern
 from .ops import DecodeCache as DecodeCache
 from .ops import H2OCache as H2OCache

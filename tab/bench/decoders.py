@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..decode import (
+from ..ops.decode import (
     GatedLinearCache,
     KVCache,
     LinearCache,

@@ -1,4 +1,4 @@
-"""The interface of what a decoder remembers, and what all caches share. The caches: tab/decode/."""
+"""The interface of what a decoder remembers, and what all caches share. The caches: tab/ops/decode/."""
 
 from __future__ import annotations
 

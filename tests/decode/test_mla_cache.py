@@ -53,7 +53,7 @@ def test_a_step_that_raises_has_added_nothing(how, generator, monkeypatch):
     x = operands(SIZE, generator, torch.float64)
     cache = made(how, *x[4:])
     with monkeypatch.context() as patched:
-        patched.setattr("tab.decode.mla.mla_decode", lambda *_, **__: 1 / 0)
+        patched.setattr("tab.ops.decode.mla.mla_decode", lambda *_, **__: 1 / 0)
         for now in (0, 1):  # the first token, and one behind others
             with pytest.raises(ZeroDivisionError):
                 cache.step(*cut(x, slice(now, now + 1)))

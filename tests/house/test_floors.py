@@ -13,8 +13,8 @@ from paths import ROOT
 
 FLOORS = (
     ("checks", "figures", "files", "machine", "ops", "plugins", "statistics", "web"),
-    ("decode", "formats", "kernels", "layers", "run_config", "tasks"),
-    ("data", "doctor", "models", "swap", "tracking"),
+    ("formats", "kernels", "layers", "run_config", "tasks"),
+    ("data", "doctor", "models", "tracking"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),
     ("report", "study"),

@@ -11,7 +11,7 @@ from torchvision.models import VisionTransformer
 
 import tab
 from tab.layers import get_attention, layer_names
-from tab.swap.modules import TimmAttention, TorchAttention
+from tab.models.swap.modules import TimmAttention, TorchAttention
 
 CARRIED = ("multi_head", "linear", "performer", "linformer", "sparse", "local", "kv_compression")
 CARRIED += ("flex",)

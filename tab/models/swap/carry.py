@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..layers import Attention, HeadsAttention, attention_options, build_attention
+from ...layers import Attention, HeadsAttention, attention_options, build_attention
 from .modules import TimmAttention, TorchAttention
 
 

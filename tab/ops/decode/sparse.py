@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops._check import accumulate, number, shapes
-from ..ops._softmax import score_scale, softmax_forward
-from ..ops.decode_cache import ordinary
-from ..ops.pattern import BlockPattern
-from ..ops.sparse import sparse_attention
+from .._check import accumulate, number, shapes
+from .._softmax import score_scale, softmax_forward
+from ..decode_cache import ordinary
+from ..pattern import BlockPattern
+from ..sparse import sparse_attention
 from ._held import Held
 from ._slots import Seen, Slots
 from ._softmax import attend_one

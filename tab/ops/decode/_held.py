@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._check import accumulate, check_qkv, shapes
-from ..ops.decode_cache import DecodeCache, keeps_no_graph
+from .._check import accumulate, check_qkv, shapes
+from ..decode_cache import DecodeCache, keeps_no_graph
 
 
 class Held(DecodeCache):

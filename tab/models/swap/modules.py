@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention
-from ..ops._softmax import may_look
+from ...layers import Attention
+from ...ops._softmax import may_look
 
 
 class _Swapped(nn.Module):

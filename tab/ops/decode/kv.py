@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops._check import number, token_major
-from ..ops._sdpa import once
-from ..ops._softmax import score_scale
-from ..ops.decode_cache import ordinary
+from .._check import number, token_major
+from .._sdpa import once
+from .._softmax import score_scale
+from ..decode_cache import ordinary
 from ._held import Held
 from ._softmax import attend_last, attend_one
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.decode_cache import ordinary
+from ..decode_cache import ordinary
 
 LEAST = 64  # rows that are reserved at first
 

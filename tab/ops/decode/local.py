@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import number
-from ..ops._softmax import score_scale
-from ..ops.decode_cache import ordinary
-from ..ops.local import local_attention
+from .._check import number
+from .._softmax import score_scale
+from ..decode_cache import ordinary
+from ..local import local_attention
 from ._held import Held
 from ._softmax import attend_last, attend_one
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import DTYPES
-from ..ops.decode_cache import ordinary
+from .._check import DTYPES
+from ..decode_cache import ordinary
 
 
 class PagePool:

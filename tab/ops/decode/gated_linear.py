@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import number, shapes
-from ..ops._softmax import score_scale
-from ..ops.decode_cache import ordinary
-from ..ops.gated_linear import gated_linear_attention
+from .._check import number, shapes
+from .._softmax import score_scale
+from ..decode_cache import ordinary
+from ..gated_linear import gated_linear_attention
 from ._held import Held
 from ._state import add_token, by_head, read
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import number
-from ..ops._op import Backend
-from ..ops.decode_cache import ordinary
-from ..ops.linear import FEATURE_MAPS, FeatureMap, linear_attention
-from ..ops.linear_reference import feature
+from .._check import number
+from .._op import Backend
+from ..decode_cache import ordinary
+from ..linear import FEATURE_MAPS, FeatureMap, linear_attention
+from ..linear_reference import feature
 from ._held import Held
 from ._state import add_token, by_head, read
 

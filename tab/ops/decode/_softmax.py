@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import accumulate, token_major
-from ..ops._sdpa import once
-from ..ops._softmax import shared_heads, softmax_forward
+from .._check import accumulate, token_major
+from .._sdpa import once
+from .._softmax import shared_heads, softmax_forward
 from ._state import by_head
 
 CHUNK = 128  # queries whose scores are held at once

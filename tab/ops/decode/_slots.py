@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.pattern import BlockPattern, _compress
+from ..pattern import BlockPattern, _compress
 
 
 @dataclass(frozen=True)

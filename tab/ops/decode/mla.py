@@ -7,13 +7,13 @@ import weakref
 import torch
 from torch import Tensor
 
-from ..ops._check import accumulate, number, operands, shapes, token_major
-from ..ops._softmax import score_scale, softmax_forward
-from ..ops.decode_cache import DecodeCache, keeps_no_graph
-from ..ops.mla import mla_attention
-from ..ops.mla_decode import mla_decode
-from ..ops.mla_forms import check_latents
-from ..ops.mla_pages import gather_pages
+from .._check import accumulate, number, operands, shapes, token_major
+from .._softmax import score_scale, softmax_forward
+from ..decode_cache import DecodeCache, keeps_no_graph
+from ..mla import mla_attention
+from ..mla_decode import mla_decode
+from ..mla_forms import check_latents
+from ..mla_pages import gather_pages
 from ._rows import Rows
 from .pages import PagePool, Pages
 

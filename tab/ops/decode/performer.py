@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import number
-from ..ops._op import Backend
-from ..ops.decode_cache import ordinary
-from ..ops.performer import KERNELS, Kernel, performer_attention
-from ..ops.performer_reference import exponents
+from .._check import number
+from .._op import Backend
+from ..decode_cache import ordinary
+from ..performer import KERNELS, Kernel, performer_attention
+from ..performer_reference import exponents
 from ._held import Held
 from ._state import add_token, by_head, read
 
