@@ -226,7 +226,7 @@ setup(
     ],
     package_dir={"tab.kernels": "kernels"},
     package_data={
-        "tab": ["py.typed", "recipe/published.csv", "web/*.css", "web/*.js"],
+        "tab": ["py.typed", "recipe/published.csv", "drawing/*.css", "drawing/*.js"],
         "tab.recipe.recipes": ["*.toml"],
         "tab.sweep.spaces": ["*.toml"],
     },

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which run nothing
     from .api import load_study as load_study
     from .api import sweep as sweep
     from .functional import *  # noqa: F403
-    from .ops import use_backend as use_backend
     from .models.swap import swap_attention as swap_attention
+    from .ops import use_backend as use_backend
     from .train import load_model as load_model
 else:
 

@@ -1,13 +1,5 @@
 """The attention mechanisms as functions on (B, H, N, D) tensors: what `tab` offers, one a line."""
 
-from .ops.decode import GatedLinearCache as GatedLinearCache
-from .ops.decode import KVCache as KVCache
-from .ops.decode import LinearCache as LinearCache
-from .ops.decode import LocalCache as LocalCache
-from .ops.decode import MLACache as MLACache
-from .ops.decode import PagePool as PagePool
-from .ops.decode import PerformerCache as PerformerCache
-from .ops.decode import SparseCache as SparseCache
 from .ops import BlockPattern as BlockPattern
 from .ops import DecodeCache as DecodeCache
 from .ops import H2OCache as H2OCache
@@ -25,6 +17,14 @@ from .ops import noaux_tc_gate as noaux_tc_gate
 from .ops import orthogonal_projection as orthogonal_projection
 from .ops import performer_attention as performer_attention
 from .ops import sparse_attention as sparse_attention
+from .ops.decode import GatedLinearCache as GatedLinearCache
+from .ops.decode import KVCache as KVCache
+from .ops.decode import LinearCache as LinearCache
+from .ops.decode import LocalCache as LocalCache
+from .ops.decode import MLACache as MLACache
+from .ops.decode import PagePool as PagePool
+from .ops.decode import PerformerCache as PerformerCache
+from .ops.decode import SparseCache as SparseCache
 
 # Type checkers read no list that is computed: without one, they take every name above.
 globals()["__all__"] = [name for name in dir() if not name.startswith("_")]

@@ -23,7 +23,7 @@ from ..compare.plan import Grid, Plan
 from ..compare.runs import Run, read_runs
 from ..compare.verdicts import COLUMNS
 from ..compare.watched import WatchedComparison
-from ..figures import Picture
+from ..drawing.figures import Picture
 from ..models.image_model import STUDY, model_names
 from ..recipe.recipe import load_recipe
 from ..report import write_report

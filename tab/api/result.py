@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..figures import Picture, kept
+from ..drawing.figures import Picture, kept
 from .rows import Rows
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..cli.given import device_of, layers_of, load_data, now, place_of, use_plugins
-from ..figures import Picture
+from ..drawing.figures import Picture
 from ..layers import attention_names
 from ..models.image_model import STUDY, model_names
 from ..recipe.recipe import load_recipe

@@ -19,7 +19,7 @@ from ..bench.roofline import measure_roofline
 from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
 from ..bench.turns import Load, busy, in_turns
 from ..checks import check_keys
-from ..figures import Picture
+from ..drawing.figures import Picture
 from .given import listed
 from .result import Result, drawn
 from .rows import Rows

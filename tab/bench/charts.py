@@ -164,7 +164,7 @@ def charts(rows: list[Row]) -> list[dict]:
 
 def picture(rows: list[Row], path: Path) -> None:
     """The bars as PNG, a panel for each case; no file where nothing has a rival."""
-    from ..figures import Picture  # what only measures needs no matplotlib
+    from ..drawing.figures import Picture  # what only measures needs no matplotlib
 
     found = speeds(rows)
     if not found:

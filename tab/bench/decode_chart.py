@@ -65,7 +65,7 @@ def charts(rows: Iterable[Row]) -> list[dict]:
 
 def picture(rows: Iterable[Row], path: Path) -> None:
     """The same as PNG, a panel for each choice of sizes; no file where nothing was timed."""
-    from ..figures import Picture  # what only measures needs no matplotlib
+    from ..drawing.figures import Picture  # what only measures needs no matplotlib
 
     found = curves(rows)
     if not found:

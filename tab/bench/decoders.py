@@ -10,16 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.decode import (
-    GatedLinearCache,
-    KVCache,
-    LinearCache,
-    LocalCache,
-    MLACache,
-    PagePool,
-    PerformerCache,
-    SparseCache,
-)
 from ..ops import (
     BlockPattern,
     DecodeCache,
@@ -32,6 +22,16 @@ from ..ops import (
     orthogonal_projection,
     performer_attention,
     sparse_attention,
+)
+from ..ops.decode import (
+    GatedLinearCache,
+    KVCache,
+    LinearCache,
+    LocalCache,
+    MLACache,
+    PagePool,
+    PerformerCache,
+    SparseCache,
 )
 from . import decode_rivals as rivals
 

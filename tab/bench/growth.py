@@ -104,7 +104,7 @@ def _limit_memory() -> None:
 def picture(rows: list[Row], path: Path) -> None:
     """Time against N, both logarithmic: a row of panels for each direction, a panel for each op.
     Dotted lines grow as N and N²."""
-    from ..figures import Picture  # what only measures needs no matplotlib
+    from ..drawing.figures import Picture  # what only measures needs no matplotlib
 
     ops = list(dict.fromkeys(row.case.split("/")[0] for row in rows))
     size = (3.2 * len(ops) + 1, 3.6 * len(DIRECTIONS))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from ..drawing.page import CHARTS, document
 from ..files import write_text
-from ..web import CHARTS, document
 from . import history
 from .charts import charts
 from .history import Line

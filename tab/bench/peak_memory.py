@@ -143,7 +143,7 @@ def free() -> int:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Peak against N, both logarithmic, a panel for each op; dotted lines grow as N and N²."""
-    from ..figures import Picture  # what only measures needs no matplotlib
+    from ..drawing.figures import Picture  # what only measures needs no matplotlib
 
     ops = list(dict.fromkeys(row.case.split("/")[0] for row in rows))
     figure = Picture(figsize=(3.2 * len(ops) + 1, 3.6), layout="tight")

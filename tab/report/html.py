@@ -13,7 +13,7 @@ from PIL import Image
 from ..bench import page as bench_page
 from ..bench import results as bench_results
 from ..bench.charts import charts as bench_charts
-from ..web import CHARTS, document
+from ..drawing.page import CHARTS, document
 from .chart_data import Group
 from .html_tables import Html, slug
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from ..figures import Picture
+from ..drawing.figures import Picture
 from ..layers import claimed_colours, known_layer
 
 # Of a verdict: hues of the same palettes, each with a marker of its own.

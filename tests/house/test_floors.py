@@ -12,7 +12,7 @@ from pathlib import Path
 from paths import ROOT
 
 FLOORS = (
-    ("checks", "figures", "files", "machine", "ops", "plugins", "statistics", "web"),
+    ("checks", "drawing", "files", "machine", "ops", "plugins", "statistics"),
     ("formats", "kernels", "layers", "run_config", "tasks"),
     ("data", "doctor", "models", "tracking"),
     ("recipe", "train"),

@@ -12,6 +12,7 @@ from small_report import FACTS, NOTE, measured, page, run
 from tab.bench.results import environment, save
 from tab.bench.rows import Row
 from tab.compare.plan import Grid
+from tab.drawing.page import CHARTS
 from tab.layers import attention_names
 from tab.report import markdown
 from tab.report.chart_data import NOTE as BELOW
@@ -20,7 +21,6 @@ from tab.report.html import LIMIT, html_page
 from tab.report.html_tables import Html
 from tab.report.sweep import sweep_charts, sweep_section
 from tab.sweep.trials import RungTrial
-from tab.web import CHARTS
 
 NAMES = attention_names()
 

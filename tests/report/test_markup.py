@@ -12,6 +12,7 @@ from tab.cli.answer import pairs
 from tab.cli.tables import ranked_table
 from tab.cli.terminal import console
 from tab.compare.plan import Grid
+from tab.drawing.page import CHARTS
 from tab.layers import Attention, register_attention
 from tab.report import markdown, pictures, style
 from tab.report.chart_data import Group, charts, looks
@@ -19,7 +20,6 @@ from tab.report.forest import forest_group, forest_picture
 from tab.report.html import html_page
 from tab.report.tables import markdown_lines, ranking
 from tab.report.text import code, plain
-from tab.web import CHARTS
 
 NASTY = [
     *("$x$", "a|b", "<b>", "</script><script>alert(1)</script>", "_x_", "`y`", "a[/b]", "[red]"),

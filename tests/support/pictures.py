@@ -15,7 +15,7 @@ DOT = base64.b64decode(
 def dots():
     """For the folder whose conftest.py imports it."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("tab.figures.Picture.savefig", _dot)
+        patched.setattr("tab.drawing.figures.Picture.savefig", _dot)
         yield
 
 

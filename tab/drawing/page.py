@@ -29,7 +29,7 @@ def document(
 
 
 def asset(name: str) -> str:
-    return (files(__name__) / name).read_text(encoding="utf-8")
+    return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _json(data: object) -> str:
