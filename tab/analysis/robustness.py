@@ -19,7 +19,7 @@ from .. import files
 from ..data.batches import Batches
 from ..data.load import Dataset, Split
 from ..data.splits import split_batches
-from ..formats import write_json
+from ..files.formats import write_json
 from ..train.loop import load_trained, model_of
 from ..train.run_files import read_run_file
 from .attacks import (

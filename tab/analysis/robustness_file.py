@@ -20,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypedDict
 
-from ..formats import check, read_json, reading
+from ..files.formats import check, read_json, reading
 
 FILE = "robustness.json"
 LATER = ("data", "images", "model")  # settings that older files do not state

@@ -13,7 +13,7 @@ from typing import TypedDict
 import torch
 
 from .. import __version__
-from ..formats import check, read_json, reading, write_json
+from ..files.formats import check, read_json, reading, write_json
 from .roofline import Roofline
 from .rows import Row
 

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ..data.load import Dataset, share
+from ..data.load import Dataset, loader
 from ..files import locked, write_text
 from ..run_config import RunConfig
 from ..tasks.tasks import Executor, InProcess, Shared, Task, run_tasks
@@ -59,7 +59,8 @@ def compare(
     made_with(out, dataset)
     watcher, plan = watcher or Watcher(), plan.for_classes(Grid.load(out).classes)
     watcher.start(len(plan.configs()), plan.recipe.tables["train"]["epochs"])
-    shared = share(dataset, plan.grid.data)
+    shared = Shared(dataset.fingerprint, loader(dataset, plan.grid.data))
+    shared.put(dataset)
     with locked(out), noted(out):
         books, old, new = _Books(out, plan.grid), [], []
         for cells in plan.grid.groups():

@@ -18,7 +18,7 @@ import torch
 from ..data.load import Dataset
 from ..data.splits import split_batches
 from ..files import begun, locked
-from ..formats import check, read_toml, reading, toml, write_json, write_toml
+from ..files.formats import check, read_toml, reading, toml, write_json, write_toml
 from ..layers import get_attention
 from ..recipe.recipe import Recipe, load_recipe
 from ..run_config import RunConfig

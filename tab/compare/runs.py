@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..formats import check, reading
+from ..files.formats import check, reading
 from ..train.run_files import again, read_rows, read_run_file
 from ..train.training_run import ANSWERS
 from .plan import Grid

@@ -18,7 +18,6 @@ import torch
 
 from ..checks import unknown
 from ..run_config import IMAGE, usual_fit
-from ..tasks.tasks import Shared
 from . import cache as _cache
 from . import cifar as _cifar
 from . import huggingface as _huggingface
@@ -30,7 +29,7 @@ from .describe import describe, statistics
 from .held_out import hold_out
 from .tree import FILE, Archive, Folder, is_archive, locate, open_tree, shown, stamp
 
-__all__ = ["Dataset", "Split", "describe", "hold_out", "load_dataset", "share", "statistics"]
+__all__ = ["Dataset", "Split", "describe", "hold_out", "load_dataset", "loader", "statistics"]
 
 NAMED = ("cifar10", "shapes", "hf", *sequences.TASKS)  # sets that are no files of the user
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -81,15 +80,12 @@ def load_dataset(
     raise ValueError(_unknown(spec, path))
 
 
-def share(dataset: Dataset, spec: str, *, root: str | Path | None = None) -> Shared[Dataset]:
-    """`dataset` for tasks of an executor: another process loads it by `spec`, from the cache that
-    loading it here has filled, and makes sure that it is the same."""
+def loader(dataset: Dataset, spec: str, *, root: str | Path | None = None) -> Callable[[], Dataset]:
+    """What loads `dataset` in another process, by `spec`, from the cache that loading it here has
+    filled; it makes sure that it is the same."""
     root = Path(root or os.environ.get("TAB_DATA") or "data").resolve()
     how = {"size": dataset.size or IMAGE, "fit": dataset.fit}
-    load = partial(_load_same, spec, root, dataset.fingerprint, how)
-    shared = Shared(dataset.fingerprint, load)
-    shared.put(dataset)
-    return shared
+    return partial(_load_same, spec, root, dataset.fingerprint, how)
 
 
 def _load_same(spec: str, root: Path, fingerprint: str, how: dict) -> Dataset:

@@ -1,4 +1,4 @@
-"""The interface of what a decoder remembers, and what all caches share. The caches: tab/ops/decode/."""
+"""The interface of what a decoder remembers, and what all caches (tab/ops/decode/) share."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ..compare.csv_files import write_csv
 from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
 from ..files import write_text
-from ..formats import reading
+from ..files.formats import reading
 from ..models.image_model import tokens_of
 from ..run_config import RunConfig
 from ..train.run_files import again, read_run_file

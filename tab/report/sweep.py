@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from matplotlib.ticker import MaxNLocator
 
-from ..formats import read_toml
+from ..files.formats import read_toml
 from ..sweep.trials import WAY_OUT, Pair, RungTrial, winner_of
 from .chart_data import Group
 from .style import figure, look

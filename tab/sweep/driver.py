@@ -25,9 +25,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..data.load import Dataset, share
+from ..data.load import Dataset, loader
 from ..files import locked, shown, write_text
-from ..formats import write_toml
+from ..files.formats import write_toml
 from ..recipe.recipe import Recipe
 from ..run_config import RunConfig
 from ..tasks.tasks import Executor, Shared, Task, run_tasks
@@ -73,7 +73,9 @@ def sweep(
     with locked(out), records(plan, out, mine=True) as found:
         for record in found.values():
             record.recover()
-        driver = _Driver(plan, out, found, share(dataset, plan.data), watcher, executor)
+        shared = Shared(dataset.fingerprint, loader(dataset, plan.data))
+        shared.put(dataset)
+        driver = _Driver(plan, out, found, shared, watcher, executor)
         for bracket in brackets(plan.budget, plan.brackets):
             driver.run(bracket)
         best = winners(found)

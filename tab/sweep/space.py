@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checks import check_keys, check_type
-from ..formats import read_toml, toml
+from ..files.formats import read_toml, toml
 from ..layers import attention_options, layer_names
 from ..recipe.recipe import PAIR_TRAIN, Recipe
 from ..recipe.size_matching import parameters_of

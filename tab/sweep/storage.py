@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..formats import reading
+from ..files.formats import reading
 
 if TYPE_CHECKING:
     import optuna

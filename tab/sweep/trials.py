@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import write_text
-from ..formats import reading
+from ..files.formats import reading
 from .halving import winner
 
 COLUMNS = ("model", "attention", "configuration", "rung", "epochs", "status", "validation_accuracy")

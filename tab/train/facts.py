@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict
 from .. import __version__
 from ..data.load import Dataset
 from ..doctor.doctor import available, cpu_name
-from ..formats import read_json, write_json
+from ..files.formats import read_json, write_json
 from ..machine import command, environment, load, now
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}

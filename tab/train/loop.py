@@ -14,7 +14,7 @@ import torch
 
 from ..data.load import Dataset
 from ..files import Corrupt, locked
-from ..formats import reading
+from ..files.formats import reading
 from ..layers import get_attention
 from ..models.image_model import ImageModel, build_model
 from ..plugins import origin

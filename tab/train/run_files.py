@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Literal, NotRequired, TypedDict
 
 from ..files import Corrupt
-from ..formats import read_json, read_lines, reading
+from ..files.formats import read_json, read_lines, reading
 from .facts import DataFacts, Machine
 
 

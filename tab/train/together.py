@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import files
 from ..data.load import Dataset
 from ..data.splits import split_batches
-from ..formats import reading
+from ..files.formats import reading
 from ..machine import Stopwatch
 from ..models.stacked import SeedModel, stack
 from ..run_config import RunConfig, Train

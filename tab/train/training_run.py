@@ -26,7 +26,7 @@ from ..data.batches import Batches
 from ..data.load import Dataset
 from ..data.splits import split_batches
 from ..files import write_text
-from ..formats import reading, write_json
+from ..files.formats import reading, write_json
 from ..layers import get_attention
 from ..machine import Stopwatch, environment, keep_freed_memory, load, peak_memory
 from ..models.flops import forward_flops

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..files import write
-from ..formats import check, reading
+from ..files.formats import check, reading
 
 FILE = "model.safetensors"
 Weights = dict[str, Tensor]

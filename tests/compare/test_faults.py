@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from tab.cli.main import app
 from tab.compare.driver import Watcher, compare
 from tab.compare.plan import Plan
-from tab.data.load import load_dataset, share
+from tab.data.load import load_dataset, loader
 from tab.tasks.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +166,6 @@ def test_an_unwritable_directory_is_named(dataset, tmp_path):
 
 def test_data_that_changed(dataset):
     """A process that finds other data than the driver had does not train on it."""
-    shared = share(dataset, "shapes:100/30")
-    assert shared.get() is dataset  # the driver's own is at hand
+    load = loader(dataset, "shapes:100/30")
     with pytest.raises(ValueError, match="no longer the data set"):
-        shared.load()
+        load()

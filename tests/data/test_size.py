@@ -13,7 +13,7 @@ from small_pictures import build
 
 from tab import load_model, load_study
 from tab.data.decode import squared
-from tab.data.load import load_dataset, share
+from tab.data.load import load_dataset, loader
 from tab.models.flops import flops_on, forward_flops
 from tab.models.image_model import build_model, model_names, tokens_of
 from tab.recipe.recipe import load_recipe
@@ -98,8 +98,8 @@ def test_every_source_is_read_at_the_size(tmp_path):
     drawn = load_dataset("shapes:20/10", size=64)
     assert drawn.size == 64 and drawn.note.endswith("resized to 64×64")
     assert drawn.fingerprint != load_dataset("shapes:20/10").fingerprint
-    shared = share(drawn, "shapes:20/10")
-    assert shared.load().fingerprint == drawn.fingerprint  # another process reads the same
+    load = loader(drawn, "shapes:20/10")
+    assert load().fingerprint == drawn.fingerprint  # another process reads the same
 
 
 def test_a_comparison_at_another_size_resumes_and_is_reported(tmp_path):

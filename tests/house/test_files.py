@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tab import files, formats
+from tab import files
 from tab.compare.plan import Grid, Plan
-from tab.files import Corrupt
+from tab.files import Corrupt, formats
 from tab.recipe.recipe import load_recipe
 from tab.sweep.space import Space, load_space, tables_of
 

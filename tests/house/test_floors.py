@@ -12,9 +12,9 @@ from pathlib import Path
 from paths import ROOT
 
 FLOORS = (
-    ("checks", "drawing", "files", "machine", "ops", "plugins", "statistics"),
-    ("formats", "kernels", "layers", "run_config", "tasks"),
-    ("data", "doctor", "models", "tracking"),
+    ("checks", "drawing", "machine", "ops", "plugins", "statistics"),
+    ("files", "kernels", "layers", "run_config"),
+    ("data", "doctor", "models", "tasks", "tracking"),
     ("recipe", "train"),
     ("analysis", "bench", "compare", "sweep"),
     ("report", "study"),

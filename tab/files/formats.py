@@ -23,8 +23,8 @@ from pathlib import Path
 import safetensors
 import tomli_w
 
-from .checks import check_keys, check_type
-from .files import Corrupt, shown, write
+from ..checks import check_keys, check_type
+from . import Corrupt, shown, write
 
 FORMAT = 1  # a file without it is of a time before there was another
 FAULTS = (  # what reading damaged content raises, here or in a library
