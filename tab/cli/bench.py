@@ -218,7 +218,7 @@ def steps_command(
     use_threads(threads)
     from ..bench.page import write_page
     from ..bench.results import environment, save
-    from ..bench.steps import add_memory, steps, subjects
+    from ..analysis.steps import add_memory, steps, subjects
     from ..bench.turns import Load
     from ..checks import check_keys
     from ..layers import attention_names, layer_names

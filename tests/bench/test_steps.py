@@ -15,7 +15,7 @@ from tab.bench.peak_memory import entrants, growth, memory
 from tab.bench.registry import cases, problem
 from tab.bench.roofline import Roofline
 from tab.bench.rows import Row
-from tab.bench.steps import Subject, add_memory, difference, steps, subjects, twin
+from tab.analysis.steps import Subject, add_memory, difference, steps, subjects, twin
 from tab.cli.bench import app
 from tab.cli.bench_tables import memory_table, steps_table
 from tab.data.load import load_dataset

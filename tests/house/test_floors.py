@@ -14,9 +14,9 @@ from paths import ROOT
 FLOORS = (
     ("checks", "drawing", "machine", "ops", "plugins", "statistics"),
     ("files", "kernels", "layers", "run_config"),
-    ("data", "doctor", "models", "tasks", "tracking"),
+    ("bench", "data", "doctor", "models", "tasks", "tracking"),
     ("recipe", "train"),
-    ("analysis", "bench", "compare", "sweep"),
+    ("analysis", "compare", "sweep"),
     ("report", "study"),
     ("cli",),
     # api, a front as cli is, stands above it: what names and places stand for is said in cli once.

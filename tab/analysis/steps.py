@@ -30,11 +30,11 @@ from ..models.image_model import ImageModel, build_model, tokens_of
 from ..recipe.recipe import Recipe, load_recipe
 from ..train.steps import Steps
 from ..train.training_run import place
-from .benchmark import Benchmark
-from .measure import take_turns
-from .peak_memory import in_its_own_process, known_peak
-from .registry import benchmarks
-from .rows import Row, worst_of
+from ..bench.benchmark import Benchmark
+from ..bench.measure import take_turns
+from ..bench.peak_memory import in_its_own_process, known_peak
+from ..bench.registry import benchmarks
+from ..bench.rows import Row, worst_of
 
 CLASSES = 10
 TOLERANCE = 1e-3  # of the largest value, float32
