@@ -18,7 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from tab.data.batches import Batches
-from tab.data.load import load_dataset, statistics
+from tab.data.load import load_dataset
+from tab.data.statistics import statistics
 
 IMAGES, BATCH, ROUNDS = 10_000, 512, 9
 

@@ -118,6 +118,20 @@ class Mlp:
     layer_scale: float = 1.0  # γ, the gate of each branch, at first
     depth: int = 1  # blocks
 
+    def grid(self, side: int) -> tuple[int, int] | None:
+        """(rows, cols) if the tokens are the cells of a feature map, of images of `side` rows and
+        columns; else None."""
+        return None
+
+    def places(self, side: int) -> tuple[int, int] | None:
+        """The grid that fixed positions are of, also where other tokens stand in front of it."""
+        return self.grid(side)
+
+    def count(self, side: int) -> int:
+        """N, the tokens."""
+        grid = self.grid(side)
+        return grid[0] * grid[1] if grid else self.tokens
+
     def __post_init__(self):
         positive(self, "model", "hidden", "depth", *(["tokens"] if self.tokens != "grid" else []))
         between(self, "model", "head_layers", 0, 16)
@@ -147,6 +161,9 @@ class Cnn(Mlp):
         positive(self, "model", "channels")
         between(self, "model", "convolutions", 2, 16)
 
+    def grid(self, side: int) -> tuple[int, int] | None:
+        return (side // 4, side // 4) if self.tokens == "grid" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resnet9(Mlp):
@@ -161,6 +178,9 @@ class Resnet9(Mlp):
         super().__post_init__()
         positive(self, "model", "channels")
 
+    def grid(self, side: int) -> tuple[int, int]:
+        return (self.cells * side // IMAGE,) * 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vit(Mlp):
@@ -171,6 +191,15 @@ class Vit(Mlp):
     # What the head reads: the mean over the tokens, or one more token in front of them. With that,
     # the tokens are a line and not a grid.
     pool: Literal["mean", "class"]
+
+    def grid(self, side: int) -> tuple[int, int] | None:
+        return None if self.pool == "class" else self.places(side)
+
+    def places(self, side: int) -> tuple[int, int]:
+        return (side // self.patch,) * 2
+
+    def count(self, side: int) -> int:
+        return (side // self.patch) ** 2 + (self.pool == "class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +241,11 @@ class RunConfig:
         """The seed of all that is drawn in this run: weights, order, augmentation, noise. It is
         the seed, but for a second control, which has to differ from the first in just this."""
         return self.seed + self.attention_options.get("seed_shift", 0)
+
+    @property
+    def tokens(self) -> int:
+        """N, those that the attention sees."""
+        return self.model_options.count(self.data.size)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Attention
-from ..models.image_model import build_layer, build_model, parameter_count, tokens_of
+from ..models.image_model import build_layer, build_model, parameter_count
 from ..models.parts import POOLS
 from ..run_config import RunConfig
 
@@ -48,7 +48,7 @@ def measured(config: RunConfig, classes: int) -> Layer:
 
 
 def _of_the_layer(config: RunConfig) -> Layer:
-    layer, n, c = build_layer(config).double(), tokens_of(config), config.model_options.hidden
+    layer, n, c = build_layer(config).double(), config.tokens, config.model_options.hidden
     count = max(4, 256 // n)  # images: tokens enough to reach every expert
     x, y, r = normal(3, count, n, c, seed=1)
     layer.train()
@@ -94,7 +94,7 @@ class _Given(nn.Module):
 def _in_the_model(config: RunConfig, classes: int) -> tuple[tuple[str, ...], bool]:
     """The parameters that are no more than a bias; whether tokens meet."""
     model = build_model(config, classes).double().eval()
-    n, c = tokens_of(config), config.model_options.hidden
+    n, c = config.tokens, config.model_options.hidden
     a, b = normal(2, 4, n, c, seed=5)
     generator = torch.Generator().manual_seed(6)
 

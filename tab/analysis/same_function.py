@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layers import Attention, attention_options
-from ..models.image_model import build_layer, tokens_of
+from ..models.image_model import build_layer
 from ..recipe.recipe import Recipe
 from ..run_config import RunConfig
 from .one_variant import NEAR, Layer, apart, measured, normal
@@ -137,7 +137,7 @@ def _difference(a: RunConfig, b: RunConfig) -> float | None:
             one, two = (_at(config, width).double().eval() for config in (a, b))
         except (ValueError, RuntimeError):  # such as heads that do not divide it
             continue
-        (x,) = normal(1, 2, tokens_of(a), width, seed=2)
+        (x,) = normal(1, 2, a.tokens, width, seed=2)
         _share(one, two)
         with torch.no_grad():
             return apart(one(x), two(x))
@@ -179,7 +179,7 @@ def _starts_equal(a: RunConfig, b: RunConfig) -> bool:
     otherwise does not."""
     if a.draws != b.draws or a.model_options.hidden != b.model_options.hidden:
         return False
-    (x,) = normal(1, 2, tokens_of(a), a.model_options.hidden, seed=4)
+    (x,) = normal(1, 2, a.tokens, a.model_options.hidden, seed=4)
     with torch.no_grad():
         one, two = (build_layer(config).double().eval()(x) for config in (a, b))
     return apart(one, two) < NEAR

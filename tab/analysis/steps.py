@@ -26,15 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.image_model import ImageModel, build_model, tokens_of
-from ..recipe.recipe import Recipe, load_recipe
-from ..train.steps import Steps
-from ..train.training_run import place
 from ..bench.benchmark import Benchmark
 from ..bench.measure import take_turns
 from ..bench.peak_memory import in_its_own_process, known_peak
 from ..bench.registry import benchmarks
 from ..bench.rows import Row, worst_of
+from ..models.image_model import ImageModel, build_model
+from ..recipe.recipe import Recipe, load_recipe
+from ..train.steps import Steps
+from ..train.training_run import place
 
 CLASSES = 10
 TOLERANCE = 1e-3  # of the largest value, float32
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
     @property
     def name(self) -> str:
         config = self.recipe.run_config(self.model, "none", 0)
-        length = f"n{tokens_of(config)}/" if self.model == "vit" else ""
+        length = f"n{config.tokens}/" if self.model == "vit" else ""
         return f"steps/{self.model}/{length}{self.recipe.name}"
 
 
@@ -99,7 +99,7 @@ def steps(
             errors = difference(ours, other, x)
             contestants[f"eager {name}"] = other
         for label, net in contestants.items():
-            row = Row(f"{subject.name}/b{batch}", label, batch=batch, tokens=tokens_of(config))
+            row = Row(f"{subject.name}/b{batch}", label, batch=batch, tokens=config.tokens)
             rows.append(row)
             if label.startswith("eager"):
                 row.error, row.gradient_error = errors

@@ -8,34 +8,25 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..cli.given import (
-    device_of,
-    layers_of,
-    load_data,
-    now,
-    place_of,
-    plugins_of,
-    use_plugins,
-)
+from ..cli.given import load_data
 from ..cli.tables import ranked_rows
 from ..compare.driver import compare as run_all
-from ..compare.plan import Grid, Plan
+from ..compare.plan import Grid, Plan, plugins_of
 from ..compare.runs import Run, read_runs
 from ..compare.verdicts import COLUMNS
-from ..compare.watched import WatchedComparison
 from ..drawing.figures import Picture
-from ..models.image_model import STUDY, model_names
-from ..recipe.recipe import load_recipe
 from ..report import write_report
 from ..report.forest import forest_picture
 from ..report.pictures import bars
 from ..report.tables import Standing, ranking
+from ..study.given import place_of, use_plugins
+from ..study.plans import STUDY, comparison_plan
 from ..study.tuned import FOLDER, sweep_of, tuned
-from ..sweep.watched import WatchedSweep
+from ..study.watched import WatchedComparison, WatchedSweep
+from ..study.watching import watched, watchers
 from ..tasks.choose import executor as executor_of
 from ..tasks.tasks import Executor
-from ..tracking import Watchers, check
-from .given import joined, listed
+from .given import joined
 from .result import Result, drawn
 from .rows import Rows
 from .told import Tell, ToldRungs, ToldRuns, silent
@@ -106,26 +97,26 @@ def compare(
     if epochs is not None and changes.setdefault("train.epochs", epochs) != epochs:
         raise ValueError(f"epochs={epochs} and overrides disagree: give one")
     records = use_plugins([*map(str, plugins)])
-    found = load_recipe(str(recipe), changes)
-    grid = Grid(
-        recipe=found.name,
-        models=listed(models, model_names()),
-        attentions=layers_of(joined(attentions), found.attentions()),
+    plan = comparison_plan(
+        str(recipe),
+        changes,
+        joined(models),
+        joined(attentions),
         seeds=seeds,
-        data=place_of(str(data)),
-        device=device_of(device),
+        data=str(data),
+        device=device,
         batch_seeds=batch_seeds,
         control_seeds=control_seeds,
         tune=tune,
         plugins=records,
+        dashes="",
     )
-    plan = Plan(found, grid)
     plan.configs()  # every name and option is checked before anything is fetched or written
-    check(list(watch))
-    dataset = load_data(grid.data, found.data())
+    watched(watch)
+    dataset = load_data(plan.grid.data, plan.recipe.data())
     if tune:
         sweep_of(plan, dataset).check()
-    place = plan.save(Path(out) if out else now("results"), dataset, new=out is None)
+    place = plan.save(Path(out) if out else None, dataset)
     return Comparison(place).resume(jobs=jobs, executor=executor, tell=tell, watch=watch)
 
 
@@ -171,16 +162,16 @@ class Comparison(Result):
         if data:
             plan = dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, data=where))
             plan.moved(out, dataset)
-        executor, kinds = executor or executor_of(jobs), check(list(watch))
+        executor, kinds = executor or executor_of(jobs), watched(watch)
         say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
         try:
             if plan.grid.tune:
                 search, told = sweep_of(plan, dataset), ToldRungs(say)
                 study = f"{out.resolve().name}/{FOLDER}"
-                with Watchers(kinds, out / FOLDER, study, say=say) as others:
+                with watchers(kinds, out / FOLDER, study, failed=say) as others:
                     watcher = WatchedSweep(search, others, told)
                     plan = tuned(plan, dataset, out, watcher=watcher, executor=executor)
-            with Watchers(kinds, out, say=say) as others:
+            with watchers(kinds, out, failed=say) as others:
                 watcher = WatchedComparison(others, ToldRuns(say))
                 runs = run_all(plan, dataset, out, watcher=watcher, executor=executor)
         except KeyboardInterrupt:

@@ -10,7 +10,6 @@ def joined(names: str | Iterable[str]) -> str:
     return names if isinstance(names, str) else ",".join(names)
 
 
-def listed(names: str | Iterable[str], everything: Iterable[str]) -> list[str]:
-    """In a list. everything: what "all" stands for."""
-    parts = [part.strip() for part in joined(names).split(",")]
-    return list(everything) if parts == ["all"] else parts
+def listed(names: str | Iterable[str]) -> list[str]:
+    """In a list."""
+    return [part.strip() for part in joined(names).split(",")]

@@ -7,23 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ..cli.given import device_of, layers_of, load_data, now, place_of, use_plugins
+from ..cli.given import load_data
 from ..drawing.figures import Picture
-from ..layers import attention_names
-from ..models.image_model import STUDY, model_names
-from ..recipe.recipe import load_recipe
 from ..report.sweep import halving_picture
 from ..report.text import title
+from ..study.given import place_of, use_plugins
+from ..study.plans import STUDY, sweep_plan
+from ..study.watched import WatchedSweep
+from ..study.watching import watched, watchers
 from ..sweep.driver import sweep as run_all
-from ..sweep.halving import named_budget
 from ..sweep.plan import SweepPlan
-from ..sweep.space import load_space
 from ..sweep.trials import Pair, RungTrial, read_trials, winner_of
-from ..sweep.watched import WatchedSweep
 from ..tasks.choose import executor as executor_of
 from ..tasks.tasks import Executor
-from ..tracking import Watchers, check
-from .given import joined, listed
+from .given import joined
 from .result import Result, drawn
 from .rows import Rows
 from .told import Tell, ToldRungs, silent
@@ -80,14 +77,17 @@ def sweep(
     wished |= {"validation": validation, "epochs": tuple(epochs) if epochs else None}
     changes = {key: value for key, value in wished.items() if value is not None}
     records = use_plugins([*map(str, plugins)])
-    plan = SweepPlan(
-        recipe=load_recipe(str(recipe), dict(overrides or {})),
-        space=load_space(str(space)),
-        budget=dataclasses.replace(named_budget(budget), **changes),
-        models=listed(models, model_names()),
-        attentions=layers_of(joined(attentions), attention_names()),
-        data=place_of(str(data)),
-        device=device_of(device),
+    plan = sweep_plan(
+        str(recipe),
+        dict(overrides or {}),
+        joined(models),
+        joined(attentions),
+        space=str(space),
+        budget=budget,
+        changes=changes,
+        data=str(data),
+        device=device,
+        dashes="",
         seed=seed,
         sampler=sampler,
         brackets=brackets,
@@ -95,10 +95,9 @@ def sweep(
         plugins=records,
     )
     plan.check()
-    check(list(watch))
+    watched(watch)
     dataset = load_data(plan.data, plan.recipe.data())
-    new = now("results", prefix="sweep_")
-    place = plan.save(Path(out) if out else new, dataset, new=out is None)
+    place = plan.save(Path(out) if out else None, dataset)
     found = Sweep(place)
     found.plan = dataclasses.replace(found.plan, storage=storage)  # its password is on no disk
     return found.resume(jobs=jobs, executor=executor, tell=tell, watch=watch)
@@ -147,7 +146,7 @@ class Sweep(Result):
             plan.moved(out, dataset)
         say(f"{out}: {len(plan.pairs())} × {plan.budget.configurations} configurations")
         try:
-            with Watchers(check(list(watch)), out, say=say) as others:
+            with watchers(watched(watch), out, failed=say) as others:
                 watcher = WatchedSweep(plan, others, ToldRungs(say))
                 run_all(plan, dataset, out, watcher=watcher, executor=executor or executor_of(jobs))
         except KeyboardInterrupt:

@@ -12,13 +12,12 @@ from ..bench.cases import SIZES
 from ..bench.charts import picture
 from ..bench.measure import measure
 from ..bench.page import write_page
-from ..bench.registry import cases
+from ..bench.registry import cases, chosen
 from ..bench.registry import names as op_names
 from ..bench.results import environment, save
 from ..bench.roofline import measure_roofline
 from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
 from ..bench.turns import Load, busy, in_turns
-from ..checks import check_keys
 from ..drawing.figures import Picture
 from .given import listed
 from .result import Result, drawn
@@ -66,13 +65,10 @@ def bench(
     ('tab', True)
     >>> found.plot().savefig("linear.png")
     """
-    wanted, say = tuple(listed(directions, DIRECTIONS)), tell or silent
-    check_keys("directions", wanted, DIRECTIONS)
-    every = listed(ops, op_names()), listed(sizes, SIZES)
-    check_keys("ops", every[0], op_names())
-    check_keys("sizes", every[1], SIZES)
-    beginnings = None if contestants == "all" else tuple(listed(contestants, []))
-    chosen = cases(*every, (causal,), dtype, device)
+    wanted, say = tuple(chosen(listed(directions), DIRECTIONS, "directions")), tell or silent
+    every = chosen(listed(ops), op_names(), "ops"), chosen(listed(sizes), SIZES, "sizes")
+    beginnings = None if contestants == "all" else tuple(listed(contestants))
+    raced = cases(*every, (causal,), dtype, device)
     facts, roofline, load = environment(device), measure_roofline(dtype, device), Load()
     one = partial(
         measure,
@@ -84,9 +80,9 @@ def bench(
         only=partial(_entered, beginnings),
     )
     path, found = Path(out) if out else None, {}
-    for count, (i, group) in enumerate(in_turns(chosen, one, processes), 1):
+    for count, (i, group) in enumerate(in_turns(raced, one, processes), 1):
         found[i] = group
-        say(f"[{count}/{len(chosen) * processes}] {chosen[i].name}")
+        say(f"[{count}/{len(raced) * processes}] {raced[i].name}")
         load.note()
         rows = [row for mine in found.values() for row in mine]
         if path:  # each time, so that what was measured is kept

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops._op import Op
+from ..ops import BACKENDS, Op
 from .cases import Case
 
 Function = Callable[..., Tensor]
@@ -86,6 +86,11 @@ class Benchmark:
     differentiable = True
     exact = True
     decode: Benchmark | None = None
+
+    def runs_here(self) -> list[str]:
+        """The backends of the op that can run here."""
+        real = [backend for backend in BACKENDS if backend != "auto"]
+        return [b for b in real if self.op and self.op.why_not(b) is None]
 
     # --- the problem ------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 
 import torch
 
-from ..checks import unknown
+from ..checks import check_keys, unknown
 from . import ops as folder
 from .benchmark import Benchmark, Draw, Problem
 from .cases import Case
@@ -51,6 +51,13 @@ def _own() -> list[str]:
 
 def _entry_points() -> Iterable:
     return entry_points(group="tab.benchmarks")
+
+
+def chosen(given: list[str], known: Iterable[str], where: str) -> list[str]:
+    """The names given, or all that are known for "all"; a ValueError names one that is none."""
+    names = [*known] if given == ["all"] else given
+    check_keys(where, names, known)
+    return names
 
 
 def cases(ops, sizes, causal=(False,), dtype=torch.float32, device="cpu") -> list[Case]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..machine import command
+from ..study.given import use_plugins
 from . import bench_compare, bench_decode, bench_growth, bench_history, bench_memory, options
 from .answer import Answer
 from .bench_options import (
@@ -23,7 +24,7 @@ from .bench_options import (
     entered,
     warn,
 )
-from .given import before_work, layers_of, use_plugins, use_threads
+from .given import before_work, use_threads
 from .terminal import bar, command_group, command_line, next_command, say
 
 app = command_group("Measure the ops against what you could run instead.")
@@ -216,24 +217,21 @@ def steps_command(
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     use_threads(threads)
+    from ..analysis.steps import add_memory, steps, subjects
     from ..bench.page import write_page
     from ..bench.results import environment, save
-    from ..analysis.steps import add_memory, steps, subjects
     from ..bench.turns import Load
-    from ..checks import check_keys
-    from ..layers import attention_names, layer_names
-    from ..models.image_model import model_names
+    from ..recipe.names import variants
     from ..recipe.recipe import parse_override
     from .bench_tables import steps_table, summaries
 
     facts, load, found = environment(device), Load(), {}
     warn(load)
     use_plugins(plugin)
-    names = layers_of(attentions, attention_names())
-    check_keys("--attentions", names, layer_names())
+    kinds, names = variants(models, attentions)
     sizes = [parse_override(f"patch={size}")[1] for size in patch.split(",")] if patch else []
     changes = dict(map(parse_override, overrides or []))
-    units = subjects(recipe, chosen(models, model_names(), "--models"), sizes, changes)
+    units = subjects(recipe, kinds, sizes, changes)
     one = partial(
         steps,
         attentions=names,

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..checks import check_keys
 from .terminal import errors
 
 Ops = Annotated[
@@ -54,9 +53,9 @@ def entered(prefixes: tuple[str, ...] | None, name: str) -> bool:
 
 
 def chosen(given: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
-    names = list(known) if given == "all" else given.split(",")
-    check_keys(option, names, known)
-    return names
+    from ..bench import registry
+
+    return registry.chosen(given.split(","), known, option)
 
 
 def warn(load) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..study.given import use_plugins
 from . import options
 from .answer import Answer
-from .given import load_data, read_recipe, use_plugins, use_threads, variants
+from .given import load_data, read_recipe, use_threads
 from .terminal import bar, command_line, console, next_command
 
 
@@ -22,6 +23,7 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Say which variants are the same function, and which weights do nothing."""
+    from ..recipe.names import variants
     from ..report.same_function import sentences
     from .tables import identity_tables
 

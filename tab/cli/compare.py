@@ -8,23 +8,13 @@ from typing import Annotated
 
 import typer
 
+from ..study.given import executor_for, use_plugins
+from ..study.watching import watched
 from . import check, options, report
 from .answer import Answer
 from .expected import say_time
-from .given import (
-    before_work,
-    device_of,
-    executor_for,
-    load_data,
-    now,
-    place_of,
-    plugins_of,
-    read_recipe,
-    use_plugins,
-    variants,
-)
+from .given import before_work, load_data, read_recipe, watchers
 from .terminal import command_line, errors, or_resume, say
-from .watching import watched, watchers
 
 
 def command(
@@ -78,9 +68,9 @@ def command(
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..compare.driver import compare
-    from ..compare.plan import Plan
-    from ..compare.watched import WatchedComparison
+    from ..compare.plan import Plan, plugins_of
     from ..study.tuned import sweep_of
+    from ..study.watched import WatchedComparison
     from .progress import watcher
 
     kinds = watched(watch, tensorboard=tensorboard)
@@ -108,7 +98,7 @@ def command(
         dataset = load_data(plan.grid.data, plan.recipe.data())
         if plan.grid.tune:
             sweep_of(plan, dataset).check()
-        out = plan.save(out or now("results"), dataset, new=out is None)
+        out = plan.save(out, dataset)
         check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
     say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
     again = command_line("compare", "--resume", str(out), tensorboard=tensorboard, watch=watch)
@@ -128,21 +118,10 @@ def command(
 
 
 def _grid(given: dict, recipe, cluster: str | None):
-    from ..compare.plan import Grid
+    from ..study.plans import grid_of
 
-    models, attentions = variants(given.get("models"), given.get("attentions"), recipe.attentions())
-    return Grid(
-        recipe=recipe.name,
-        models=models,
-        attentions=attentions,
-        seeds=given.get("seeds", 1),
-        data=place_of(given.get("data", "cifar10")),
-        device=device_of(given.get("device"), cluster=cluster),
-        batch_seeds=given.get("batch_seeds", 1),
-        control_seeds=given.get("control_seeds", 0),
-        tune=given.get("tune", 0),
-        plugins=given.get("plugins", []),
-    )
+    usual = {"models": None, "attentions": None, "data": "cifar10", "device": None, "seeds": 1}
+    return grid_of(recipe, cluster=cluster, **{**usual, **given})
 
 
 def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type], *, cluster: bool):
@@ -184,7 +163,8 @@ def _resumed(resume: Path, given: dict, recipe: str | None, changes: dict, clust
 
     plan = Plan.load(resume)
     was = vars(plan.grid)
-    stored = {**was, "models": ",".join(was["models"]), "attentions": ",".join(was["attentions"])}
+    stored = {key: value for key, value in was.items() if key != "recipe"}
+    stored |= {"models": ",".join(was["models"]), "attentions": ",".join(was["attentions"])}
     new = vars(_grid({**stored, **given}, plan.recipe, cluster))
     differ = [
         f"--{key.replace('_', '-')}: was {was[key]!r}, now {new[key]!r}"

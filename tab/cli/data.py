@@ -18,11 +18,9 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Fetch or import a data set, and say what is in it."""
-    from ..data.load import describe
-
     answer = Answer(quiet=quiet, as_json=as_json)
     dataset = load_data(spec)
-    facts = describe(dataset)
+    facts = dataset.facts()
     answer.show(pairs(spec, facts))
     more = {"models": "tokens", "recipe": "recall"} if dataset.sequences else {}
     again = command_line("compare", data=spec, **more)

@@ -1,9 +1,10 @@
-"""What the shared options come to: the recipe, the variants, the data, where it all runs."""
+"""What the shared options come to in a terminal: the recipe, the data with a bar, how threads wait,
+the programs that runs are logged to."""
 
 from __future__ import annotations
 
+import functools
 import os
-from datetime import datetime
 from pathlib import Path
 
 from .. import machine
@@ -13,29 +14,6 @@ from .terminal import bar, errors, say
 # other processes on two cores a training step took 1.8, 2.2 and 3.2 times its quiet time, with the
 # default 2.7, 3.5 and 5.5; on a quiet machine it cost nothing (0.99, median of five pairs).
 SPINS = "4000"
-
-
-def use_plugins(given: list[str] | None, kept: list[dict[str, str]] | None = None) -> list[dict]:
-    """Loads what --plugin names, before any name of an attention is looked up. kept: the records of
-    what a study was begun with, which has to be that still. -> the records"""
-    from .. import plugins
-
-    if kept is None:
-        found = [plugins.find(name) for name in given or []]
-    else:
-        found = plugins.again(kept, given or [])
-    plugins.load(found)
-    return [plugin.record() for plugin in found]
-
-
-def plugins_of(folder: Path) -> list[dict[str, str]]:
-    """The records of what a comparison, or one run, was begun with."""
-    from ..compare.plan import Grid
-    from ..train.run_files import read_run_file
-
-    if run := read_run_file(folder):
-        return [run["plugin"]] if run.get("plugin") else []
-    return Grid.load(folder).plugins
 
 
 def read_recipe(
@@ -57,81 +35,12 @@ def read_recipe(
     return load_recipe(name, changes)
 
 
-def variants(
-    models: str | None, attentions: str | None, everything: list[str]
-) -> tuple[list[str], list[str]]:
-    """The names that --models and --attentions choose. everything: what `all` attentions are."""
-    from ..checks import check_keys
-    from ..layers import layer_names
-    from ..models.image_model import STUDY, model_names
-    from ..run_config import MODELS
-
-    mine = _names(models or STUDY, {"all": model_names()})
-    layers = layers_of(attentions or "all", everything)
-    check_keys("--models", mine, MODELS)
-    try:
-        check_keys("--attentions", layers, layer_names())
-    except ValueError as error:
-        raise ValueError(f"{error}; --plugin FILE loads one of your own") from None
-    return mine, layers
-
-
-def layers_of(text: str, everything: list[str]) -> list[str]:
-    """Attentions and controls: `all` stands for `everything`, `ladder` for the controls."""
-    from ..layers import control_names
-
-    return _names(text, {"all": everything, "ladder": control_names()})
-
-
-def _names(text: str, groups: dict[str, list[str]]) -> list[str]:
-    """A list of names; the name of a group stands for those of it that are not named before."""
-    names: list[str] = []
-    for name in (part.strip() for part in text.split(",")):
-        names += [x for x in groups[name] if x not in names] if name in groups else [name]
-    return names
-
-
-def now(folder: str, prefix: str = "", suffix: str = "") -> Path:
-    """A directory named after the time."""
-    return Path(folder) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
-
-
-def place_of(data: str) -> str:
-    """A folder or archive by its full path, so that work can resume from anywhere."""
-    from ..data.huggingface import PREFIX, Source
-
-    if data.startswith(PREFIX):
-        return Source.of(data).spec
-    return data if _named(data) or not Path(data).exists() else str(Path(data).resolve())
-
-
-def _named(data: str) -> bool:
-    from ..data.load import NAMED
-
-    return data.split(":")[0] in NAMED
-
-
 def load_data(spec: str, images=None, *, kept: bool = False):
-    """images: a recipe's or run's [data], which says their size; by default 32. kept: `spec` is
-    what a result was made with."""
-    from ..data.load import load_dataset
+    """`tab.study.given.load_data`, with a bar."""
+    from ..study import given
 
-    if kept and not _named(spec) and not Path(spec).exists():
-        raise ValueError(f"the data is no longer at {spec}: say where it is now, with --data")
     with bar("data") as show:
-        how = {"size": images.size, "fit": images.fit} if images else {}
-        return load_dataset(spec, **how, progress=show)
-
-
-def device_of(name: str | None, *, cluster: str | None = None) -> str:
-    import torch
-
-    if cluster is not None and name == "cuda":
-        return name  # of the cluster's nodes: this one may have none
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(0, device=name)  # raises a RuntimeError that says what is wrong with it
-    return name
+        return given.load_data(spec, images, kept=kept, progress=show)
 
 
 def before_work(*, trains: bool = True) -> None:
@@ -155,24 +64,9 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def executor_for(
-    device: str,
-    jobs: int,
-    threads: int | None,
-    ray: str | None,
-    slurm: str | None,
-    cpus: int | None,
-    gpus: float | None,
-):
-    """Where tasks for `device` run, as the options say."""
-    from ..tasks.choose import executor
+def watchers(kinds: dict[str, type], out: Path, study: str = ""):
+    """`tab.study.watching.watchers`, after a line on how to look at what they write."""
+    from ..study import watching
 
-    cluster = "Ray" if ray is not None else "SLURM" if slurm is not None else ""
-    if not cluster and (cpus, gpus) != (None, None):
-        raise ValueError("--cpus-per-task and --gpus-per-task are for --ray or --slurm: give one")
-    if cluster and device.startswith("cuda:"):
-        text = f"{cluster} chooses the GPU of each task; give --device cuda"
-        raise ValueError(f"--device {device}: {text}")
-    if gpus is None:
-        gpus = 1 if device.startswith("cuda") else 0
-    return executor(jobs, ray, slurm=slurm, threads=threads, cpus=cpus or 1, gpus=gpus)
+    failed = functools.partial(say, style="yellow", to=errors)
+    return watching.watchers(kinds, out, study, failed=failed, hint=say)

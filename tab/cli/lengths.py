@@ -38,7 +38,6 @@ def command(
     Images give lengths.csv, .md and .png; generated tasks (recall, copy, needle) give tasks.csv and
     .md, which say what each mechanism cannot do by construction, and whether it was found so."""
     answer = Answer(quiet=quiet, as_json=as_json)
-    from ..data.sequences import named
     from ..report.lengths import COLUMNS, costs, joined, trained, write_lengths
     from ..report.tasks import answers, write_tasks
     from .tables import lengths_table, tasks_table
@@ -46,13 +45,13 @@ def command(
     if not runs and not steps:
         raise ValueError("nothing to show: give directories of comparisons, --steps FILE, or both")
     found = trained(runs) if runs else []
-    images = [each for each in found if not named(each.data)]
+    images = [each for each in found if not each.task]
     paths, lines, solved = [], [], []
     if images or steps:
         lines = joined(images, costs(steps) if steps else {})
         paths += write_lengths(out, lines)
         answer.show(lengths_table(lines))
-    if tasks := [each for each in found if named(each.data)]:
+    if tasks := [each for each in found if each.task]:
         solved = answers(tasks)
         paths += write_tasks(out, solved)
         answer.show(tasks_table(solved))

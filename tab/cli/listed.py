@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
+from ..study.given import use_plugins
 from . import options
 from .answer import Answer, table
-from .given import use_plugins
 
 
 class Kind(StrEnum):
@@ -49,45 +47,33 @@ Listed = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
 
 
 def _attentions() -> Listed:
-    from ..layers import get_attention, layer_names
+    from ..recipe.names import told_attentions
 
-    rows = []
-    for name in layer_names():
-        layer = get_attention(name)
-        rows.append((name, "attention" if layer.is_attention else "control", _first_line(layer)))
-    return ("Name", "Kind", "What it is"), rows
+    return ("Name", "Kind", "What it is"), told_attentions()
 
 
 def _ops() -> Listed:
     from ..bench.registry import benchmark, names
-    from ..ops import BACKENDS
 
-    real, rows = [backend for backend in BACKENDS if backend != "auto"], []
+    rows = []
     for name in names():
         found = benchmark(name)
         forms = ["causal" if form else "full" for form in found.causal]
-        here = [b for b in real if found.op and found.op.why_not(b) is None]
-        rows.append((name, ", ".join(forms), ", ".join(here) or "PyTorch's own operators"))
+        here = ", ".join(found.runs_here()) or "PyTorch's own operators"
+        rows.append((name, ", ".join(forms), here))
     return ("Name", "Forms", "Backends that run here"), rows
 
 
 def _recipes() -> Listed:
-    from ..recipe.recipe import load_recipe, recipe_names
+    from ..recipe.names import told_recipes
 
-    return ("Name", "What it is"), [(name, load_recipe(name).title) for name in recipe_names()]
+    return ("Name", "What it is"), told_recipes()
 
 
 def _models() -> Listed:
-    from ..models.backbones import BACKBONES
+    from ..recipe.names import told_models
 
-    rows = [(name, _first_line(backbone)) for name, backbone in BACKBONES.items()]
-    return ("Name", "What makes its tokens"), rows
-
-
-def _first_line(of: type) -> str:
-    """The first sentence of what the class says of itself."""
-    text = (inspect.getdoc(of) or "").split("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    return ("Name", "What makes its tokens"), told_models()
 
 
 LISTS = {

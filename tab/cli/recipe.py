@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ..study.given import use_plugins
 from . import options
 from .answer import Answer
-from .given import read_recipe, use_plugins
+from .given import read_recipe
 from .terminal import command_group
 
 app = command_group("Show recipes.", no_args_is_help=True)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..study.given import use_plugins
 from . import options
 from .answer import Answer
-from .given import load_data, plugins_of, use_plugins, use_threads
+from .given import load_data, use_threads
 from .terminal import bar, command_line, next_command, say
 
 
@@ -37,7 +38,7 @@ def command(
 ) -> None:
     """Rebuild tables, pictures, report.md and report.html of a comparison, without training."""
     from ..compare.csv_files import write_csvs
-    from ..compare.plan import Plan
+    from ..compare.plan import Plan, plugins_of
     from ..compare.runs import read_runs
 
     answer = Answer(quiet=quiet, as_json=as_json)

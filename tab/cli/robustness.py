@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ..study.given import device_of, use_plugins
 from . import options
 from .answer import Answer
-from .given import before_work, device_of, load_data, plugins_of, use_plugins, use_threads
+from .given import before_work, load_data, use_threads
 from .terminal import bar, command_line, next_command, or_resume, say
 
 
@@ -49,9 +50,9 @@ def command(
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..analysis.robustness import Options, measure
+    from ..compare.plan import plugins_of
     from ..compare.runs import trained_runs
-    from ..run_config import RunConfig
-    from ..train.run_files import read_run_file
+    from ..train.run_files import read_config
     from .robustness_table import robustness_table, summaries
 
     use_threads(threads)
@@ -59,8 +60,7 @@ def command(
     runs, spec = trained_runs(run)
     if data is None and spec.startswith("folder:"):
         raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")
-    images_of = RunConfig.from_dict(read_run_file(runs[0])["config"]).data
-    dataset = load_data(data or spec, images_of, kept=not data)
+    dataset = load_data(data or spec, read_config(runs[0]).data, kept=not data)
     chosen, found = Options(images, cifar10c, cifar101, autoattack), {}
     again = f"tab robustness {shlex.quote(str(run))} (with the same options)"
     say(f"{len(runs)} trained models on {dataset.note}")

@@ -9,16 +9,12 @@ from typing import Annotated
 
 import typer
 
+from ..study.given import executor_for, use_plugins
+from ..study.watching import watched
 from . import options
 from .answer import Answer
 from .expected import say_time
-from .given import (
-    before_work,
-    executor_for,
-    load_data,
-    now,
-    use_plugins,
-)
+from .given import before_work, load_data, watchers
 from .sweep_plan import plan_of, resumed, with_storage
 from .terminal import (
     bar,
@@ -30,7 +26,6 @@ from .terminal import (
     or_resume,
     say,
 )
-from .watching import watched, watchers
 
 app = command_group("Find each mechanism's hyperparameters by successive halving.")
 
@@ -158,7 +153,7 @@ def command(
     if resume and data:
         plan.moved(out, dataset)
     if not resume:
-        out = plan.save(out or now("results", prefix="sweep_"), dataset, new=out is None)
+        out = plan.save(out, dataset)
     say(f"{out}: {what(plan)} on {dataset.note}")
     say_sweep_time(plan, dataset, out, where, cluster=bool(ray or slurm))
     again = command_line("sweep", "--resume", str(out), watch=watch)
@@ -257,8 +252,8 @@ def say_sweep_time(plan, dataset, out: Path, executor, *, cluster: bool) -> None
 def watching(plan, told):
     """A line for each configuration's rung; on a terminal a bar over the epochs of the step too.
     told: the programs that its runs are logged to."""
+    from ..study.watched import WatchedSweep
     from ..sweep.driver import SweepWatcher
-    from ..sweep.watched import WatchedSweep
     from .sweep_progress import RungLines
 
     with bar("sweep") as show_bar:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from .given import device_of, place_of, read_recipe, variants
+from ..study.given import place_of
 
 
 def plan_of(wishes: dict, data: str, storage: str, cluster: str | None, plugins: list[dict]):
-    from ..layers import attention_names
-    from ..sweep.halving import named_budget
-    from ..sweep.plan import SweepPlan
-    from ..sweep.space import load_space
+    from ..recipe.recipe import parse_override
+    from ..study.plans import sweep_plan
 
-    models, attentions = variants(wishes.get("models"), wishes.get("attentions"), attention_names())
     keys = ("configurations", "eta", "images", "validation")
     changes = {key: wishes[key] for key in keys if key in wishes}
     if "epochs" in wishes:
         changes["epochs"] = _numbers(wishes["epochs"])
-    return SweepPlan(
-        recipe=read_recipe(wishes.get("recipe", "fair"), overrides=wishes.get("set")),
-        space=load_space(wishes.get("space", "published")),
-        budget=dataclasses.replace(named_budget(wishes.get("budget", "published")), **changes),
-        models=models,
-        attentions=attentions,
-        data=place_of(data),
-        device=device_of(wishes.get("device"), cluster=cluster),
+    return sweep_plan(
+        wishes.get("recipe", "fair"),
+        dict(map(parse_override, wishes.get("set", []))),
+        wishes.get("models"),
+        wishes.get("attentions"),
+        space=wishes.get("space", "published"),
+        budget=wishes.get("budget", "published"),
+        changes=changes,
+        data=data,
+        device=wishes.get("device"),
+        cluster=cluster,
         seed=wishes.get("seed", 0),
         sampler=wishes.get("sampler", "random"),
         brackets=wishes.get("brackets", 1),

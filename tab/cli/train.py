@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from ..study.given import device_of, use_plugins
+from ..study.watching import watched
 from . import options
 from .answer import Answer, pairs
 from .expected import say_time
-from .given import before_work, device_of, load_data, now, read_recipe, use_plugins, use_threads
+from .given import before_work, load_data, read_recipe, use_threads, watchers
 from .terminal import command_line, next_command, or_resume, say
-from .watching import watched, watchers
 
 
 def command(
@@ -46,10 +47,9 @@ def command(
     """Train one model with one attention."""
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
-    from ..files import fresh
     from ..run_config import as_known_now
     from ..train.loop import train
-    from ..train.run_files import read_run_file
+    from ..train.run_files import new_folder, read_run_file
     from .progress import accuracies
 
     kinds = watched(watch, tensorboard=tensorboard)
@@ -66,7 +66,7 @@ def command(
     # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
     if resume and (was := read_run_file(out)) and as_known_now(was["config"]) == for_ten.to_dict():
         config = for_ten
-    out = out or fresh(now("runs", suffix=f"_{config.id}"))
+    out = out or new_folder(config)
     say(f"{out}: {config.id} on {dataset.note}")
 
     def show(row: dict) -> None:

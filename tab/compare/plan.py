@@ -17,12 +17,12 @@ import torch
 
 from ..data.load import Dataset
 from ..data.splits import split_batches
-from ..files import begun, locked
+from ..files import begun, dated, locked
 from ..files.formats import check, read_toml, reading, toml, write_json, write_toml
-from ..layers import get_attention
 from ..recipe.recipe import Recipe, load_recipe
 from ..run_config import RunConfig
 from ..train.facts import COPY, facts_of, made_with
+from ..train.run_files import read_run_file
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,6 @@ class Plan:
             names = getattr(self.grid, key)
             if not names or len(set(names)) < len(names):
                 raise ValueError(f"{key} = {', '.join(names)!r}: give each name once")
-        for attention in self.grid.attentions:
-            get_attention(attention)  # an unknown name is an error before anything runs
         return [self.config(*cell) for cell in self.grid.cells()]
 
     def config(self, model: str, attention: str, seed: int) -> RunConfig:
@@ -102,9 +100,9 @@ class Plan:
         """With sizes matched for so many classes."""
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, classes=classes))
 
-    def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
-        """Starts the directory `out`; one that holds a comparison is an error. new: if another has
-        taken that name, it gets a number. -> the directory"""
+    def save(self, out: Path | None, dataset: Dataset) -> Path:
+        """Starts the directory `out`; one that holds a comparison is an error. None: a new one in
+        results/, named after the time. -> the directory"""
         plan = self.for_classes(len(dataset.classes))
         # Are there images enough?
         train, validation, test = split_batches(plan.configs()[0], dataset, torch.device("cpu"))
@@ -113,7 +111,7 @@ class Plan:
         facts["dataset"] |= {"validation": validation.samples if validation else 0}
         facts["overrides"] = self.recipe.overrides
         toml(plan.table())  # an error now if it cannot be kept
-        with begun(out, "config.toml", "a comparison", new=new) as out:
+        with begun(out or dated("results"), "config.toml", "a comparison") as out:
             write_json(out / "environment.json", facts)
             write_toml(out / "config.toml", plan.table())
         return out
@@ -137,3 +135,10 @@ class Plan:
         grid = Grid.load(out)
         recipe = load_recipe((out / "config.toml").resolve())
         return cls(dataclasses.replace(recipe, name=grid.recipe), grid)
+
+
+def plugins_of(folder: Path) -> list[dict[str, str]]:
+    """The records of what a comparison, or one run, was begun with."""
+    if run := read_run_file(folder):
+        return [run["plugin"]] if run.get("plugin") else []
+    return Grid.load(folder).plugins

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import statistics as st
-from ..layers import get_attention
+from ..recipe.names import is_attention, is_control_again
 
 if TYPE_CHECKING:
     from .runs import Run
@@ -103,21 +103,6 @@ def kind(verdict: str) -> str:
     """The one of KINDS that a verdict in words is; "" where one seed gave none."""
     first = verdict.split(" ")[0].rstrip(",")
     return first if first in KINDS else ""
-
-
-def is_attention(name: str) -> bool:
-    """What is not installed here counts as one: the controls are TAB's own."""
-    try:
-        return get_attention(name).is_attention
-    except ValueError:
-        return True
-
-
-def is_control_again(name: str) -> bool:
-    """The control under a second name. It is a check of the procedure, no question of the study:
-    a family of its own, in which a fault is seen the soonest."""
-    none = get_attention("none")
-    return name != "none" and not is_attention(name) and issubclass(get_attention(name), none)
 
 
 def _samples(mine: dict[str, dict[int, Run]]) -> dict[str, st.Sample]:

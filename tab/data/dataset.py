@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .sequences import SequenceSplit
+from .statistics import statistics
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,34 @@ class Dataset:
     def size(self) -> int:
         """Rows and columns of an image (data.size); 0 of sequences."""
         return 0 if self.sequences else self.train.images.shape[1]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(what, value) rows for a table: counts, statistics, size, note, fingerprint."""
+        train, test = self.train, self.test
+        if self.sequences:
+            return [
+                ("name", self.name),
+                ("note", self.note),
+                ("sequences", f"{len(train):,} train, {len(test):,} test"),
+                ("tokens", f"{train.tokens.shape[1]}, each a key and a value"),
+                ("questions", f"{train.labels.shape[1]} in each, {len(self.classes)} answers"),
+                ("fingerprint", self.fingerprint),
+            ]
+        mean, std = statistics(train.images)
+        counts = (torch.bincount(s.labels, minlength=len(self.classes)) for s in (train, test))
+        size = sum(s.images.numel() for s in (train, test)) / 2**20
+        return [
+            ("name", self.name),
+            ("note", self.note),
+            ("images", f"{len(train):,} train, {len(test):,} test, {size:,.1f} MiB as uint8"),
+            *(
+                (f"class {i} {name}", f"{a:,} train, {b:,} test")
+                for i, (name, a, b) in enumerate(zip(self.classes, *counts, strict=True))
+            ),
+            ("train mean", " ".join(f"{x:.4f}" for x in mean.tolist()) + "  (RGB, of 0…255)"),
+            ("train std", " ".join(f"{x:.4f}" for x in std.tolist())),
+            ("fingerprint", self.fingerprint),
+        ]
 
     def __post_init__(self):
         for name, split in (("train", self.train), ("test", self.test)):

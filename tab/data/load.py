@@ -25,11 +25,10 @@ from . import pictures as _pictures
 from . import sequences, shapes
 from .dataset import Dataset, Split, dataset_of
 from .decode import resized_array
-from .describe import describe, statistics
 from .held_out import hold_out
 from .tree import FILE, Archive, Folder, is_archive, locate, open_tree, shown, stamp
 
-__all__ = ["Dataset", "Split", "describe", "hold_out", "load_dataset", "loader", "statistics"]
+__all__ = ["Dataset", "Split", "hold_out", "load_dataset", "loader"]
 
 NAMED = ("cifar10", "shapes", "hf", *sequences.TASKS)  # sets that are no files of the user
 Progress = Callable[[int, int, str], None]  # (done, total, what)

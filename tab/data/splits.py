@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..run_config import IMAGE, RunConfig
 from .batches import Batches
-from .load import Dataset, Split, hold_out, statistics
+from .load import Dataset, Split, hold_out
 from .sequences import SequenceBatches
+from .statistics import statistics
 
 
 def split_batches(

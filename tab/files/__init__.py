@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import filelock
@@ -83,12 +84,14 @@ def fresh(path: Path) -> Path:
     raise AssertionError("itertools.count has no end")
 
 
+def dated(folder: str, prefix: str = "", suffix: str = "") -> Path:
+    """Makes a new directory in `folder`, named after the time."""
+    return fresh(Path(folder) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}")
+
+
 @contextlib.contextmanager
-def begun(out: Path, file: str, what: str, *, new: bool) -> Iterator[Path]:
-    """The directory `out`, made and locked, for what is kept by `file`; an error if one is there.
-    new: if another has taken that name, `out` gets a number instead."""
-    if new:
-        out = fresh(out)
+def begun(out: Path, file: str, what: str) -> Iterator[Path]:
+    """The directory `out`, made and locked, for what is kept by `file`; an error if it has that."""
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if (out / file).exists():

@@ -1,7 +1,5 @@
 """What makes tokens (B, N, C) of images x (B, 3, S, S), S = data.size. Each backbone has:
 
-grid(options, side)    (rows, cols) if its tokens are the cells of a feature map, else None
-tokens(options, side)  their number N
 pool(options)          how the head makes one vector of them
 filters()              the first layer's weights as pictures, (F, 3, rows, cols)
 """
@@ -11,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..run_config import IMAGE, Cnn, Mlp, Resnet9, Tokens, Vit
+from ..run_config import Cnn, Mlp, Resnet9, Tokens, Vit
 
 PATCH = 3 * 3 * 3  # numbers in a 3×3 patch
 EPSILON = 5e-4  # added to the variances of patches (Jordan 2024), so that noise is not blown up
@@ -23,20 +21,6 @@ class Backbone(nn.Module):
 
     undecayed: tuple[str, ...] = ()  # parameters that weight decay leaves alone
     side: int  # rows and columns of an image
-
-    @classmethod
-    def grid(cls, options: Mlp, side: int) -> tuple[int, int] | None:
-        return None
-
-    @classmethod
-    def cells(cls, options: Mlp, side: int) -> tuple[int, int] | None:
-        """The grid that fixed positions are of, also where other tokens stand in front of it."""
-        return cls.grid(options, side)
-
-    @classmethod
-    def tokens(cls, options: Mlp, side: int) -> int:
-        grid = cls.grid(options, side)
-        return grid[0] * grid[1] if grid else options.tokens
 
     @classmethod
     def pool(cls, options: Mlp) -> str:
@@ -86,10 +70,6 @@ class CnnBackbone(Backbone):
     stacking = True  # tab/layers/_stacking.py
     folded = "convolutions"  # run on several seeds beside each other in the channels
 
-    @classmethod
-    def grid(cls, options: Cnn, side: int) -> tuple[int, int] | None:
-        return (side // 4, side // 4) if options.tokens == "grid" else None
-
     def __init__(self, options: Cnn, side: int):
         super().__init__(side)
         first = options.channels
@@ -127,10 +107,6 @@ class Resnet9Backbone(Backbone):
 
     stacking = True  # tab/layers/_stacking.py
     folded = "convolutions"  # run on several seeds beside each other in the channels
-
-    @classmethod
-    def grid(cls, options: Resnet9, side: int) -> tuple[int, int]:
-        return (options.cells * side // IMAGE,) * 2
 
     @classmethod
     def pool(cls, options: Resnet9) -> str:
@@ -176,18 +152,6 @@ class VitBackbone(Backbone):
     front of them a class token if the head is to read that."""
 
     undecayed = ("class_token",)
-
-    @classmethod
-    def grid(cls, options: Vit, side: int) -> tuple[int, int] | None:
-        return None if options.pool == "class" else cls.cells(options, side)
-
-    @classmethod
-    def cells(cls, options: Vit, side: int) -> tuple[int, int]:
-        return (side // options.patch,) * 2
-
-    @classmethod
-    def tokens(cls, options: Vit, side: int) -> int:
-        return (side // options.patch) ** 2 + (options.pool == "class")
 
     @classmethod
     def pool(cls, options: Vit) -> str:

@@ -29,7 +29,7 @@ def build_model(config: RunConfig, classes: int) -> ImageModel:
     """The model of this run with its initial weights, on the CPU."""
     options, c = config.model_options, config.model_options.hidden
     kind, side = BACKBONES[config.model], config.data.size
-    n, pool = kind.tokens(options, side), kind.pool(options)
+    n, pool = config.tokens, kind.pool(options)
     with _own_seed(config.draws, "backbone"):
         backbone = kind.build(options, classes, side)
     position = None
@@ -37,7 +37,7 @@ def build_model(config: RunConfig, classes: int) -> ImageModel:
         with _own_seed(config.draws, "position"):
             position = nn.Parameter(nn.init.trunc_normal_(torch.empty(n, c), std=0.02))
     elif options.position == "sincos":
-        position = sincos(n, c, kind.cells(options, side))
+        position = sincos(n, c, options.places(side))
     with _own_seed(config.draws, "head"):
         into = n * c if pool == "flatten" else c
         head = Head(into, c, options.head_layers, classes, pool=pool)
@@ -59,7 +59,7 @@ def build_block(config: RunConfig, index: int = 0) -> Block:
 
         def ffn() -> FeedForward:
             with _own_seed(config.draws, f"ffn {index}"):
-                return FeedForward(c, seq_len=tokens_of(config), width=width)
+                return FeedForward(c, seq_len=config.tokens, width=width)
 
     return Block(build_layer(config, index), c, options.layer_scale, ffn)
 
@@ -73,21 +73,22 @@ def build_layer(config: RunConfig, index: int = 0) -> Attention:
     if options.position == "rope" and "rope" in known:
         extra["rope"] = True
     # What a config does not say is as it was when that could be left out.
-    before = get_attention(config.attention, published=published).before
+    before = layer_class(config).before
     with _own_seed(config.draws, f"attention {index}" if index else "attention"):
         return build_attention(
             config.attention,
             options.hidden,
-            seq_len=tokens_of(config),
-            grid=BACKBONES[config.model].grid(options, config.data.size),
+            seq_len=config.tokens,
+            grid=options.grid(config.data.size),
             published=published,
             **{**before, **extra, **config.attention_options},
         )
 
 
-def tokens_of(config: RunConfig) -> int:
-    """N, the tokens that the attention sees."""
-    return BACKBONES[config.model].tokens(config.model_options, config.data.size)
+def layer_class(config: RunConfig) -> type[Attention]:
+    """Of this run's attention; a ValueError where it is not installed."""
+    published = config.model_options.forms == "published"
+    return get_attention(config.attention, published=published)
 
 
 def sincos(n: int, c: int, grid: tuple[int, int] | None) -> Tensor:

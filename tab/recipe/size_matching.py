@@ -40,7 +40,7 @@ import torch
 from ..checks import check_keys
 from ..layers import attention_options, get_attention, layer_names
 from ..models.flops import flops_on, forward_flops
-from ..models.image_model import build_block, build_model, parameter_count, tokens_of
+from ..models.image_model import build_block, build_model, parameter_count
 from ..run_config import RunConfig
 
 BLOCK, BLOCK_FLOPS = "block:", "block-flops:"
@@ -217,7 +217,7 @@ def _parameters_of_block(config: str) -> int:
 @_remembered
 def _flops_of_block(config: str) -> int:
     run = RunConfig.from_dict(json.loads(config))
-    shape = (1, tokens_of(run), run.model_options.hidden)
+    shape = (1, run.tokens, run.model_options.hidden)
     return _undrawn(lambda: flops_on(build_block(run), torch.zeros(shape)))
 
 

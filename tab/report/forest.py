@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.transforms import blended_transform_factory
 
 from ..compare.disturbance import STAR
-from ..compare.verdicts import is_attention, kind
+from ..compare.verdicts import kind
+from ..recipe.names import is_attention
 from ..statistics import MARGIN
 from .chart_data import Group
 from .html_tables import row_id

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..analysis.same_function import Alike
-from ..compare.verdicts import is_attention, kind
+from ..compare.verdicts import kind
+from ..recipe.names import is_attention
 from .tables import Standing, name
 from .text import PERCENT, counted
 

@@ -16,11 +16,9 @@ from ..bench.rows import Row, percentiles, row_speedup
 from ..compare.csv_files import write_csv
 from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
+from ..data.sequences import named
 from ..files import write_text
-from ..files.formats import reading
-from ..models.image_model import tokens_of
-from ..run_config import RunConfig
-from ..train.run_files import again, read_run_file
+from ..train.run_files import read_config
 from .averages import Mean
 from .chart_data import looks
 from .html import html_page
@@ -37,12 +35,17 @@ class Trained:
     """The ended runs of one mechanism at one N."""
 
     data: str  # as the comparison names it
-    config: RunConfig  # of the first seed
+    tokens: int  # N
     runs: list[Run]
 
     @property
     def key(self) -> Key:
-        return self.config.model, self.config.attention, tokens_of(self.config)
+        return self.runs[0].model, self.runs[0].attention, self.tokens
+
+    @property
+    def task(self) -> bool:
+        """Whether its data is a generated task, and no images."""
+        return named(self.data)
 
     @property
     def accuracy(self) -> Mean:
@@ -60,13 +63,11 @@ def trained(folders: Iterable[Path]) -> list[Trained]:
             if run.counts:
                 mine.setdefault((run.model, run.attention), []).append(run)
         for runs in mine.values():
-            with reading(runs[0].path / "run.json", again(runs[0].path)):
-                config = RunConfig.from_dict(read_run_file(runs[0].path)["config"])
-            new = Trained(grid.data, config, runs)
+            new = Trained(grid.data, read_config(runs[0].path).tokens, runs)
             name = (new.data, *new.key)
             if name in found:
                 raise ValueError(
-                    f"{found[name][0]} and {folder} both hold {new.config.attention} at "
+                    f"{found[name][0]} and {folder} both hold {new.key[1]} at "
                     f"{new.key[2]} tokens: give one of them"
                 )
             found[name] = folder, new
@@ -136,7 +137,7 @@ def joined(found: Iterable[Trained], cost: dict[Key, Cost]) -> list[dict]:
         if key in by:
             mean, runs = by[key].accuracy, by[key].runs
             line |= {"accuracy": mean.value, "accuracy_half": mean.half, "seeds": len(runs)}
-            line |= {"epochs": by[key].config.train.epochs}
+            line |= {"epochs": by[key].runs[0].epochs}
         if key in cost:
             line |= cost[key].columns()
         lines.append(line)

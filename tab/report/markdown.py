@@ -8,7 +8,7 @@ from ..analysis.same_function import Alike
 from ..compare.disturbance import RULE
 from ..compare.plan import Grid
 from ..compare.runs import Run
-from ..compare.verdicts import is_control_again
+from ..recipe.names import is_control_again
 from ..statistics import LEVEL, MARGIN
 from .headline import answers
 from .origin import machine, origin

@@ -11,6 +11,7 @@ from ..analysis.ceiling import ceiling
 from ..compare.csv_files import write_csv
 from ..data.sequences import draw, parse
 from ..files import write_text
+from ..train.run_files import read_config
 from .averages import Mean
 from .lengths import Trained
 from .tables import markdown_lines
@@ -47,7 +48,7 @@ def answers(found: list[Trained]) -> list[Answer]:
 
 def _answer(each: Trained) -> Answer:
     task, n, _, sequences = parse(each.data)
-    most = ceiling(each.config, draw(task, n, sequences, stream=1))
+    most = ceiling(read_config(each.runs[0].path), draw(task, n, sequences, stream=1))
     mean = each.accuracy
     if most.accuracy >= SOLVED:
         said = "solved" if mean.value >= SOLVED else "not solved"
@@ -57,7 +58,7 @@ def _answer(each: Trained) -> Answer:
         kept = mean.value <= most.accuracy + 3 * error
         said = "as predicted" if kept else "above its ceiling"
     return Answer(
-        *(task, each.config.attention, n, len(each.runs), mean.value, mean.half),
+        *(task, each.key[1], n, len(each.runs), mean.value, mean.half),
         *(most.accuracy, most.why, said),
     )
 

@@ -13,9 +13,8 @@ import torch
 
 from ..data.load import Dataset
 from ..data.splits import split_batches
-from ..files import begun, locked, shown
+from ..files import begun, dated, locked, shown
 from ..files.formats import read_toml, reading, toml, write_json, write_toml
-from ..layers import get_attention
 from ..recipe.recipe import Recipe, load_recipe
 from ..run_config import RunConfig
 from ..train.facts import facts_of, made_with
@@ -101,7 +100,6 @@ class SweepPlan:
             if not names or len(set(names)) < len(names):
                 raise ValueError(f"{key} = {', '.join(names)!r}: give each name once")
         for pair in self.pairs():
-            get_attention(pair[1])
             self.space.axes(*pair)
         brackets(self.budget, self.brackets)
         if self.sampler not in SAMPLERS:
@@ -117,15 +115,16 @@ class SweepPlan:
         if self.storage:
             without_password(self.storage)  # raises what is wrong with it
 
-    def save(self, out: Path, dataset: Dataset, *, new: bool = False) -> Path:
-        """Starts the directory `out`; one that holds a sweep is an error."""
+    def save(self, out: Path | None, dataset: Dataset) -> Path:
+        """Starts the directory `out`; one that holds a sweep is an error. None: a new one in
+        results/, named after the time. -> the directory"""
         self.check()
         plan = replace(self, classes=len(dataset.classes))
         split_batches(
             plan.config(plan.pairs()[0], {}), dataset, torch.device("cpu")
         )  # images enough?
         toml({"data": self.data})  # an error now if it cannot be kept
-        with begun(out, "sweep.toml", "a sweep", new=new) as out:
+        with begun(out or dated("results", prefix="sweep_"), "sweep.toml", "a sweep") as out:
             write_json(out / "environment.json", facts_of(self.device, dataset))
             write_toml(out / "recipe.toml", self.recipe.tables)
             write_toml(out / "space.toml", tables_of(self.space))

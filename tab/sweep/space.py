@@ -13,6 +13,7 @@ The narrower table wins. An option that a mechanism or a model does not have is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from ..checks import check_keys, check_type
 from ..files.formats import read_toml, toml
-from ..layers import attention_options, layer_names
+from ..recipe.names import layers_of, own_options
 from ..recipe.recipe import PAIR_TRAIN, Recipe
 from ..recipe.size_matching import parameters_of
 from ..run_config import MODELS, RunConfig
@@ -55,12 +56,12 @@ class Space:
         pair = narrow.get(model, {})
         general = self.tables["model"]
         layers = (
-            (PAIR_TRAIN, (self.tables["train"], pair)),
-            (_fields(model), (general, general.get(model, {}), pair)),
-            (attention_options(attention), (self.tables["attention"], narrow, pair)),
+            (self.tables["train"], pair),
+            (general, general.get(model, {}), pair),
+            (self.tables["attention"], narrow, pair),
         )
         axes: dict[str, Axis] = {}
-        for known, tables in layers:
+        for known, tables in zip(own_options(model, attention), layers, strict=True):
             merged = {k: v for table in tables for k, v in table.items() if k in known}
             if twice := sorted(set(axes) & set(merged)):
                 raise ValueError(
@@ -129,15 +130,11 @@ def possible(config: RunConfig) -> bool:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _fields(model: str) -> list[str]:
-    return [f.name for f in dataclasses.fields(MODELS[model]) if f.name != "match"]
-
-
 def _checked(where: str, tables: dict) -> dict:
     check_keys(where, tables, ["title", "train", "model", "attention"])
-    mechanisms, models = layer_names(), list(MODELS)
-    options = {name: default for m in mechanisms for name, default in attention_options(m).items()}
-    shape = [name for model in models for name in _fields(model)]
+    mechanisms, models = layers_of("all,ladder"), list(MODELS)
+    shapes = {model: own_options(model, "none")[1] for model in models}
+    options = {name: own_options(models[0], name)[2] for name in mechanisms}
     read = {"title": check_type(f"{where}: title", tables.get("title", ""), str)}
     for section in ("train", "model", "attention"):
         read[section] = {}
@@ -146,23 +143,23 @@ def _checked(where: str, tables: dict) -> dict:
         check_keys(f"{where}: train", [key], PAIR_TRAIN)
         read["train"][key] = _axis(f"{where}: train.{key}", value)
     for key, value in tables.get("model", {}).items():
-        check_keys(f"{where}: model", [key], [*shape, *models])
+        check_keys(f"{where}: model", [key], [*itertools.chain(*shapes.values()), *models])
         read["model"][key] = (
-            _table(f"{where}: model.{key}", value, _fields(key))
+            _table(f"{where}: model.{key}", value, shapes[key])
             if key in models
             else _axis(f"{where}: model.{key}", value)
         )
     for key, value in tables.get("attention", {}).items():
         name = f"{where}: attention.{key}"
-        check_keys(f"{where}: attention", [key], [*options, *mechanisms])
+        check_keys(f"{where}: attention", [key], [*itertools.chain(*options.values()), *mechanisms])
         if key not in mechanisms:
             read["attention"][key] = _axis(name, value)
             continue
         check_type(name, value, dict)
         own = {k: v for k, v in value.items() if k not in models}
-        read["attention"][key] = _table(name, own, attention_options(key))
+        read["attention"][key] = _table(name, own, options[key])
         for model in [k for k in value if k in models]:
-            known = [*attention_options(key), *_fields(model), *PAIR_TRAIN]
+            known = [*options[key], *shapes[model], *PAIR_TRAIN]
             read["attention"][key][model] = _table(f"{name}.{model}", value[model], known)
     return read
 

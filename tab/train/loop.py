@@ -15,8 +15,7 @@ import torch
 from ..data.load import Dataset
 from ..files import Corrupt, locked
 from ..files.formats import reading
-from ..layers import get_attention
-from ..models.image_model import ImageModel, build_model
+from ..models.image_model import ImageModel, build_model, layer_class
 from ..plugins import origin
 from ..run_config import RunConfig, as_known_now, flat
 from . import checkpoint
@@ -97,7 +96,7 @@ def load_trained(
         if path != out and about["config"] != read_run_file(out)["config"]:
             raise ValueError("it is of another run")
         config = RunConfig.from_dict(about["config"])
-    get_attention(config.attention)  # where its package is not installed the file is not to blame
+    layer_class(config)  # where its package is not installed the file is not to blame
     with reading(path, way_out):
         model = build_model(config, len(about["classes"]))
         model.load_state_dict(weights)
@@ -150,7 +149,7 @@ def found_run(
     if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
         was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
         raise ValueError(f"the run in {out} is another one: {was}; give another directory")
-    kept, now = found.get("plugin"), origin(get_attention(config.attention))
+    kept, now = found.get("plugin"), origin(layer_class(config))
     if kept and now and kept["sha256"] != now["sha256"]:
         raise ValueError(
             f"the run in {out} was begun with the plugin {kept['name']} (sha256 "

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, NotRequired, TypedDict
 
-from ..files import Corrupt
+from ..files import Corrupt, dated
 from ..files.formats import read_json, read_lines, reading
+from ..run_config import RunConfig
 from .facts import DataFacts, Machine
 
 
@@ -39,10 +40,21 @@ class RunFile(TypedDict):
     plugin: NotRequired[dict[str, str] | None]
 
 
+def new_folder(config: RunConfig) -> Path:
+    """Makes a directory for a run, in runs/."""
+    return dated("runs", suffix=f"_{config.id}")
+
+
 def read_run_file(path: Path) -> RunFile | None:
     """run.json of the run in the directory `path`; None if there is none yet."""
     file = path / "run.json"
     return read_json(file, RunFile, again(path)) if file.exists() else None
+
+
+def read_config(path: Path) -> RunConfig:
+    """The options of the run in the directory `path`, which has begun."""
+    with reading(path / "run.json", again(path)):
+        return RunConfig.from_dict(read_run_file(path)["config"])
 
 
 def read_rows(path: Path, run: RunFile) -> list[dict]:

@@ -27,10 +27,9 @@ from ..data.load import Dataset
 from ..data.splits import split_batches
 from ..files import write_text
 from ..files.formats import reading, write_json
-from ..layers import get_attention
 from ..machine import Stopwatch, environment, keep_freed_memory, load, peak_memory
 from ..models.flops import forward_flops
-from ..models.image_model import build_model, parameter_count
+from ..models.image_model import build_model, layer_class, parameter_count
 from ..models.parts import shares
 from ..plugins import origin
 from ..run_config import RunConfig, Train
@@ -216,7 +215,7 @@ class TrainingRun:
             "config": self.config.to_dict(),
             "status": self.status,
             "together": self.together,
-            "plugin": origin(get_attention(self.config.attention)),
+            "plugin": origin(layer_class(self.config)),
             "data": {k: getattr(self.dataset, k) for k in ("name", "note", "fingerprint")},
             "classes": list(self.dataset.classes),
             "environment": environment(self.device) | {"load_at_start": self.load_at_start},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tab.analysis.steps import Subject, add_memory, difference, steps, subjects, twin
 from tab.bench import page
 from tab.bench.cases import Case
 from tab.bench.measure import measure
@@ -15,7 +16,6 @@ from tab.bench.peak_memory import entrants, growth, memory
 from tab.bench.registry import cases, problem
 from tab.bench.roofline import Roofline
 from tab.bench.rows import Row
-from tab.analysis.steps import Subject, add_memory, difference, steps, subjects, twin
 from tab.cli.bench import app
 from tab.cli.bench_tables import memory_table, steps_table
 from tab.data.load import load_dataset

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
 
-import tab.cli.given
+from tab import files
 from tab.cli.main import app
 from tab.cli.terminal import plain
 from tab.compare.plan import Grid
@@ -95,7 +96,7 @@ def test_no_console_knows_markup():
     for word in ("[b]head[/b]", "[i]title[/i] :ant:", "[/c]", "[red]x[/] :smile:"):
         assert word in text.getvalue()
     assert "[bold]y[/bold]" in text.getvalue()
-    for path in Path(tab.__file__).parent.rglob("*.py"):
+    for path in (ROOT / "tab").rglob("*.py"):
         source = path.read_text()
         assert path.name == "terminal.py" or "Console(" not in source, path
         for line in source.splitlines():
@@ -175,7 +176,7 @@ class Stopped(datetime.datetime):
 
 def test_what_begins_in_one_second_gets_a_directory_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tab.cli.given, "datetime", Stopped)
+    monkeypatch.setattr(files, "datetime", Stopped)
     small = ("--data", "shapes:60/20", *TINY)
     for _ in range(2):
         for words in (
@@ -195,7 +196,7 @@ def test_a_sweep_begun_in_the_same_second_and_with_moved_data(tmp_path, monkeypa
     pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TAB_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(tab.cli.given, "datetime", Stopped)
+    monkeypatch.setattr(files, "datetime", Stopped)
     data = pictures(tmp_path / "data", ("a", "b", "c"))
     words = ("--models", "mlp", "--attentions", "none", "--data", data, "--configurations", "2")
     words += ("--epochs", "1,2", "--images", "0", "--validation", "6", "--device", "cpu")

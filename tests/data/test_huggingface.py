@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from small_cli import SMALL, flat, tab
 
-from tab.cli.given import place_of
 from tab.data.huggingface import Source
 from tab.data.load import load_dataset
+from tab.study.given import place_of
 
 hf = pytest.importorskip("datasets")
 

@@ -6,7 +6,7 @@ import torch
 from small_training import split
 
 from tab.data.dataset import Dataset
-from tab.data.load import describe, load_dataset
+from tab.data.load import load_dataset
 from tab.data.sequences import BLANK, TASKS, VALUES, SequenceBatches, draw, parse
 from tab.data.splits import split_batches
 from tab.layers import get_attention, layer_names
@@ -81,7 +81,7 @@ def test_names_and_sizes():
     assert dataset.sequences and "8 of them questions" in dataset.note
     assert dataset.fingerprint == load_dataset("recall:16:30/10").fingerprint
     assert dataset.fingerprint != load_dataset("copy:16:30/10").fingerprint
-    assert ("questions", "8 in each, 16 answers") in describe(dataset)
+    assert ("questions", "8 in each, 16 answers") in dataset.facts()
     for spec in ("recall:15", "recall:2", "recall:16:0/5", "recall:16:a/b", "copy:", "needle:16:5"):
         with pytest.raises(ValueError, match="recall"):
             load_dataset(spec)

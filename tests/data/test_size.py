@@ -15,7 +15,7 @@ from tab import load_model, load_study
 from tab.data.decode import squared
 from tab.data.load import load_dataset, loader
 from tab.models.flops import flops_on, forward_flops
-from tab.models.image_model import build_model, model_names, tokens_of
+from tab.models.image_model import build_model, model_names
 from tab.recipe.recipe import load_recipe
 from tab.recipe.size_matching import parameters_of
 from tab.run_config import RunConfig
@@ -65,10 +65,10 @@ def test_models_take_images_of_the_size(model, size):
     config = sized(model, size, "multi_head", "quick")
     net = build_model(config, 10).eval()
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    assert net(x).shape == (2, 10) and net.tokens(x).shape[1] == tokens_of(config)
+    assert net(x).shape == (2, 10) and net.tokens(x).shape[1] == config.tokens
     usual = dataclasses.replace(config, data=dataclasses.replace(config.data, size=32))
     more = 1 if model == "mlp" else size**2 / 32**2
-    assert tokens_of(config) == tokens_of(usual) * more
+    assert config.tokens == usual.tokens * more
     assert forward_flops(net) == flops_on(net, x[:1])
 
 

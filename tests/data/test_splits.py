@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tab.data.load import Dataset, Split, describe, hold_out, load_dataset, statistics
+from tab.data.load import Dataset, Split, hold_out, load_dataset
 from tab.data.splits import split_batches
+from tab.data.statistics import statistics
 from tab.recipe.recipe import load_recipe
 
 
@@ -174,7 +175,7 @@ def test_a_data_set_checks_itself():
 
 def test_describe():
     data = load_dataset("shapes:40/20")
-    rows = dict(describe(data))
+    rows = dict(data.facts())
     assert rows["images"] == "40 train, 20 test, 0.2 MiB as uint8"
     assert rows["class 0 disk"] == "4 train, 2 test" and rows["fingerprint"] == data.fingerprint
     mean, _ = statistics(data.train.images)

@@ -11,7 +11,7 @@ import pytest
 from paths import SUPPORT
 from tasks import alive, count, count_and_die_at, facts, fail, has_torch, until
 
-from tab.cli.given import device_of, executor_for
+from tab.study.given import device_of, executor_for
 from tab.tasks.choose import executor
 from tab.tasks.processes import Processes
 from tab.tasks.tasks import ATTEMPTS, InProcess, Shared, Task, run_tasks

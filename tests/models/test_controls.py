@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tab.cli.given import layers_of
 from tab.layers import attention_names, build_attention, control_names, get_attention, layer_names
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model
+from tab.recipe.names import layers_of
 from tab.recipe.recipe import load_recipe
 
 CONTROLS = ["none", "none_again", "ffn", "uniform", "mixer", "random", "dwconv"]

@@ -187,7 +187,7 @@ def test_strided_images_are_taken():
 
 
 def test_normalised_with_its_own_statistics():
-    from tab.data.load import statistics
+    from tab.data.statistics import statistics
 
     data = split(200)
     mean, std = statistics(data.images)

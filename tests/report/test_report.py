@@ -16,7 +16,8 @@ from tab.analysis.robustness import NOISE, noise_curve
 from tab.cli.progress import Bars
 from tab.compare.plan import Grid
 from tab.data.batches import Batches
-from tab.data.load import Split, statistics
+from tab.data.load import Split
+from tab.data.statistics import statistics
 from tab.layers import attention_names
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
