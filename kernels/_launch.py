@@ -31,12 +31,8 @@ FOLDER = Path(__file__).parent
 
 
 def load() -> None:
-    """Imports every file of this folder, as `tab.kernels.…`; each registers its launchers.
-
-    The folder has no __init__.py. Where a clone is on sys.path, `kernels` would be that file, while
-    others, transformers among them, look there for a package of another project.
-    """
-    for path in sorted(FOLDER.glob("*.py")):
+    """Imports every file of this folder; each registers its launchers with the ops."""
+    for path in sorted(FOLDER.glob("[!_]*.py")):
         importlib.import_module(f"{__package__}.{path.stem}")
 
 
