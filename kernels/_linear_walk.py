@@ -1,6 +1,9 @@
 """Linear attention by segments, for heads of one tile: a program walks over the tiles of a segment
 with the state in registers. So each token is read once, and when causal its pairs are those of its
 own tile. φ, T = [S z] and the symbols: tab/ops/linear.py.
+
+States take in a tile before its last product, which is of 32 tokens: before Hopper, Triton deals
+all of them to warps as suits the last, and a square one would have every warp hold all columns.
 """
 
 import triton
@@ -76,19 +79,19 @@ def linear_pull(
         g = i[:, None] * tile(do, g_n, at, N, 0, DV, BV)  # (BN, BV)
         r_i = -tl.sum(g * tile(o, o_n, at, N, 0, DV, BV), 1)
         y = dot(g, tl.trans(S), PRECISION) + r_i[:, None] * Z[None, :]
+        dS += dot(tl.trans(f), g, PRECISION)
+        dZ += tl.sum(f * r_i[:, None], 0)
         if CAUSAL:
             tl.store(inv + bh.to(tl.int64) * N + at, i, mask=at < N)
             tl.store(r + bh.to(tl.int64) * N + at, r_i, mask=at < N)
             x = tile(v, v_n, at, N, 0, DV, BV)
+            S += dot(tl.trans(c), x, PRECISION, "b")
+            Z += tl.sum(c, 0)
             p = dot(g, tl.trans(x), PRECISION, "b") + r_i[:, None]  # g_i·v_j + r_i
             p, shown = hide(p, c, seen, True)
             y += dot(p, shown, PRECISION)
-            S += dot(tl.trans(c), x, PRECISION, "b")
-            Z += tl.sum(c, 0)
         y *= slope(tile(q, q_n, at, N, 0, D, BD), MAP)
         put(dq, dq_n, at, N, 0, y, D, BD)
-        dS += dot(tl.trans(f), g, PRECISION)
-        dZ += tl.sum(f * r_i[:, None], 0)
     t += (bh.to(tl.int64) * tl.num_programs(1) + part) * (D * DV + D)
     put(t, DV, d, D, 0, dS, DV, BV)
     tl.store(t + D * DV + d, dZ, mask=d < D)
@@ -128,11 +131,11 @@ def linear_push(
         x = tile(v, v_n, at, N, 0, DV, BV)
         y = dot(x, tl.trans(dS), PRECISION, "a") + dZ[None, :]
         if CAUSAL:
+            dS += dot(tl.trans(f), g, PRECISION)
+            dZ += tl.sum(f * r_i[:, None], 0)
             p = dot(x, tl.trans(g), PRECISION, "a") + r_i[None, :]  # v_j·g_i + r_i
             p, shown = hide(p, f, seen, True)
             y += dot(p, shown, PRECISION)
-            dS += dot(tl.trans(f), g, PRECISION)
-            dZ += tl.sum(f * r_i[:, None], 0)
         y *= slope(tile(k, k_n, at, N, 0, D, BD), MAP)
         if mask is not None:
             keep = tl.load(mask + at, mask=at < N, other=0) != 0

@@ -71,11 +71,11 @@ def linear_fused_backward(
         inv = inverse(tl.sum(f * Z[None, :], 1) + eps)
         g = inv[:, None] * tile(do, g_n, at, N, 0, DV, BV)  # (BN, BV)
         r = -tl.sum(g * tile(o, o_n, at, N, 0, DV, BV), 1)
+        dS += dot(tl.trans(f), g, PRECISION)  # before the last product: see _linear_walk.py
+        dZ += tl.sum(f * r[:, None], 0)
         x = dot(g, tl.trans(S), PRECISION) + r[:, None] * Z[None, :]
         x *= slope(tile(q, q_n, at, N, 0, D, BD), MAP)
         put(dq, dq_n, at, N, 0, x, D, BD)
-        dS += dot(tl.trans(f), g, PRECISION)
-        dZ += tl.sum(f * r[:, None], 0)
     put(ds0 + at_s, DV, d, D, 0, dS, DV, BV)
     tl.store(dz0 + at_z + d, dZ, mask=d < D)
     for start in range(0, N, BN):
@@ -128,7 +128,7 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
     if m["PRECISION"] in _linear_walk.WALKS and max(d, dim_v) <= FUSED_SIZE:
         pull, push, step = {**m_out, "BN": 32}, m_out, size  # S and dS crowd the registers
         if causal:
-            pull["num_warps"] = 4 if capability(q.device) >= 90 else 8  # else push spills more
+            pull["num_warps"] = 4 if capability(q.device) >= 90 else 8  # else pull spills
             push = pull
         else:
             pull, step = {**pull, **limits(q, m)}, m["BN"]
