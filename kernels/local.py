@@ -52,16 +52,40 @@ def walk(
 
 
 @triton.jit
+def turns(span, MASKED: tl.constexpr, BN: tl.constexpr):
+    """How many tiles of a walk are masked, or are not."""
+    lo, a, b, hi = span
+    if MASKED:
+        return tl.cdiv(a - lo, BN) + tl.cdiv(hi - b, BN)
+    else:
+        return (b - a) // BN
+
+
+@triton.jit
+def place(turn, span, MASKED: tl.constexpr, BN: tl.constexpr):
+    """Where such a tile starts. Both edges are one loop: two bodies of it would be code, and
+    addresses that registers hold."""
+    lo, a, b, _ = span
+    if MASKED:
+        start = lo + turn * BN
+        return tl.where(start < a, start, start + (b - a))
+    else:
+        return a + turn * BN
+
+
+@triton.jit
 def forward_part(
-    o, top, total, x, q, q_n, i, at, k, k_n, v, v_n, mask, b, v0, lo, hi, left, right, cols, N, M,
+    o, top, total, x, q, q_n, i, at, k, k_n, v, v_n, mask, b, v0, span, left, right, cols, N, M,
     scale, cap, slope,
     MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With the keys from lo to hi; queries i, read at `at`."""
+    """With the keys of a walk that are masked, or are not; queries i, read at `at`."""
     # A line has few masked tiles: they are not worth the memory of reading ahead.
-    for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
+    stages: tl.constexpr = 1 if MASKED and not GRID else None
+    for turn in tl.range(0, turns(span, MASKED, BN), num_stages=stages):
+        start = place(turn, span, MASKED, BN)
         j = start + tl.arange(0, BN)
         seen = None
         if MASKED:
@@ -100,12 +124,11 @@ def local_forward(
     y = tl.zeros((BN, BV), tl.float32)
     top = tl.full((BN,), float("-inf"), tl.float32)
     total = tl.zeros((BN,), tl.float32)
-    for part in tl.static_range(3 if not GRID else 1):
+    for inner in tl.static_range(1 if GRID else 2):
         y, top, total = forward_part(
             y, top, total, x, q, q_n, i, at, k, k_n, v, v_n, mask, bh // H, v0,
-            lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, M, scale, cap, slopes,
-            part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
+            (lo, a, b, hi), left, right, cols, N, M, scale, cap, slopes,
+            inner == 0, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
         )  # fmt: skip
     y, top = finish(y, top, total)
     put(head(o, bh, H, o_b, o_h), o_n, i, N, v0, y, DV, BV)

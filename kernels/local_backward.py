@@ -15,21 +15,23 @@ from ._launch import launch, mask_bytes, register, rows, strided, token_major_em
 from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
 from ._tiles import head, key_head, put, tile
-from .local import walk, window
+from .local import place, turns, walk, window
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def grad_q_part(
-    dq, x, g, top, delta, q, q_n, do, do_n, i, at, k, k_n, v, v_n, mask, b, d0, lo, hi, left,
+    dq, x, g, top, delta, q, q_n, do, do_n, i, at, k, k_n, v, v_n, mask, b, d0, span, left,
     right, cols, N, M, scale, cap, slope,
     MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A line has few masked tiles: they are not worth the memory of reading ahead.
-    for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
+    stages: tl.constexpr = 1 if MASKED and not GRID else None
+    for turn in tl.range(0, turns(span, MASKED, BN), num_stages=stages):
+        start = place(turn, span, MASKED, BN)
         j = start + tl.arange(0, BN)
         seen = None
         if MASKED:
@@ -72,34 +74,42 @@ def local_grad_q(
     top = tl.load(lse + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
     x, g = tile(q, q_n, at, N, 0, D, BD), tile(do, g_n, at, N, 0, DV, BV)
     y = tl.zeros((BN, BD), tl.float32)
-    for part in tl.static_range(3 if not GRID else 1):
+    for inner in tl.static_range(1 if GRID else 2):
         y = grad_q_part(
             y, x, g, top, sums, q, q_n, do, g_n, i, at, k, k_n, v, v_n, mask, bh // H, d0,
-            lo if part == 0 else a if part == 1 else b, a if part == 0 else b if part == 1 else hi,
-            left, right, cols, N, M, scale, cap, slopes,
-            part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
+            (lo, a, b, hi), left, right, cols, N, M, scale, cap, slopes,
+            inner == 0, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
         )  # fmt: skip
     put(head(dq, bh, H, dq_b, dq_h), dq_n, i, N, d0, y * scale, D, BD)
 
 
 @triton.jit
 def grad_kv_part(
-    dk, dv, y, z, lse, delta, q, q_n, do, do_n, k, k_n, v, v_n, j, real, at, mask, b, d0, v0,
-    lo, hi, left, right, cols, N, M, scale, cap, slope,
+    dk, dv, y, z, lse, delta, q, q_h, q_n, do, do_h, do_n, k, k_n, v, v_n, j, real, at, mask, b,
+    d0, v0, span, left, right, cols, N, M, scale, cap, slopes, GROUP: tl.constexpr,
     MASKED: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(lo, hi, BN, num_stages=1 if MASKED and not GRID else None):
-        i = start + tl.arange(0, BN)
+    """The heads one after the other in one loop, as two would keep more addresses in registers;
+    lse, delta, q, do and slopes start at the first."""
+    stages: tl.constexpr = 1 if MASKED and not GRID else None
+    each = turns(span, MASKED, BN)
+    for turn in tl.range(0, GROUP * each, num_stages=stages):
+        share = (turn // each).to(tl.int64)
+        top, sums, slope = lse + share * N, delta + share * N, None
+        x, g = q + share * q_h, do + share * do_h
+        if slopes is not None:
+            slope = slopes + share
+        i = place(turn % each, span, MASKED, BN) + tl.arange(0, BN)
         seen = None
         if MASKED:
             seen = visible(i[None, :] + (M - N), j[:, None], left, right, cols, M, GRID, CAUSAL)
         if mask is not None:
-            i = quiet(mask, b, q, q_n, i, N, N, M, D, BD)
+            i = quiet(mask, b, x, q_n, i, N, N, M, D, BD)
             seen = (seen & real[:, None]) if MASKED else real[:, None]
         dk, dv = grad_kv_tile(
-            dk, dv, y, z, lse, delta, q, q_n, do, do_n, i, N, k, k_n, v, v_n, at, M, d0, v0, seen,
+            dk, dv, y, z, top, sums, x, q_n, g, do_n, i, N, k, k_n, v, v_n, at, M, d0, v0, seen,
             scale, cap, slope, M - N, MASKED, D, DV, BD, BV, PRECISION,
         )  # fmt: skip
     return dk, dv
@@ -129,21 +139,16 @@ def local_grad_kv(
         real, at = real_keys(mask, batch, j, M)
     y, z = tile(k, k_n, at, M, 0, D, BD), tile(v, v_n, at, M, 0, DV, BV)
     x, w = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BV), tl.float32)
-    for shares in range(GROUP):
-        h = kv % KV * GROUP + shares
-        bh = (batch * H + h).to(tl.int64)
-        slope = None
-        if slopes is not None:
-            slope = slopes + h
-        for part in tl.static_range(3 if not GRID else 1):
-            x, w = grad_kv_part(
-                x, w, y, z, lse + bh * N, delta + bh * N, head(q, bh, H, q_b, q_h), q_n,
-                head(do, bh, H, g_b, g_h), g_n, k, k_n, v, v_n, j, real, at, mask, batch, d0, v0,
-                lo if part == 0 else a if part == 1 else b,
-                a if part == 0 else b if part == 1 else hi,
-                left, right, cols, N, M, scale, cap, slope,
-                part != 1, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
-            )  # fmt: skip
+    if slopes is not None:
+        slopes += kv % KV * GROUP
+    bh = kv.to(tl.int64) * GROUP
+    for inner in tl.static_range(1 if GRID else 2):
+        x, w = grad_kv_part(
+            x, w, y, z, lse + bh * N, delta + bh * N, head(q, bh, H, q_b, q_h), q_h, q_n,
+            head(do, bh, H, g_b, g_h), g_h, g_n, k, k_n, v, v_n, j, real, at, mask, batch, d0, v0,
+            (lo, a, b, hi), left, right, cols, N, M, scale, cap, slopes, GROUP,
+            inner == 0, GRID, CAUSAL, D, DV, BN, BD, BV, PRECISION,
+        )  # fmt: skip
     if mask is not None:
         x, w = tl.where(real[:, None], x, 0.0), tl.where(real[:, None], w, 0.0)
     put(head(dk, kv, KV, dk_b, dk_h), dk_n, j, M, d0, x * scale, D, BD)

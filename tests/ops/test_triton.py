@@ -18,16 +18,12 @@ pytest.importorskip("triton")
 INTERPRETED = sorted(path.stem for path in (SUPPORT / "interpreted").glob("*.py"))
 
 # Bytes of local memory a thread that are known and borne, by (kernel, arch) or kernel; few
-# elsewhere; the larger of Triton 3.6 and 3.8. On an A100, S and dS in float32 exceed the registers,
-# and so do dS and the pairs and operands of a tile in a causal walk over the keys.
-# The causal kernels of performer hold pairs, features and their shifts beside the sums, and a
-# second way for extreme keys. The backward of mla holds K, V, dK and dV: too much for tf32x3 at
-# D 64, and for an A100; that of sparse two sums of 128 columns, and an A100 has too few for a mask,
-# a cap and a bias at once in that of local. Both also look for NaN in the tile
-# that meets itself, which mla's widest float32 has no registers for.
+# elsewhere; the larger of Triton 3.6 and 3.8. The causal kernels of performer hold pairs, features
+# and their shifts beside the sums, and a second way for extreme keys. The backward of mla holds K,
+# V, dK and dV: too much for tf32x3 at D 64, and for an A100; that of sparse two sums of 128
+# columns. Both also look for NaN in the tile that meets itself, which mla's widest float32 has no
+# registers for.
 SPILLS = {
-    ("linear_fused_backward", 80): 512,
-    ("linear_push", 80): 512,
     ("mla_forward", 80): 256,
     ("mla_grad_kv", 80): 640,
     ("mla_grad_q", 80): 640,
@@ -35,8 +31,6 @@ SPILLS = {
     ("mla_grad_q", 100): 256,
     ("mla_grad_kv", 90): 192,
     ("mla_grad_kv", 100): 320,
-    ("local_grad_kv", 80): 320,
-    ("local_grad_kv", 100): 448,
     ("sparse_grad_kv", 80): 256,
     ("sparse_grad_kv", 90): 256,
     "performer_fused": 512,
