@@ -1,7 +1,7 @@
 """The PTX that Triton compiles for sm_80, executed on a CPU (tests/support/ptx): every launch of
-linear, local, latent decoding, experts, batches and H2O's choices that `tab doctor --kernels`
-knows, at small shapes, against float64. Bounds, alignment and races are
-watched; shared memory and outputs start as NaN."""
+linear, local, sparse, latent decoding, experts, batches and H2O's choices that `tab doctor
+--kernels` knows, at small shapes, against float64. Bounds, alignment and races are watched; shared
+memory and outputs start as NaN."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from proof import assert_accurate, outputs_and_gradients, poisoned
 from textbook import linear, softmax
 
+from tab import BlockPattern
 from tab.doctor.kernel_launches import identity, launches
 from tab.ops import OPS
 from tab.ops.h2o_choice import choose_reference
@@ -82,10 +83,10 @@ def linear_cases(generator):
             )
 
 
-def rules(generator, n, told):
+def rules(generator, n, told, h=2):
     if not told:
         return {"key_mask": None, "slopes": None}, 0.0
-    return {"key_mask": mask(generator, n), "slopes": torch.tensor([0.3, 0.02])}, 30.0
+    return {"key_mask": mask(generator, n), "slopes": 0.3 / (1 + torch.arange(h)) ** 2}, 30.0
 
 
 def local_cases(generator):
@@ -102,14 +103,36 @@ def local_cases(generator):
         n = rows * cols or 208
         given, cap = rules(generator, n, told)
         seen = softmax.in_window(n, left, right, causal, cols)
-        yield softmax_case("local", seen, given, cap, window, n, d, dtype, generator)
+        yield softmax_case("local_fwd", seen, given, cap, (), window, n, d, dtype, generator)
         if (d, dtype, cols, told) == (64, HALF, 0, False):  # each head of k for four of q
-            yield softmax_case("local", seen, given, cap, window, n, d, dtype, generator, h=8)
+            x = n, d, dtype, generator, 8
+            yield softmax_case("local_fwd", seen, given, cap, (), window, *x)
 
 
-def softmax_case(op, seen, given, cap, options, n, d, dtype, generator, h=2):
+def sparse_cases(generator):
+    for n, size, d, dtype, h, told in (
+        (192, 64, 64, HALF, 2, False),
+        (192, 64, 64, HALF, 4, True),  # each head of k for two of q
+        (192, 64, 64, FULL, 2, False),
+        (192, 64, 128, HALF, 2, False),
+        (192, 64, 256, HALF, 2, False),
+        (64, 8, 64, HALF, 2, False),  # one tile
+        (64, 8, 64, HALF, 2, True),
+        (64, 8, 64, FULL, 2, False),
+    ):
+        causal = size == 64
+        listed = torch.rand(2, n // size, n // size, generator=generator) > 0.3
+        listed[:, -1] = listed[..., 0] = True  # long lists, of rows and of columns
+        pattern = BlockPattern.from_blocks(listed, size, n)
+        seen = softmax.blocks(pattern, causal).repeat_interleave(h // 2, 0)
+        given, cap = rules(generator, n, told, h)
+        x = n, d, dtype, generator, h
+        yield softmax_case("sparse_fwd", seen, given, cap, pattern.tensors, (size, causal), *x)
+
+
+def softmax_case(op, seen, given, cap, pattern, options, n, d, dtype, generator, h=2):
     def f(*x):
-        return call(f"{op}_fwd", *x, *given.values(), *options, d**-0.5, cap)[0]
+        return call(op, *x, *pattern, *given.values(), *options, d**-0.5, cap)[0]
 
     truth = softmax.ruled(seen, **given, softcap=cap or None, scale=d**-0.5)
     q = heads(generator, n, d, dtype=dtype, h=h)
@@ -131,7 +154,7 @@ def moe_cases(generator):
             yield lambda x, w, counts=counts: call("moe_grouped", x, w, counts), exact, (x, w)
 
 
-CASES = {"linear": linear_cases, "local": local_cases, "moe": moe_cases}
+CASES = {"linear": linear_cases, "local": local_cases, "sparse": sparse_cases, "moe": moe_cases}
 
 
 def covered(op, seen):
@@ -142,7 +165,10 @@ def covered(op, seen):
 
 
 @pytest.mark.parametrize("op", CASES)
-def test_every_launch(op, generator):
+def test_every_launch(op, generator, monkeypatch):
+    from tab.kernels import sparse
+
+    monkeypatch.setattr(sparse, "CUT", 2)  # lists of three blocks are long
     seen = []
     for f, exact, x in CASES[op](generator):
         with executed(ARCH) as now:

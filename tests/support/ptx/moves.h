@@ -113,11 +113,26 @@ void shfl(Warp& w, const uint32_t* o, Mask m) {
   }
 }
 
-inline void redux_add(Warp& w, const uint32_t* o, Mask m) {
-  uint32_t sum = 0;
-  for (int l = 0; l < LANES; ++l) sum += m >> l & 1 ? w.at<uint32_t>(o[1])[l] : 0;
-  for (int l = 0; l < LANES; ++l)
-    if (m >> l & 1) w.at<uint32_t>(o[0])[l] = sum;
+// o: destination, source; of all lanes one T
+template <class T, T (*JOIN)(T, T)>
+void redux(Warp& w, const uint32_t* o, Mask m) {
+  together(m, "redux");
+  T all = w.at<T>(o[1])[0];
+  for (int l = 1; l < LANES; ++l) all = JOIN(all, w.at<T>(o[1])[l]);
+  std::fill_n(w.at<T>(o[0]), LANES, all);
+}
+
+template <class T>
+T sum(T a, T b) {
+  return T(a + b);
+}
+template <class T>
+T least(T a, T b) {
+  return std::min(a, b);
+}
+template <class T>
+T most(T a, T b) {
+  return std::max(a, b);
 }
 
 // o: wide register, its width, parts; the parts
@@ -146,7 +161,9 @@ inline void moves(Table& t) {
   t["ldmatrix.x4"] = {ldmatrix<4, false>, ""}, t["ldmatrix.x4.trans"] = {ldmatrix<4, true>, ""};
   t["shfl.up"] = {shfl<Shuffle::up>, ""}, t["shfl.down"] = {shfl<Shuffle::down>, ""};
   t["shfl.bfly"] = {shfl<Shuffle::bfly>, ""}, t["shfl.idx"] = {shfl<Shuffle::idx>, ""};
-  t["redux.add.s32"] = {redux_add, "44"};
+  t["redux.add.s32"] = {redux<uint32_t, sum>, ""};
+  t["redux.min.s32"] = {redux<int32_t, least>, ""};
+  t["redux.max.s32"] = {redux<int32_t, most>, ""};
   t["pack"] = {pack, ""}, t["unpack"] = {unpack, ""};
 }
 

@@ -103,6 +103,8 @@ class Program:
             return self.code.append((BARRIER, guard, no, 0, "", said))
         try:
             name, places = self.form(parts, operands)
+            if self.sizes(name) is None:
+                raise Unknown(f"no instruction {name}")
         except (Unknown, KeyError, ValueError, TypeError, IndexError) as error:
             raise Unknown(f"{error!r} in {said}") from error
         self.code.append((PLAIN, guard, no, len(self.pool), name, said))
