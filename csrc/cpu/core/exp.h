@@ -23,12 +23,15 @@ TAB_INLINE Vec<A> at_least(Vec<A> x, A low) {
 /// exp(x) = 2^n·exp(r) with n = round(x/ln 2), |r| ≤ ln 2 / 2, for x up to 88 (double: 709).
 /// exp(r) is a polynomial: degree 6, minimax, for float; Taylor of degree 13 for double.
 /// The scale goes on in two halves, or by AVX-512's instruction for it, so that subnormal results
-/// come out right. NaN gives NaN. Within 1.6 units of the last place of exp, 2.5 for double
-/// (tests/ops/test_simd.py).
-template <class A>
+/// come out right. With `falling` x ≤ 0 is known, and what comes out for another x is any number:
+/// the halves are 2^(n+64), by one shift, and 2^-64, which the coefficients carry. NaN gives NaN.
+/// Within 1.6 units of the last place of exp, 2.5 for double (tests/ops/test_simd.py).
+template <class A, bool falling = false>
 TAB_INLINE Vec<A> exp(Vec<A> x) {
-  constexpr bool single = sizeof(A) == 4;
-  constexpr A magic = single ? A(0x1.8p23) : A(0x1.8p52);  // adding it rounds to an integer
+  constexpr bool single = sizeof(A) == 4, shifts = falling && TAB_VECTOR_BYTES != 64;
+  constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
+  constexpr A whole = single ? A(0x1.8p23) : A(0x1.8p52);  // adding it rounds to an integer
+  constexpr A magic = whole + (shifts ? A(bias + 64) : A(0)), one = shifts ? A(0x1p-64) : A(1);
   constexpr A ln2_high = single ? A(0x1.62e4p-1) : A(0x1.62e42fefa38p-1);
   constexpr A ln2_low = single ? A(0x1.7f7d1cp-20) : A(0x1.ef35793c7673p-45);
   x = at_least<A>(x, single ? A(-104) : A(-746));
@@ -36,18 +39,19 @@ TAB_INLINE Vec<A> exp(Vec<A> x) {
   const Vec<A> r = (x - n * ln2_high) - n * ln2_low;
   Vec<A> y;
   if constexpr (single) {
-    y = splat<A>(0x1.6d75363351e56p-10f);
-    y = y * r + 0x1.123d86e1f311cp-7f;
-    y = y * r + 0x1.5554acdbfbdc3p-5f;
-    y = y * r + 0x1.55547ca8485cdp-3f;
-    y = y * r + 0x1.000000287bc68p-1f;
-    y = y * r + 0x1.0000002e48681p+0f;
+    y = splat<A>(one * 0x1.6d75363351e56p-10f);
+    y = y * r + one * 0x1.123d86e1f311cp-7f;
+    y = y * r + one * 0x1.5554acdbfbdc3p-5f;
+    y = y * r + one * 0x1.55547ca8485cdp-3f;
+    y = y * r + one * 0x1.000000287bc68p-1f;
+    y = y * r + one * 0x1.0000002e48681p+0f;
   } else {
-    double inverse = 1.0 / 6227020800;  // 1/13!
+    double inverse = one / 6227020800;  // 1/13!
     y = splat<A>(inverse);
     for (int i = 13; i >= 2; --i) y = y * r + (inverse *= i);
   }
-  y = y * r + A(1);
+  y = y * r + one;
+  if constexpr (shifts) return y * as<Vec<A>>(as<Int<A>>(shifted) << mantissa);
 #if TAB_VECTOR_BYTES == 64
   constexpr int rounding = 4;  // as the machine is set
   if constexpr (single)
@@ -55,7 +59,6 @@ TAB_INLINE Vec<A> exp(Vec<A> x) {
   else
     return __builtin_ia32_scalefpd512_mask(y, n, y, -1, rounding);
 #else
-  constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
   const Int<A> power = as<Int<A>>(shifted) - as<Int<A>>(splat<A>(magic)), half = power >> 1;
   return y * as<Vec<A>>((half + bias) << mantissa) * as<Vec<A>>((power - half + bias) << mantissa);
 #endif
@@ -70,7 +73,7 @@ TAB_INLINE Vec<A> exp2(Vec<A> x) {
   constexpr bool single = sizeof(A) == 4;
   constexpr A low = single ? A(-127) : A(-1023);
   constexpr A magic = (single ? A(0x1.8p23) : A(0x1.8p52)) - low;  // with the exponent's bias
-  x = x < low ? splat<A>(low) : x;
+  x = at_least<A>(x, low);
   const Vec<A> shifted = x + magic, r = x - (shifted - magic);
   Vec<A> y;
   if constexpr (single) {

@@ -12,7 +12,7 @@ namespace tab::TAB_ISA {
 
 template <int map, class A>
 TAB_INLINE Vec<A> feature(Vec<A> x) {
-  if (map == 0) return x > 0 ? x + 1 : exp<A>(x);  // elu(x) + 1
+  if (map == 0) return as<Int<A>>(x) < 0 ? exp<A, true>(x) : x + 1;  // elu(x) + 1, by the sign bit
   return map == 1 ? maximum<A>(Vec<A>{}, x) : x;
 }
 

@@ -24,10 +24,11 @@ TAB_INLINE bool any(Int<A> lanes) {
   return all != 0;
 }
 TAB_INLINE Vec<double> exp_below(Vec<double> x) { return exp<double>(x); }
-/// exp(x) for x < 87, and 0 for x < -86: what is left of a shifted exponent below that is nothing.
+/// exp(x) for x < 87, and 0 for x < -88: what is left of a shifted exponent below that is nothing.
 /// As `exp` with degree 6 (minimax, 2e-9); NaN gives NaN.
 TAB_INLINE Vec<float> exp_below(Vec<float> x) {
   constexpr float magic = 0x1.8p23f + 127;  // with the exponent's bias
+  x = at_least<float>(x, -88.1f);           // whose power of two has no bits
   const Vec<float> shifted = x * 0x1.715476p0f + magic, n = shifted - magic;
   const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   Vec<float> y = splat<float>(0x1.6ab95cp-10f);
@@ -37,8 +38,7 @@ TAB_INLINE Vec<float> exp_below(Vec<float> x) {
   y = y * r + 0x1.fffffap-2f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  y *= as<Vec<float>>(as<Int<float>>(shifted) << 23);
-  return x < -86.0f ? Vec<float>{} : y;
+  return y * as<Vec<float>>(as<Int<float>>(shifted) << 23);
 }
 
 // --- segments and states --------------------------------------------------------------------------
