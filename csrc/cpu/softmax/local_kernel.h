@@ -76,17 +76,24 @@ TAB_INLINE int64_t list_keys(const Rule& rule, int64_t i0, int64_t i1, Run* runs
 }
 
 template <bool grid, class T>
-static void strips(const Local& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
-                   void* scratch) {
+static void strips(const Local& where, const Part& part, const Sums* sums, Run* runs,
+                   Stretch* stretch, void* scratch) {
   using A = acc_t<T>;
   const int64_t queries = sums == nullptr ? Q<A> : BACKWARD<A>;
+  const int64_t begin = part.first % where.strips * queries,
+                last = (part.last - 1) % where.strips * queries;
+  const bool heads = part.first / where.strips != (part.last - 1) / where.strips;  // several of q
+  const auto ends = Window<A, grid>::at(where, begin, begin);
+  Arena<A> arena{static_cast<A*>(scratch)};
+  const Local a =
+      bring_together<T>(where, part, queries, heads ? 0 : ends.from(begin),
+                        heads ? where.m : ends.to(least(last + queries, where.n) - 1), arena);
   Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
     const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * queries;
     const auto rule = Window<A, grid>::at(a, i0, i0);
     int64_t count = list_keys(rule, i0, least(i0 + queries, a.n), listed);
     if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
-    const Arena<A> arena{static_cast<A*>(scratch)};
     if (sums == nullptr)
       strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, arena);
     else

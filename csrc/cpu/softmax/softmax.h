@@ -52,6 +52,16 @@ struct Part {
   int64_t head, first, last, step;
 };
 
+/// How many keys a part of so many queries may copy side by side before it begins. In a token-major
+/// tensor the rows of a head lie H·D apart. Where that is a multiple of 1 KiB they share a few sets of
+/// the caches, which then hold few of the keys that the strips visit again and again. 0 where they lie
+/// better, where each would serve few queries, or where they are very many.
+TAB_INLINE int64_t keys_together(const Softmax& a, int64_t queries, int64_t bytes) {
+  const bool apart = a.k.n * bytes % 1024 == 0 || a.v.n * bytes % 1024 == 0;
+  const int64_t most = 4 * queries < a.m ? 4 * queries : a.m;
+  return !a.copy && apart && most * (a.d + a.e) <= int64_t{1} << 20 ? most : 0;
+}
+
 /// `strips` runs forward without sums, else backward. `finish` writes the gradients of the keys
 /// j0 … j1 of one head as the sum of the parts that hold them.
 template <class Args>

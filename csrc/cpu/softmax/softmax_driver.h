@@ -89,13 +89,15 @@ std::vector<Args> problems(const Args& a, int64_t lanes, int64_t queries, MostRu
   return each;
 }
 
-/// Scratch of one strip, in elements: every piece that the kernels take.
-inline int64_t softmax_scratch(const Softmax& a, int64_t lanes, int64_t queries) {
+/// Scratch of a part of `strips` strips, in elements: every piece that the kernels take.
+inline int64_t softmax_scratch(const Softmax& a, int64_t lanes, int64_t queries, int64_t strips,
+                               int64_t bytes) {
   using P = Arena<float>;
+  const int64_t together = keys_together(a, strips * queries, bytes);
   const int64_t dp = up(a.d, lanes), ep = up(a.e, lanes);
   return P::cost(a.d * queries) + P::cost(a.e * queries) + 2 * P::cost(queries * dp) +
          2 * P::cost(queries * ep) + 3 * P::cost(a.chunk * queries) + P::cost(a.chunk * dp) +
-         P::cost(a.chunk * ep);
+         P::cost(a.chunk * ep) + P::cost(together * dp) + P::cost(together * ep);
 }
 
 template <class T, class Args>
@@ -120,7 +122,7 @@ std::tuple<Tensor, Tensor> softmax_forward(Args& a, const SoftmaxKernels<Args>& 
     // First, last, second, …: BigBird's long rows are at both ends and must not come last.
     const int64_t t = task % tasks, g = t % 2 == 0 ? t / 2 : tasks - 1 - t / 2;
     const Part part{task / tasks, g * few, std::min((g + 1) * few, all), 1};
-    const int64_t work = softmax_scratch(x, kernels.lanes, kernels.forward);
+    const int64_t work = softmax_scratch(x, kernels.lanes, kernels.forward, few, sizeof(T));
     kernels.strips(x, part, nullptr, arena<Run>(2 * x.runs).next, arena<Stretch>(x.runs).next,
                    arena<acc_t<T>>(work).next);
   });
@@ -135,7 +137,7 @@ struct SoftmaxBackward {
   const SoftmaxKernels<Args>& kernels;
   int64_t dp = up(a.d, kernels.lanes), ep = up(a.e, kernels.lanes);
   int64_t strips = a.group * a.strips;  // of one head of k and v
-  int64_t work = softmax_scratch(a, kernels.lanes, kernels.backward);
+  int64_t work = softmax_scratch(a, kernels.lanes, kernels.backward, strips, sizeof(T));
 
   void run(const Part& part, const Sums& sums, A* scratch) const {
     kernels.strips(a, part, &sums, arena<Run>(2 * a.runs).next, arena<Stretch>(a.runs).next,

@@ -85,6 +85,25 @@ struct Keys {
   }
 };
 
+/// `a` with the keys [from, to), which are all that the part sees, copied side by side if that pays.
+template <class T, class Args>
+TAB_INLINE Args bring_together(const Args& a, const Part& part, int64_t queries, int64_t from,
+                               int64_t to, Arena<acc_t<T>>& arena) {
+  using A = acc_t<T>;
+  Args x = a;
+  const int64_t strips = ceiling(part.last - part.first, part.step), count = to - from;
+  if (count <= 0 || count > keys_together(a, strips * queries, sizeof(T))) return x;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    const int64_t b = part.head / a.kv, h = part.head % a.kv;
+    A *k = arena.take(count * a.d), *v = arena.take(count * a.e);
+    load_rows<T>(row<T>(a.k, b, h, from), a.k.n, count, a.d, k);
+    load_rows<T>(row<T>(a.v, b, h, from), a.v.n, count, a.e, v);
+    x.k.data = k - from * a.d, x.k.b = x.k.h = 0, x.k.n = a.d;
+    x.v.data = v - from * a.e, x.v.b = x.v.h = 0, x.v.n = a.e;
+  }
+  return x;
+}
+
 /// y (keys, Q) = rows of K (or V) · xᵀ, given xᵀ (width, Q), both with rows ld apart. Keys at both
 /// ends that no query of the panel sees are left out.
 template <class T, class Rule>

@@ -71,16 +71,17 @@ TAB_INLINE int64_t list_keys(const Sparse& a, int64_t head, int64_t i0, int64_t 
 }
 
 template <class T>
-static void strips(const Sparse& a, const Part& part, const Sums* sums, Run* runs, Stretch* stretch,
-                   void* scratch) {
+static void strips(const Sparse& where, const Part& part, const Sums* sums, Run* runs,
+                   Stretch* stretch, void* scratch) {
   using A = acc_t<T>;
   const int64_t queries = sums == nullptr ? Q<A> : BACKWARD<A>;
+  Arena<A> arena{static_cast<A*>(scratch)};
+  const Sparse a = bring_together<T>(where, part, queries, 0, where.m, arena);
   Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
     const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * queries;
     int64_t count = list_keys(a, head, i0, least(i0 + queries, a.n), stretch, listed);
     if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
-    const Arena<A> arena{static_cast<A*>(scratch)};
     if (sums == nullptr)
       strip_forward<T>(a, Blocks<A>::at(a, i0, i0), head, i0, runs, runs + count, stretch, arena);
     else
