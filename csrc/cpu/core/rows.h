@@ -58,8 +58,10 @@ static bool all_zero(const T* x, int64_t n) {
 /// y (count, padded width) = rows of a tensor that lie `step` apart.
 template <class T>
 static void load_rows(const T* x, int64_t step, int64_t count, int64_t width, acc_t<T>* y) {
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
+    prefetch_row(x + (i + AHEAD) * step, width);
     load_row(x + i * step, width, y + i * padded<acc_t<T>>(width));
+  }
 }
 
 // --- whole padded rows ----------------------------------------------------------------------------

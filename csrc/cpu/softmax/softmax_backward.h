@@ -87,6 +87,8 @@ static void strip_backward(const Args& a, int64_t head, int64_t i0, const Run* f
   const A* lse = static_cast<A*>(a.lse) + head * a.row + i0;
   const A* dlse = beside(static_cast<const A*>(a.dlse), head * a.row + i0);
   for (int64_t i = 0; i < count; ++i) {
+    prefetch_row(row<T>(a.o, b, h, i0 + i + AHEAD), a.e);
+    prefetch_row(row<T>(a.dq, b, h, i0 + i), a.d);  // to be written
     load_row(row<T>(a.o, b, h, i0 + i), a.e, o);
     delta[i] = dot(g + i * ep, o, ep) - (dlse == nullptr ? A(0) : dlse[i]);
     l[i] = lse[i] == -__builtin_inf() ? A(0) : lse[i] * LOG2E<A>;
@@ -135,6 +137,7 @@ static void add_parts(const Rows& out, int64_t width, const Softmax& a, int64_t 
       const A* sums = static_cast<const A*>(values ? p->dv : p->dk);
       add_scaled(total, A(1), sums + (j - p->first) * padded<A>(width), padded<A>(width));
     }
+  prefetch_row(row<T>(out, head / a.kv, head % a.kv, j + AHEAD), width);  // to be written
   store_row(row<T>(out, head / a.kv, head % a.kv, j), width, total, A(1));
 }
 

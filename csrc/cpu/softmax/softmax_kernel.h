@@ -242,6 +242,8 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
   A top[Q<A>], old[Q<A>], total[Q<A>];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);
+  for (int64_t i = 0; i < count; ++i)
+    prefetch_row(row<T>(a.o, b, h, i0 + i), a.e);  // to be written
   if (a.mask != nullptr) quiet_queries(a, b, i0, count, dp, q);
   turn(count, a.d, q, product_scale<A>(a), qt, Q<A>);
   for (bool paired = false;; paired = true) {
