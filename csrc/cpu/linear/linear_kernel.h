@@ -53,8 +53,9 @@ static void load_features(const T* x, int64_t step, const T* beside, int64_t bes
 
 // --- tiles ----------------------------------------------------------------------------------------
 
-/// The tokens [from, to) of head (b, h) of k and v, or of one of q, and how their tiles are loaded. fixed: D and Dv where they
-/// are known to be that, so that rows are worked on in registers without loops; else 0.
+/// The tokens [from, to) of head (b, h) of k and v, or of one of q, and how their tiles are loaded.
+/// fixed: D and Dv where they are known to be that, so that rows are worked on in registers without
+/// loops; else 0.
 template <class T, int64_t fixed>
 struct Segment {
   using A = acc_t<T>;
