@@ -215,9 +215,10 @@ def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, flip: int) -> N
     scale = max(1.0, *(t.abs().max().item() for t in truth if t.numel()))
     for i, (x, t) in enumerate(zip(given, truth, strict=True)):
         error, allowed = furthest(x, t), TOLERANCE[dtype] * scale
-        if not error <= allowed:  # as far off as the reference, which rounds to dtype as well?
+        if not error <= allowed and dtype.itemsize == 2:
+            # Half precision alone can be that far off: then the reference is, too.
             reference = run(lambda *x: f("reference", *x), inputs)[i]
-            allowed = max(allowed, 1.5 * furthest(reference, t))
+            allowed = max(allowed, 1.05 * furthest(reference, t))
         if not error <= allowed:
             raise SystemExit(f"{name} {shape} {dtype} case {flip}: result {i} off by {error:.2g}")
 
