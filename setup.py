@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -217,6 +218,9 @@ if insisted := [name for name in left_out if os.environ.get(how(name)) == "1"]:
     raise SystemExit(f"{insisted[0]}: {left_out[insisted[0]]}")
 if not extensions:
     Path("tab/left_out.json").unlink(missing_ok=True)
+
+# A framed warning that pip shows to everyone; it is about folders beside an editable install.
+warnings.filterwarnings("ignore", "Editable installation")
 
 setup(
     # Namespaces too, since the folders of recipes and of spaces hold data alone.

@@ -52,6 +52,19 @@ def register(
     LAUNCHERS[op] = Launcher(run, cases)
 
 
+def register_packed(op: str, run: Callable, *, cases: Callable[[], Iterable[tuple]]) -> None:
+    """Makes `run` what tab::op, a packed one, asks before it takes one length after the other:
+    run(ends, *arguments), with the ends as numbers -> the results, or None. `cases` as above."""
+    OPS[op].together = run  # type: ignore[attr-defined]
+
+    def alike(*args):  # sequences of one length, where the ends have no memory
+        count, tokens = len(args[-2]) - 1, args[0].shape[2]
+        return run([i * tokens // count for i in range(count + 1)], *args)
+
+    alike.__module__ = run.__module__
+    LAUNCHERS[op] = Launcher(alike, cases)
+
+
 def outside(x: Tensor, most: int | None = None, **sizes: int) -> str | None:
     """Why a kernel that takes sizes up to `most` does not take x's dtype or `sizes`, or None."""
     if x.dtype not in PRECISION:
@@ -161,6 +174,11 @@ def precision(x: Tensor) -> str:
 def mask_bytes(key_mask: Tensor | None) -> Tensor | None:
     """(B, N) bool as kernels take it: bytes, whole rows."""
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+
+
+def rules_of(key_mask: Tensor | None, slopes: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both as kernels of scores take them: the slopes (H,) lie one behind the other."""
+    return mask_bytes(key_mask), None if slopes is None else slopes.contiguous()
 
 
 def rows(x: Tensor) -> Tensor:

@@ -120,8 +120,14 @@ def shifts(a, seen, diagonal, KERNEL: tl.constexpr):
         top = tl.maximum(seen, tl.max(a, 0))
         low = tl.zeros(a.shape, tl.float32) + top[None, :]
         if diagonal:
-            low = tl.maximum(seen[None, :], tl.associative_scan(a, 0, _larger))
+            low = lows(a, seen)
         return top, low
+
+
+@triton.jit
+def lows(a, seen):
+    """Of the shift of a tile that meets itself, what each query may know"""
+    return tl.maximum(seen[None, :], tl.associative_scan(a, 0, _larger))
 
 
 @triton.jit
@@ -144,15 +150,22 @@ def pairs(
     b, a, top, norm, keep, far, KERNEL: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """P_ij = Σ_m e^(b_im + a_jm - norm_i) where keep_ij, else 0: (BN, BN)"""
-    p = tl.zeros((BN, BN), tl.float32)
     if far:
-        for j in range(BN):
-            e = tl.sum(exponential(b + row(a, j, BN)[None, :] - norm[:, None]), 1)
-            p = tl.where((tl.arange(0, BN) == j)[None, :], e[:, None], p)
+        p = far_pairs(b, a, norm, BN)
     else:
         f = key_features(a, top, KERNEL)
         p = dot(query_features(b, top, norm, KERNEL), tl.trans(f), PRECISION)
     return tl.where(keep, p, 0.0)
+
+
+@triton.jit
+def far_pairs(b, a, norm, BN: tl.constexpr):
+    """The same of all pairs, one by one."""
+    p = tl.zeros((BN, BN), tl.float32)
+    for j in range(BN):
+        e = tl.sum(exponential(b + row(a, j, BN)[None, :] - norm[:, None]), 1)
+        p = tl.where((tl.arange(0, BN) == j)[None, :], e[:, None], p)
+    return p
 
 
 # --- forward, a tile at a time --------------------------------------------------------------------

@@ -29,12 +29,8 @@ def pull_queries(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """db = Σ_j g_ij ∂P_ij/∂b, (BN, BM); seen (i, j), outside which g_ij is 0, as in `hide`"""
-    x, at = tl.zeros(b.shape, tl.float32), tl.arange(0, BN)
     if far:
-        for j in range(BN):
-            g_j = tl.sum(tl.where((at == j)[None, :], g, 0.0), 1)
-            e = b + row(a, j, BN)[None, :] - norm[:, None]
-            x += g_j[:, None] * exponential(tl.where((at >= j)[:, None], e, NOTHING))
+        x = far_pull_queries(g, b, a, norm, BN)
     else:
         g, f = hide(g, key_features(a, top, KERNEL), seen, hides)
         x = dot(g, f, PRECISION)
@@ -48,16 +44,33 @@ def pull_keys(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """da = Σ_i g_ij ∂P_ij/∂a, likewise; seen (j, i)"""
-    x, at = tl.zeros(a.shape, tl.float32), tl.arange(0, BN)
     if far:
-        for i in range(BN):
-            g_i = tl.sum(tl.where((at == i)[:, None], g, 0.0), 0)
-            e = a + (row(b, i, BN) - tl.sum(tl.where(at == i, norm, 0.0), 0))[None, :]
-            x += g_i[:, None] * exponential(tl.where((at <= i)[:, None], e, NOTHING))
+        x = far_pull_keys(g, b, a, norm, BN)
     else:
         g, f = hide(tl.trans(g), query_features(b, top, norm, KERNEL), seen, hides)
         x = dot(g, f, PRECISION)
         x *= key_slope(a, key_features(a, top, KERNEL), KERNEL)
+    return x
+
+
+@triton.jit
+def far_pull_queries(g, b, a, norm, BN: tl.constexpr):
+    """The same, pair by pair."""
+    x, at = tl.zeros(b.shape, tl.float32), tl.arange(0, BN)
+    for j in range(BN):
+        g_j = tl.sum(tl.where((at == j)[None, :], g, 0.0), 1)
+        e = b + row(a, j, BN)[None, :] - norm[:, None]
+        x += g_j[:, None] * exponential(tl.where((at >= j)[:, None], e, NOTHING))
+    return x
+
+
+@triton.jit
+def far_pull_keys(g, b, a, norm, BN: tl.constexpr):
+    x, at = tl.zeros(a.shape, tl.float32), tl.arange(0, BN)
+    for i in range(BN):
+        g_i = tl.sum(tl.where((at == i)[:, None], g, 0.0), 0)
+        e = a + (row(b, i, BN) - tl.sum(tl.where(at == i, norm, 0.0), 0))[None, :]
+        x += g_i[:, None] * exponential(tl.where((at <= i)[:, None], e, NOTHING))
     return x
 
 

@@ -19,9 +19,11 @@ SCAN = 1024  # elements of T that one program scans
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, *_) -> str | None:
-    if not (q.shape[2] and k.shape[2]):
+    *_, n, d = q.shape
+    *_, keys, dv = v.shape
+    if not (n and keys):
         return "it takes at least one query and one key"
-    return outside(q, MAX_SIZE, D=q.shape[-1], Dv=v.shape[-1])
+    return outside(q, MAX_SIZE, D=d, Dv=dv)
 
 
 def meta(q: Tensor, v: Tensor) -> dict:

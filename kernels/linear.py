@@ -19,6 +19,7 @@ import triton.language as tl
 from triton import cdiv
 
 from tab.ops._check import real
+from tab.ops._heads import groups_forward
 
 from . import _linear_walk
 from ._launch import (
@@ -101,8 +102,6 @@ def linear_fused(
     q, k, v = head(q, bh, H, q_b, q_h), head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h)
     if mask is not None:
         mask += (bh // H).to(tl.int64) * N
-    s += bh.to(tl.int64) * D * DV
-    z += bh.to(tl.int64) * D
     d = tl.arange(0, BD)
     S = tl.zeros((BD, BV), tl.float32)
     Z = tl.zeros((BD,), tl.float32)
@@ -114,9 +113,10 @@ def linear_fused(
         f = features(k, k_n, mask, at, N, 0, MAP, D, BD)  # (BN, BD)
         S += dot(tl.trans(f), tile(v, v_n, at, N, v0, DV, BV), PRECISION, "b")
         Z += tl.sum(f, 0)
-    put(s, DV, d, D, v0, S, DV, BV)
-    if v0 == 0:
-        tl.store(z + d, Z, mask=d < D)
+    if s is not None:
+        put(s + bh.to(tl.int64) * D * DV, DV, d, D, v0, S, DV, BV)
+        if v0 == 0:
+            tl.store(z + bh.to(tl.int64) * D + d, Z, mask=d < D)
     for start in range(0, N, BN):
         at = start + tl.arange(0, BN)
         f = features(q, q_n, None, at, N, 0, MAP, D, BD)
@@ -129,8 +129,9 @@ def linear_fused(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
-    """tab::linear_fwd"""
+@groups_forward
+def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps, state=True):
+    """tab::linear_fwd; S and z may be None without `state`."""
     k, v = real(key_mask, k, v)
     q, k, v, mask = rows(q), rows(k), rows(v), mask_bytes(key_mask)
     s0, z0 = whole(s0, z0)
@@ -138,8 +139,8 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     dv, o = v.shape[-1], token_major_empty(q, v.shape[-1])
     m = {"MAP": feature_map, **meta(q, v)}
     if one_launch(q, k, causal) and max(d, dv) <= FUSED_SIZE:
-        s = q.new_empty(b, h, d, dv, dtype=torch.float32)
-        z = s.new_empty(b, h, d)
+        s = q.new_empty(b, h, d, dv, dtype=torch.float32) if state else None
+        z = s.new_empty(b, h, d) if state else None
         m["BD"] = block(d, FUSED_SIZE)
         if capability(q.device) == HOPPER:
             # With two, the next tile's addresses are written to registers that the product which
@@ -167,6 +168,11 @@ def forward(q, k, v, key_mask, s0, z0, feature_map, causal, eps):
     return o, s, z
 
 
+def stateless(*args):
+    """tab::linear_stateless_fwd"""
+    return forward(*args, False)[0]
+
+
 # --- compiled ahead -------------------------------------------------------------------------------
 
 
@@ -185,4 +191,11 @@ def cases():
             yield q, q, q, mask, meta_tensor(b, h, d, d), meta_tensor(b, h, d), 0, causal, 0.0
 
 
+def stateless_cases():
+    """One launch."""
+    for *x, _, _, feature_map, causal, eps in list(cases())[:3]:
+        yield *x, None, None, feature_map, causal, eps
+
+
 register("linear_fwd", forward, takes=takes, cases=cases)
+register("linear_stateless_fwd", stateless, takes=takes, cases=stateless_cases)

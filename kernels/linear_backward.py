@@ -15,12 +15,14 @@ import triton.language as tl
 from triton import cdiv
 
 from tab.ops._check import answered, real
+from tab.ops._heads import groups_backward
 
 from . import _linear_walk, linear
 from ._launch import (
     capability,
     launch,
     mask_bytes,
+    meta_tensor,
     register,
     rows,
     strided,
@@ -76,8 +78,9 @@ def linear_fused_backward(
         x = dot(g, tl.trans(S), PRECISION) + r[:, None] * Z[None, :]
         x *= slope(tile(q, q_n, at, N, 0, D, BD), MAP)
         put(dq, dq_n, at, N, 0, x, D, BD)
-    put(ds0 + at_s, DV, d, D, 0, dS, DV, BV)
-    tl.store(dz0 + at_z + d, dZ, mask=d < D)
+    if ds0 is not None:
+        put(ds0 + at_s, DV, d, D, 0, dS, DV, BV)
+        tl.store(dz0 + at_z + d, dZ, mask=d < D)
     for start in range(0, N, BN):
         at = start + tl.arange(0, BN)
         f = features(k, k_n, mask, at, N, 0, MAP, D, BD)
@@ -100,8 +103,11 @@ def limits(q, m: dict) -> dict:
     return {"num_warps": 8} | ({"maxnreg": 128} if few else {})
 
 
-def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps):
-    """tab::linear_bwd"""
+@groups_backward
+def backward(
+    do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal, eps, state=True
+):  # fmt: skip
+    """tab::linear_bwd; dS₀ and dz₀ may be None without `state`."""
     (q, o), (k, v) = answered(key_mask, do, q, o), real(key_mask, k, v)
     do, q, k, v, o, mask = rows(do), rows(q), rows(k), rows(v), rows(o), mask_bytes(key_mask)
     s, z, s0, z0, ds, dz = whole(s, z, s0, z0, ds, dz)
@@ -109,8 +115,8 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
     dim_v, m = v.shape[-1], {"MAP": feature_map, **meta(q, v)}
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
     if one_launch(q, k, causal) and max(d, dim_v) <= FUSED_SIZE:
-        ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32)
-        dz0 = ds0.new_empty(b, h, d)
+        ds0 = q.new_empty(b, h, d, dim_v, dtype=torch.float32) if state else None
+        dz0 = ds0.new_empty(b, h, d) if state else None
         m |= {"BN": 32, **limits(q, m)}  # S and dS crowd the registers
         launch(
             linear_fused_backward, (b * h,), *strided(q, k, v, do, o), mask, s, z, ds, dz,
@@ -164,6 +170,12 @@ def backward(do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, feature_map, causal
     return dq, dk, dv, ds0, dz0
 
 
+def stateless(do, ds, dz, q, k, *rest):
+    """tab::linear_stateless_bwd"""
+    shared = q.shape[1] != k.shape[1]  # then each head of q has a share of dS₀, too
+    return backward(do, ds, dz, q, k, *rest, shared)[:3]
+
+
 # --- compiled ahead -------------------------------------------------------------------------------
 
 
@@ -172,4 +184,14 @@ def cases():
         yield v, s, z, q, k, v, v, s, z, mask, s, z, *options
 
 
+def stateless_cases():
+    for q, k, v, mask, *_, feature_map, causal, eps in linear.stateless_cases():
+        (b, h, _, d), dv = q.shape, v.shape[-1]
+        state = meta_tensor(b, h, d, dv), meta_tensor(b, h, d)
+        yield v, None, None, q, k, v, v, *state, mask, None, None, feature_map, causal, eps
+
+
 register("linear_bwd", backward, takes=lambda do, ds, dz, *x: takes(*x), cases=cases)
+register(
+    "linear_stateless_bwd", stateless, takes=lambda do, ds, dz, *x: takes(*x), cases=stateless_cases
+)

@@ -15,11 +15,11 @@ from . import _few
 from ._few import visible
 from ._launch import (
     launch,
-    mask_bytes,
     meta_heads,
     meta_tensor,
     register,
     rows,
+    rules_of,
     strided,
     token_major_empty,
 )
@@ -155,7 +155,7 @@ def forward(q, k, v, key_mask, slopes, left, right, height, cols, causal, scale,
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     rest, m, tiles = window(q, k, v, left, right, height, cols, causal, scale, softcap)
-    told = mask_bytes(key_mask), slopes
+    told = rules_of(key_mask, slopes)
     if few := _few.one_tile(q, k, v, m):
         _few.forward(q, k, v, o, lse, told, _few.by_window(*rest[4:6], cols), rest[-2:], few)
         return o, lse

@@ -11,7 +11,7 @@ from triton import cdiv
 
 from . import _few, local
 from ._few import visible
-from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty
+from ._launch import launch, register, rows, rules_of, strided, token_major_empty
 from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
 from ._tiles import head, key_head, put, tile
@@ -166,7 +166,7 @@ def backward(
     dq, dk, dv = token_major_empty(q), token_major_empty(k), token_major_empty(v)
     options = left, right, height, cols, causal, scale, softcap
     rest, fixed, tiles = window(q, k, v, *options, backward=True)
-    told = mask_bytes(key_mask), slopes
+    told = rules_of(key_mask, slopes)
     if few := _few.one_tile(q, k, v, fixed):
         seen = _few.by_window(*rest[4:6], cols)
         _few.backward(do, q, k, v, o, dq, dk, dv, lse, told, seen, rest[-2:], few)

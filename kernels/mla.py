@@ -1,4 +1,4 @@
-"""tab::mla_fwd for CUDA in Triton (formula and symbols: tab/ops/mla.py).
+"""tab::mla_fwd and bent_mla_fwd for CUDA in Triton (formula and symbols: tab/ops/mla.py).
 
     k_n,h = W_uk,h c,  v_h = W_uv,h c,  S_h = (q_n·k_n + q_r·k_r)·scale,  o_h = softmax(S_h) v_h
 
@@ -6,7 +6,8 @@ One program per (batch entry, head) and tile of queries. It expands the head's k
 the latents tile by tile, R in chunks, and never writes them; the softmax is online. The heads of
 one entry run side by side and share its latents in L2. With N in one tile (the study's 64 tokens)
 each key is expanded once; beyond, once for each tile of queries, which is why the public function
-comes here for short N only. Any N and R are right. Deterministic, nothing is atomic.
+comes here for short N only, unless scores are capped or biased. Any N and R are right.
+Deterministic, nothing is atomic.
 """
 
 import torch
@@ -19,16 +20,17 @@ from tab.ops.mla_forms import real_tokens
 from ._launch import (
     block,
     launch,
-    mask_bytes,
     meta_tensor,
     outside,
     precision,
     register,
     rows,
+    rules_of,
     strided,
     token_major_empty,
 )
-from ._softmax import LN2, LOG2E, finish, merge
+from ._softmax import LN2, biased, capped, finish, merge
+from ._softmax_backward import steepness
 from ._tiles import dot, head, hide, put, tile
 
 # Dn and Dv, by precision: tf32x3 outgrows the registers.
@@ -53,26 +55,31 @@ def expanded(
 
 @triton.jit
 def scores(
-    qn, qr, k, kr, i, j, mask, N, scale,
+    qn, qr, k, kr, i, j, mask, slope, N, scale, cap,
     CAUSAL: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """log2(e)·S of queries i and keys j, −inf where i must not see j and outside N."""
-    s = dot(qn, tl.trans(k), PRECISION, "a")
+    """log2(e)·S of queries i and keys j, −inf where i must not see j and outside N; how steep the
+    cap is there. slope and cap as in _softmax.py."""
+    s, steep = dot(qn, tl.trans(k), PRECISION, "a"), 1.0
     if DR > 0:
         s += dot(qr, tl.trans(kr), PRECISION, "ab")
+    s = capped(s, scale, cap)
+    if cap is not None:
+        steep = steepness(s, cap)
+    s = biased(s, i[:, None], j[None, :], slope)
     seen = j < N
     if mask is not None:
         seen = seen & (tl.load(mask + j, mask=j < N, other=0) != 0)
     seen = seen[None, :] & (i < N)[:, None]
     if CAUSAL:
         seen = seen & (i[:, None] >= j[None, :])
-    return tl.where(seen, s * (scale * LOG2E), float("-inf"))
+    return tl.where(seen, s, float("-inf")), steep
 
 
 @triton.jit
 def mla_forward(
     qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
-    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, o, o_b, o_h, o_n, lse, peak, N, H, scale,
+    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, slopes, o, o_b, o_h, o_n, lse, peak, N, H, scale, cap,
     CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,6 +91,8 @@ def mla_forward(
     c, kr, uk, uv = c + b * c_b, kr + b * kr_b, uk + h * uk_h, uv + h * uv_h
     if mask is not None:
         mask += b * N
+    if slopes is not None:
+        slopes += h
     x = tile(qn, qn_n, i, N, 0, DN, BK)  # (BN, BK)
     y = tile(qr, qr_n, i, N, 0, DR, BP)  # (BN, BP)
     top = tl.full((BN,), float("-inf"), tl.float32)
@@ -94,7 +103,7 @@ def mla_forward(
         j = start + tl.arange(0, BN)
         k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)  # (BN, BK)
         rotary = tile(kr, kr_n, j, N, 0, DR, BP)
-        s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
+        s, _ = scores(x, y, k, rotary, i, j, mask, slopes, N, scale, cap, CAUSAL, DR, PRECISION)
         p, z, top, total = merge(z, top, total, s)
         v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)  # (BN, BV)
         hides = start == tl.program_id(1) * BN if CAUSAL else False
@@ -137,23 +146,32 @@ def meta(q_nope, q_rope, w_uv, causal, backward: bool = False) -> dict:
     }  # fmt: skip
 
 
-def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask) -> tuple:
+def arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, slopes) -> tuple:
     """The operands, with the strides that the kernels take; one copy where rows are not whole."""
     c_kv, k_rope = real_tokens(key_mask, c_kv, k_rope)
     operands = map(rows, (q_nope, q_rope, c_kv, k_rope, w_uk, w_uv))
-    return *strided(*operands), mask_bytes(key_mask)
+    return *strided(*operands), *rules_of(key_mask, slopes)
 
 
-def forward(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
-    """tab::mla_fwd"""
+def bent_forward(
+    q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, slopes, scale, causal, softcap
+):
+    """tab::bent_mla_fwd"""
     (b, h, n, _), m = q_nope.shape, meta(q_nope, q_rope, w_uv, causal)
     tiles = cdiv(n, m["BN"])
     o = token_major_empty(q_nope[..., :1].expand(b, h, n, w_uv.shape[1]))
     lse = q_nope.new_empty(b, h, n, dtype=torch.float32)
     peak = q_nope.new_empty(b, h, tiles, dtype=torch.float32)
-    given = arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
-    launch(mla_forward, (b * h, tiles), *given, *strided(o), lse, peak, n, h, scale, **m)
+    given = arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, slopes)
+    rest = n, h, scale, softcap or None
+    launch(mla_forward, (b * h, tiles), *given, *strided(o), lse, peak, *rest, **m)
     return o, lse, peak[..., 0] if tiles == 1 else peak.amax(-1)
+
+
+def forward(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal):
+    """tab::mla_fwd"""
+    x = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask
+    return bent_forward(*x, None, scale, causal, 0.0)
 
 
 # --- compiled ahead -------------------------------------------------------------------------------
@@ -173,4 +191,11 @@ def cases():
             yield *x, meta_tensor(b, n, dtype=torch.bool), 0.1, causal
 
 
+def bent_cases():
+    """The study's, and DeepSeek-V3's."""
+    for *x, scale, causal in list(cases())[1:3]:
+        yield *x, meta_tensor(x[0].shape[1]), scale, causal, 30.0
+
+
 register("mla_fwd", forward, takes=takes, cases=cases)
+register("bent_mla_fwd", bent_forward, takes=takes, cases=bent_cases)

@@ -1,4 +1,5 @@
-"""tab::mla_bwd for CUDA in Triton. With P = exp(S − lse) computed again (tab/ops/mla.py):
+"""tab::mla_bwd and bent_mla_bwd for CUDA in Triton. With P = exp(S − lse) computed again
+(tab/ops/mla.py), and where scores are capped dS times the slope of the cap:
 
     Δ = Σ do·o − dlse,  dS = scale·P∘(do·vᵀ − Δ),  dq_n = dS k,  dq_r = dS k_r,
     dk = dSᵀ q_n,  dv = Pᵀ do,  dk_r = Σ_h dSᵀ q_r,
@@ -29,8 +30,8 @@ from .mla import arguments, expanded, meta, scores, takes
 
 
 @triton.jit
-def slopes(
-    s, v, do, g_n, o, o_n, lse, dlse, i, N, scale,
+def pair_gradients(
+    s, steep, v, do, g_n, o, o_n, lse, dlse, i, N, scale,
     DV: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P, dS and the tile do (BN, BV) of queries i"""
@@ -40,15 +41,15 @@ def slopes(
     delta = tl.sum(g * tile(o, o_n, i, N, 0, DV, BV), 1)
     if dlse is not None:
         delta -= tl.load(dlse + i, mask=i < N, other=0.0)
-    ds = p * (dot(g, tl.trans(v), PRECISION, "a") - delta[:, None]) * scale
+    ds = p * (dot(g, tl.trans(v), PRECISION, "a") - delta[:, None]) * (scale * steep)
     return p, ds, g
 
 
 @triton.jit
 def mla_grad_kv(
     qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
-    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
-    dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, dkv, dkr, N, H, scale,
+    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, slopes, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
+    dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, dkv, dkr, N, H, scale, cap,
     CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, WITH_Q: tl.constexpr,
@@ -67,6 +68,8 @@ def mla_grad_kv(
         dlse += bh.to(tl.int64) * N
     if mask is not None:
         mask += b * N
+    if slopes is not None:
+        slopes += h
     j = start + tl.arange(0, BN)
     k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)  # (BN, BK)
     v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)  # (BN, BV)
@@ -77,8 +80,12 @@ def mla_grad_kv(
     for i0 in range(start if CAUSAL else 0, N, BN):
         i = i0 + tl.arange(0, BN)
         x, y = tile(qn, qn_n, i, N, 0, DN, BK), tile(qr, qr_n, i, N, 0, DR, BP)
-        s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)  # (BN, BN)
-        p, ds, g = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
+        s, steep = scores(
+            x, y, k, rotary, i, j, mask, slopes, N, scale, cap, CAUSAL, DR, PRECISION
+        )  # (BN, BN)
+        p, ds, g = pair_gradients(
+            s, steep, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION
+        )
         seen, hides = j[:, None] <= i[None, :], i0 == start if CAUSAL else False
         p, g = hide(tl.trans(p), g, seen, hides)
         dv += dot(p, g, PRECISION, "b")
@@ -106,8 +113,8 @@ def mla_grad_kv(
 @triton.jit
 def mla_grad_q(
     qn, qn_b, qn_h, qn_n, qr, qr_b, qr_h, qr_n, c, c_b, c_n, kr, kr_b, kr_n,
-    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
-    dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, N, H, scale,
+    uk, uk_h, uk_d, uv, uv_h, uv_d, mask, slopes, do, g_b, g_h, g_n, o, o_b, o_h, o_n, lse, dlse,
+    dqn, dqn_b, dqn_h, dqn_n, dqr, dqr_b, dqr_h, dqr_n, N, H, scale, cap,
     CAUSAL: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -123,6 +130,8 @@ def mla_grad_q(
         dlse += bh.to(tl.int64) * N
     if mask is not None:
         mask += b * N
+    if slopes is not None:
+        slopes += h
     x, y = tile(qn, qn_n, i, N, 0, DN, BK), tile(qr, qr_n, i, N, 0, DR, BP)
     dx = tl.zeros((BN, BK), tl.float32)
     dy = tl.zeros((BN, BP), tl.float32)
@@ -132,8 +141,10 @@ def mla_grad_q(
         k = expanded(c, c_n, uk, uk_d, j, N, R, DN, BN, BK, BR, PRECISION)
         v = expanded(c, c_n, uv, uv_d, j, N, R, DV, BN, BV, BR, PRECISION)
         rotary = tile(kr, kr_n, j, N, 0, DR, BP)
-        s = scores(x, y, k, rotary, i, j, mask, N, scale, CAUSAL, DR, PRECISION)
-        _, ds, _ = slopes(s, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION)
+        s, steep = scores(x, y, k, rotary, i, j, mask, slopes, N, scale, cap, CAUSAL, DR, PRECISION)
+        _, ds, _ = pair_gradients(
+            s, steep, v, do, g_n, o, o_n, lse, dlse, i, N, scale, DV, BV, PRECISION
+        )
         seen, hides = i[:, None] >= j[None, :], start == tl.program_id(1) * BN if CAUSAL else False
         ds_k, k = hide(ds, k, seen, hides)
         dx += dot(ds_k, k, PRECISION)
@@ -148,8 +159,17 @@ def mla_grad_q(
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal):
+def backward(*args):
     """tab::mla_bwd"""
+    *tensors, scale, causal = args
+    return bent_backward(*tensors, None, scale, causal, 0.0)
+
+
+def bent_backward(
+    do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, slopes, scale, causal,
+    softcap,
+):  # fmt: skip
+    """tab::bent_mla_bwd"""
     both = do if None in (key_mask, dlse) else torch.cat([do.float(), dlse[..., None]], -1)
     q_nope, q_rope, o = answered(key_mask, both, q_nope, q_rope, o)
     (lse,) = answered(key_mask, both, lse[..., None], fill=torch.inf)
@@ -161,11 +181,12 @@ def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mas
     dqn, dqr = token_major_empty(q_nope), token_major_empty(q_rope)
     dkv = q_nope.new_empty(b, n, h, dn + dv)
     dkr = q_nope.new_empty(b, h, n, dr, dtype=torch.float32)
-    given = arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
+    given = arguments(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, slopes)
     given += *strided(do, o), lse, dlse, *strided(dqn, dqr)
-    launch(mla_grad_kv, (b * h, tiles), *given, dkv, dkr, n, h, scale, WITH_Q=tiles == 1, **m)
+    rest = n, h, scale, softcap or None
+    launch(mla_grad_kv, (b * h, tiles), *given, dkv, dkr, *rest, WITH_Q=tiles == 1, **m)
     if tiles > 1:
-        launch(mla_grad_q, (b * h, tiles), *given, n, h, scale, **m)
+        launch(mla_grad_q, (b * h, tiles), *given, *rest, **m)
     (c_kv,) = real_tokens(key_mask, c_kv)
     dkv, c = dkv.view(b * n, -1), c_kv.reshape(b * n, r)  # (B·N, H·(Dn+Dv)), (B·N, R)
     dc = (dkv @ torch.cat([w_uk, w_uv], 1).flatten(0, 1)).view(b, n, r)
@@ -179,10 +200,21 @@ def backward(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mas
 
 def cases():
     for *operands, mask, scale, causal in mla.cases():
-        (b, h, n, _), (_, dv, _) = operands[0].shape, operands[-1].shape
-        o = operands[0].new_empty(b, h, n, dv)
-        lse = o.new_empty(b, h, n, dtype=torch.float32)
-        yield o, lse, *operands, o, lse, mask, scale, causal
+        yield *_given(operands), mask, scale, causal
+
+
+def bent_cases():
+    for *operands, mask, slopes, scale, causal, softcap in mla.bent_cases():
+        yield *_given(operands), mask, slopes, scale, causal, softcap
+
+
+def _given(operands) -> tuple:
+    """do, dlse, the operands, o, lse"""
+    (b, h, n, _), (_, dv, _) = operands[0].shape, operands[-1].shape
+    o = operands[0].new_empty(b, h, n, dv)
+    lse = o.new_empty(b, h, n, dtype=torch.float32)
+    return o, lse, *operands, o, lse
 
 
 register("mla_bwd", backward, takes=lambda do, dlse, *x: takes(*x), cases=cases)
+register("bent_mla_bwd", bent_backward, takes=lambda do, dlse, *x: takes(*x), cases=bent_cases)

@@ -20,7 +20,9 @@ import triton.language as tl
 from triton import cdiv
 
 from ._launch import (
+    HOPPER,
     block,
+    capability,
     launch,
     meta_tensor,
     outside,
@@ -121,10 +123,12 @@ def takes(q_nope, q_rope, *_) -> str | None:
     return outside(q_nope, MAX_ROTARY, Dr=q_rope.shape[-1])
 
 
-def meta(h: int, r: int, dr: int, how: str) -> dict:
-    """The compile-time arguments of `split`. Not measured: what fits on chip without spills."""
+def meta(h: int, r: int, dr: int, how: str, arch: int) -> dict:
+    """The compile-time arguments of `split`. Not measured: what fits on chip without spills. Each
+    product of Hopper reads its heads from shared memory again: twice the tokens, half the reads."""
     columns = block(r, WHOLE if r <= WHOLE else WHOLE // 2)
-    heads, tokens = (64, 64 if columns <= 256 else 32) if how == "bf16" else (16, 32)
+    many = 64 if columns <= 256 or arch == HOPPER else 32
+    heads, tokens = (64, many) if how == "bf16" else (16, 32)
     return {
         "DR": dr, "R": r, "BH": block(h, heads), "BN": tokens, "BP": block(dr, MAX_ROTARY),
         "BR": columns if how == "bf16" and r <= WHOLE else min(columns, CHUNK), "BV": columns,
@@ -137,7 +141,7 @@ def decode(q_nope, q_rope, cache, seqlens, w_uk, w_uv, scale):
     (b, h, _), n, r = q_nope.shape, cache.shape[1], w_uk.shape[-1]
     q = torch.bmm(q_nope.transpose(0, 1), w_uk)  # (H, B, R)
     q_rope, cache, seqlens = rows(q_rope), rows(cache), seqlens.contiguous()
-    m = meta(h, r, q_rope.shape[-1], precision(cache[:, None]))
+    m = meta(h, r, q_rope.shape[-1], precision(cache[:, None]), capability(q.device))
     programs = b * cdiv(h, m["BH"]) * cdiv(r, m["BV"])
     parts = max(1, min(2 * processors(cache.device) // programs, cdiv(n, PART)))
     z = torch.empty_like(q)  # (H, B, R)

@@ -32,26 +32,27 @@ from ._tiles import dot, put, tile
 
 MAX_GROUPS = 1024  # their sizes are one vector of a program
 SPLITS = 16  # parts, at most, that the rows of a group are summed in
+STEPS = 4  # tiles of rows that each of them has at least, on average
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def moe_rows(
-    x, x_m, w, w_e, w_o, w_i, counts, y,
+    x, x_m, w, w_e, w_o, w_i, counts, y, M,
     E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM rows of one group, BO columns of y (M, O); x (M, I), w (E, O, I) in any strides."""
     part, o0 = tl.program_id(0), tl.program_id(1) * BO
     e = tl.arange(0, BE)
-    size = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
+    size = tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0).to(tl.int32)
     tiles = tl.cdiv(size, BM)
     group = tl.sum((tl.cumsum(tiles, 0) <= part).to(tl.int32), 0)
     if group < E:
         before = e < group
         row = tl.sum(tl.where(before, size, 0), 0)
-        end = row + tl.sum(tl.where(e == group, size, 0), 0)
+        end = tl.minimum(row + tl.sum(tl.where(e == group, size, 0), 0), M)
         row += (part - tl.sum(tl.where(before, tiles, 0), 0)) * BM
         at, o = row + tl.arange(0, BM), o0 + tl.arange(0, BO)
         w += group.to(tl.int64) * w_e
@@ -66,7 +67,7 @@ def moe_rows(
 
 @triton.jit
 def moe_outer(
-    g, g_m, x, x_m, counts, dw,
+    g, g_m, x, x_m, counts, dw, M,
     E: tl.constexpr, I: tl.constexpr, O: tl.constexpr, BE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,11 +75,11 @@ def moe_outer(
     group, split = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     o0, i0 = tl.program_id(1) * BO, tl.program_id(2) * BI
     e = tl.arange(0, BE)
-    size = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
+    size = tl.maximum(tl.load(counts + e, mask=e < E, other=0), 0).to(tl.int32)
     first = tl.sum(tl.where(e < group, size, 0), 0)
     own = tl.sum(tl.where(e == group, size, 0), 0)
     length = tl.cdiv(own, SPLIT)
-    end = first + tl.minimum(own, (split + 1) * length)
+    end = tl.minimum(first + tl.minimum(own, (split + 1) * length), M)
     acc = tl.zeros((BO, BI), tl.float32)
     for row in range(first + split * length, end, BM):
         at = row + tl.arange(0, BM)
@@ -122,7 +123,7 @@ def grouped(x, w, counts):
     tiles = cdiv(x.shape[0], m["BM"]) + m["E"]
     launch(
         moe_rows, (tiles, cdiv(m["O"], m["BO"])), *strided(x), w, *w.stride(),
-        counts, y, **m,
+        counts.contiguous(), y, x.shape[0], **m,
     )  # fmt: skip
     return y
 
@@ -134,11 +135,12 @@ def grouped_outer(g, x, counts):
     if capability(x.device) == HOPPER:  # as linear_fused: registers of a product are written early
         m["num_stages"] = 1
     tiles = cdiv(m["O"], m["BO"]), cdiv(m["I"], m["BI"])
-    programs, steps = m["E"] * tiles[0] * tiles[1], x.shape[0] // (m["E"] * 4 * m["BM"])
+    programs, steps = m["E"] * tiles[0] * tiles[1], x.shape[0] // (m["E"] * STEPS * m["BM"])
     m["SPLIT"] = max(1, min(SPLITS, 2 * processors(x.device) // programs, steps))
     kind = x.dtype if m["SPLIT"] == 1 else torch.float32
     dw = x.new_empty(m["SPLIT"], m["E"], m["O"], m["I"], dtype=kind)
-    launch(moe_outer, (m["E"] * m["SPLIT"], *tiles), *strided(g, x), counts, dw, **m)
+    grid = m["E"] * m["SPLIT"], *tiles
+    launch(moe_outer, grid, *strided(g, x), counts.contiguous(), dw, x.shape[0], **m)
     return dw[0] if m["SPLIT"] == 1 else dw.sum(0).to(x.dtype)
 
 

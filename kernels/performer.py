@@ -7,11 +7,14 @@ Bidirectional: one launch does both sums when N is small or heads fill the GPU, 
 
     states   T and its own shift of every segment, in parallel, online over its tokens
     scan     causal: T before each segment, at the running shift; else their sum
-    outputs  φ(q)ᵀT, and when causal the pairs inside the token's own segment
+    outputs  φ(q)ᵀT, and when causal the pairs inside the token's own segment; where D is one tile
+             in bfloat16, a program takes T through a segment instead (_performer_walk.py)
 
 The features, N·M numbers, never leave the chip. Every order of summation is fixed, nothing is
 atomic: the same input gives the same bits. Any M.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -19,6 +22,7 @@ import triton.language as tl
 from triton import cdiv
 
 from tab.ops._check import real
+from tab.ops._heads import groups_forward
 
 from . import _segments
 from ._launch import (
@@ -35,6 +39,7 @@ from ._launch import (
     whole,
 )
 from ._performer import NOTHING, factor, output, state
+from ._performer_walk import performer_walk, waiting, walks
 from ._segments import SCAN, each_state, one_launch, one_state, segments, takes
 from ._tiles import head
 
@@ -207,6 +212,7 @@ def one_shift(c) -> tuple:
     return c, c.shape[-1], 0
 
 
+@partial(groups_forward, lse=True)
 def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
     """tab::performer_fwd"""
     k, v = real(key_mask, k, v)
@@ -225,6 +231,14 @@ def forward(q, k, v, projection, key_mask, s0, z0, c0, kernel, causal, eps):
         return o, s, z, c, lse
     size, count = segments(k, v, m["M"], causal)
     final, seen, _ = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, m)
+    walk = walks(m, 1) if causal and eps == 0 else None  # ε is at the shift that a query knows
+    if walk is not None:
+        num, den = waiting(w, walk, b * h, n, m["DV"]), waiting(w, walk, b * h, n)
+        launch(
+            performer_walk, (b * h, count), *strided(q, k, v), w, mask, *seen, num, den,
+            *strided(o), lse, n, h, size, **walk,
+        )  # fmt: skip
+        return o, *final, lse
     launch(
         performer_outputs, (b * h, cdiv(n, m["BN"]), cdiv(m["DV"], m["BV"])), *strided(q, k, v), w,
         mask, *seen, *strided(o), lse, n, h, size, eps, CAUSAL=causal, **m,
@@ -240,7 +254,8 @@ def cases():
     for b, h, n, d, features, causal, dtype in (
         (512, 8, 64, 64, 256, False, half),  # one launch
         (512, 8, 64, 64, 256, False, full),
-        (1, 8, 8192, 64, 256, True, half),  # segments
+        (1, 8, 8192, 64, 256, True, half),  # segments, of one tile across D
+        (1, 8, 8192, 128, 256, True, half),  # and of two
         (1, 8, 8192, 256, 512, True, full),  # several tiles of everything
     ):
         q, w = meta_heads(b, h, n, d, dtype), meta_tensor(features, d)

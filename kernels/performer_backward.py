@@ -8,7 +8,8 @@ divided by the denominator already (norm = lse; tab/ops/performer.py):
 φ is computed again, never stored; T is held at a shift c and dT then at -c, so that nothing
 overflows. Bidirectional with few tokens or many heads: one launch. Otherwise queries (dq and r),
 states and scan of dT, then keys (dk and dv); causal first makes T of every segment again, and
-inside a token's own segment uses pairs, as the forward does.
+inside a token's own segment uses pairs, as the forward does. Where that walks, pull is queries and
+states in one, and push is keys.
 """
 
 import torch
@@ -17,6 +18,7 @@ import triton.language as tl
 from triton import cdiv
 
 from tab.ops._check import answered, real
+from tab.ops._heads import groups_backward
 
 from . import performer
 from ._launch import (
@@ -31,6 +33,8 @@ from ._launch import (
 )
 from ._performer import NOTHING, factor, vector
 from ._performer_backward import keys, pulled, queries
+from ._performer_walk import waiting, walks
+from ._performer_walk_backward import performer_pull, performer_push
 from ._segments import SCAN, each_state, one_launch, one_state, segments, takes
 from ._tiles import head, put
 from .performer import each_shift, meta, one_shift, scanned
@@ -205,6 +209,7 @@ def performer_fused_backward(
 # --- launcher -------------------------------------------------------------------------------------
 
 
+@groups_backward
 def backward(
     do, ds, dz, q, k, v, projection, o, s, z, c, lse, key_mask, s0, z0, c0, kernel, causal
 ):
@@ -234,16 +239,24 @@ def backward(
     seen, running = (*one_state(s, z), *one_shift(c)), None
     if causal:
         _, seen, running = scanned(k, v, w, mask, s0, z0, c0, size, count, causal, forward_m)
-    shift = seen[5:]
-    launch(
-        performer_queries, (b * h, tiles, cdiv(d, columns)), *inputs, *seen, lse, r, *strided(dq),
-        n, h, size, CAUSAL=causal, **wide,
-    )  # fmt: skip
+    shift, walk = seen[5:], walks(forward_m, 2) if causal else None
     t = w.new_empty(b * h, count, features * dim_v + features)
-    launch(
-        performer_pulled, (b * h, count, cdiv(features, m["BM"]) * cdiv(dim_v, m["BV"])),
-        *strided(q, do), w, lse, r, *shift, t, n, h, size, **m,
-    )  # fmt: skip
+    if walk is not None:
+        tops = w.new_empty(b * h, cdiv(n, walk["BN"]), features)
+        rest, rest_v = (waiting(w, walk, b * h, n, x) for x in (d, dim_v))
+        launch(
+            performer_pull, (b * h, count), *inputs, *seen, lse, r, tops, t, rest, *strided(dq), n,
+            h, size, **walk,
+        )  # fmt: skip
+    else:
+        launch(
+            performer_queries, (b * h, tiles, cdiv(d, columns)), *inputs, *seen, lse, r,
+            *strided(dq), n, h, size, CAUSAL=causal, **wide,
+        )  # fmt: skip
+        launch(
+            performer_pulled, (b * h, count, cdiv(features, m["BM"]) * cdiv(dim_v, m["BV"])),
+            *strided(q, do), w, lse, r, *shift, t, n, h, size, **m,
+        )  # fmt: skip
     launch(
         performer_unwind, (b * h, cdiv(t.shape[-1], SCAN)), t, ds, dz, c0, c, running, ds0, dz0,
         count, KERNEL=kernel, CAUSAL=causal, DV=dim_v, M=features, BLOCK=SCAN,
@@ -252,6 +265,12 @@ def backward(
         after = *each_state(t, features), *each_shift(running, after=1)
     else:  # the sum lies in the first segment's place
         after = *each_state(t, features)[:4], 0, *one_shift(c)
+    if walk is not None:
+        launch(
+            performer_push, (b * h, count), *strided(q, k, v, do), w, mask, *after, shift[0], tops,
+            lse, r, rest, rest_v, *strided(dk, dv), n, h, size, **walk | {"num_stages": 1},
+        )  # fmt: skip
+        return dq, dk, dv, ds0, dz0
     launch(
         performer_keys, (b * h, cdiv(count_k, m["BN"]), cdiv(max(d, dim_v), columns)),
         *strided(q, k, v, do), w, mask, *after, shift[0], lse, r, *strided(dk, dv), count_k, h,

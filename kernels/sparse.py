@@ -17,11 +17,11 @@ from triton import cdiv
 from . import _few
 from ._launch import (
     launch,
-    mask_bytes,
     meta_heads,
     meta_tensor,
     register,
     rows,
+    rules_of,
     strided,
     token_major_empty,
 )
@@ -164,11 +164,12 @@ def forward(
     q, k, v, row_ptr, col, col_ptr, row, key_mask, slopes, block_size, causal, scale, softcap
 ):  # fmt: skip
     """tab::sparse_fwd"""
+    row_ptr, col = row_ptr.contiguous(), col.contiguous()
     q, k, v, o = rows(q), rows(k), rows(v), token_major_empty(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     others = col_ptr.shape[1] - 1
     sizes, groups, cuts, m = plan(q, k, v, row_ptr, col, others, block_size, causal)
-    told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
+    told, scales = rules_of(key_mask, slopes), (scale, softcap or None)
     if few := _few.one_tile(q, k, v, m):
         seen = _few.by_pattern(row_ptr, col, block_size)
         _few.forward(q, k, v, o, lse, told, seen, scales, few)
@@ -202,7 +203,7 @@ def cases():
         if first == 0:
             k = q[:, :2]  # fewer heads
             yield q, k, k, *pattern, *rules(q), 64, True, 0.1, 30.0
-    ptr = meta_tensor(8, 9, dtype=torch.int32)
+    ptr, entries = meta_tensor(8, 9, dtype=torch.int32), meta_tensor(256, dtype=torch.int32)
     for rule, dtype in (False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32):
         q = meta_heads(512, 8, 64, 64, dtype)
         told = rules(q) if rule else (None, None)

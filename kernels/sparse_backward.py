@@ -14,7 +14,7 @@ from triton import cdiv
 from tab.ops._check import token_major
 
 from . import _few, sparse
-from ._launch import launch, mask_bytes, register, rows, strided, token_major_empty
+from ._launch import launch, register, rows, rules_of, strided, token_major_empty
 from ._lists import batch_head, below, parts, reach, slot_of, work
 from ._softmax import quiet, real_keys, takes
 from ._softmax_backward import grad_kv_tile, grad_q_tile, row_sums
@@ -186,6 +186,7 @@ def backward(
     softcap,
 ):  # fmt: skip
     """tab::sparse_bwd"""
+    row_ptr, col, col_ptr, row = (x.contiguous() for x in (row_ptr, col, col_ptr, row))
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     _, h, n, d = q.shape
     m, shared = k.shape[2], h // k.shape[1]
@@ -193,7 +194,7 @@ def backward(
     dk, dv = (each_head(x, h) for x in (k, v))
     dims = block_size, causal, True
     sizes, groups, cuts, fixed = plan(q, k, v, row_ptr, col, col_ptr.shape[1] - 1, *dims)
-    told, scales = (mask_bytes(key_mask), slopes), (scale, softcap or None)
+    told, scales = rules_of(key_mask, slopes), (scale, softcap or None)
     if few := _few.one_tile(q, k, v, fixed):
         seen = _few.by_pattern(row_ptr, col, block_size)
         _few.backward(do, q, k, v, o, dq, dk, dv, lse, told, seen, scales, few)

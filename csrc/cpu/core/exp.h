@@ -65,31 +65,33 @@ TAB_INLINE Vec<A> exp(Vec<A> x) {
 }
 
 /// 2^x for x ≤ 0 by a polynomial in x - round(x): degree 6, minimax, for float (at most 0.6 units
-/// of the last place), Taylor of degree 13 for double. It is 0 at and below 2^-127 (2^-1023), so
-/// that masked scores of -∞ vanish; NaN gives NaN, whatever its bits: the power of two is a factor,
-/// since added to the exponent bits of a NaN it could make them a number.
+/// of the last place), Taylor of degree 13 for double. It is 0 below 2^-99.5 (2^-969.5), so
+/// that masked scores of -∞ vanish, and so that no product with a weight is subnormal, for which
+/// Intel's processors take a hundred cycles: weights fall that far under ALiBi's slopes. The power
+/// of two is a factor, of which 2^27 (2^53) stands in the coefficients: NaN gives NaN, whatever its
+/// bits, where added to the exponent bits of a NaN it could make them a number.
 template <class A>
 TAB_INLINE Vec<A> exp2(Vec<A> x) {
   constexpr bool single = sizeof(A) == 4;
-  constexpr A low = single ? A(-127) : A(-1023);
-  constexpr A magic = (single ? A(0x1.8p23) : A(0x1.8p52)) - low;  // with the exponent's bias
+  constexpr A low = single ? A(-100) : A(-970), one = single ? A(0x1p27) : A(0x1p53);
+  constexpr A magic = (single ? A(0x1.8p23) : A(0x1.8p52)) - low;  // the exponent bits of low: 0
   x = at_least<A>(x, low);
   const Vec<A> shifted = x + magic, r = x - (shifted - magic);
   Vec<A> y;
   if constexpr (single) {
-    y = splat<A>(0x1.44400395d945cp-13f);
-    y = y * r + 0x1.5f0896ef8d38fp-10f;
-    y = y * r + 0x1.3b2a1b6c92d5fp-7f;
-    y = y * r + 0x1.c6af6cce0b480p-5f;
-    y = y * r + 0x1.ebfbe045f9936p-3f;
-    y = y * r + 0x1.62e4302fcd000p-1f;
+    y = splat<A>(one * 0x1.44400395d945cp-13f);
+    y = y * r + one * 0x1.5f0896ef8d38fp-10f;
+    y = y * r + one * 0x1.3b2a1b6c92d5fp-7f;
+    y = y * r + one * 0x1.c6af6cce0b480p-5f;
+    y = y * r + one * 0x1.ebfbe045f9936p-3f;
+    y = y * r + one * 0x1.62e4302fcd000p-1f;
   } else {
-    double term = 1, terms[14];
+    double term = one, terms[14];
     for (int i = 1; i <= 13; ++i) terms[i] = term *= LN2<double> / i;
     y = splat<A>(terms[13]);
     for (int i = 12; i >= 1; --i) y = y * r + terms[i];
   }
-  y = y * r + A(1);
+  y = y * r + one;
   constexpr int mantissa = single ? 23 : 52;
   return y * as<Vec<A>>(as<Int<A>>(shifted) << mantissa);
 }

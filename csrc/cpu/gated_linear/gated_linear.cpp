@@ -21,10 +21,11 @@ namespace tab {
 namespace {
 
 /// The common part of the arguments, once q, k and v are known.
-void prepare(const char* op, Gated& a, const Ends& ends, const Tensor& q, const Tensor& g,
+void prepare(const char* op, Gated& a, const Ends& ends, const Inputs& in, const Tensor& g,
              double scale) {
+  a.share(in);
   check_shape(op, "log_decay", g, {a.b, a.h, a.n, 1});
-  check_dtype(op, "log_decay", g, accumulator(q));
+  check_dtype(op, "log_decay", g, accumulator(in.q));
   a.g = Rows(g), a.scale = scale, a.causal = true;
   a.states = ends.packed ? ends.count() : a.b;
   a.cut(a.d > 128 || a.e > 128 ? 32 : 64, a.b * a.h);
@@ -37,7 +38,7 @@ std::vector<Problem<Gated>> cut(Gated& a, const Ends& ends) {
   });
 }
 
-/// A state (B, H, D, Dv), where there is one.
+/// A state (B, H_kv, D, Dv), where there is one.
 std::optional<Tensor> given(const char* op, const char* name, const Gated& a, const Tensor& q,
                             const std::optional<Tensor>& s) {
   if (!s) return s;
@@ -54,9 +55,9 @@ using Forward = std::tuple<Tensor, Tensor>;
 
 Forward forward(const char* op, const Ends& ends, Gated& a, const Inputs& in, const Tensor& g,
                 std::optional<Tensor> s0, double scale) {
-  prepare(op, a, ends, in.q, g, scale);
+  prepare(op, a, ends, in, g, scale);
   s0 = given(op, "S", a, in.q, s0);
-  const Tensor o = token_major(in.v, a.b, a.h, a.n, a.e);
+  const Tensor o = token_major(in.v, a.b, in.q.size(1), a.n, a.e);
   const Tensor s = empty(in.q, {a.states, a.h, a.d, a.e}, accumulator(in.q));
   a.o = Rows(o), a.stream = large(o);
 
@@ -77,7 +78,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Backward backward(const char* op, const Ends& ends, Gated& a, const Inputs& in, Tensor grad,
                   std::optional<Tensor> ds, const Tensor& g, std::optional<Tensor> s0,
                   double scale) {
-  prepare(op, a, ends, in.q, g, scale);
+  prepare(op, a, ends, in, g, scale);
   check_output(op, "do", grad, in.q, a.e);
   s0 = given(op, "S", a, in.q, s0), ds = given(op, "dS", a, in.q, ds);
   grad = unit_last(grad);
@@ -143,7 +144,7 @@ Backward backward(const char* op, const Ends& ends, Gated& a, const Inputs& in, 
 Forward dense_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
                       std::optional<Tensor> s0, double scale) {
   Gated a{};
-  const Inputs in("gated_linear_fwd", a, q, k, v, mask);
+  const Inputs in("gated_linear_fwd", a, q, k, v, mask, true);
   return forward("gated_linear_fwd", {}, a, in, g, s0, scale);
 }
 
@@ -151,7 +152,7 @@ Forward packed_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Ten
                        std::optional<Tensor> s0, Tensor cu_seqlens, double scale) {
   constexpr const char* op = "gated_linear_packed_fwd";
   Gated a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, true);
   return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, g, s0, scale);
 }
 
@@ -159,7 +160,7 @@ Backward dense_backward(Tensor grad, std::optional<Tensor> ds, Tensor q, Tensor 
                         Tensor g, std::optional<Tensor> mask, std::optional<Tensor> s0,
                         double scale) {
   Gated a{};
-  const Inputs in("gated_linear_bwd", a, q, k, v, mask);
+  const Inputs in("gated_linear_bwd", a, q, k, v, mask, true);
   return backward("gated_linear_bwd", {}, a, in, grad, ds, g, s0, scale);
 }
 
@@ -169,7 +170,7 @@ Backward packed_backward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<T
                          double scale) {
   constexpr const char* op = "gated_linear_packed_bwd";
   Gated a{};
-  const Inputs in(op, a, q, k, v, mask);
+  const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   Backward got = backward(op, ends, a, in, or_zeros(grad, o), ds, g, s0, scale);
   if (!s0) std::get<4>(got) = nothing(in.q);

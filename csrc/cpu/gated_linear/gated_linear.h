@@ -7,9 +7,9 @@ namespace tab {
 
 struct Gated : Segmented {
   double scale;
-  Rows g;       // log decay (B, H, N, 1), in the accumulation type
-  Rows dg;      // its gradient
-  void* kept;   // (B, H, tiles, D, Ep): S before each tile, which `keys` leaves there unless null
+  Rows g;      // log decay (B, H_kv, N, 1), in the accumulation type
+  Rows dg;     // its gradient
+  void* kept;  // (B, H_kv, tiles, D, Ep): S before each tile, which `keys` leaves there unless null
   bool stream;  // outputs too large for the caches are written past them
 };
 
@@ -20,7 +20,7 @@ struct GatedKernels {
 };
 
 /// States as the kernels hold them, S (D, Ep) and behind it the decay of the tokens that were added
-/// up, and their exchange with contiguous tensors (B, H, D, Dv), null where there is none.
+/// up, and their exchange with contiguous tensors (B, H_kv, D, Dv), null where there is none.
 template <class A>
 struct GatedStates {
   const Gated& a;

@@ -2,7 +2,8 @@
 // set.
 //
 // A state is S (D, Ep), where Ep is Dv padded to whole vectors, and behind it one number. Tokens come
-// in tiles of a.tile; a task is one segment of one (b, h). q is scaled as it is loaded.
+// in tiles of a.tile; a task is one segment of one (b, head of k and v), and of all heads of q that
+// share it. q is scaled as it is loaded.
 
 #include "../core/triangle.h"
 
@@ -10,7 +11,7 @@ namespace tab::TAB_ISA {
 
 // --- tiles ----------------------------------------------------------------------------------------
 
-/// The tokens [from, to) of head (b, h), and how their tiles are loaded.
+/// The tokens [from, to) of head (b, h) of k and v, or of one of q, and how their tiles are loaded.
 template <class T>
 struct Segment {
   using A = acc_t<T>;
@@ -27,6 +28,10 @@ struct Segment {
             padded<A>(a.d),
             padded<A>(a.e),
             padded<A>(a.tile)};
+  }
+  /// The same tokens of the g-th head of q that shares this one.
+  TAB_INLINE Segment of_queries(const Segment& s, int64_t g) {
+    return {s.a, s.b, s.h * s.a.group + g, s.from, s.to, s.dp, s.ep, s.tp};
   }
   TAB_INLINE bool masked(const Segment& s, int64_t t) {
     return s.a.mask != nullptr && !s.a.mask[s.b * s.a.n + t];
@@ -190,20 +195,23 @@ static void outputs(const Gated& a, int64_t task, void* state, void* scratch) {
   A* low = lost(a, arena, a.d * s.ep);
   for (int64_t t = s.from; t < s.to; t += a.tile) {
     const int64_t count = least(a.tile, s.to - t);
-    S::queries(s, t, count, q);
     S::load(s, a.k, true, t, count, a.d, k);
     S::load(s, a.v, true, t, count, a.e, v);
     decays(s, t, count, decay);
-    gemm(count, s.ep, a.d, q, s.dp, sum, s.ep, o, s.ep, false);
-    scale_rows(o, decay.until, count, s.ep);
     transpose(count, a.d, k, s.dp, kt, padded<A>(count));
-    triangle<A>(count, a.d, q, s.dp, kt, nullptr, p);
-    decay_pairs(count, decay.own, p, e);
-    triangle_times<false>(count, s.ep, p, v, o);
+    for (int64_t head = 0; head < a.group; ++head) {
+      const auto x = S::of_queries(s, head);
+      S::queries(x, t, count, q);
+      gemm(count, s.ep, a.d, q, s.dp, sum, s.ep, o, s.ep, false);
+      scale_rows(o, decay.until, count, s.ep);
+      triangle<A>(count, a.d, q, s.dp, kt, nullptr, p);
+      decay_pairs(count, decay.own, p, e);
+      triangle_times<false>(count, s.ep, p, v, o);
+      for (int64_t i = 0; i < count; ++i)
+        write_row(row<T>(a.o, s.b, x.h, t + i), a.e, o + i * s.ep, A(1), a.stream);
+    }
     scale_rows(k, decay.after, count, s.dp);
     step(a.d, s.ep, count, decay.total, k, s.dp, v, sum, low);
-    for (int64_t i = 0; i < count; ++i)
-      write_row(row<T>(a.o, s.b, s.h, t + i), a.e, o + i * s.ep, A(1), a.stream);
   }
   fence();
 }

@@ -5,6 +5,8 @@
 //     dK = dSᵀq_n,  dV = Pᵀdo,  dc = Σ_h(dK W_uk + dV W_uv),  dk_r = Σ_h dSᵀq_r
 //     dW_uk = Σ_b dKᵀc,  dW_uv = Σ_b dVᵀc
 //
+// tab::bent_mla_fwd and its likes bend the scores: s becomes c·tanh(s/c) - m_h·|i - j|.
+//
 // DeepSeek-V2 2024, eq. 9-19. K_h and V_h are expanded in scratch, one head at a time. For N = 64
 // the products of a head cost N·R·(Dn+Dv) to expand and N²·(Dn+Dr+Dv) to attend; absorbing W_uk into
 // q costs as much as expanding it and makes the scores R/Dn times dearer.
@@ -78,12 +80,13 @@ std::vector<Problem> problems(const Mla& a, const Ends& ends, const F& cut) {
 /// The inputs of both passes, checked, pointed to by `a`, and kept alive.
 struct Operands {
   Tensor qn, qr, c, kr, uk, uv;
-  std::optional<Tensor> mask;
+  std::optional<Tensor> mask, slopes;
   Mla a{};
 
   Operands(const char* op, const Tensor& qn_, const Tensor& qr_, const Tensor& c_,
            const Tensor& kr_, const Tensor& uk_, const Tensor& uv_,
-           const std::optional<Tensor>& mask_, double scale, bool causal)
+           const std::optional<Tensor>& mask_, double scale, bool causal,
+           const std::optional<Tensor>& slopes_ = {}, double softcap = 0)
       : qn(unit_last(qn_)),
         qr(unit_last(qr_)),
         c(unit_last(c_)),
@@ -104,6 +107,13 @@ struct Operands {
       check_dtype(op, "an input", *x, qn.scalar_type());
     check_mask(op, mask_, a.b, a.n);
     mask = contiguous(mask_), a.mask = mask_bytes(mask);
+    STD_TORCH_CHECK(softcap >= 0, op, ": softcap ≥ 0, 0 for none");
+    if (slopes_) {
+      check_shape(op, "slopes", *slopes_, {a.h});
+      check_dtype(op, "slopes", *slopes_, accumulator(qn));
+    }
+    slopes = contiguous(slopes_), a.slopes = slopes ? slopes->data_ptr() : nullptr;
+    a.softcap = softcap;
     a.qn = Rows(qn), a.qr = Rows(qr), a.c = by_batch(c), a.kr = by_batch(kr);
     a.uk = by_head(uk), a.uv = by_head(uv);
     a.row = a.n, a.rows = rows_of(a);
@@ -251,12 +261,20 @@ Six backward(const char* op, Operands& in, const Ends& ends, Tensor grad,
   });
 }
 
-// --- dense and packed -----------------------------------------------------------------------------
+// --- dense and packed, and those whose scores are bent --------------------------------------------
 
 Three dense_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
                     std::optional<Tensor> mask, double scale, bool causal) {
   Operands in("mla_fwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
   return forward("mla_fwd", in, {});
+}
+
+Three bent_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
+                   std::optional<Tensor> mask, std::optional<Tensor> slopes, double scale,
+                   bool causal, double softcap) {
+  constexpr const char* op = "bent_mla_fwd";
+  Operands in(op, qn, qr, c, kr, uk, uv, mask, scale, causal, slopes, softcap);
+  return forward(op, in, {});
 }
 
 Three packed_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
@@ -266,11 +284,27 @@ Three packed_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tenso
   return forward(op, in, Ends(op, cu_seqlens, in.a.b, in.a.n));
 }
 
+Three bent_packed_forward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
+                          std::optional<Tensor> mask, std::optional<Tensor> slopes,
+                          Tensor cu_seqlens, double scale, bool causal, double softcap) {
+  constexpr const char* op = "bent_mla_packed_fwd";
+  Operands in(op, qn, qr, c, kr, uk, uv, mask, scale, causal, slopes, softcap);
+  return forward(op, in, Ends(op, cu_seqlens, in.a.b, in.a.n));
+}
+
 Six dense_backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tensor c,
                    Tensor kr, Tensor uk, Tensor uv, Tensor o, Tensor lse,
                    std::optional<Tensor> mask, double scale, bool causal) {
   Operands in("mla_bwd", qn, qr, c, kr, uk, uv, mask, scale, causal);
   return backward("mla_bwd", in, {}, grad, dlse, o, lse);
+}
+
+Six bent_backward(Tensor grad, std::optional<Tensor> dlse, Tensor qn, Tensor qr, Tensor c,
+                  Tensor kr, Tensor uk, Tensor uv, Tensor o, Tensor lse, std::optional<Tensor> mask,
+                  std::optional<Tensor> slopes, double scale, bool causal, double softcap) {
+  constexpr const char* op = "bent_mla_bwd";
+  Operands in(op, qn, qr, c, kr, uk, uv, mask, scale, causal, slopes, softcap);
+  return backward(op, in, {}, grad, dlse, o, lse);
 }
 
 Six packed_backward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
@@ -283,14 +317,29 @@ Six packed_backward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor
   return backward(op, in, ends, or_zeros(grad, o), dlse, o, lse);
 }
 
+Six bent_packed_backward(Tensor qn, Tensor qr, Tensor c, Tensor kr, Tensor uk, Tensor uv,
+                         std::optional<Tensor> mask, std::optional<Tensor> slopes, Tensor o,
+                         Tensor lse, Tensor /* max_logits */, std::optional<Tensor> grad,
+                         std::optional<Tensor> dlse, Tensor cu_seqlens, double scale, bool causal,
+                         double softcap) {
+  constexpr const char* op = "bent_mla_packed_bwd";
+  Operands in(op, qn, qr, c, kr, uk, uv, mask, scale, causal, slopes, softcap);
+  const Ends ends(op, cu_seqlens, in.a.b, in.a.n);
+  return backward(op, in, ends, or_zeros(grad, o), dlse, o, lse);
+}
+
 }  // namespace
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
   m.impl("mla_fwd", TORCH_BOX(&tab::dense_forward));
   m.impl("mla_bwd", TORCH_BOX(&tab::dense_backward));
+  m.impl("bent_mla_fwd", TORCH_BOX(&tab::bent_forward));
+  m.impl("bent_mla_bwd", TORCH_BOX(&tab::bent_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
   m.impl("mla_packed_fwd", TORCH_BOX(&tab::packed_forward));
   m.impl("mla_packed_bwd", TORCH_BOX(&tab::packed_backward));
+  m.impl("bent_mla_packed_fwd", TORCH_BOX(&tab::bent_packed_forward));
+  m.impl("bent_mla_packed_bwd", TORCH_BOX(&tab::bent_packed_backward));
 }

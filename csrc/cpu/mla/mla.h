@@ -9,7 +9,8 @@ struct Mla {
   int64_t b, h, n, dn, dr, r, dv;
   int64_t rows;  // queries whose scores are held at once
   bool causal;
-  double scale;
+  double scale, softcap;          // softcap 0: none
+  const void* slopes;             // (H,) in the accumulation type, or null
   const uint8_t* mask;            // (B, N) or null
   Rows qn, qr, c, kr, uk, uv, o;  // uk and uv: h and n are the head and the row
   Rows grad, dqn, dqr, dc, dkr;   // backward

@@ -3,11 +3,12 @@
 //
 // The tiles of a head are [Vᵀ; Kᵀ; k_rᵀ] (Dvp+Dn+Dr, 64): one product of [W_uv; W_uk] and cᵀ. Its
 // gradients stand side by side in G (N, Dvp+Dkp) = [dV | dK | dk_r], so that dc = G [W_uv; W_uk] and
-// [dW_uv; dW_uk] = Gᵀ c are one product each. W_uk and k_r carry scale·log₂e, dS the factor ln 2.
+// [dW_uv; dW_uk] = Gᵀ c are one product each. W_uk and k_r carry scale·log₂e, dS the factor ln 2;
+// with a cap scale/c and c·(1 - tanh²).
 
 namespace tab::TAB_ISA {
 
-/// Packed weights of a head: W_uv (Dvp, Rp), its padding zero, then scale·log₂e·W_uk (Dn, Rp).
+/// Packed weights of a head: W_uv (Dvp, Rp), its padding zero, then scaled W_uk (Dn, Rp).
 template <class T>
 static void pack_backward(const Mla& a, int64_t head, void*) {
   using A = acc_t<T>;
@@ -16,12 +17,12 @@ static void pack_backward(const Mla& a, int64_t head, void*) {
   load_rows<T>(row<T>(a.uv, 0, head, 0), a.uv.n, a.dv, a.r, w);
   clear(w + a.dv * s.rp, (s.dvp - a.dv) * s.rp);
   load_rows<T>(row<T>(a.uk, 0, head, 0), a.uk.n, a.dn, a.r, w + s.dvp * s.rp);
-  multiply(w + s.dvp * s.rp, A(a.scale) * LOG2E<A>, a.dn * s.rp);
+  multiply(w + s.dvp * s.rp, key_scale<A>(a), a.dn * s.rp);
 }
 
 template <class A>
 struct MlaBackward : Pieces<A> {
-  int64_t c, ct, kt, turn, k, bias, q, g, o, s, ds, dq, sums, dc, dkr;
+  int64_t c, ct, kt, turn, k, bias, q, g, o, s, ds, steep, dq, sums, dc, dkr;
 
   TAB_INLINE MlaBackward of(const Mla& a) {
     const auto s = MlaSizes<A>::of(a);
@@ -38,6 +39,7 @@ struct MlaBackward : Pieces<A> {
     p.o = Pieces<A>::take(p, s.dvp);
     p.s = Pieces<A>::take(p, a.rows * s.strip);
     p.ds = Pieces<A>::take(p, a.rows * s.strip);
+    p.steep = Pieces<A>::take(p, a.softcap > 0 ? a.rows * s.strip : 0);
     p.dq = Pieces<A>::take(p, a.rows * s.dkp + W<A>);
     p.sums = Pieces<A>::take(p, n * (s.dvp + s.dkp) + W<A>);
     p.dc = Pieces<A>::take(p, n * s.rp);
@@ -51,7 +53,7 @@ template <bool masked, class A>
 static void differentiate(const Mla& a, int64_t i0, int64_t count, int64_t columns, const A* bias,
                           const A* lse, const A* delta, A* s, A* ds, int64_t ld) {
   for (int64_t i = 0; i < count; ++i, s += ld, ds += ld) {
-    const int64_t seen = masked && a.causal ? least(columns, padded<A>(i0 + i + 1)) : columns;
+    const int64_t seen = seen_columns<A>(a, i0 + i, columns);
     for (int64_t j = 0; j < seen; j += W<A>) {
       const Vec<A> x = hide<masked>(load(s + j), bias, a.causal, i0 + i, j);
       const Vec<A> p = exp2<A>(x - lse[i]);
@@ -63,6 +65,17 @@ static void differentiate(const Mla& a, int64_t i0, int64_t count, int64_t colum
     clear(s + seen, columns - seen);
     clear(ds + seen, columns - seen);
   }
+}
+
+/// ds∘steep in place; a pair that does not see each other, 0, stays 0.
+template <class A>
+static void flatten(const Mla& a, int64_t i0, int64_t count, int64_t columns, const A* steep, A* ds,
+                    int64_t ld) {
+  for (int64_t i = 0; i < count; ++i, steep += ld, ds += ld)
+    for (int64_t j = 0; j < seen_columns<A>(a, i0 + i, columns); j += W<A>) {
+      const Vec<A> x = load(ds + j);
+      store(ds + j, x == 0 ? x : x * load(steep + j));
+    }
 }
 
 /// dO of the queries i0 …, Δ = Σ do·o - dlse, and lse·log₂e, +∞ in a row that sees no key. So is a
@@ -100,6 +113,7 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
   A* x = static_cast<A*>(scratch);
   A *c = x + at.c, *ct = x + at.ct, *kt = x + at.kt, *k = x + at.k, *q = x + at.q, *g = x + at.g;
   A *strip = x + at.s, *ds = x + at.ds, *dq = x + at.dq, *grads = x + at.sums, *dc = x + at.dc;
+  A* steep = a.softcap > 0 ? x + at.steep : nullptr;
   A *dkr = x + at.dkr, *bias = a.mask != nullptr || s.np != a.n ? x + at.bias : nullptr;
   A delta[KEYS], lse[KEYS];
   const int64_t tall = s.dvp + s.dk, ld = s.dvp + s.dkp, high = s.dvp + a.dn;
@@ -127,10 +141,12 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
         load_cotangents<T>(a, b, h, i0, count, q, g, x + at.o, delta, lse);
         scores(count, columns, s.dk, q, s.dkp, kt, tall, s.dvp, strip, s.strip);
         scores(count, columns, s.dvp, g, s.dvp, kt, tall, int64_t(0), ds, s.strip);
+        bend<A>(a, h, i0, count, columns, strip, steep, s.strip);
         if (bias != nullptr || a.causal)
           differentiate<true>(a, i0, count, columns, bias, lse, delta, strip, ds, s.strip);
         else
           differentiate<false>(a, i0, count, columns, bias, lse, delta, strip, ds, s.strip);
+        if (steep) flatten<A>(a, i0, count, columns, steep, ds, s.strip);
         const bool whole =
             !a.causal || (all_finite(g, count * s.dvp) && all_finite(q, count * s.dkp));
         if (whole) {
@@ -155,7 +171,7 @@ static void backward(const Mla& a, const MlaTask& task, const MlaSums& sums, voi
       gemm<true>(high, s.rp, seen, grads, ld, c, s.rp,
                  static_cast<A*>(sums.weights) + h * high * s.rp, s.rp, task.add || b > task.b0);
       for (int64_t j = 0; j < seen; ++j)
-        add_scaled(dkr + j * s.drp, A(a.scale) * LOG2E<A>, grads + j * ld + high, s.drp);
+        add_scaled(dkr + j * s.drp, key_scale<A>(a), grads + j * ld + high, s.drp);
     }
     for (int64_t j = 0; j < a.n; ++j) {
       if (sums.latent != nullptr) {
@@ -202,7 +218,7 @@ static void finish_weights(const Mla& a, int64_t head, const void* sums, int64_t
     if (j < a.dv)
       store_row(row<T>(duv, 0, head, j), a.r, total, A(1));
     else
-      store_row(row<T>(duk, 0, head, j - s.dvp), a.r, total, A(a.scale) * LOG2E<A>);
+      store_row(row<T>(duk, 0, head, j - s.dvp), a.r, total, key_scale<A>(a));
   }
 }
 

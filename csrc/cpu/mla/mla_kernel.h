@@ -5,7 +5,9 @@
 // right-hand side of W_uk cᵀ = Kᵀ and the transposed left-hand side of c W_uvᵀ = V. Per head the
 // tiles [Kᵀ; k_rᵀ] (Dn+Dr, 64) and V (N, Dvp) are expanded into scratch, then for `rows` queries at
 // a time S = [q_n q_r]·[Kᵀ; k_rᵀ] is a whole strip of rows: softmax needs no second visit. Kᵀ carries
-// scale·log₂e, so that P = 2^(S - max).
+// scale·log₂e, so that P = 2^(S - max), or scale/c where there is a cap.
+
+#include "../core/tanh.h"
 
 namespace tab::TAB_ISA {
 
@@ -36,6 +38,12 @@ struct Pieces {
   }
 };
 
+/// What Kᵀ and k_rᵀ are multiplied with.
+template <class A>
+TAB_INLINE A key_scale(const Mla& a) {
+  return a.softcap > 0 ? A(a.scale / a.softcap) : A(a.scale) * LOG2E<A>;
+}
+
 // --- latents and queries --------------------------------------------------------------------------
 
 /// Rows of a masked token are 0: a weight of 0 would not hide a NaN.
@@ -46,7 +54,7 @@ TAB_INLINE void hide_masked(const Mla& a, int64_t b, int64_t t, int64_t count, i
     if (!a.mask[b * a.n + t + i]) clear(x + i * width, width);
 }
 
-/// c (Np, Rp), cᵀ (tiles, R, 64) and scale·log₂e·k_rᵀ, the last `dr` of `tall` rows of each tile.
+/// c (Np, Rp), cᵀ (tiles, R, 64) and scaled k_rᵀ, the last `dr` of `tall` rows of each tile.
 template <class T>
 static void load_latents(const Mla& a, int64_t b, acc_t<T>* c, acc_t<T>* ct, acc_t<T>* kt,
                          int64_t tall, acc_t<T>* turn) {
@@ -62,8 +70,7 @@ static void load_latents(const Mla& a, int64_t b, acc_t<T>* c, acc_t<T>* ct, acc
     load_rows<T>(row<T>(a.kr, b, 0, t), a.kr.n, count, a.dr, turn);
     hide_masked(a, b, t, count, s.drp, turn);
     transpose(count, a.dr, turn, s.drp, krt, KEYS);
-    for (int64_t i = 0; i < a.dr; ++i)
-      multiply(krt + i * KEYS, A(a.scale) * LOG2E<A>, padded<A>(count));
+    for (int64_t i = 0; i < a.dr; ++i) multiply(krt + i * KEYS, key_scale<A>(a), padded<A>(count));
   }
 }
 
@@ -101,6 +108,39 @@ static void scores(int64_t count, int64_t columns, int64_t depth, const A* q, in
          KEYS, s + j, lds, false);
 }
 
+/// How far row i of the strip is of use.
+template <class A>
+TAB_INLINE int64_t seen_columns(const Mla& a, int64_t i, int64_t columns) {
+  return a.causal ? least(columns, padded<A>(i + 1)) : columns;
+}
+
+/// s (count, columns), the products x = key_scale·q·k, becomes log₂e·(c·tanh(x) - m·|i - j|), and
+/// `steep` its slope in x where there is a cap. Nothing to do where the call asks for neither.
+template <class A>
+static void bend(const Mla& a, int64_t h, int64_t i0, int64_t count, int64_t columns, A* s,
+                 A* steep, int64_t ld) {
+  typedef typename integer<A>::scalar I;
+  if (a.softcap <= 0 && a.slopes == nullptr) return;
+  const A cap = A(a.softcap) * LOG2E<A>;
+  const A slope = a.slopes ? static_cast<const A*>(a.slopes)[h] * LOG2E<A> : A(0);
+  for (int64_t i = 0; i < count; ++i, s += ld) {
+    const int64_t seen = seen_columns<A>(a, i0 + i, columns);
+    for (int64_t j = 0; j < seen; j += W<A>) {
+      Vec<A> x = load(s + j);
+      if (a.softcap > 0) {
+        x = tanh<A>(x);
+        if (steep) store(steep + i * ld + j, cap * (A(1) - x * x));
+        x *= cap;
+      }
+      if (a.slopes) {
+        const auto far = __builtin_convertvector(lanes<A>() + I(j - i0 - i), Vec<A>);
+        x -= slope * maximum<A>(far, -far);
+      }
+      store(s + j, x);
+    }
+  }
+}
+
 /// Adds -∞ where query i must not see the keys j, j+1, …
 template <bool masked, class A>
 TAB_INLINE Vec<A> hide(Vec<A> x, const A* bias, bool causal, int64_t i, int64_t j) {
@@ -119,7 +159,7 @@ template <bool masked, class A>
 static void softmax(const Mla& a, int64_t i0, int64_t count, int64_t columns, const A* bias, A* s,
                     int64_t lds, A* top, A* total) {
   for (int64_t i = 0; i < count; ++i, s += lds) {
-    const int64_t seen = masked && a.causal ? least(columns, padded<A>(i0 + i + 1)) : columns;
+    const int64_t seen = seen_columns<A>(a, i0 + i, columns);
     Vec<A> high = splat<A>(-__builtin_inf()), all{};
     for (int64_t j = 0; j < seen; j += W<A>) {
       const Vec<A> x = hide<masked>(load(s + j), bias, a.causal, i0 + i, j);
@@ -157,14 +197,14 @@ TAB_INLINE A larger(A x, A y) {
 
 // --- forward --------------------------------------------------------------------------------------
 
-/// Packed weights of a head: scale·log₂e·W_uk (Dn, Rp), then W_uvᵀ (R, Dvp).
+/// Packed weights of a head: scaled W_uk (Dn, Rp), then W_uvᵀ (R, Dvp).
 template <class T>
 static void pack_forward(const Mla& a, int64_t head, void* scratch) {
   using A = acc_t<T>;
   const auto s = MlaSizes<A>::of(a);
   A* w = static_cast<A*>(a.weights) + head * (a.dn * s.rp + a.r * s.dvp);
   load_rows<T>(row<T>(a.uk, 0, head, 0), a.uk.n, a.dn, a.r, w);
-  multiply(w, A(a.scale) * LOG2E<A>, a.dn * s.rp);
+  multiply(w, key_scale<A>(a), a.dn * s.rp);
   A* uv = static_cast<A*>(scratch);
   load_rows<T>(row<T>(a.uv, 0, head, 0), a.uv.n, a.dv, a.r, uv);
   transpose(a.dv, a.r, uv, s.rp, w + a.dn * s.rp, s.dvp);
@@ -219,6 +259,7 @@ static void forward(const Mla& a, const MlaTask& task, void* peaks, void* scratc
         const int64_t columns = a.causal ? least(s.np, padded<A>(i0 + count)) : s.np;
         load_queries<T>(a, b, h, i0, count, q);
         scores(count, columns, s.dk, q, s.dkp, kt, s.dk, 0, strip, s.strip);
+        bend<A>(a, h, i0, count, columns, strip, nullptr, s.strip);
         if (bias != nullptr || a.causal)
           softmax<true>(a, i0, count, columns, bias, strip, s.strip, top, total);
         else

@@ -13,6 +13,8 @@ namespace tab {
 
 struct Local : Softmax {
   int64_t left, right, cols;  // cols 0: the tokens are a line
+
+  void enter(int64_t /* sequence */) {}  // the window is the same for all
 };
 
 }  // namespace tab

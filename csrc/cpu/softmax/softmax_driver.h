@@ -83,6 +83,7 @@ std::vector<Args> problems(const Args& a, int64_t lanes, int64_t queries, MostRu
     x.m = x.n;
     x.lse = static_cast<acc_t<T>*>(x.lse) + from;
     if (x.dlse != nullptr) x.dlse = static_cast<const acc_t<T>*>(x.dlse) + from;
+    x.enter(i);
     each.push_back(x);
   }
   for (Args& x : each) prepare<T>(x, lanes, queries, most_runs);
