@@ -58,19 +58,19 @@ bench: setup
 
 # Compiles every Triton kernel for sm_80, sm_90, sm_100, prints what each needs, and holds it to the
 # limits; runs the PTX of sm_80 on the CPU and reads the machine code of sm_90; no GPU needed. The
-# tests find in Triton's cache what was compiled for the report.
+# tests find in Triton's cache what was compiled for the report: of each kernel the launch that asks
+# for most. TAB_EVERY_LAUNCH=1 takes all that its file names, before a release.
 PTX := tests/ops/test_ptx.py tests/ops/test_ptx_machine.py tests/ops/test_assembled.py
 
 kernels: setup
-	$(BIN)/tab doctor --kernels
-	$(BIN)/python -m pytest -m compiles -k "not one_launch" tests/ops/test_triton.py
+	$(BIN)/tab doctor --kernels $(if $(TAB_EVERY_LAUNCH),--all)
+	$(BIN)/python -m pytest -m compiles tests/ops/test_triton.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
 	    $(BIN)/python -m pytest -m compiles --numprocesses 2 --dist worksteal $(PTX)
 
 # One wheel, built on the installed torch, must pass the op tests on the oldest torch it is for; the
-# Triton that came with that one (3.6) must interpret and compile every kernel: all launches for
-# sm_80, which has the fewest registers, and one of each kernel for sm_90 and sm_100. Its interpreter
-# turns arrays into numbers in a way that NumPy has since dropped.
+# Triton that came with that one (3.6) must interpret and compile every kernel. Its interpreter turns
+# arrays into numbers in a way that NumPy has since dropped.
 OLD := .venv-oldest
 OPS := tests/ops tests/layers/test_masks.py tests/layers/test_state.py tests/train/test_step.py
 
@@ -95,15 +95,17 @@ two-torch: setup oldest
 	    PYTEST_ADDOPTS='-m "not any_torch and not each_isa and not compiles"' \
 	    $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OPS)
 	PYTHONSAFEPATH=1 $(OLD)/bin/python -m pytest --numprocesses 2 -m compiles \
-	    -k "80 or one_launch or ones" tests/ops/test_triton.py
+	    tests/ops/test_triton.py
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 # Python is not built with them, so their libraries come first; what Python never frees is no leak.
+# The instruction sets run side by side, each with two threads: who waits must leave the core free.
 sanitize: setup
 	TAB_SANITIZE=1 TAB_CPP=1 TAB_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 	PYTHONPATH=build/sanitize $(BIN)/python tests/support/sanitized.py
 
 # Every way to install TAB, each in a fresh environment; WAYS="wheel clang" for some of them.

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import tab
+from tab.bench.benchmark import compiled
 
 WIDTH, WINDOW, BLOCK = 64, 128, 64
 LATENT, ROTARY = 64, 16  # of mla
+PARTS = 16  # sequences of a packed batch
 NOTHING = "none of them"
 
 
@@ -48,7 +50,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 def lengths(tokens: int) -> list[int]:
     """A packed batch: 16 sequences from tokens/64 to tokens/8 or so."""
     draw = random.Random(0)
-    parts = [draw.randint(tokens // 64, tokens // 10) for _ in range(15)]
+    parts = [draw.randint(tokens // 64, tokens // 10) for _ in range(PARTS - 1)]
     return [*parts, tokens - sum(parts)]
 
 
@@ -60,12 +62,26 @@ def by_flex(
 ) -> Callable:
     """FlexAttention, compiled. seen: which pairs; bend: of the scores."""
     mask = create_block_mask(seen, None, None, n, keys or n, device="cpu", BLOCK_SIZE=BLOCK)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return partial(compiled, block_mask=mask, score_mod=bend, **options)
+    return partial(compiled(flex_attention), block_mask=mask, score_mod=bend, **options)
 
 
 def by_sdpa(mask: Tensor) -> Callable:
     return partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+
+
+def capped(s, b, h, i, j):
+    return 30 * torch.tanh(s / 30)
+
+
+def sloped(slopes: Tensor) -> Callable:
+    return lambda s, b, h, i, j: s - slopes[h] * (i - j).abs()
+
+
+def falling(slopes: Tensor, seen: Tensor) -> Tensor:
+    """The same as a mask of SDPA, (H, N, N)."""
+    i = torch.arange(len(seen))
+    bias = -slopes[:, None, None] * (i[:, None] - i).abs()
+    return bias.masked_fill(~seen, -torch.inf)
 
 
 def softmax(op: str, attend: Callable, seen: Callable, heads: int, n: int) -> Iterator[Case]:
@@ -73,19 +89,12 @@ def softmax(op: str, attend: Callable, seen: Callable, heads: int, n: int) -> It
     dense = seen(0, 0, i[:, None], i)
     real = i < n // 2
     slopes, sinks = 2.0 ** -torch.arange(1.0, heads + 1), torch.linspace(-1, 1, heads)
-    falling = -slopes[:, None, None] * (i[:, None] - i).abs()
     q, k, v = leaves(*[(1, heads, n, WIDTH)] * 3)
     plain = Call(attend, [q, k, v])
     grouped = [q, *leaves(*[(1, heads // 4, n, WIDTH)] * 2)]
 
     def padded(b, h, i, j):
         return seen(b, h, i, j) & real[j]
-
-    def capped(s, b, h, i, j):
-        return 30 * torch.tanh(s / 30)
-
-    def sloped(s, b, h, i, j):
-        return s - slopes[h] * (i - j).abs()
 
     flex = by_flex(seen, n)
     rows: dict[str, tuple] = {
@@ -97,8 +106,7 @@ def softmax(op: str, attend: Callable, seen: Callable, heads: int, n: int) -> It
         ),
         "softcap": ({"softcap": 30.0}, by_flex(seen, n, capped), None),
         "alibi": (
-            {"alibi": slopes}, by_flex(seen, n, sloped),
-            by_sdpa(falling.masked_fill(~dense, -torch.inf)),
+            {"alibi": slopes}, by_flex(seen, n, sloped(slopes)), by_sdpa(falling(slopes, dense)),
         ),
         "sinks": ({"sinks": sinks}, None, None),
         "return_lse": ({"return_lse": True}, None, None),
@@ -111,22 +119,30 @@ def softmax(op: str, attend: Callable, seen: Callable, heads: int, n: int) -> It
         )  # fmt: skip
 
 
-def packed(op: str, attend: Callable, equal: Callable, seen: Callable, heads: int, n: int) -> Case:
+def packings(n: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, cu_seqlens and the sequence of each token: of as many lengths, and of one, which is
+    the arithmetic of the dense batch; sequences of many lengths have more pairs of tokens."""
+    for name, parts in (("many lengths", lengths(n)), ("one length", [n // PARTS] * PARTS)):
+        cu = torch.tensor([0, *parts]).cumsum(0).int()
+        yield f"cu_seqlens, {name}", cu, torch.arange(PARTS).repeat_interleave(cu.diff())
+
+
+def packed(
+    op: str, attend: Callable, equal: Callable, seen: Callable, heads: int, n: int
+) -> Iterator[Case]:
     """equal: the op for the dense batch."""
-    parts = lengths(n)
-    cu = torch.tensor([0, *parts]).cumsum(0).int()
-    start = torch.repeat_interleave(cu[:-1], torch.tensor(parts))
+    x, i = leaves(*[(1, heads, n, WIDTH)] * 3), torch.arange(n)
+    dense = Call(equal, leaves(*[(PARTS, heads, n // PARTS, WIDTH)] * 3))
+    for name, cu, document in packings(n):
+        start = cu[document]
 
-    def within(b, h, i, j):
-        return seen(b, h, i - start[i], j - start[j]) & (start[i] == start[j])
+        def within(b, h, i, j, start=start):
+            return seen(b, h, i - start[i], j - start[j]) & (start[i] == start[j])
 
-    x = leaves(*[(1, heads, n, WIDTH)] * 3)
-    dense = leaves(*[(len(parts), heads, n // len(parts), WIDTH)] * 3)
-    i = torch.arange(n)
-    return Case(
-        op, "cu_seqlens", Call(partial(attend, cu_seqlens=cu), x), Call(equal, dense),
-        Call(by_flex(within, n), x), Call(by_sdpa(within(0, 0, i[:, None], i)), x),
-    )  # fmt: skip
+        yield Case(
+            op, name, Call(partial(attend, cu_seqlens=cu), x), dense,
+            Call(by_flex(within, n), x), Call(by_sdpa(within(0, 0, i[:, None], i)), x),
+        )  # fmt: skip
 
 
 def crossed(op: str, attend: Callable, plain: Callable, seen: Callable, heads: int, n: int) -> Case:
@@ -153,7 +169,7 @@ def sums(op: str, attend: Callable, causal: bool, heads: int, n: int) -> Iterato
     plain = Call(attend, [q, k, v])
     few = [q, *leaves(*[(1, heads // 4, n, WIDTH)] * 2)]
     yield Case(op, "grouped heads, H_kv = H/4", Call(attend, few), plain)
-    i, parts = torch.arange(n), lengths(n)
+    i = torch.arange(n)
     for name, real in (("all real", i >= 0), ("half padding", i < n // 2)):
         yield Case(
             op, f"key_mask, {name}", Call(partial(attend, key_mask=real[None]), [q, k, v]), plain
@@ -161,20 +177,23 @@ def sums(op: str, attend: Callable, causal: bool, heads: int, n: int) -> Iterato
     if not causal:  # as many tokens in all
         crossed = leaves((1, heads, n // 2, WIDTH), *[(1, heads, n + n // 2, WIDTH)] * 2)
         yield Case(op, "cross-attention, N/2 and 3N/2", Call(attend, crossed), plain)
-    cu = torch.tensor([0, *parts]).cumsum(0).int()
-    equal = leaves(*[(len(parts), heads, n // len(parts), WIDTH)] * 3)
-    packed = Call(partial(attend, cu_seqlens=cu), [q, k, v])
-    yield Case(op, "cu_seqlens", packed, Call(attend, equal))
+    equal = Call(attend, leaves(*[(PARTS, heads, n // PARTS, WIDTH)] * 3))
+    for name, cu, _ in packings(n):
+        yield Case(op, name, Call(partial(attend, cu_seqlens=cu), [q, k, v]), equal)
 
 
 def decays(heads: int, n: int) -> Iterator[Case]:
-    """The op without a decay is causal linear attention of the same features."""
+    """The op without a decay is causal linear attention of the same features; grouped heads are
+    held to the op with a decay of each token."""
     x = leaves(*[(1, heads, n, WIDTH)] * 3)
     plain = partial(tab.linear_attention, feature_map="identity", causal=True)
     rates = (1 - 2.0 ** (-5 - torch.arange(heads))).log()
     for name, decay in (("a head", rates), ("a token", rates[None, :, None].expand(1, heads, n))):
         gated = partial(tab.gated_linear_attention, log_decay=decay.contiguous())
         yield Case("gated_linear", f"decay of {name}", Call(gated, x), Call(plain, x))
+    few = [x[0], *leaves(*[(1, heads // 4, n, WIDTH)] * 2)]
+    shared = partial(tab.gated_linear_attention, log_decay=decay[:, : heads // 4].contiguous())
+    yield Case("gated_linear", "grouped heads, H_kv = H/4", Call(shared, few), Call(gated, x))
 
 
 def latent(heads: int, n: int) -> Iterator[Case]:
@@ -196,18 +215,17 @@ def latent(heads: int, n: int) -> Iterator[Case]:
     def causal(b, h, i, j):
         return j <= i
 
-    def within(b, h, i, j):
+    def within(document: Tensor, b, h, i, j):
         return (j <= i) & (document[i] == document[j])
 
     def padded(b, h, i, j):
         return (j <= i) & real[j]
 
     attend = partial(tab.mla_attention, causal=True, form="fused")
-    x, i, parts = operands(1, n), torch.arange(n), lengths(n)
+    x, i = operands(1, n), torch.arange(n)
     real, sinks = i < n // 2, torch.linspace(-1, 1, heads)
-    document = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
-    cu = torch.tensor([0, *parts]).cumsum(0).int()
-    plain, equal = Call(attend, x), Call(attend, operands(len(parts), n // len(parts)))
+    slopes = 2.0 ** -torch.arange(1.0, heads + 1)
+    plain, equal = Call(attend, x), Call(attend, operands(PARTS, n // PARTS))
     square = i[:, None], i
     flex = by_flex(causal, n)
     sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
@@ -217,12 +235,17 @@ def latent(heads: int, n: int) -> Iterator[Case]:
         "key_mask, half padding": (
             {"key_mask": real[None]}, plain, by_flex(padded, n), by_sdpa(padded(0, 0, *square)),
         ),
+        "softcap": ({"softcap": 30.0}, plain, by_flex(causal, n, capped), None),
+        "alibi": (
+            {"alibi": slopes}, plain, by_flex(causal, n, sloped(slopes)),
+            by_sdpa(falling(slopes, causal(0, 0, *square))),
+        ),
         "sinks": ({"sinks": sinks}, plain, None, None),
         "return_lse": ({"return_lse": True}, plain, None, None),
-        "cu_seqlens": (
-            {"cu_seqlens": cu}, equal, by_flex(within, n), by_sdpa(within(0, 0, *square)),
-        ),
     }  # fmt: skip
+    for name, cu, document in packings(n):
+        mask = partial(within, document)
+        rows[name] = {"cu_seqlens": cu}, equal, by_flex(mask, n), by_sdpa(mask(0, 0, *square))
     for feature, (options, without, other, theirs) in rows.items():
         yield Case(
             "mla", feature, Call(partial(attend, **options), x), without,
@@ -256,8 +279,8 @@ def cases(heads: int, n: int) -> Iterator[Case]:
     local, sparse = partial(tab.local_attention, window=WINDOW, causal=True), of(pattern(n))
     yield from softmax("local", local, near, heads, n)
     yield crossed("local", local, local, near, heads, n)
-    yield packed("local", local, local, near, heads, n)
+    yield from packed("local", local, local, near, heads, n)
     yield from softmax("sparse", sparse, blocks, heads, n)
     yield crossed("sparse", of(pattern(2 * n).tail(n)), sparse, blocks, heads, n)
-    yield packed("sparse", of(pattern), of(pattern(n // len(lengths(n)))), blocks, heads, n)
+    yield from packed("sparse", of(pattern), of(pattern(n // PARTS)), blocks, heads, n)
     yield from latent(heads, n)

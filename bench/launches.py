@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tab.bench.cases import SIZES
+from tab.bench.ops.performer import FEATURES
 from tab.doctor import kernel_report
 from tab.kernels import _launch
 
@@ -34,7 +35,8 @@ def calls(op: str, size: str, causal: bool):
     b, h, n, d = SIZES[size].values()
     q, meta = _launch.meta_heads(b, h, n, d, torch.bfloat16), _launch.meta_tensor
     lse = meta(b, h, n)
-    forward, backward = (_launch.LAUNCHERS[f"{op}_{way}"].run for way in ("fwd", "bwd"))
+    kind = f"{op}_stateless" if f"{op}_stateless_fwd" in _launch.LAUNCHERS else op
+    forward, backward = (_launch.LAUNCHERS[f"{kind}_{way}"].run for way in ("fwd", "bwd"))
     if op == "linear":
         s, z = meta(b, h, d, d), meta(b, h, d)
         options = None, None, None, 0, causal, 0.0
@@ -42,6 +44,16 @@ def calls(op: str, size: str, causal: bool):
             backward,
             (q, None, None, q, q, q, q, s, z, *options),
         )
+    if op == "performer":
+        w, s, z = meta(FEATURES, d), meta(b, h, FEATURES, d), meta(b, h, FEATURES)
+        options = *(None,) * 4, 0, causal
+        return (forward, (q, q, q, w, *options, 0.0)), (
+            backward,
+            (q, None, None, q, q, q, w, q, s, z, z, lse, *options),
+        )
+    if op == "gated_linear":
+        options = q, q, q, _launch.meta_heads(b, h, n, 1, torch.float32), None, None, 0.125
+        return (forward, options), (backward, (q, None, *options))
     if op == "local":
         side = WINDOW[size] // 2
         options = None, None, side, side, 0, 0, causal, 0.125, 0.0
@@ -112,7 +124,8 @@ def host(launch, turns: int = 15, each: int = 200) -> tuple[float, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="+", choices=("linear", "local", "sparse"))
+    known = "linear", "gated_linear", "performer", "local", "sparse"
+    parser.add_argument("ops", nargs="+", choices=known)
     parser.add_argument("--sizes", default="cifar,vision,long")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--host", action="store_true", help="time what a launch costs the CPU")

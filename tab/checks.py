@@ -39,11 +39,14 @@ def check_keys(
 
 
 def check_type(where: str, value: object, hint: object) -> Any:
-    """`value` if it is a `hint` (an int passes for a float), else a ValueError."""
+    """`value` if it is a `hint` (an int passes for a float), else a ValueError. An int has 64 bits,
+    as in TOML and in torch."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where} = {value!r}: give a number of 64 bits")
     for kind in choices:
         if typing.get_origin(kind) is Literal:
-            if value in typing.get_args(kind):
+            if any(type(value) is type(one) and value == one for one in typing.get_args(kind)):
                 return value
         elif kind is float and type(value) in (int, float):
             return float(value)

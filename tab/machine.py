@@ -63,8 +63,9 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         wall, cpu, before = self._begin
-        self.seconds, self.cpu = time.perf_counter() - wall, time.process_time() - cpu
         after = _waits()
+        self.cpu = time.process_time() - cpu  # within the clock's seconds, at both ends
+        self.seconds = time.perf_counter() - wall
         waits = [ns - before.get(thread, 0) for thread, ns in after.items()]
         self.waited = min(max(waits) / 1e9, self.seconds) if before and waits else None
 

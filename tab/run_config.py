@@ -28,7 +28,7 @@ class Train:
     # first_epoch: later ones run in eval mode, so that batch norm stands still (a published fault)
     train_mode: Literal["always", "first_epoch"]
     label_smoothing: float
-    amp: bool  # bfloat16 autocast, on a GPU only: CPUs often emulate it
+    amp: bool  # bfloat16 autocast, on a GPU
     compile: bool  # the model through torch.compile
     graph: bool  # a step as a CUDA graph, on a GPU only
     # what weight decay shrinks; weights: no norm, bias, gate, position or embedding
@@ -36,12 +36,19 @@ class Train:
     gate_lr_ratio: float = 1.0  # the gates γ of residual branches learn at lr times this
     # above 0: what is scored and kept is w̄ ← ema·w̄ + (1 − ema)·w, of each step
     ema: float = 0.0
+    # amp on a CPU, too: several times as fast where it multiplies bfloat16 (AMX), else slower
+    amp_on_cpu: bool = False
 
     def __post_init__(self):
         positive(self, "train", "epochs", "batch_size", "lr", "gate_lr_ratio")
         between(self, "train", "label_smoothing", 0, 0.999)
         between(self, "train", "weight_decay", 0, 1)
         between(self, "train", "ema", 0, 0.99999)
+        if self.amp_on_cpu and not self.amp:
+            raise ValueError(
+                "train.amp_on_cpu = true says where there is autocast, but train.amp = false; give "
+                "--set train.amp=true"
+            )
 
 
 @dataclass(frozen=True)

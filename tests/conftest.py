@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tasks import threads
 
 # A shell that runs the tests in the background has them ignore Control-C, and so all they start:
@@ -17,18 +18,35 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 gc.disable()
 
 
+# The same examples each time, however long one takes: on a busy machine all are slow. To look for
+# other ones: pytest --hypothesis-profile=default.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
 
 
 def pytest_collection_modifyitems(items):
+    # What is long begins early: at the end the other process would wait for it.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A test draws the same numbers whichever process runs it, and after whatever others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@ naive functions and its tolerances stay. No code of the peer is here: CHECKOUT i
 
     python bench/peer_suites/run.py fla CHECKOUT [--control] [--out FILE] [-- options of pytest]
     python bench/peer_suites/run.py local-attention CHECKOUT
+    python bench/peer_suites/run.py attention-gym CHECKOUT
     python bench/peer_suites/run.py transformers CHECKOUT
 
 TAB and what the peer imports have to be installed, the peer itself has not. Prints a table in
@@ -38,6 +39,27 @@ SUITES = {
         tuple(f"tests/ops/test_{x}.py" for x in ("linear_attn", "retention", "simple_gla")),
     ),
     "local-attention": Suite("on_local_attention", ".", ("tests",)),
+    "attention-gym": Suite(
+        "on_attention_gym",
+        ".",
+        tuple(
+            f"test/test_{x}.py"
+            for x in (
+                "global_sliding_window",
+                "document_mask",
+                "causal_block_mask",
+                "block_diffusion",
+                "jetspec",
+                "shared_prefix",
+                "shared_prefix_split_attention",
+                "merge_attention",
+                "vsa",
+                "mods",
+                "sandwich",
+                "graphormer",
+            )
+        ),
+    ),
     "transformers": Suite(
         "on_transformers",
         "src",

@@ -8,6 +8,8 @@ times that). Contestants at one model, in turns:
     tab NAME        the model with that mechanism
     eager NAME      its twin: the same weights, but the layer attends in plain PyTorch, by the
                     function of tab/bench/ops/; everything around it is the same code
+    free NAME       the same once more, but the layer attends at no cost, to nothing: the ceiling
+                    of what any kernel could reach (`--ceiling`)
 
 With patches of 4, 2 and 1 pixels the vit has 64, 256 and 1024 tokens: time and memory against N, on
 the same images. The case of a vit names its N.
@@ -81,23 +83,27 @@ def steps(
     *,
     batch: int | None = None,
     device: str = "cpu",
+    ceiling: bool = False,
     budget: float = 3.0,
     min_rounds: int = 5,
     max_rounds: int = 50,
 ) -> list[Row]:
-    """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's."""
+    """The control, then each mechanism and its twin; seconds["step"]. batch: else the recipe's.
+    ceiling: a twin that attends at no cost, too."""
     batch = batch or _batch(subject)
     x, y = _images(subject, batch, device)
     rows, calls = [], {}
     for name in ["none", *(a for a in attentions if a != "none")]:
         config = subject.recipe.run_config(subject.model, name, 0)
         ours = place(build_model(config, CLASSES), torch.device(device))
-        contestants = {name if name == "none" else f"tab {name}": ours}
+        contestants = {label_of(name): ours}
         other = twin(ours)
         errors: tuple[float | None, float | None] = (None, None)
         if other is not None:
             errors = difference(ours, other, x)
             contestants[f"eager {name}"] = other
+            if ceiling:
+                contestants[f"free {name}"] = twin(ours, "free")
         for label, net in contestants.items():
             row = Row(f"{subject.name}/b{batch}", label, batch=batch, tokens=config.tokens)
             rows.append(row)
@@ -113,6 +119,11 @@ def steps(
         if row.contestant in times:
             row.timed("step", times[row.contestant], pace)
     return rows
+
+
+def label_of(attention: str) -> str:
+    """The row of its model with TAB's own kernels."""
+    return attention if attention == "none" else f"tab {attention}"
 
 
 def _batch(subject: Subject) -> int:
@@ -145,7 +156,7 @@ def _peak(subject: Subject, contestant: str, batch: int, device: str) -> int:
 
     def build() -> Steps:
         model = build_model(config, CLASSES)
-        model = twin(model) if who == "eager" else model
+        model = twin(model, who) if who in TWINS else model
         return Steps(place(model, torch.device(device)), config.train, 10, torch.device(device))
 
     build().learn([_images(subject, 1, device)])  # libraries and thread stacks are there then
@@ -156,14 +167,18 @@ def _peak(subject: Subject, contestant: str, batch: int, device: str) -> int:
 # --- twins ----------------------------------------------------------------------------------------
 
 
-def twin(model: ImageModel) -> ImageModel | None:
-    """A copy whose layers attend in plain PyTorch; None where they run no op of TAB."""
+TWINS = {"eager": "use_pytorch", "free": "use_nothing"}  # of a Benchmark
+
+
+def twin(model: ImageModel, who: str = "eager") -> ImageModel | None:
+    """A copy whose layers attend in plain PyTorch, or at no cost; None where they run no op of
+    TAB."""
     other = copy.deepcopy(model)
     found = [attending(layer) for layer in other.layers()]
     if None in found:
         return None
     for benchmark, part in found:
-        benchmark.use_pytorch(part)
+        getattr(benchmark, TWINS[who])(part)
     return other
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .cases import Case
 from .measure import measure
-from .peak_memory import free, tokens
+from .peak_memory import free, panel, tokens
 from .roofline import Roofline
 from .rows import Row
 from .turns import fresh
@@ -113,25 +113,6 @@ def picture(rows: list[Row], path: Path) -> None:
     for line, way in zip(axes, DIRECTIONS, strict=True):
         value = milliseconds(way)
         for axis, op in zip(line, ops, strict=True):
-            _panel(axis, op, [r for r in rows if r.case.startswith(f"{op}/") and value(r)], value)
+            panel(axis, op, [r for r in rows if r.case.startswith(f"{op}/") and value(r)], value)
         line[0].set_ylabel("ms, forward + backward" if way == "both" else f"ms, {way}")
     figure.keep(path, dpi=110)
-
-
-def _panel(axis, op: str, mine: list[Row], value: Value) -> None:
-    for name in dict.fromkeys(row.contestant for row in mine):
-        points = [(tokens(row), value(row)) for row in mine if row.contestant == name]
-        style = {"color": "#0072B2", "linewidth": 2.2} if name == "tab" else {}
-        axis.loglog(*zip(*points, strict=True), marker="o", label=name, **style)
-    first, last = min(map(tokens, mine)), max(map(tokens, mine))
-    base = min(value(row) for row in mine)
-    for e in (1, 2):
-        ends = [base, base * (last / first) ** e]
-        axis.loglog([first, last], ends, ":", color="#999999", linewidth=1)
-        axis.annotate(f"N{'²' if e == 2 else ''}", (last, ends[1]), color="#777777")
-    ticks = sorted({tokens(row) for row in mine})
-    axis.set_xticks(ticks, [str(n) for n in ticks], rotation=45, minor=False)
-    axis.set_xticks([], minor=True)
-    axis.set(title=op, xlabel="tokens N")
-    axis.legend(fontsize=7, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -15,7 +16,16 @@ import torch
 from .. import __version__
 from ..files.formats import check, read_json, reading, write_json
 from .roofline import Roofline
-from .rows import Row
+from .rows import Row, worst_of
+
+# Variables that hold TAB's kernels, or PyTorch's, to less than the machine has.
+HOLDS = (
+    "TAB_ISA",
+    "TAB_BACKEND",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 
 
 def environment(device: str) -> dict[str, object]:
@@ -29,7 +39,7 @@ def environment(device: str) -> dict[str, object]:
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "commit": _commit(),
-        **{key: os.environ[key] for key in ("TAB_ISA", "TAB_BACKEND") if os.environ.get(key)},
+        **{key: os.environ[key] for key in HOLDS if os.environ.get(key)},
     }
     if device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -69,11 +79,17 @@ def save(
 
 
 def load(path: Path) -> tuple[dict, list[Row]]:
-    """The record and its rows; a ValueError or OSError names a file that is not one of ours."""
+    """The record and its rows; a ValueError or OSError names a file that is not one of ours. Who
+    gave NaN has no times, which files from before that was judged everywhere still hold."""
     way_out = "give a result of `tab bench --out`, or measure again"
     record = read_json(path, Record, way_out)
     with reading(path, way_out):
-        return record, [Row(**check("a row", row, Row)) for row in record["rows"]]
+        rows = [Row(**check("a row", row, Row)) for row in record["rows"]]
+    for row in rows:
+        errors = [e for e in (row.error, row.gradient_error) if e is not None]
+        if math.isnan(worst_of(errors) or 0):
+            row.skipped, row.seconds = row.skipped or "wrong: gave NaN", {}
+    return record, rows
 
 
 def _cpu_name() -> str:

@@ -107,7 +107,6 @@ def run(
         f"{roofline.bandwidth / 1e9:.1f} GB/s"
     )
     load, found = Load(), {}
-    warn(load)
     one = partial(
         measure,
         roofline=roofline,
@@ -203,6 +202,14 @@ def steps_command(
             "--memory", help="Measure the peak memory of a step, too, each in its own process."
         ),
     ] = False,
+    ceiling: Annotated[
+        bool,
+        typer.Option(
+            "--ceiling",
+            help="Time each mechanism with an attention that costs nothing, too, which is what no "
+            "kernel can beat.",
+        ),
+    ] = False,
     device: On = "cpu",
     budget: Budget = 3.0,
     processes: Processes = 5,
@@ -226,7 +233,6 @@ def steps_command(
     from .bench_tables import steps_table, summaries
 
     facts, load, found = environment(device), Load(), {}
-    warn(load)
     use_plugins(plugin)
     kinds, names = variants(models, attentions)
     sizes = [parse_override(f"patch={size}")[1] for size in patch.split(",")] if patch else []
@@ -237,6 +243,7 @@ def steps_command(
         attentions=names,
         batch=batch,
         device=device,
+        ceiling=ceiling,
         budget=budget / processes,
         min_rounds=_rounds(processes),
     )

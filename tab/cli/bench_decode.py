@@ -87,7 +87,6 @@ def command(
         only=partial(_entered, prefixes),
     )
     facts, load, found = environment(device), Load(), {}
-    warn(load)
     total = processes * len(units)
     say(f"Turns: {total} (cases: {len(units)}, processes: {processes})")
     with bar("decode") as show:

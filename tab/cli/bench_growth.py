@@ -50,7 +50,6 @@ def command(
     facts, roofline = environment("cpu"), measure_roofline(torch.float32, "cpu")
     only = partial(entered, beginnings(contestants))
     load, rows, tables = Load(), [], []
-    warn(load)
     with bar("growth") as show:
         for i, op in enumerate(wanted):
             mine = []

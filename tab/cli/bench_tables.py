@@ -72,9 +72,11 @@ def _error(x: float | None) -> str:
 def steps_table(rows: list[Row]) -> Table:
     """A model's training steps: images/s, and ratios of steps in the same round."""
     memory = any(row.peak_bytes for row in rows)
-    heads = ("Attention", "Images/s", "× control", "TAB is × eager", *["Peak MB"] * memory)
-    made = table(rows[0].case, *heads, right=heads[1:], note=_steps_note(rows))
     timed = {row.contestant: row for row in rows}
+    ceiling = any(name.startswith("free ") for name in timed)
+    heads = ("Attention", "Images/s", "× control", "TAB is × eager", *["Ceiling"] * ceiling)
+    heads += ("Peak MB",) * memory
+    made = table(rows[0].case, *heads, right=heads[1:], note=_steps_note(rows))
     for row in rows:
         if row.skipped:
             continue
@@ -84,6 +86,7 @@ def steps_table(rows: list[Row]) -> Table:
             spread([row.batch / x for x in (high, mid, low)], ",.0f"),
             "" if row.contestant == "none" else _speedup_of(row, timed["none"]),
             _eager(row, timed),
+            *[_eager(row, timed, "free ")] * ceiling,
             *["–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"] * memory,
         )
     return made
@@ -93,15 +96,19 @@ def _speedup_of(row: Row, other: Row) -> str:
     return spread(row_speedup(row, other, "step"), ".2f")
 
 
-def _eager(row: Row, timed: dict[str, Row]) -> str:
-    eager = timed.get(row.contestant.replace("tab ", "eager ", 1))
-    if not row.contestant.startswith("tab ") or eager is None or eager.skipped:
+def _eager(row: Row, timed: dict[str, Row], fast: str = "tab ") -> str:
+    """How many times as fast as the eager twin: of the row of TAB that it is, or its free twin."""
+    name = row.contestant.removeprefix("tab ")
+    eager, fast_row = timed.get(f"eager {name}"), timed.get(fast + name)
+    if row.contestant == name or eager is None or eager.skipped or fast_row is None:
         return ""
-    return _speedup_of(eager, row)
+    return _speedup_of(eager, fast_row)
 
 
 def _steps_note(rows: list[Row]) -> str:
     lines = ["Median (10th–90th percentile). × control: time of a step over the control's."]
+    if any(row.contestant.startswith("free ") for row in rows):
+        lines.append("Ceiling: how many times as fast as eager a step is if attention is free.")
     return "\n".join(lines + [f"{row.contestant}: {row.skipped}" for row in rows if row.skipped])
 
 

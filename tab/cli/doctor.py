@@ -9,12 +9,16 @@ from rich.text import Text
 
 from . import options
 from .answer import Answer, pairs, table
-from .terminal import bar, console
+from .terminal import bar, console, say
 
 
 def command(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Print the table of compiled kernels as well.")
+    ] = False,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Each launch of --kernels, not the largest: a third more."),
     ] = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -22,6 +26,8 @@ def command(
     """Say what is installed and built, and which backend of which operator can run here."""
     from ..doctor.doctor import backends, versions
 
+    if every and not kernels:
+        raise typer.BadParameter("--all says which kernels: give --kernels, too")
     answer = Answer(quiet=quiet, as_json=as_json)
     facts, found = versions(), backends()
     answer.show(pairs("TAB", facts))
@@ -40,24 +46,57 @@ def command(
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f": {', '.join(ops)}"
         console.print(Text(f"{reason}{which}", "dim"))  # nobody copies it: it may break
-    more = {"kernels": _kernels(answer)} if kernels else {}
+    more = _gpu(answer, every) if kernels else {}
+    wrong = more.get("faults", [])
     answer.end(versions=dict(facts), backends=found, **more)
+    for fault in wrong:
+        say(fault, style="red")
+    if wrong:
+        raise typer.Exit(1)
 
 
-def _kernels(answer: Answer) -> list[dict]:
-    """What each compiled GPU kernel takes; one that spills or does not fit is marked."""
+def _gpu(answer: Answer, every: bool) -> dict[str, list]:
+    """What the GPU kernels take, what of that is too much, and the least that their calls need."""
+    from ..doctor.kernel_limits import faults
+
+    rows = _kernels(answer, every)
+    return {"kernels": rows, "faults": faults(rows), "floors": _floors(answer)}
+
+
+def _kernels(answer: Answer, every: bool) -> list[dict]:
+    """What each compiled GPU kernel takes; one that takes more than it may is marked."""
+    from ..doctor.kernel_limits import faults
     from ..doctor.kernel_report import report_rows
 
     with bar("kernels") as show:
-        rows = report_rows(progress=show)
-    heads = ("Kernel", "Configuration", "sm", "Registers", "Spilled", "Shared KiB")
-    note = "Registers of a thread, bytes that it spills, shared memory of a block of its limit."
+        rows = report_rows(progress=show, every=every)
+    heads = ("Kernel", "Configuration", "sm", "Registers", "Spilled", "Shared KiB", "Warps")
+    note = "Of a thread: registers, bytes spilled. Of a block: shared memory, of its limit. "
+    note += "Of a multiprocessor: warps, in blocks, that it holds at once."
     made = table("Kernels", *heads, right=heads[2:], note=note)
     for row in rows:
-        bad = row["spilled"] > 0 or row["shared"] > row["limit"]
-        shared = f"{row['shared'] / 1024:.0f} of {row['limit'] // 1024}"
         numbers = map(str, (row["arch"], row["registers"], row["spilled"]))
-        cells = (f"{row['op']}: {row['kernel']}", row["config"], *numbers, shared)
-        made.add_row(*cells, style="red" if bad else None)
+        shared = f"{row['shared'] / 1024:.0f} of {row['limit'] // 1024}"
+        config = f"{row['config']} without {row['without']}".removesuffix(" without ")
+        cells = (f"{row['op']}: {row['kernel']}", config, *numbers, shared)
+        held = f"{row['warps']} in {row['blocks']}"
+        made.add_row(*cells, held, style="red" if faults([row]) else None)
+    answer.show(made)
+    return rows
+
+
+def _floors(answer: Answer) -> list[dict]:
+    """The least that each call of a GPU kernel takes."""
+    from ..doctor.kernel_floors import GPU, call_floors
+
+    rows = call_floors()
+    heads = ("Call, first operand", "Launches", "GFLOP", "MB", "Moved", "Bound by", "µs")
+    note = "The floor of bytes and of FLOPs, whichever is larger. MB: operands and results, once; "
+    note += "Moved: those of each launch."
+    made = table(f"Floors on an {GPU}", *heads, right=(*heads[1:5], "µs"), note=note)
+    for row in rows:
+        amounts = (row["flops"] / 1e9, row["bytes"] / 1e6, row["moved"] / 1e6)
+        cells = (f"{row['op']} {row['size']} {row['type']}", str(len(row["launches"])))
+        made.add_row(*cells, *(f"{x:.1f}" for x in amounts), row["bound"], f"{row['floor_us']:.1f}")
     answer.show(made)
     return rows

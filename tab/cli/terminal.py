@@ -73,8 +73,6 @@ class Commands(Group):
         for stream in (sys.stdout, sys.stderr):  # a name may be no text, or not in their encoding
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        for each in (console, results):
-            each.quiet, each.stderr = False, False
         try:
             with _sigterm_stops():
                 return super().invoke(ctx)
@@ -87,6 +85,9 @@ class Commands(Group):
                 raise
             _tell(str(error) or type(error).__name__)
             raise typer.Exit(2) from error
+        finally:  # what this command was told, --quiet and --json, is not for who prints next
+            for each in (console, results):
+                each.quiet, each.stderr = False, False
 
 
 def _tell(error: str) -> None:

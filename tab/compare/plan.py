@@ -103,6 +103,15 @@ class Plan:
     def save(self, out: Path | None, dataset: Dataset) -> Path:
         """Starts the directory `out`; one that holds a comparison is an error. None: a new one in
         results/, named after the time. -> the directory"""
+        grid = self.grid
+        if grid.control_seeds and (
+            "none" not in grid.attentions or grid.control_seeds < grid.seeds
+        ):
+            raise ValueError(
+                f"control_seeds = {grid.control_seeds}: they are of the control, none, which has "
+                f"{grid.seeds} like the others, or more; give attentions with none, and at least "
+                f"{grid.seeds}, or leave it out"
+            )
         plan = self.for_classes(len(dataset.classes))
         # Are there images enough?
         train, validation, test = split_batches(plan.configs()[0], dataset, torch.device("cpu"))

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, urlencode
 import numpy as np
 
 from ..checks import check_keys
-from .decode import Progress, decode_all, resized_note
+from .decode import Progress, decode_all, resized_note, shared_note
 from .pictures import TESTS, TRAIN, Pair
 from .tree import shown, stamp
 
@@ -86,7 +86,7 @@ def read(
     test_name = _one(source, "test", source.test, list(whole), TESTS)
     train, test = whole[train_name], whole[test_name]
     image, label = _columns(source, train)
-    classes, label_of = _classes(train, label)
+    classes, label_of = _classes(source, train, label)
     pairs, total = [], 0
     for name, split in ((train_name, train), (test_name, test)):
         labels = _labels(source, split, name, label, label_of)
@@ -99,6 +99,7 @@ def read(
     note += f": {len(train):,} train, {len(test):,} test{resized_note(total, side, fit)}"
     if test_name != "test":
         note += f"; the split {test_name} is the test set"
+    note += shared_note(pairs[0][0], pairs[1][0])
     return classes, pairs[0], pairs[1], note
 
 
@@ -120,7 +121,8 @@ def _load(source: Source) -> dict[str, Any]:
         found = datasets.load_dataset(name, source.config or None, revision=source.revision or None)
     except (ValueError, OSError) as error:  # of the Hub's own kinds, each is one of these
         text = " ".join(str(error).split())
-        raise type(error)(f"{source.spec} cannot be read: {text}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError  # its own may want more
+        raise kind(f"{source.spec} cannot be read: {text}") from error
     return found
 
 
@@ -156,14 +158,21 @@ def _columns(source: Source, split: Any) -> tuple[str, str]:
     return image, _one(source, "label", source.label, others, usual)
 
 
-def _classes(train: Any, label: str) -> tuple[tuple[str, ...], Callable]:
+def _classes(source: Source, train: Any, label: str) -> tuple[tuple[str, ...], Callable]:
     """(the classes, what makes a label's number of its value)."""
     import datasets
 
     kind = train.features[label]
     if isinstance(kind, datasets.ClassLabel):
         return tuple(map(shown, kind.names)), int
-    values = sorted(set(_values(train, label)) - {None})
+    found = _values(train, label)
+    try:
+        values = sorted(set(found) - {None})
+    except TypeError:  # lists, for instance
+        raise ValueError(
+            f"{source.spec}: {label} holds no classes but values such as {found[0]!r:.40}; name "
+            "another column, as hf:NAME?label=…"
+        ) from None
     numbers = {value: number for number, value in enumerate(values)}
     return tuple(shown(value) for value in values), lambda value: numbers.get(value, -1)
 

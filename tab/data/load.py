@@ -6,6 +6,7 @@ Everything is uint8 (N, S, S, 3) in RGB. What took time to read is cached under 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -223,7 +224,9 @@ def _unknown(spec: str, path: Path) -> str:
         )
     known = [*NAMED]
     if path.parent.is_dir():
-        known += [str(path.parent / entry.name) for entry in os.scandir(path.parent)]
+        beside = [name for name in os.listdir(path.parent) if name[0] != "."]
+        near = difflib.get_close_matches(path.name, beside)  # not by the folders that they share
+        known += [str(path.parent / name) for name in near]
     choose = (
         "choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, needle, hf:NAME, or an existing "
         "folder or archive (tar, zip) with train/<class>/* and test/<class>/*"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .decode import ENDINGS, Progress, decode_all, looks_like_picture, resized_note
+from .decode import ENDINGS, Progress, decode_all, looks_like_picture, resized_note, shared_note
 from .tree import FILE, FOLDER, LOST, Archive, Folder, shown, stamp, visible
 
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
@@ -132,6 +132,7 @@ def read(
     images, resized = decode_all(len(names), contents, at, side, fit, progress)  # train, then test
     n, both = counts[0], np.asarray(labels, np.int64)
     note = _note(tree, found, names, n, resized_note(resized, side, fit))
+    note += shared_note(images[:n], images[n:])
     return tuple(map(shown, classes)), (images[:n], both[:n]), (images[n:], both[n:]), note
 
 

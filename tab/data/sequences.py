@@ -170,7 +170,7 @@ class SequenceBatches:
     def epoch(self, epoch: int):
         index = self.index
         if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**64)
             index = index[torch.randperm(len(index), generator=generator)]
         for part in index[: self.samples].to(self.device).split(self.batch_size):
             yield self.tokens[part], self.labels[part]

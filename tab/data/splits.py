@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..run_config import IMAGE, RunConfig
 from .batches import Batches
@@ -72,7 +73,7 @@ def split_batches(
             f"no batch: {len(index)} images, batch_size {size}, drop_last true: give "
             f"--set train.batch_size={len(index)} or less, or --set data.drop_last=false"
         )
-    mean, std = _statistics(dataset.train.images[index])
+    mean, std = _statistics(dataset.train.images, index)
     common: dict[str, Any] = {"mean": mean, "std": std, "device": device}
     batches = Batches(
         dataset.train,
@@ -141,7 +142,17 @@ def test_batches(config: RunConfig, test: Split, *, mean, std, **options) -> Bat
     return Batches(test, mean=mean, std=std, **options)
 
 
-def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `images`, to normalise by; a constant channel becomes 0, whatever it is divided by."""
-    mean, std = statistics(images)
-    return mean, torch.where(std > 0, std, 1.0)
+def _statistics(images: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of these images, to normalise by; a constant channel becomes 0, whatever it is divided by.
+
+    A second for those of CIFAR-10, and the same for all runs of a study: it is remembered, for as
+    long as the images are there and nothing is written into them."""
+    chosen = index.numpy().tobytes() if index is not None else b""
+    known, key = _known.setdefault(images, {}), (images._version, chosen)
+    if key not in known:
+        mean, std = statistics(images if index is None else images[index])
+        known[key] = mean, torch.where(std > 0, std, 1.0)
+    return known[key]
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

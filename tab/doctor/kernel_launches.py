@@ -3,7 +3,8 @@ cases that its own file ends with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,34 +20,51 @@ class Launch(NamedTuple):
         return [triton_type(x) for x in self.args]
 
 
-def launches(arch: int) -> dict[str, list[Launch]]:
-    """Op -> its distinct launches on an architecture; NAME_backward.py counts with NAME."""
+class Call(NamedTuple):
+    """What one case of a launcher comes to."""
+
+    name: str  # of the operator
+    op: str  # the name of its file in kernels/; NAME_backward.py counts with NAME
+    case: tuple  # the operator's arguments
+    launches: list[Launch]
+    results: tuple  # tensors on the meta device
+
+
+def calls(arch: int) -> Iterator[Call]:
+    """What each launcher of kernels/ does on an architecture for each of its cases."""
     from ..kernels._launch import LAUNCHERS, load
 
     load()
-    found: dict[str, list[Launch]] = {}
-    for launcher in LAUNCHERS.values():
+    for op_name, launcher in LAUNCHERS.items():
         op = launcher.run.__module__.rpartition(".")[2].removesuffix("_backward")
         for case in launcher.cases():
-            found.setdefault(op, []).extend(recorded(launcher.run, *case, arch=arch))
+            seen, results = recorded(launcher.run, *case, arch=arch)
+            given = results if isinstance(results, tuple) else (results,)
+            yield Call(op_name, op, case, seen, given)
+
+
+def launches(arch: int) -> dict[str, list[Launch]]:
+    """Op -> its distinct launches on an architecture."""
+    found: dict[str, list[Launch]] = {}
+    for call in calls(arch):
+        found.setdefault(call.op, []).extend(call.launches)
     return {op: distinct(found[op]) for op in sorted(found)}
 
 
-def recorded(run: Callable, *args, arch: int = 90) -> list[Launch]:
-    """What run(*args) launches on this architecture; nothing runs."""
+def recorded(run: Callable, *args, arch: int = 90) -> tuple[list[Launch], object]:
+    """What run(*args) launches on this architecture, and its results; nothing runs."""
     from ..kernels._launch import recording
 
     seen: list[Launch] = []
     with recording(
         lambda kernel, grid, *args, **options: seen.append(Launch(kernel, args, options)), arch
     ):
-        run(*args)
-    return seen
+        return seen, run(*args)
 
 
 def identity(launch: Launch) -> str:
     """The same for launches of one kernel with one configuration."""
-    return f"{launch.kernel.__name__} {launch.types} {sorted(launch.options.items())}"
+    return f"{name(launch)} {launch.types} {sorted(launch.options.items())}"
 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
@@ -55,6 +73,82 @@ def distinct(launches: list[Launch]) -> list[Launch]:
     for launch in launches:
         first.setdefault(identity(launch), launch)
     return list(first.values())
+
+
+def chosen(arch: int, every: bool = False) -> dict[str, list[Launch]]:
+    """Op -> all of its launches, or those that stand for them: of the same code all but those of
+    which another asks at least as much in every way."""
+    found = launches(arch)
+    if every:
+        return found
+    return {
+        op: [x for group in grouped(each, code) for x in foremost(group)]
+        for op, each in found.items()
+    }
+
+
+def foremost(group: list[Launch]) -> list[Launch]:
+    """Those that no other one stands for; of equals the first."""
+    kept: list[Launch] = []
+    for launch in sorted(group, key=weight, reverse=True):  # behind what may stand for it
+        if not any(all(map(operator.ge, weight(x), weight(launch))) for x in kept):
+            kept.append(launch)
+    return kept
+
+
+def heaviest(found: list[Launch], kind: Callable[[Launch], object]) -> list[Launch]:
+    """One of each kind: that which asks for most, as far as that shows before it is compiled."""
+    return [max(group, key=weight) for group in grouped(found, kind)]
+
+
+def grouped(found: list[Launch], kind: Callable[[Launch], object]) -> list[list[Launch]]:
+    groups: dict[object, list[Launch]] = {}
+    for launch in found:
+        groups.setdefault(kind(launch), []).append(launch)
+    return [*groups.values()]
+
+
+def without(launch: Launch) -> str:
+    """The names of the arguments that are None."""
+    pairs = zip(launch.kernel.arg_names, launch.args, strict=False)
+    return " ".join(x for x, given in pairs if given is None)
+
+
+def name(launch: Launch) -> str:
+    return launch.kernel.__name__
+
+
+def form(launch: Launch) -> tuple:
+    """The kernel, its precision, and its switches: what is other code rather than other sizes."""
+    switches = {x: on for x, on in launch.options.items() if isinstance(on, bool)}
+    return name(launch), precision(launch), *sorted(switches.items())
+
+
+def code(launch: Launch) -> tuple:
+    """What is the same for launches of other sizes only."""
+    return form(launch), without(launch)
+
+
+def precision(launch: Launch) -> str:
+    """How it multiplies; of a kernel without products the type that it reads."""
+    return launch.options.get("PRECISION") or next(x for x in launch.types if x.startswith("*"))
+
+
+def weight(launch: Launch) -> tuple:
+    """What presses on registers: addresses and what comes with them (masks, slopes), the pairs of a
+    causal tile, the elements of its tiles that a thread holds, the columns that it takes in several
+    pieces. bfloat16 before all, which is what runs on tensor cores most."""
+    options = launch.options
+    tiles = {name: size for name, size in options.items() if name.startswith("B")}
+    tokens = options.get("BN") or options.get("BM") or 1
+    held = tokens * (sum(tiles.values()) - options.get("BN", 0)) / options.get("num_warps", 4)
+    return (
+        "*bf16" in launch.types,
+        sum(kind.startswith("*") for kind in launch.types),
+        options.get("CAUSAL", False),
+        held,
+        max((options[name] for name in ("D", "DN", "R") if name in options), default=0),
+    )
 
 
 def triton_type(x) -> str:

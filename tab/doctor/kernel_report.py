@@ -3,7 +3,8 @@
 Triton: the launchers are called on meta tensors, and each launch they would make is compiled ahead
 of time for each architecture instead. CUDA C++: read from the built library. Neither needs a GPU.
 
-    tab doctor --kernels
+    tab doctor --kernels          # of the launches of the same code those that ask for most
+    tab doctor --kernels --all    # every launch that its file in kernels/ names
     python -m tab.doctor.kernel_report linear local    # of these ops only
 """
 
@@ -23,7 +24,7 @@ import torch
 
 from .kernel_compile import code_of
 from .kernel_kept import Kept
-from .kernel_launches import Launch, launches
+from .kernel_launches import Launch, chosen, precision, without
 
 # Compute capability -> bytes of shared memory that one block may ask for (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability").
@@ -43,20 +44,21 @@ def compiled(op: str, launch: Launch, arch: int) -> dict:
         file.flush()
         usage = next(iter(_usage(Path(file.name)).values()))
     return {
-        "op": op, "kernel": kernel.__name__, "config": f"{kind} {config}", "arch": arch,
-        "registers": usage["registers"], "spilled": usage["spilled"],
+        "op": op, "kernel": kernel.__name__, "config": f"{kind} {config}",
+        "without": without(launch), "arch": arch, "precision": precision(launch), **usage,
         "shared": code.metadata.shared, "limit": SHARED_LIMIT[arch],
-        "warps": resident(arch, usage["registers"], code.metadata.shared, code.metadata.num_warps),
+        **resident(arch, usage["registers"], code.metadata.shared, code.metadata.num_warps),
     }  # fmt: skip
 
 
-def resident(arch: int, registers: int, shared: int, warps: int) -> int:
-    """Warps of a kernel that one multiprocessor holds at once, of 64: as many blocks of `warps` as
+def resident(arch: int, registers: int, shared: int, warps: int) -> dict[str, int]:
+    """Blocks, of `warps` each, and warps of 64 that one multiprocessor holds at once: as many as
     its 65,536 registers, given out to a warp by 256, and its shared memory take, 1 KiB of which
     each block has for the system (CUDA C++ Programming Guide, "Compute Capabilities")."""
     by_registers = 65536 // (32 * warps * -(-registers // 8) * 8)
     by_memory = (SHARED_LIMIT[arch] + 1024) // (shared + 1024)
-    return warps * min(by_registers, by_memory, 64 // warps)
+    blocks = min(by_registers, by_memory, 64 // warps)
+    return {"blocks": blocks, "warps": warps * blocks}
 
 
 def _compiled_in_thread(*work) -> dict:
@@ -120,10 +122,10 @@ def built() -> list[dict]:
         memory = usage["shared"] + int(shared)
         rows.append({
             "op": op_of(problem), "kernel": f"cuda {problem}",
-            "config": f"{kind} threads={threads}",
-            "arch": arch, "registers": usage["registers"], "spilled": usage["spilled"],
-            "shared": memory, "limit": SHARED_LIMIT[arch],
-            "warps": resident(arch, usage["registers"], memory, int(threads) // 32),
+            "config": f"{kind} threads={threads}", "without": "",
+            "arch": arch, "precision": kind, **usage, "shared": memory,
+            "limit": SHARED_LIMIT[arch],
+            **resident(arch, usage["registers"], memory, int(threads) // 32),
         })  # fmt: skip
     return rows
 
@@ -135,18 +137,21 @@ def report_rows(
     archs: tuple[int, ...] = tuple(SHARED_LIMIT),
     ops: Set[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    every: bool = False,
 ) -> list[dict]:
-    """One row for each kernel, configuration and architecture: op, kernel, config, arch, registers
-    (a thread), spilled (bytes of local memory a thread), shared and limit (bytes a block), warps
-    (that a multiprocessor holds at once; below 16 little hides the wait for memory).
+    """One row for each kernel, configuration and architecture: op, kernel, config, arch, precision
+    (of its products), registers (a thread), spilled (bytes of local memory a thread), shared and
+    limit (bytes a block), blocks and warps (that a multiprocessor holds at once; below 16 warps
+    little hides the wait for memory).
 
     Compiles what is not known from an earlier report of the same sources: minutes when nothing is.
     ops: only these, by the names of their files in kernels/. progress: told (done, total, what).
+    every: each launch that those name, and not only those that ask for most.
     """
     work = [
         (op, launch, arch)
         for arch in archs
-        for op, found in launches(arch).items()
+        for op, found in chosen(arch, every).items()
         if ops is None or op in ops
         for launch in found
     ]

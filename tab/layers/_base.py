@@ -23,8 +23,9 @@ NOT_SAID = "its class does not say how it runs for several seeds at once (tab/la
 
 
 class Attention(Shown):
-    """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options) and write
-    `compute`; one that writes `forward` instead has to keep the rule for masks itself.
+    """Base of every layer. Subclasses take (dim, *, seq_len, grid=None, **own options), as this
+    one does, which keeps none of them, and write `compute`; one that writes `forward` instead has
+    to keep the rule for masks itself.
 
     dim: C, the width of the tokens. seq_len: the most tokens N it will meet. grid: (rows, cols)
     where the tokens are the cells of an image. In the examples of the layers x is (2, 64, 32).
@@ -75,6 +76,15 @@ class Attention(Shown):
         """Which of the size options a layer built with these options grows in; "" if none."""
         return next(iter(cls.size_options), cls.fine_size)
 
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        seq_len: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         for name in ("title", "colour", "stacking"):
@@ -93,8 +103,8 @@ class Attention(Shown):
         """x (B, N, C), key_mask (B, N) bool on x's device, True where a token is real ->
         (B, N, C). stream (B, N, C): only where the layer `reads_stream`, x itself if None.
 
-        Raises ValueError: x is not (B, N, C), or the mask is anything else; it names what was
-        given.
+        Raises ValueError: x is not (B, N, C), or the mask is anything else, or `compute` gives
+        another shape than x's; it names what was given.
         """
         self._check(x, key_mask)
         inputs: tuple[Tensor, ...] = (x,) if stream is None else (x, stream)
@@ -104,12 +114,21 @@ class Attention(Shown):
             inputs = tuple(F.pad(t, pad) for t in inputs)
             if self.takes_mask:
                 key_mask = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=x.device)
-        if key_mask is None:
-            y = self.compute(inputs[0], None, *inputs[1:])
-        else:
+        if key_mask is not None:
             hidden = ~key_mask[..., None]  # (B, N, 1)
-            x, *rest = (t.masked_fill(hidden, 0.0) for t in inputs)
-            y = self.compute(x, key_mask, *rest).masked_fill(hidden, 0.0)
+            inputs = tuple(t.masked_fill(hidden, 0.0) for t in inputs)
+        y = self.compute(inputs[0], key_mask, *inputs[1:])
+        # Another shape might broadcast, in silence, where the output is added to x.
+        if not torch.compiler.is_compiling() and (
+            not isinstance(y, Tensor) or y.shape != inputs[0].shape
+        ):
+            got = shapes(y=y) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"{type(self).__name__}.compute has to return (B, N, C), as x is: got {got} for "
+                f"{shapes(x=inputs[0])}"
+            )
+        if key_mask is not None:
+            y = y.masked_fill(hidden, 0.0)
         return y[:b, :n] if empty else y
 
     def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ _layers: dict[str, type[Attention]] = {}
 _published: dict[str, type[Attention]] = {}  # in place of those, where a recipe asks for it
 
 
+COMMON = {"self", "dim", "seq_len", "grid"}  # what each layer takes
 GROUPS = ("all", "ladder")  # in a list of names: all attentions, all controls
 
 
@@ -34,6 +35,7 @@ def register_attention(
 
     published: as what the published study ran under that name (tab/layers/published.py).
     ValueError: a name that cannot be part of a directory's, or an item of a list with commas.
+    TypeError: no class of `tab.layers.Attention`, or one that cannot be built as the others are.
 
     >>> @tab.layers.register_attention("mean")
     ... class Mean(tab.layers.Attention):
@@ -62,11 +64,28 @@ def register_attention(
             raise TypeError(
                 f"register_attention({name!r}) wants a tab.layers.Attention, got {layer!r}"
             )
+        _check_options(name, layer)
         if layers.setdefault(name, layer) is not layer:
             raise ValueError(f"the attention {name!r} is already {layers[name].__qualname__}")
         return layer
 
     return register
+
+
+def _check_options(name: str, layer: type[Attention]) -> None:
+    """A TypeError unless it can be built from (dim, *, seq_len, grid) alone."""
+    takes = inspect.signature(layer.__init__).parameters.values()
+    if any(p.kind == p.VAR_KEYWORD for p in takes):
+        return
+    names = {p.name for p in takes}
+    wrong = [f"takes no {each}" for each in ("seq_len", "grid") if each not in names]
+    own = [p for p in takes if p.name not in COMMON]
+    wrong += [f"has no default for {p.name}" for p in own if p.default is p.empty]
+    if wrong:
+        raise TypeError(
+            f"register_attention({name!r}): __init__ of {layer.__name__} {' and '.join(wrong)}; a "
+            "layer takes (self, dim, *, seq_len, grid=None, …), and its own options have defaults"
+        )
 
 
 def attention_names() -> list[str]:
@@ -155,9 +174,8 @@ def attention_options(name: str, *, published: bool = False) -> dict[str, object
     """
     layer = get_attention(name, published=published)
     parameters = inspect.signature(layer.__init__).parameters.values()
-    common = {"self", "dim", "seq_len", "grid"}
     return {
-        p.name: p.default for p in parameters if p.name not in common and p.kind != p.VAR_KEYWORD
+        p.name: p.default for p in parameters if p.name not in COMMON and p.kind != p.VAR_KEYWORD
     }
 
 

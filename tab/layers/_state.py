@@ -68,6 +68,26 @@ def _several(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it is torch's Linear and no more, so that its weight says all that calling it does:
+    not one with hooks or pruned, parametrized, quantized, or with an adapter such as LoRA."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    backward = linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not (hooks or backward)
+
+
+def own_weight(linear: nn.Module) -> Tensor:
+    """Its weight, to be changed in place; a ValueError where that is computed from others."""
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"QK-Clip scales the weight of {linear} in place, but it is computed from other "
+            "tensors (parametrized, pruned, or with an adapter), and the change would be lost: "
+            "remove that, or call after_step() of the experts alone (layer.moe)"
+        )
+    return weight
+
+
 def scale_rows(weight: Tensor, rows: Tensor) -> None:
     """weight (O, …) times rows (O,) in place, also where FSDP2 keeps a part of it on each rank."""
     rows = rows.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))

@@ -28,6 +28,8 @@ class NoAttentionAgain(NoAttention):
     one that the threshold allows in 5 of 100 comparisons.
 
     seed_shift: added to the seed of the run wherever something is drawn (`RunConfig.draws`).
+
+    Raises ValueError: seed_shift = 0, which would be `none` itself.
     """
 
     title, stacking = "Control again", True
@@ -41,6 +43,10 @@ class NoAttentionAgain(NoAttention):
         seed_shift: int = 1000,
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid)
+        if not seed_shift:
+            raise ValueError(
+                "none_again: seed_shift=0 trains the control itself once more; give another number"
+            )
 
 
 @register_attention("ffn")

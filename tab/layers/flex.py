@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.local import in_window
+from ..ops.local_reference import in_window
 from ._base import HeadsAttention
 from ._registry import register_attention
 

@@ -6,6 +6,7 @@ Kimi Team 2025, "Kimi K2", section 2.1 (QK-Clip) and 2.3 (architecture). K2 itse
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..ops.mla_forms import max_logits
 from ._registry import register_attention
 from ._stacking import stacks
-from ._state import Stateful, over_ranks, scale_rows
+from ._state import Stateful, over_ranks, own_weight, scale_rows
 from .basic import MultiHeadAttention
 from .deepseek_mla import LatentAttention, LatentMoE
 from .rope import Rope
@@ -82,8 +83,11 @@ class KimiK2(Stateful, LatentMoE):
         super().__init__(dim)
         if attention not in ("mha", "mla"):
             raise ValueError(f"kimi_k2: attention={attention!r}: choose mha or mla")
-        if tau <= 0:
-            raise ValueError(f"kimi_k2: tau={tau}: the largest score allowed must be above 0")
+        if not 0 < tau < math.inf:
+            raise ValueError(
+                f"kimi_k2: tau={tau}: the largest score allowed must be above 0 and finite, such "
+                "as 1e9 for no limit"
+            )
         self.tau, self.latent = tau, attention == "mla"
         if self.latent:
             self.attention = LatentAttention(
@@ -156,11 +160,11 @@ class KimiK2(Stateful, LatentMoE):
         root = gamma.sqrt()
         if self.latent:
             rows = [root[:, None].expand(-1, at.nope_dim), gamma[:, None].expand(-1, at.rope_dim)]
-            scale_rows(at.q_up.weight, torch.cat(rows, 1).flatten())  # (H·(Dn+Dr), r)
+            scale_rows(own_weight(at.q_up), torch.cat(rows, 1).flatten())  # (H·(Dn+Dr), r)
             scale_rows(at.w_uk, root)  # (H, Dn, R)
         else:
             of_qkv = torch.stack([root, root, torch.ones_like(root)])  # (3, H)
-            scale_rows(at.qkv.weight, of_qkv.flatten().repeat_interleave(at.head_dim))
+            scale_rows(own_weight(at.qkv), of_qkv.flatten().repeat_interleave(at.head_dim))
 
 
 @stacks(KimiK2)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._check import accumulate, token_major
+from ..ops._check import accumulate, real, token_major
 from ..ops._sdpa import once
 from ._base import HeadsAttention
 from ._registry import register_attention
 from ._stacking import stacks
+from ._state import is_plain
 from .basic import softmax_weights
 
 
@@ -81,6 +82,11 @@ class LinformerAttention(HeadsAttention):
                 f"linformer: N = {n} tokens, but E and F have rows for max_seq_len="
                 f"{self.max_seq_len}; build the layer with max_seq_len={n} or more"
             )
+        if not is_plain(self.qkv):  # what it has beside its weight counts too
+            q, k, v = self.project(x)
+            k, v = real(key_mask, k, v)
+            E, F_ = self.E[:, :n], (self.E if self.F is None else self.F)[:, :n]
+            return q, E.mT @ k, F_.mT @ v
         qkv = self.qkv.weight
         if self.qkv.bias is not None:  # as the weight of one more feature, 1 in a token that counts
             one = torch.ones_like(x[..., :1]) if key_mask is None else key_mask[..., None].to(x)

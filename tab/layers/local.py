@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.local import in_window, local_attention
+from ..ops.local import local_attention
+from ..ops.local_reference import in_window
 from ._base import HeadsAttention
 from ._registry import register_attention
 

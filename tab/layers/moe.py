@@ -21,7 +21,7 @@ from ..ops.moe import moe_experts
 from ..ops.router import expert_counts, noaux_tc_gate
 from ._repr import Shown
 from ._stacking import Products, stacks
-from ._state import Stateful, over_ranks, recomputing
+from ._state import Stateful, is_plain, over_ranks, recomputing
 
 
 class SwiGLU(Shown):
@@ -104,11 +104,17 @@ class MoE(Shown, Stateful):
     def _gate(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return noaux_tc_gate(logits, self.bias, **self.route)
 
+    def _logits(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, E), in x's type, whatever that of the router is."""
+        if is_plain(self.router):
+            return F.linear(x, self.router.weight.to(x.dtype))
+        given = {name: p.to(x.dtype) for name, p in self.router.named_parameters()}
+        return torch.func.functional_call(self.router, given, (x,))
+
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """key_mask (B, N): tokens that are not real are computed like all, but not counted."""
         with full_precision(x):
-            acc = accumulate(x)
-            logits = F.linear(x.to(acc), self.router.weight.to(acc))  # (B, N, E)
+            logits = self._logits(x.to(accumulate(x)))
         weights, index, counts = self._gate(logits)
         y = self.shared(x) + moe_experts(x, self.w13, self.w2, weights, index, counts)
         self.note(logits, index, key_mask)

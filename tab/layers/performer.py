@@ -73,7 +73,8 @@ class PerformerAttention(Stateful, HeadsAttention):
 
     def _draw(self, count: int) -> None:
         # 2¹⁶ redraws per seed before two seeds could meet.
-        generator = torch.Generator().manual_seed((int(self.seed) << 16) + count)
+        number = ((int(self.seed) << 16) + count) % 2**64
+        generator = torch.Generator().manual_seed(number)
         self.projection.copy_(orthogonal_projection(*self.projection.shape, generator=generator))
 
     def after_step(self, group: ProcessGroup | None = None) -> None:

@@ -26,6 +26,11 @@ from ._stacking import OwnAttend, beside, stacks
 TINY = 1e-8  # in the denominators of linear and performer
 
 
+def _in_range(name: str, value: float, low: float, high: float = torch.inf) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"as published: {name}={value}: must be from {low} to {high}")
+
+
 class _Published(HeadsAttention):
     takes_mask = False
 
@@ -99,6 +104,7 @@ class PublishedLocal(_Published):
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4, window_size: int = 16
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        _in_range("window_size", window_size, 0)
         self.reach = window_size // 2
 
     def bias(self, q: Tensor) -> Tensor:
@@ -116,6 +122,7 @@ class PublishedSparse(_Published):
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4, block_size: int = 32
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        _in_range("block_size", block_size, 1)
         self.block_size = block_size
 
     def bias(self, q: Tensor) -> Tensor:
@@ -135,6 +142,7 @@ class PublishedKVCompression(_Published):
         compression_ratio: float = 0.5,
     ):  # fmt: skip
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        _in_range("compression_ratio", compression_ratio, 0, 1)
         self.compression_ratio = compression_ratio
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -155,6 +163,8 @@ class PublishedLinformer(_Published):
         max_seq_len: int = 512,
     ):  # fmt: skip
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        _in_range("k", k, 1)
+        _in_range("max_seq_len", max_seq_len, seq_len if seq_len > k else 1)
         self.k = k
         self.E = nn.Linear(max_seq_len, k, bias=False)
         self.F = nn.Linear(max_seq_len, k, bias=False)
@@ -188,6 +198,7 @@ class PublishedLinear(_Published):
         self, dim: int, *, seq_len: int, grid=None, num_heads: int = 4, kernel_size: int = 32
     ):
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        _in_range("kernel_size", kernel_size, 1)
         self.features = nn.ModuleList(
             nn.Linear(dim // num_heads, kernel_size, bias=False) for _ in "qk"
         )
@@ -206,6 +217,7 @@ class PublishedPerformer(_Published):
         seed: int = 0,
     ):  # fmt: skip
         super().__init__(dim, seq_len=seq_len, grid=grid, num_heads=num_heads)
+        _in_range("num_features", num_features, 1)
         d = dim // num_heads
         generator = torch.Generator().manual_seed(seed)
         q, _ = torch.linalg.qr(torch.randn(d, num_features, generator=generator, device="cpu"))

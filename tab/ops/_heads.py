@@ -1,12 +1,13 @@
 """Fewer heads of k and v than of q, for the ops that sum over keys.
 
-A group is the heads of q that share one of k and v. The C++ kernels and the references here take
-whole groups, the other kernels one head of each.
+A group is the heads of q that share one of k and v. The kernels in C++ take whole groups; those
+in Triton and the references take one head of each and are wrapped here; CUDA C++ is given one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -28,20 +29,22 @@ def by_query_head(op: Op, backend: str, q: Tensor, k: Tensor, *rest) -> tuple[Te
 
 
 def by_group(op: Op, backend: str, q: Tensor, *rest) -> tuple[Tensor, ...]:
-    """The same as one call where the kernels take whole groups: on a CPU."""
-    if q.is_cuda:
+    """The same as one call where the kernels take whole groups: all but those in CUDA C++."""
+    if backend == "cuda":
         return by_query_head(op, backend, q, *rest)
     return op.apply(backend, q, *rest)
 
 
 def groups_forward(reference: Callable, lse: bool = False) -> Callable:
-    """The reference of a forward op, (q, k, …) -> o and the state, by one head of each group; of
-    lse, where it is the last result, every head of q has its own."""
+    """What computes a forward op, (q, k, …) -> o and the state, by one head of each group; of lse,
+    where it is the last result, every head of q has its own."""
 
+    @wraps(reference)
     def run(q, k, *rest):
-        heads, group = q.shape[1], q.shape[1] // max(k.shape[1], 1)
-        if group <= 1:
+        heads, kv = q.shape[1], k.shape[1]
+        if heads == kv:
             return reference(q, k, *rest)
+        group = heads // kv
         o, *results = zip(*(reference(x, k, *rest) for x in _each(q, heads, group)), strict=True)
         state = [x[0] for x in (results[:-1] if lse else results)]
         last = [torch.stack(results[-1], 2).flatten(1, 2)] if lse else []
@@ -50,18 +53,22 @@ def groups_forward(reference: Callable, lse: bool = False) -> Callable:
     return run
 
 
-def groups_backward(reference: Callable) -> Callable:
-    """The same of a backward op, (do, cotangents of two states, q, k, …) -> dq and what adds up."""
+def groups_backward(reference: Callable, states: int = 2) -> Callable:
+    """The same of a backward op, (do, cotangents of so many states, q, k, …) -> dq and what adds
+    up."""
 
-    def run(do, ds, dz, q, k, *rest):
-        heads, group = q.shape[1], q.shape[1] // max(k.shape[1], 1)
-        if group <= 1:
-            return reference(do, ds, dz, q, k, *rest)
+    @wraps(reference)
+    def run(do, *args):
+        dstates, (q, k, *rest) = args[:states], args[states:]
+        heads, kv = q.shape[1], k.shape[1]
+        if heads == kv:
+            return reference(do, *args)
+        group = heads // kv
         columns = zip(*(_each(x, heads, group) for x in (do, q, k, *rest)), strict=True)
         calls = []
         for do_g, *own in columns:
-            calls.append(reference(do_g, ds, dz, *own))
-            ds = dz = None  # the state is one, and its cotangents count once
+            calls.append(reference(do_g, *dstates, *own))
+            dstates = (None,) * states  # the state is one, and its cotangents count once
         dq, *shared = zip(*calls, strict=True)
         return _together(dq), *(sum(x[1:], x[0]) for x in shared)
 

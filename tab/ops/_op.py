@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._autograd import below_autograd, function, once_only, plain, register, tracing, transforming
 from ._extensions import DEVICE, load_extensions, why_not
+from ._shapes import check_of
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -30,10 +31,12 @@ CUDA_TOKENS: dict[str, int] = {}
 OPS: dict[str, Op] = {}
 
 
-def _without_autocast(reference: Callable) -> Callable:
+def _without_autocast(reference: Callable, check: Callable | None = None) -> Callable:
     """The operands of an op are cast already; autocast inside would undo the float32 sums."""
 
     def run(*args):
+        if check is not None:
+            check(*args)
         with torch._C._DisableAutocast():
             return reference(*args)
 
@@ -55,13 +58,18 @@ class Op:
     flops: FLOPs of one call, from the shapes of its arguments, as torch.utils.flop_counter calls a
         formula: matrix products by what the formula needs, two a multiply-add, whatever a kernel
         does beside it. What a backward op is not given, such as the scores, it has to form again.
+    shapes: what its tensors look like (_shapes.py), which is checked before a kernel runs, whoever
+        calls it. Without it kernels are given what comes.
 
     >>> op = tab.ops.OPS["linear_fwd"]
     >>> op.name, op.tensors > 2  # of its arguments
     ('linear_fwd', True)
     """
 
-    def __init__(self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int]):
+    def __init__(
+        self, name: str, schema: str, reference: Callable, *, flops: Callable[..., int],
+        shapes: str | None = None,
+    ):  # fmt: skip
         self.name, self.reference, self.flops = name, reference, flops
         self.own = True  # whether its kernels are its own, and not those of another op
         self.reasons: dict[str, str | None] = {}  # backend -> why not; find_kernels fills it
@@ -73,10 +81,14 @@ class Op:
         self.sunk: Op  # the same with sinks, where with_sinks made it
         for namespace in ("tab", "tab_cuda"):
             torch.library.define(f"{namespace}::{name}", schema)
-            torch.library.impl(
-                f"{namespace}::{name}", "CompositeExplicitAutograd", _without_autocast(reference)
-            )
         self.overload = getattr(torch.ops.tab, name).default
+        self.shapes = shapes
+        self.check = None if shapes is None else check_of(name, self.overload._schema, shapes)
+        for namespace in ("tab", "tab_cuda"):
+            torch.library.impl(
+                f"{namespace}::{name}", "CompositeExplicitAutograd",
+                _without_autocast(reference, self.check),
+            )  # fmt: skip
         self.cuda_overload = getattr(torch.ops.tab_cuda, name).default
         # What an OpOverload calls: its own __call__ is one more frame of Python in every call.
         self.call, self.cuda_call = self.overload._op, self.cuda_overload._op
@@ -116,9 +128,11 @@ class Op:
             kernel does not take, the reference computes where nobody asked for the backend by name;
             `choose` refuses who does.
         """
-        reference = _without_autocast(self.reference)
+        reference, check = _without_autocast(self.reference), self.check
 
         def run(*args):
+            if check is not None:
+                check(*args)
             return kernel(*args) if takes is None or takes(*args) is None else reference(*args)
 
         self.kernels[backend] = run

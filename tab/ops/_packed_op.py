@@ -40,22 +40,37 @@ class Packed(Op):
 
     def __init__(self, base: Op, name: str, schema: str, each: Callable, flops: Callable):
         self.base = base
-        super().__init__(name, schema, each("reference"), flops=flops)
+        shapes = None if base.shapes is None else packed_shapes(base.shapes)
+        super().__init__(name, schema, each("reference"), flops=flops, shapes=shapes)
+        kinds = [x.name for x in self.overload._schema.arguments]
+        self.places = kinds.index("q" if "q" in kinds else "q_nope"), kinds.index("cu_seqlens")
         torch.library.define(f"tab_packed::{name}", schema)
         self.whole: Callable | None = None  # C++ for all sequences at once; find_kernels fills it
+        # Triton: (ends, *arguments) -> the results, or None where it does not take them. What
+        # kernels.register_packed was given.
+        self.together: Callable | None = None
         self.implement("cpp", self._on_cpu(each("auto")))
-        self.implement("triton", each("auto"))
+        self.implement("triton", self._on_gpu(each("auto")))
         self.takes, self.own = base.takes, False
 
-    def _on_cpu(self, one_by_one: Callable) -> Callable:
-        kinds = [x.name for x in self.overload._schema.arguments]
-        q, ends = kinds.index("q" if "q" in kinds else "q_nope"), kinds.index("cu_seqlens")
+    def _ends(self, args: tuple) -> list[int]:
+        """Checked against the tokens."""
+        q, ends = self.places
+        return check_ends(self.base.name, args[ends], args[q].shape[2])
 
+    def _on_cpu(self, one_by_one: Callable) -> Callable:
         def run(*args):
             if self.whole is None:
                 return one_by_one(*args)
-            check_ends(self.base.name, args[ends], args[q].shape[2])
+            self._ends(args)
             return self.whole(*args)
+
+        return run
+
+    def _on_gpu(self, one_by_one: Callable) -> Callable:
+        def run(*args):
+            found = self.together and self.together(self._ends(args), *args)
+            return one_by_one(*args) if found is None else found
 
         return run
 
@@ -91,7 +106,7 @@ def packed(
         def one(tokens, *args):
             return op.below(backend if tokens else "reference", *args)
 
-        return lambda *args: _each(op.name, one, names, results, fit, args)
+        return lambda *args: each_group(op.name, one, names, results, fit, args)
 
     def backward(backend: str) -> Callable:
         def one(tokens, *args):
@@ -105,7 +120,7 @@ def packed(
                 )
             return [every.get(x) for x in learned]
 
-        return lambda *args: _each(by.name, one, [*saved, *kept], learned, fit, args)
+        return lambda *args: each_group(by.name, one, [*saved, *kept], learned, fit, args)
 
     def formula(base: Op, given: list[str], labels: list[str]) -> Callable:
         wanted = [x.name for x in base.overload._schema.arguments]
@@ -119,7 +134,7 @@ def packed(
                 counts.append(base.flops(*map(known.get, wanted)))
                 return ()
 
-            _each(base.name, one, given, [], fit, args)
+            each_group(base.name, one, given, [], fit, args)
             return sum(counts)
 
         flops._get_raw = True  # type: ignore[attr-defined]  # the counter gives tensors, not shapes
@@ -154,6 +169,16 @@ def packed(
     return fwd
 
 
+def packed_shapes(text: str) -> str:
+    """The shapes of an op (_shapes.py) where a batch is packed."""
+    lines = []
+    for line in map(str.strip, text.splitlines()):
+        names, _, sizes = line.partition(": ")
+        states = {x.removeprefix("d") for x in names.split()} & SEQUENCES
+        lines.append(f"{names}: S-1{sizes.removeprefix('B')}" if states else line)
+    return "\n".join([*lines, "cu_seqlens: S", "where: B == 1 and S > 0"])
+
+
 def _passed_on(own: dict[str, Tensor | None], grads: dict[str, Tensor | None]) -> dict:
     """Gradients of sequences without tokens: the state s0 goes through as it is, to s."""
     return {
@@ -166,7 +191,7 @@ def _passed_on(own: dict[str, Tensor | None], grads: dict[str, Tensor | None]) -
     }
 
 
-def _each(
+def each_group(
     op: str, one: Callable, given: Sequence[str], wanted: Sequence[str], fit: Callable | None,
     args: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip

@@ -27,7 +27,9 @@ class Sunk(Op):
 
     def __init__(self, base: Op, name: str, schema: str, reference: Callable, flops: Callable):
         self.base = base
-        super().__init__(name, schema, reference, flops=flops)
+        q = base.overload._schema.arguments[0].name
+        shapes = f"{q}: B H N D\n sinks: H"
+        super().__init__(name, schema, reference, flops=flops, shapes=shapes)
         self.own = False
 
     def find_kernels(self) -> None:

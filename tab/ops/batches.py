@@ -36,4 +36,10 @@ assemble = Op(
     "(Tensor images, Tensor index, Tensor moves, Tensor mean, Tensor scale) -> Tensor",
     assemble_reference,
     flops=no_flops,
+    shapes="""
+        images: N H W 3
+        index: B
+        moves: B 3
+        mean scale: 3
+    """,
 )

@@ -5,8 +5,8 @@
 The log decay g_t is one number a head (retention: Sun et al. 2023, "Retentive Network", eq. 5), one
 a head and token (the SSD form of Mamba-2: Dao and Gu 2024, eq. 6), or one a channel of the key too
 (GLA: Yang et al. 2024, "Gated Linear Attention Transformers", eq. 3). Read top to bottom: ops →
-autograd → public function. The reference is in gated_linear_reference.py, the kernel beside it, for
-decays of heads and tokens, in csrc/cpu/gated_linear.
+autograd → public function. The reference is in gated_linear_reference.py; the kernels beside it
+(csrc/cpu/gated_linear, kernels/gated_linear*.py) are for decays of heads and tokens.
 
 A function of its own beside `linear_attention`, whose denominator and feature map belong together:
 what is used with a decay has neither, but a scale, and is causal by nature.
@@ -28,11 +28,12 @@ from ._check import (
     shapes,
     token_major,
 )
-from ._heads import by_query_head
+from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
 from ._softmax import score_scale
+from ._stateless_op import spares, stateless
 from .gated_linear_reference import backward_reference, forward_reference
 from .linear_reference import inverse, with_ones
 
@@ -42,31 +43,44 @@ State = Tensor | tuple[Tensor, Tensor]
 
 
 def _flops(q, k, v, *_, **__) -> int:
-    """k vᵀ and Sᵀq: 4·D·Dv a token and head."""
+    """k vᵀ and Sᵀq: 2·D·Dv a token and head of k, and as much a token and head of q."""
     b, h, n, d = q
-    return 4 * b * h * n * d * v[-1]
+    return 2 * b * (h + k[1]) * n * d * v[-1]
 
 
 def _backward_flops(do, ds, q, k, v, *_, **__) -> int:
-    """dS = q doᵀ, and do, v and k by S or dS: 8·D·Dv a token and head."""
-    b, h, n, d = q
-    return 8 * b * h * n * d * v[-1]
+    """dS = q doᵀ, and do, v and k by S or dS: 4·D·Dv a token and head of either."""
+    return 2 * _flops(q, k, v)
 
 
 # log_decay is (B, H, N, 1), or of the channel ops (B, H, N, D), in the accumulation type. These are
 # ops of their own since kernels are registered for ops, and those of one form know not the other.
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? key_mask, Tensor? s0, float scale"
 
+SHAPES = """
+    q: B H N D
+    k: B K N D
+    v: B K N E
+    o do: B H N E
+    key_mask: B N bool
+    s s0 ds: B K D E
+    where: K and H % K == 0
+"""
+DECAYS = {"gated": "log_decay: B K N 1", "channel": "log_decay: B K N D"}
+
 
 def _forward(name: str) -> Op:
     schema = f"({INPUTS}) -> (Tensor o, Tensor s)"
-    return Op(name, schema, forward_reference, flops=_flops)
+    shapes = SHAPES + DECAYS[name.partition("_")[0]]
+    return Op(name, schema, groups_forward(forward_reference), flops=_flops, shapes=shapes)
 
 
 def _backward(name: str) -> Op:
     gradients = "Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor ds0"
     schema = f"(Tensor do, Tensor? ds, {INPUTS}) -> ({gradients})"
-    return Op(name, schema, backward_reference, flops=_backward_flops)
+    reference = groups_backward(backward_reference, 1)
+    shapes = SHAPES + DECAYS[name.partition("_")[0]]
+    return Op(name, schema, reference, flops=_backward_flops, shapes=shapes)
 
 
 gated_linear_fwd, gated_linear_bwd = _forward("gated_linear_fwd"), _backward("gated_linear_bwd")
@@ -79,8 +93,16 @@ channel_gated_linear_bwd = _backward("channel_gated_linear_bwd")
 def _gradients(bwd, backend, grads, q, k, v, log_decay, key_mask, s0, o, s, scale):
     do, ds = grads
     do = torch.zeros_like(o) if do is None else do
-    *others, ds0 = bwd.below(backend, do, ds, q, k, v, log_decay, key_mask, s0, scale)
+    given = backend, do, ds, q, k, v, log_decay, key_mask, s0, scale
+    if s0 is None and bwd is gated_linear_bwd and spares(q):
+        return gated_linear_stateless_bwd.below(*given)
+    *others, ds0 = bwd.below(*given)
     return others if s0 is None else (*others, None, ds0)
+
+
+def _stateless_gradients(backend, grads, *saved):
+    *given, o, scale = saved
+    return _gradients(gated_linear_bwd, backend, (*grads, None), *given, o, None, scale)
 
 
 for fwd, bwd in (
@@ -88,6 +110,9 @@ for fwd, bwd in (
     (channel_gated_linear_fwd, channel_gated_linear_bwd),
 ):
     fwd.differentiable(partial(_gradients, bwd), by=bwd)
+gated_linear_stateless_fwd, gated_linear_stateless_bwd = stateless(
+    gated_linear_fwd, gated_linear_bwd, kept=4, gradients=_stateless_gradients
+)
 gated_linear_packed = packed(
     gated_linear_fwd, gated_linear_bwd, partial(_gradients, gated_linear_bwd)
 )
@@ -182,7 +207,7 @@ def gated_linear_attention(
             log_decay still (H_kv,) or dense, (1, H_kv, T) or (1, H_kv, T, D).
         layout: "bhnd", or "bnhd" where q, k, v and o are (B, N, H, ·), and log_decay (B, N, H) or
             (B, N, H, D): views, nothing is copied.
-        backend: "auto", "reference" or, for decays of heads and tokens, "cpp"; see
+        backend: "auto", "reference" or, for decays of heads and tokens, "cpp" or "triton"; see
             `tab.use_backend`.
 
     Returns:
@@ -218,7 +243,11 @@ def gated_linear_attention(
     else:
         op = gated_linear_packed if one else channel_gated_linear_packed
     backend = choose(backend, op, q, k, v, g)
-    o, s = by_query_head(op, backend, q, k, v, g, key_mask, s0, *cuts, scale)
+    given = backend, q, k, v, g, key_mask, s0, *cuts, scale
+    if one and spares(q) and not (return_state or cuts):
+        o, s = gated_linear_stateless_fwd.apply(*given), g  # no state
+    else:
+        o, s = by_group(op, *given)
     state: State = s
     if normalize:
         o = token_major((o[..., :-1] * inverse(o[..., -1:])).to(dtype))

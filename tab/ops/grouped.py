@@ -128,12 +128,22 @@ moe_grouped = Op(
     "(Tensor x, Tensor w, Tensor counts) -> Tensor",
     grouped_reference,
     flops=_flops,
+    shapes="""
+        x: M I
+        w: G O I
+        counts: G
+    """,
 )
 moe_grouped_outer = Op(
     "moe_grouped_outer",
     "(Tensor g, Tensor x, Tensor counts) -> Tensor",
     grouped_outer_reference,
     flops=_outer_flops,
+    shapes="""
+        g: M O
+        x: M I
+        counts: G
+    """,
 )
 
 

@@ -81,6 +81,10 @@ def _exact_flops(q, k, *_, **__) -> int:
     return 2 * b * h * n * n * d
 
 
+SHAPES = """
+    q k: B H N D
+    key_mask: B N bool
+"""
 _OPTIONS = "(Tensor q, Tensor k, Tensor? key_mask, SymInt heavy, SymInt recent, bool causal, "
 # Its scores are those that h2o_attend counts.
 h2o_choose = Op(
@@ -88,10 +92,12 @@ h2o_choose = Op(
     f"{_OPTIONS}SymInt block, float scale) -> Tensor",
     choose_reference,
     flops=no_flops,
+    shapes=SHAPES,
 )
 h2o_choose_exact = Op(
     "h2o_choose_exact",
     f"{_OPTIONS}float scale) -> Tensor",
     choose_exact_reference,
     flops=_exact_flops,
+    shapes=SHAPES,
 )

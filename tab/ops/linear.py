@@ -30,6 +30,7 @@ from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
 from ._packed import pack, sequences, softmax_tokens, unpack
 from ._packed_op import packed
+from ._stateless_op import spares, stateless
 from .linear_reference import backward_reference, forward_reference
 
 FeatureMap = Literal["elu1", "relu", "identity", "softmax"]
@@ -49,12 +50,24 @@ def _backward_flops(do, ds, dz, q, k, v, *_, **__) -> int:
     return 2 * _flops(q, k, v)
 
 
+SHAPES = """
+    q: B H N D
+    k: B K M D
+    v: B K M E
+    o do: B H N E
+    key_mask: B M bool
+    s s0 ds: B K D E
+    z z0 dz: B K D
+    where: K and H % K == 0
+    where: not causal or N == M
+"""
 linear_fwd = Op(
     "linear_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? s0, Tensor? z0, "
     "int feature_map, bool causal, float eps) -> (Tensor o, Tensor s, Tensor z)",
     groups_forward(forward_reference),
     flops=_flops,
+    shapes=SHAPES,
 )
 linear_bwd = Op(
     "linear_bwd",
@@ -63,6 +76,7 @@ linear_bwd = Op(
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
     groups_backward(backward_reference),
     flops=_backward_flops,
+    shapes=SHAPES,
 )
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -74,14 +88,16 @@ def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
     if (ds is None) != (dz is None):  # the ops take both or none
         ds = torch.zeros_like(s) if ds is None else ds
         dz = torch.zeros_like(z) if dz is None else dz
-    dq, dk, dv, ds0, dz0 = linear_bwd.below(
-        backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *options
-    )
+    given = backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *options
+    if s0 is None and spares(q):
+        return linear_stateless_bwd.below(*given)
+    dq, dk, dv, ds0, dz0 = linear_bwd.below(*given)
     return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, ds0, dz0)
 
 
 linear_fwd.takes["cuda"] = one_length
 linear_fwd.differentiable(_gradients, by=linear_bwd)
+linear_stateless_fwd, linear_stateless_bwd = stateless(linear_fwd, linear_bwd, kept=3)
 linear_packed = packed(linear_fwd, linear_bwd, _gradients)
 
 # --- public ---------------------------------------------------------------------------------------
@@ -213,7 +229,10 @@ def linear_attention(
     op, cuts = (linear_fwd, ()) if packing is None else (linear_packed, packing[:1])
     backend = choose(backend, op, q, k, v)
     options = FEATURE_MAPS[feature_map], causal, eps
-    o, s, z = by_group(op, backend, q, k, v, key_mask, s0, z0, *cuts, *options)
+    given = backend, q, k, v, key_mask, s0, z0, *cuts, *options
+    if spares(q) and not (return_state or cuts) and backend != "cuda":
+        return pack(layout, linear_stateless_fwd.apply(*given), packing)
+    o, s, z = by_group(op, *given)
     o = pack(layout, o, packing)
     return (o, (s, z)) if return_state else o
 

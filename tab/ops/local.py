@@ -26,7 +26,7 @@ from ._packed_op import packed
 from ._scores import check_scores
 from ._sinks_op import attend, with_sinks
 from ._softmax import check_lse_gradient, lse_as_column, plain_softmax, score_scale
-from .local_reference import backward_reference, forward_reference, in_window
+from .local_reference import backward_reference, forward_reference, tiles
 
 # --- ops ------------------------------------------------------------------------------------------
 
@@ -35,10 +35,11 @@ from .local_reference import backward_reference, forward_reference, in_window
 # causal: only j ≤ p_i. On a line the public function has set right = 0 and causal = False.
 # slopes: (H,) in the accumulation type, ALiBi's m. softcap: 0 for none.
 def _pairs(q, k, left, right, cols, causal) -> int:
-    """Query-key pairs that the windows hold."""
+    """Query-key pairs that the windows hold; no N × N of them is held at once."""
     (b, h, n, _), m = q, k[2]
-    i, j = torch.arange(m - n, m)[:, None], torch.arange(m)
-    return b * h * in_window(i, j, left, right, cols, causal).sum().item()
+    queries, keys = (torch.empty(length, 0, device="cpu") for length in (n, m))
+    seen = (each.sum() for *_, each in tiles(queries, keys, left, right, cols, causal))
+    return b * h * int(sum(seen))
 
 
 def _flops(q, k, v, key_mask, slopes, left, right, rows, cols, causal, *_, **__) -> int:
@@ -53,12 +54,25 @@ def _backward_flops(
     return 2 * _pairs(q, k, left, right, cols, causal) * (3 * q[-1] + 2 * v[-1])
 
 
+SHAPES = """
+    q: B H N D
+    k: B K M D
+    v: B K M E
+    o do: B H N E
+    lse: B H N
+    key_mask: B M bool
+    slopes: H
+    where: K and H % K == 0
+    where: left >= 0 <= right
+    where: rows == cols == 0 or rows > 0 < cols and rows * cols == N == M
+"""
 local_fwd = Op(
     "local_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? slopes, SymInt left, SymInt right, "
     "SymInt rows, SymInt cols, bool causal, float scale, float softcap) -> (Tensor o, Tensor lse)",
     forward_reference,
     flops=_flops,
+    shapes=SHAPES,
 )
 local_bwd = Op(
     "local_bwd",
@@ -67,6 +81,7 @@ local_bwd = Op(
     "float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)",
     backward_reference,
     flops=_backward_flops,
+    shapes=SHAPES,
 )
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -15,14 +15,15 @@ the other two forms in mla_forms.py, decoding in mla_decode.py. Beside the refer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from ._autograd import plain
 from ._check import Layout, check_causal, check_key_mask, operands
-from ._op import Backend, Op, Unavailable, choose
+from ._op import Backend, Op, choose
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
@@ -30,7 +31,12 @@ from ._sinks_op import attend, with_sinks
 from ._softmax import score_scale
 from .merge import merge_sinks
 from .mla_forms import check_latents, compose
-from .mla_reference import backward_reference, forward_reference
+from .mla_reference import (
+    backward_reference,
+    bent_backward_reference,
+    bent_forward_reference,
+    forward_reference,
+)
 
 Form = Literal["auto", "fused", "expand", "absorb"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -58,35 +64,75 @@ def _backward_flops(do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *_, **__
     return 2 * b * h * n * (3 * r * (dn + dv) + n * (3 * (dn + q_rope[-1]) + 2 * dv))
 
 
-mla_fwd = Op(
-    "mla_fwd",
-    "(Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, Tensor w_uk, Tensor w_uv, "
-    "Tensor? key_mask, float scale, bool causal) -> (Tensor o, Tensor lse, Tensor max_logits)",
-    forward_reference,
-    flops=_flops,
-)
-mla_bwd = Op(
-    "mla_bwd",
-    "(Tensor do, Tensor? dlse, Tensor q_nope, Tensor q_rope, Tensor c_kv, Tensor k_rope, "
-    "Tensor w_uk, Tensor w_uv, Tensor o, Tensor lse, Tensor? key_mask, float scale, bool causal) "
-    "-> (Tensor dq_nope, Tensor dq_rope, Tensor dc_kv, Tensor dk_rope, Tensor dw_uk, Tensor dw_uv)",
-    backward_reference,
-    flops=_backward_flops,
-)
+SHAPES = """
+    q_nope: B H N D
+    q_rope: B H N P
+    c_kv: B N R
+    k_rope: B N P
+    w_uk: H D R
+    w_uv: H E R
+    o do: B H N E
+    lse dlse: B H N
+    key_mask: B N bool
+    slopes: H
+"""
+
+
+def _ops(name: str, forward: Callable, backward: Callable, rules: str, bends: str) -> list[Op]:
+    """name_fwd and name_bwd; `rules` stand behind the tensors, `bends` behind the options."""
+    x = ["q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"]
+    given = ", ".join(f"Tensor {y}" for y in x)
+    grads = ", ".join(f"Tensor d{y}" for y in x)
+    rest = f"Tensor? key_mask{rules}, float scale, bool causal{bends}"
+    return [
+        Op(
+            f"{name}_fwd",
+            f"({given}, {rest}) -> (Tensor o, Tensor lse, Tensor max_logits)",
+            forward,
+            flops=_flops,
+            shapes=SHAPES,
+        ),
+        Op(
+            f"{name}_bwd",
+            f"(Tensor do, Tensor? dlse, {given}, Tensor o, Tensor lse, {rest}) -> ({grads})",
+            backward,
+            flops=_backward_flops,
+            shapes=SHAPES,
+        ),
+    ]
+
+
+mla_fwd, mla_bwd = _ops("mla", forward_reference, backward_reference, "", "")
+# With a cap or ALiBi's slopes: ops of their own, since kernels are registered for ops, and CUDA C++
+# knows neither.
+bent_mla_fwd, bent_mla_bwd = _ops(
+    "bent_mla", bent_forward_reference, bent_backward_reference, ", Tensor? slopes",
+    ", float softcap",
+)  # fmt: skip
+
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def _gradients(backend, grads, *saved):
-    *operands, key_mask, o, lse, _, scale, causal = saved
+def _gradients(bwd, n, backend, grads, *saved):
+    """n: of the tensors."""
+    tensors, (o, lse, _), options = saved[:n], saved[n : n + 3], saved[n + 3 :]
     do, dlse = grads
     do = torch.zeros_like(o) if do is None else do
-    return mla_bwd.below(backend, do, dlse, *operands, o, lse, key_mask, scale, causal)
+    return bwd.below(backend, do, dlse, *tensors[:6], o, lse, *tensors[6:], *options)
 
 
-mla_fwd.differentiable(_gradients, by=mla_bwd, constant=1)
-mla_packed = packed(mla_fwd, mla_bwd, _gradients, constant=1)
-with_sinks(mla_fwd)
-with_sinks(mla_packed)
+def _differentiable(fwd: Op, bwd: Op) -> Op:
+    """Also packed, which is returned, and both with sinks."""
+    gradients = partial(_gradients, bwd, fwd.tensors)
+    fwd.differentiable(gradients, by=bwd, constant=1)
+    many = packed(fwd, bwd, gradients, constant=1)
+    with_sinks(fwd)
+    with_sinks(many)
+    return many
+
+
+mla_packed = _differentiable(mla_fwd, mla_bwd)
+bent_mla_packed = _differentiable(bent_mla_fwd, bent_mla_bwd)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -177,8 +223,7 @@ def mla_attention(
             (`tab.merge_sinks`). Learned where it requires grad.
         softcap: c > 0 bends the scores to c·tanh(s/c) (Gemma 2 2024, sec. 2), before alibi.
         alibi: (H,), slopes m: m·|i − j| is subtracted from the scores (Press et al. 2021, "Train
-            short, test long"); without gradient. Softcap and alibi are the fused form's reference
-            alone, which writes the scores.
+            short, test long"); without gradient. Softcap and alibi are of the fused form alone.
         cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences with a 0 before them: packed,
             they lie one behind the other, q (1, H, T, D), and no token reaches another's sequence.
             c_kv is (1, T, R), k_rope (1, T, Dr), max_logits (S, H), and the form "fused". A
@@ -228,30 +273,30 @@ def mla_attention(
     check_key_mask("mla_attention", key_mask, q_nope)
     cap, slopes = check_scores("mla_attention", q_nope, sinks, softcap, alibi)
     bent = slopes is not None or cap > 0
-    # SDPA gives no lse, and on a CPU has no flash kernel for two widths.
-    writes = q_nope.is_cpu and q_nope.shape[-1] + q_rope.shape[-1] != w_uv.shape[1]
+    cuts = () if packing is None else packing[:1]
     if packing is None:
-        form, backend = _choose_form(form, backend, x, writes or sinks is not None, bent)
+        op = bent_mla_fwd if bent else mla_fwd
     else:
+        op = bent_mla_packed if bent else mla_packed
         if form in ("expand", "absorb"):
             refuse_packed(
                 "mla_attention", packing, f'form="{form}"', 'use "fused", or leave it out'
             )
-        if bent:
-            refuse_packed("mla_attention", packing, "softcap or alibi", "call it for each sequence")
         form = "fused" if form == "auto" else form
-        form, backend = _choose_form(form, backend, x, op=mla_packed)
+    # SDPA gives no lse, and on a CPU has no flash kernel for two widths.
+    writes = q_nope.is_cpu and q_nope.shape[-1] + q_rope.shape[-1] != w_uv.shape[1]
+    form, backend = _choose_form(form, backend, x, writes or sinks is not None, bent, op)
     scale = score_scale("mla_attention", scale, q_nope.shape[-1] + q_rope.shape[-1])
-    if bent:
-        o, lse, peak = plain(forward_reference, (*x, key_mask, scale, causal, cap, slopes))
-    elif form == "fused":
-        op, cuts = (mla_fwd, ()) if packing is None else (mla_packed, packing[:1])
-        o, lse, peak = attend(op, backend, sinks, *x, key_mask, *cuts, scale, causal)
+    if form == "fused":
+        rules, bends = ((slopes,), (cap,)) if bent else ((), ())
+        o, lse, peak = attend(
+            op, backend, sinks, *x, key_mask, *rules, *cuts, scale, causal, *bends
+        )
     else:
         want_lse = return_lse or sinks is not None
         o, lse, peak = compose(form, x, scale, causal, key_mask, want_lse, return_max_logits)
-    if sinks is not None and (bent or form != "fused"):
-        o, lse = merge_sinks(o, lse, sinks)
+        if sinks is not None:
+            o, lse = merge_sinks(o, lse, sinks)
     o = pack(layout, o, packing)
     extra = [pack_rows(lse, packing)] if return_lse else []
     extra += [peak] if return_max_logits else []
@@ -266,14 +311,11 @@ def _compiled(device: str) -> bool:
 
 
 def _choose_form(
-    form: Form,
-    backend: Backend,
-    x: tuple[Tensor, ...],
-    writes: bool = False,
-    bent: bool = False,
+    form: Form, backend: Backend, x: tuple[Tensor, ...], writes: bool, bent: bool = False,
     op: Op = mla_fwd,
-) -> tuple[Form, Backend]:
-    """writes: whether `expand` would write all scores. bent: by a softcap or alibi."""
+) -> tuple[Form, Backend]:  # fmt: skip
+    """writes: whether `expand` would write all scores. bent: by a softcap or alibi. op: that of the
+    fused form."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
     if form in ("expand", "absorb"):
@@ -289,11 +331,7 @@ def _choose_form(
             )
         return form, "auto"
     backend = choose(backend, op, *x)
-    if bent:
-        if backend not in ("auto", "reference"):
-            raise Unavailable(backend, "mla_fwd", "it takes neither softcap nor alibi")
-        return "fused", "reference"
-    if form == "auto" and backend == "auto":
+    if form == "auto" and backend == "auto" and not bent:
         device = x[0].device.type
         better = x[0].shape[2] <= FUSED_TOKENS.get(device, 0) or writes
         form = "fused" if better and _compiled(device) else "expand"

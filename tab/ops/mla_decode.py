@@ -93,12 +93,22 @@ def _backward_flops(do, dlse, q_nope, q_rope, cache, seqlens, w_uk, w_uv, *_, **
     return 2 * b * h * (r * (3 * dn + 2 * dv) + 3 * n * (width + r))
 
 
+SHAPES = """
+    q_nope: B H D
+    q_rope: B H P
+    seqlens: B
+    w_uk: H D R
+    w_uv: H E R
+    o do: B H E
+    lse dlse: B H
+"""
 mla_decode_op = Op(
     "mla_decode",
     "(Tensor q_nope, Tensor q_rope, Tensor cache, Tensor seqlens, Tensor w_uk, Tensor w_uv, "
     "float scale) -> (Tensor o, Tensor lse)",
     decode_reference,
     flops=_flops,
+    shapes=SHAPES + "cache: B N R+P",
 )
 # Without gradients: those are of mla_decode, over the pages in one piece.
 mla_decode_paged = Op(
@@ -107,6 +117,7 @@ mla_decode_paged = Op(
     "Tensor w_uv, float scale) -> (Tensor o, Tensor lse)",
     paged_reference,
     flops=_paged_flops,
+    shapes=SHAPES + "cache: C N R+P\n page_table: B T",
 )
 mla_decode_bwd = Op(
     "mla_decode_bwd",
@@ -115,6 +126,7 @@ mla_decode_bwd = Op(
     "-> (Tensor dq_nope, Tensor dq_rope, Tensor dcache, Tensor dw_uk, Tensor dw_uv)",
     decode_backward_reference,
     flops=_backward_flops,
+    shapes=SHAPES + "cache: B N R+P",
 )
 
 

@@ -23,6 +23,11 @@ def _keys(h, c, kr, uk, uv):
     return torch.cat([c @ uk[h].mT, kr], -1), c @ uv[h].mT
 
 
+def _bias(slopes, h, i):
+    """ALiBi's of head h, (N, N), where there are slopes."""
+    return None if slopes is None else alibi(slopes[h], i[:, None], i)
+
+
 def forward_reference(
     q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask, scale, causal, softcap=0.0, slopes=None
 ):  # fmt: skip
@@ -30,15 +35,14 @@ def forward_reference(
 
     lse_i = log Σ_j exp(S_ij). A query that sees no key has lse −inf and o 0. max_logits is the
     largest S_ij in use: j visible to i, and i a real token too where there is a key_mask.
-    softcap and slopes: only here, the ops have neither.
+    softcap, slopes (H,): bent scores, c·tanh(S/c) − m_h·|i − j|.
     """
     q, *shared = _operands(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, key_mask)
     seen = visible(key_mask, q.shape[2], causal, q.device)
     heads, i = [], torch.arange(q.shape[2], device=q.device)
     for h in range(q.shape[1]):
-        bias = None if slopes is None else alibi(slopes[h], i[:, None], i)
         tile = q[:, h], *_keys(h, *shared)
-        heads.append(softmax_forward(*tile, seen, scale, softcap, bias))
+        heads.append(softmax_forward(*tile, seen, scale, softcap, _bias(slopes, h, i)))
     o, lse, peak = (torch.stack(x, 1) for x in zip(*heads, strict=True))
     if key_mask is not None:
         peak = peak.masked_fill(~key_mask[:, None], -torch.inf)
@@ -47,8 +51,9 @@ def forward_reference(
 
 
 def backward_reference(
-    do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal
-):
+    do, dlse, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, o, lse, key_mask, scale, causal,
+    softcap=0.0, slopes=None,
+):  # fmt: skip
     """-> dq_n, dq_r, dc, dk_r, dW_uk, dW_uv. Per head, with P = exp(S − lse) recomputed:
 
     Δ = Σ do·o − dlse,  dS = scale·P∘(do·vᵀ − Δ),  dq_n = dS k,  dq_r = dS k_r,
@@ -62,9 +67,10 @@ def backward_reference(
     delta = delta if dlse is None else delta - dlse
     seen = visible(key_mask, q.shape[2], causal, q.device)
     dqn, dqr, duk, duv, dc, dkr = [], [], [], [], 0, 0
+    i = torch.arange(q.shape[2], device=q.device)
     for h in range(q.shape[1]):
         tile = do[:, h], q[:, h], *_keys(h, *shared), lse[:, h], delta[:, h]
-        dq, dk, dv = softmax_backward(*tile, seen, scale)
+        dq, dk, dv = softmax_backward(*tile, seen, scale, softcap, _bias(slopes, h, i))
         dk, dkr_h = dk[..., :dn], dk[..., dn:]
         dqn.append(dq[..., :dn])
         dqr.append(dq[..., dn:])
@@ -74,3 +80,15 @@ def backward_reference(
     dqn, dqr = (torch.stack(x, 2).to(q_nope.dtype).transpose(1, 2) for x in (dqn, dqr))
     rest = dc, dkr, torch.stack(duk), torch.stack(duv)
     return dqn, dqr, *(x.to(q_nope.dtype) for x in rest)
+
+
+def bent_forward_reference(*args):
+    """The same in the order of the op, whose tensors come first."""
+    *operands, slopes, scale, causal, softcap = args
+    return forward_reference(*operands, scale, causal, softcap, slopes)
+
+
+def bent_backward_reference(*args):
+    """The same, too."""
+    *operands, slopes, scale, causal, softcap = args
+    return backward_reference(*operands, scale, causal, softcap, slopes)

@@ -58,6 +58,19 @@ def _backward_flops(do, ds, dz, q, k, v, projection, *_, **__) -> int:
     return 2 * _flops(q, k, v, projection)
 
 
+SHAPES = """
+    q: B H N D
+    k: B K M D
+    v: B K M E
+    projection: F D
+    o do: B H N E
+    lse: B H N
+    key_mask: B M bool
+    s s0 ds: B K F E
+    z z0 dz c c0: B K F
+    where: K and H % K == 0
+    where: not causal or N == M
+"""
 performer_fwd = Op(
     "performer_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor? key_mask, Tensor? s0, Tensor? z0, "
@@ -65,6 +78,7 @@ performer_fwd = Op(
     "-> (Tensor o, Tensor s, Tensor z, Tensor c, Tensor lse)",
     groups_forward(forward_reference, lse=True),
     flops=_flops,
+    shapes=SHAPES,
 )
 performer_bwd = Op(
     "performer_bwd",
@@ -74,6 +88,7 @@ performer_bwd = Op(
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds0, Tensor dz0)",
     groups_backward(backward_reference),
     flops=_backward_flops,
+    shapes=SHAPES,
 )
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ._scores import check_scores
 from ._sinks_op import attend, with_sinks
 from ._softmax import check_lse_gradient, lse_as_column, plain_softmax, score_scale
 from .pattern import BlockPattern
-from .sparse_packed import PatternOf, each_sequence
+from .sparse_packed import PatternOf, check_pattern, packed, packed_attention
 from .sparse_reference import backward_reference, forward_reference
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -50,6 +50,24 @@ def _backward_flops(
     return 2 * _pairs(q, row_ptr, col, block_size) * (3 * q[-1] + 2 * v[-1])
 
 
+# row_ptr and col list the blocks of keys of each block of queries, col_ptr and row the reverse. The
+# entries are values, which lie on the device: who makes a BlockPattern checks them.
+SHAPES = """
+    q: B H N D
+    k: B K M D
+    v: B K M E
+    o do: B H N E
+    lse: B H N
+    key_mask: B M bool
+    slopes: H
+    row_ptr: P I
+    col_ptr: P J
+    col row: L
+    where: K and H % K == 0
+    where: P in (1, H) and block_size > 0
+    where: (I - 2) * block_size < N <= (I - 1) * block_size
+    where: (J - 2) * block_size < M <= (J - 1) * block_size
+"""
 sparse_fwd = Op(
     "sparse_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col, Tensor col_ptr, Tensor row, "
@@ -57,6 +75,7 @@ sparse_fwd = Op(
     "-> (Tensor o, Tensor lse)",
     forward_reference,
     flops=_flops,
+    shapes=SHAPES,
 )
 sparse_bwd = Op(
     "sparse_bwd",
@@ -65,6 +84,7 @@ sparse_bwd = Op(
     "float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)",
     backward_reference,
     flops=_backward_flops,
+    shapes=SHAPES,
 )
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -84,6 +104,7 @@ def _gradients(backend, grads, q, k, v, *saved):
 sparse_fwd.takes["cuda"] = lambda q, k, v=None, *x: plain_softmax(q, k, v, *x[4:])
 sparse_fwd.differentiable(_gradients, by=sparse_bwd)
 with_sinks(sparse_fwd)
+sparse_packed = packed(sparse_fwd, sparse_bwd, _gradients)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -209,11 +230,11 @@ def sparse_attention(
     scale = score_scale("sparse_attention", scale, q.shape[-1])
     check_key_mask("sparse_attention", key_mask, k)
     cap, slopes = check_scores("sparse_attention", q, sinks, softcap, alibi)
-    options = slopes, sinks, causal, scale, cap, return_lse, backend
+    x = q, k, v, key_mask, slopes, sinks, causal, scale, cap, return_lse, backend
     if packing is None:
-        o, lse = _attend(q, k, v, key_mask, pattern, *options)
+        o, lse = _attend(pattern, *x)
     elif callable(pattern):
-        o, lse = each_sequence(_attend, options, pattern, packing.cu_seqlens, q, k, v, key_mask)
+        o, lse = packed_attention(sparse_packed, pattern, packing.cu_seqlens, *x)
     else:
         raise ValueError(
             "sparse_attention wants, with cu_seqlens or nested tensors, a function of a sequence's "
@@ -224,20 +245,14 @@ def sparse_attention(
     return (o, pack_rows(lse, packing)) if return_lse else o
 
 
-def _attend(q, k, v, key_mask, pattern, slopes, sinks, causal, scale, cap, lse, backend):
+def _attend(pattern, q, k, v, key_mask, slopes, sinks, causal, scale, cap, lse, backend):
     """-> o and lse of dense q, k and v; the pattern is checked here. lse: whether it is of use."""
     if not isinstance(pattern, BlockPattern):
         raise ValueError(
             f"sparse_attention wants a BlockPattern, got {type(pattern).__name__}; make one with "
             "BlockPattern.bigbird or, from a mask of blocks, BlockPattern.from_blocks"
         )
-    h, n, keys = q.shape[1], q.shape[2], k.shape[2]
-    if pattern.n != n or pattern.n_keys != keys or pattern.heads not in (None, h):
-        raise ValueError(
-            f"sparse_attention got a pattern for N = {pattern.n}, N_k = {pattern.n_keys}, "
-            f"H = {pattern.heads or 'any'} and tensors of N = {n}, N_k = {keys}, H = {h}; make the "
-            "pattern for these"
-        )
+    check_pattern(pattern, q.shape[2], k.shape[2], q.shape[1])
     # The kernel is faster than dense SDPA even at density 1, so "auto" never leaves it. float32,
     # one Zen 5 core, kernel and SDPA in ms, forward, then with backward:
     #   B 128 H 4 N 64 D 64, blocks of 8   5.7 and 9.0,  18.1 and 31.4

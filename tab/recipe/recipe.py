@@ -6,13 +6,14 @@
     [attention.local]                options of a mechanism, for both models
     [attention.local.cnn]            options of mechanism, model or training, for this pair alone
 
-A later layer wins: file over base, override over file. What a later layer says of a model or of
-training (model.cnn.hidden, train.lr) also replaces what an earlier one said of a pair
-(attention.local.cnn.hidden, attention.local.cnn.lr).
+A later layer wins: file over base, override over file. What a later layer says of a model, of
+training or of a mechanism (model.cnn.hidden, train.lr, attention.local.window_size) also replaces
+what an earlier one said of a pair (attention.local.cnn.hidden, .lr, .window_size).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import tomllib
@@ -153,13 +154,14 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
 
 def parse_override(text: str) -> tuple[str, object]:
     """ "train.lr=0.01" -> ("train.lr", 0.01). The value is TOML; a bare word is a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"override {text!r}: write KEY=VALUE, such as train.lr=0.01")
-    try:
-        return key.strip(), tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key or "\n" in value:
+        raise ValueError(f"override {text!r}: write one KEY=VALUE, such as train.lr=0.01")
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        return key, tomllib.loads(f"x = {value}")["x"]
+    with contextlib.suppress(ValueError):  # .01, which TOML wants a 0 before
+        return key, float(value)
+    return key, value
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -234,8 +236,9 @@ PAIR_TRAIN = [name for name in _fields(SECTIONS["train"]) if name != "epochs"]
 def _merge(below: dict, layer: dict) -> dict:
     merged = copy.deepcopy(below)
     for model in MODELS:
-        for attention in merged["attention"].values():
-            for key in (*layer.get("model", {}).get(model, {}), *layer.get("train", {})):
+        general = {*layer.get("model", {}).get(model, {}), *layer.get("train", {})}
+        for name, attention in merged["attention"].items():
+            for key in general | layer.get("attention", {}).get(name, {}).keys():
                 attention.get(model, {}).pop(key, None)
     _update(merged, layer)
     return merged

@@ -92,7 +92,7 @@ def match_block(config: RunConfig, target: int, cost: Callable[[RunConfig], int]
         """The next value from n on that the layer takes."""
         return _next(n, size)
 
-    choices = [valid(n) for n in _around(target, lambda n: size(valid(n)))]
+    choices = [valid(n) for n in _around(target, size, valid=valid)]
     return _with_option(config, option, min(choices, key=lambda n: abs(size(n) - target)))
 
 
@@ -119,7 +119,7 @@ def match_width(config: RunConfig, target: int, cost: Callable[[RunConfig], int]
 
     published = config.model_options.forms == "published"
     fine = get_attention(config.attention, published=published).fine_size
-    around = _around(target, lambda hidden: size(valid(hidden)))
+    around = _around(target, size, config.model_options.hidden, valid)
     sized = [_with(config, valid(hidden)) for hidden in around]
     layer = get_attention(config.attention, published=published)
     if fine != layer.size_option(config.attention_options):
@@ -142,19 +142,40 @@ def _choices(
     own = _around(cost(config), size)[1]
     return [
         (round(abs(size(n) / target - 1), 2), abs(math.log(n / own)), _with_option(config, fine, n))
-        for n in _around(target, size)
+        for n in _around(target, size, own)
     ]
 
 
-def _around(target: int, size: Callable[[int], int]) -> tuple[int, int]:
-    """Neighbours n, n + 1 from 1 on with size(n) < target ≤ size(n + 1), or (1, 2); size grows."""
-    low, high = 1, 2
-    while size(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) < target else (low, middle)
-    return low, high
+def _around(
+    target: int,
+    size: Callable[[int], int],
+    near: int = 64,
+    valid: Callable[[int], int] = int,
+) -> tuple[int, int]:
+    """Neighbours n, n + 1 from 1 on with size(n) < target ≤ size(n + 1), or (1, 2), as of valid(n);
+    size grows.
+
+    It does so about as a square. So the search, which begins at `near`, follows the line through
+    the roots of the last two sizes; each third step goes half of what is left, or twice as far,
+    whatever these are."""
+    low, high, n, step = 1, math.inf, max(near, 2), 0
+    before, last = 0, 0.0  # the width before, and the root of its part of the target
+    while True:
+        fits, step = valid(n), step + 1
+        if (known := size(fits)) < target:
+            low = fits
+        else:
+            high = n
+        if high - low <= 1:
+            return low, low + 1
+        root = math.sqrt(known / target)
+        rise = (root - last) / (fits - before) if fits != before else 0.0
+        before, last = fits, root
+        if step % 3 and rise > 0:
+            guess = min(fits + (1 - root) / rise, 8 * fits, high - 1)
+            n = max(math.floor(guess), low + 1)
+        else:
+            n = 2 * low if high == math.inf else (low + int(high)) // 2
 
 
 def parameters_of(config: RunConfig, classes: int = 10) -> int:

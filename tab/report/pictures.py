@@ -151,10 +151,10 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
             (time, "seconds", 1, TIME, lambda x: f"{x:.0f}" if x >= 100 else f"{x:.3g}"),
         )
         for ax, key, scale, xlabel, written in panels:
-            means = [getattr(entry, key) for entry in entries]
-            values = [mean.value * scale for mean in means]
-            below = [mean.spread[0] * scale for mean in means]
-            above = [mean.spread[1] * scale for mean in means]
+            means = [getattr(entry, key) for entry in entries]  # no time where all runs diverged
+            values = [mean.value * scale if mean else 0.0 for mean in means]
+            below = [mean.spread[0] * scale if mean else 0.0 for mean in means]
+            above = [mean.spread[1] * scale if mean else 0.0 for mean in means]
             ax.barh(places, values, color=colours, hatch=hatches, height=0.72, edgecolor="white")
             if any(above + below):
                 bar = {"fmt": "none", "ecolor": "#777777", "capsize": 2.5}
@@ -163,7 +163,7 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
             room = max(ends) or 1.0
             for place, mean, end in zip(places, means, ends, strict=True):
                 x, plate = end + 0.012 * room, {"color": "white", "pad": 0.6}
-                text = written(mean.value * scale) + " *" * mean.disturbed
+                text = written(mean.value * scale) + " *" * mean.disturbed if mean else "–"
                 ax.text(x, place, text, va="center", fontsize=8.5, bbox=plate)
             ax.set(xlabel=xlabel, xlim=(0, room * 1.13))
             ax.set_yticks(places, names if ax is accuracy else [""] * len(names))
@@ -173,8 +173,9 @@ def bars(path: Path, entries: list[Standing], heading: str) -> None:
         accuracy.set_title(heading)
         control = next((e for e in entries if e.attention == "none"), None)
         if control:
-            for ax, value in ((accuracy, control.test.value * 100), (time, control.seconds.value)):
-                ax.axvline(value, color="#000000", linewidth=0.9, linestyle=":")
+            for ax, mean, scale in ((accuracy, control.test, 100), (time, control.seconds, 1)):
+                if mean:
+                    ax.axvline(mean.value * scale, color="#000000", linewidth=0.9, linestyle=":")
 
 
 def noise(path: Path, runs: list[Run], found: dict[str, dict], heading: str) -> None:

@@ -26,7 +26,7 @@ def tuned_or_not(grid: Grid) -> str:
         )
     return (
         f"**Tuned:** for each row the same {grid.tune} draws of learning rate, weight decay and "
-        "rate of the gates, by successive halving on images held out from training; then trained "
+        "rate of the gates, the best of them chosen on images held out from training; then trained "
         "anew from other seeds."
     )
 

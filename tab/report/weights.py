@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +19,31 @@ FILTERS = 24
 
 
 @torch.no_grad()
-def attention_weights(model, x: Tensor) -> Tensor | None:
+def attention_weights(model, x: Tensor) -> Tensor | str:
     """The matrices (H', N, N) of up to four heads for one image x (1, 3, H, W), from the layer's
-    own weights; None where the layer has none."""
+    own weights; or in words why there are none. A layer of others that fails in this costs its
+    picture, and not the report."""
     model.eval()
     try:
-        return model.attention.attention_matrix(model.tokens(x))[0, :HEADS].float().cpu()
+        tokens = model.tokens(x)
+        found = model.attention.attention_matrix(tokens)
+        if found.dim() != 4 or found.shape[::2] != (1, tokens.shape[1]) or found.shape[3] < 1:
+            raise ValueError(f"its shape is {tuple(found.shape)}, wanted is (B, H, N, N)")
+        return found[0, :HEADS].float().cpu()
     except NotImplementedError:
-        return None
+        return "no attention matrix"
+    except Exception as error:
+        name, what = type(model.attention).__name__, f"{type(error).__name__}: {error}"
+        warnings.warn(f"the attention matrix of {name} is not drawn: {what}", stacklevel=3)
+        return textwrap.shorten(what, 40, placeholder=" …")
 
 
 def attention_picture(
-    path: Path, maps: dict[str, Tensor | None], image: Tensor, heading: str
+    path: Path, maps: dict[str, Tensor | str], image: Tensor, heading: str
 ) -> None:
-    """maps: mechanism -> its matrices (H', N, N). A mechanism is one panel, its heads side by side;
-    each matrix is scaled to its own largest weight. image (H, W, 3) uint8: what they attend to."""
+    """maps: mechanism -> its matrices (H', N, N), or why it has none. A mechanism is one panel, its
+    heads side by side; each matrix is scaled to its own largest weight. image (H, W, 3) uint8: what
+    they attend to."""
     height = 1.3 + 1.0 / -(-len(maps) // 3)  # of a row, with its share of the heading
     with figure(path, len(maps), columns=3, width=4.6, height=height) as (fig, axes):
         fig.subplots_adjust(wspace=0.12, hspace=0.45)
@@ -40,12 +51,11 @@ def attention_picture(
             _bare(ax)
             ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
             ax.set_aspect("equal")
-            n = 0 if heads is None else heads.shape[-1]
-            size = "no attention matrix" if heads is None else counted(n, "token")
+            size = heads if isinstance(heads, str) else counted(heads.shape[-1], "token")
             ax.set_title(title(attention), fontsize=9)
             small = {"fontsize": 7.5, "color": "#666666", "fontweight": "normal"}
             ax.set_title(size, loc="right", **small)
-            for i, head in enumerate([] if heads is None else heads):
+            for i, head in enumerate([] if isinstance(heads, str) else heads):
                 shown = (head / head.max().clamp_min(1e-12)).numpy()
                 look = {"cmap": "magma", "norm": PowerNorm(0.5, 0, 1), "interpolation": "nearest"}
                 ax.imshow(shown, extent=(i, i + 0.94, 0, 0.94), zorder=2, **look)

@@ -5,8 +5,10 @@
 
 Common random numbers: configuration i has the same learning rate, weight decay and rate of the
 gates in every row, so that rows differ by what they make of the draws and not by their luck with
-them. Successive halving chooses on images held out from training; the comparison trains the winners
-anew, from other seeds, and only these meet the test images.
+them. All are trained to the end of their schedule, and the best on images held out from training is
+chosen: as long as the rate of a one-cycle schedule is high, low ones lead that are behind at the
+end (docs/results.md), so that successive halving would keep the wrong ones. The comparison trains
+the winners anew, from other seeds, and only these meet the test images.
 """
 
 from __future__ import annotations
@@ -25,21 +27,19 @@ from ..tasks.tasks import Executor
 
 FOLDER = "tuning"
 SEED = 1_000_000  # of draws and of runs: none that the comparison trains
-ETA = 3
 VALIDATION = 5000  # images, unless the data set is small
 FEWEST = 200  # batches an epoch that make a third of the images enough to choose by
 
 
 def budget_of(plan: Plan, dataset: Dataset) -> Budget:
-    """N configurations, of which a third goes on at a ninth, a third and all of the epochs; on a
-    third of the images where these are still FEWEST batches, for three times the draws."""
-    config = plan.configs()[0]
-    epochs, count = config.train.epochs, len(dataset.train)
-    rungs = sorted({max(1, round(epochs / 9)), max(1, round(epochs / 3)), epochs})
+    """N configurations, on a third of the images where these are still FEWEST batches, for three
+    times the draws."""
+    config, count = plan.configs()[0], len(dataset.train)
     held = max(config.data.validation, min(VALIDATION, count // 10))
     third = (config.data.images or count - held) // 3
     few = third < FEWEST * config.train.batch_size
-    return Budget(plan.grid.tune, tuple(rungs), ETA, config.data.images if few else third, held)
+    images = config.data.images if few else third
+    return Budget(plan.grid.tune, (config.train.epochs,), 2.0, images, held)  # one rung: no halving
 
 
 def sweep_of(plan: Plan, dataset: Dataset, space: Space | None = None) -> SweepPlan:

@@ -107,7 +107,9 @@ def _trial(line: dict[str, str]) -> RungTrial:
 
 
 def _value(text: str) -> object:
-    """A whole number, a number, or a word."""
+    """True or False, a whole number, a number, or a word."""
+    if text in ("True", "False"):
+        return text == "True"
     for kind in (int, float):
         try:
             return kind(text)

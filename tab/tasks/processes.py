@@ -94,12 +94,17 @@ class _Worker:
         return f"its process ended ({how}{memory})"
 
 
+def variables(threads: int) -> dict[str, str]:
+    """OpenMP and MKL read these when they load: a process has so many threads then, also more than
+    there are cores. It need not import torch for that, which takes seconds."""
+    count = str(threads)
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "MKL_DYNAMIC": "FALSE"}
+
+
 @contextlib.contextmanager
 def _environment(threads: int) -> Iterator[None]:
-    """OpenMP and MKL read these when they load: what starts in here has so many threads, also more
-    than there are cores. It need not import torch for that, which takes seconds."""
-    count = str(threads)
-    ours = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "MKL_DYNAMIC": "FALSE"}
+    """What starts in here has so many threads."""
+    ours = variables(threads)
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:

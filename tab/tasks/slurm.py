@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import time
 import uuid
 from collections import Counter, deque
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from ..checks import check_keys
 from ..machine import cores
+from .processes import variables
 from .tasks import ATTEMPTS, Done, OnEvent, T, Task, attempt, died, log, portable
 
 try:
@@ -132,9 +134,9 @@ class _Work:
     """What a job does."""
 
     def __call__(self, index: int, task: Task, told: Path, threads: int) -> Done:
-        import torch
-
-        torch.set_num_threads(threads)
+        os.environ.update(variables(threads))
+        if "torch" in sys.modules:  # too late for them; else it may not be needed at all
+            sys.modules["torch"].set_num_threads(threads)
         with told.open("ab", buffering=0) as file:
 
             def emit(event: object) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..models.image_model import ImageModel
 from ..run_config import Train
+from .adamw import AdamW
 
 Batch = tuple[Tensor, Tensor]  # x (B, 3, S, S), y (B,)
 WARM_UP = 3  # runs before a capture: they compile kernels and choose algorithms
@@ -40,9 +41,7 @@ class Steps:
         self.model, self.options, self.device = model, options, device
         self.forward = torch.compile(model, dynamic=False) if options.compile else model
         groups = parameter_groups(model, options)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, weight_decay=options.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
         if options.schedule == "one_cycle":  # Smith & Topin 2018; PyTorch's shape of it
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimizer, max_lr=[group["lr"] for group in groups], total_steps=count
@@ -50,6 +49,7 @@ class Steps:
         else:
             self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         self.average: dict[str, Tensor] = {}  # of the weights, where the recipe asks for it
+        self.averages = averages_of(model)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.graphed = options.graph and device.type == "cuda"
@@ -100,7 +100,7 @@ class Steps:
         count = self.schedule.last_epoch
         keep = min(self.options.ema, count / (count + 9))
         for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
+            if name in self.averages:
                 known = self.average.get(name)
                 self.average[name] = (
                     value.clone() if known is None else known.lerp_(value, 1 - keep)
@@ -145,7 +145,7 @@ class Steps:
         self.correct += (logits.argmax(-1) == y).sum()
 
     def _autocast(self):
-        enabled = self.options.amp and self.device.type == "cuda"
+        enabled = self.options.amp and (self.device.type == "cuda" or self.options.amp_on_cpu)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -153,6 +153,17 @@ class Steps:
 def _put(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         state[name].copy_(value)
+
+
+def averages_of(model: nn.Module) -> set[str]:
+    """What an average of the weights is of: parameters, and the statistics that batch norm has of
+    them. Other buffers are as they are in the last step: the mean of two of Performer's random
+    projections, for instance, is none."""
+    found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found |= {f"{name}.running_mean", f"{name}.running_var"}
+    return found
 
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

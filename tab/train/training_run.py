@@ -101,7 +101,7 @@ class TrainingRun:
     @property
     def number(self) -> int:
         """What a layer draws in the next epoch, from torch's random stream, is a function of it."""
-        return self.config.draws * 1_000_003 + len(self.rows)
+        return (self.config.draws * 1_000_003 + len(self.rows)) % 2**64
 
     def add(self, rate: float, loss: float, correct: int, time: Stopwatch, seeds: int = 1) -> None:
         """The row of an epoch that was trained: `loss` and `correct` are sums over its images.

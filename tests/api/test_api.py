@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import rich
+from forks import python
 from matplotlib.figure import Figure
 from small_grid import SMALL, numbers
 
@@ -57,7 +58,7 @@ def test_a_package_that_is_called_as_a_function(name):
 @pytest.mark.parametrize("first", ["import tab.compare.plan", "from tab import compare", "pass"])
 def test_it_can_be_called_whatever_was_imported_first(first):
     program = f"import tab; {first}; assert callable(tab.compare), tab.compare; print(tab.compare)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = python("-c", program)
     assert done.stdout.startswith("<module 'tab.compare'"), done.stderr
 
 
@@ -185,7 +186,7 @@ def test_an_attention_of_a_file(tmp_path, monkeypatch):
     out = tmp_path / "out"
     tab.compare("api_mine", "mlp", out=out, plugins=[plugin], tell=None, **GIVEN)
     program = f"import tab; print(tab.load_study({str(out)!r}).rows()[0]['title'])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = python("-c", program)
     assert done.stdout.strip() == "My own", done.stderr
 
 

@@ -1,9 +1,7 @@
 """Without the extras every public name is still there; what needs one says so when it is called."""
 
-import subprocess
-import sys
-
 import pytest
+from forks import python
 from small_grid import GRID, begin, resume
 
 from tab.data.load import load_dataset
@@ -22,8 +20,7 @@ import tab
 
 def without(program: str, *args: str, folder=None) -> str:
     """What a program prints where no extra is installed."""
-    command = [sys.executable, "-W", "ignore", "-c", HIDDEN + program, *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    done = python("-W", "ignore", "-c", HIDDEN + program, *args, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,6 +45,8 @@ def test_what_needs_no_extra_does_without(tmp_path):
     program = """
 found = tab.compare("none,linear", "mlp", recipe="quick", data="shapes:200/40", epochs=1, tell=None,
                     overrides={"data.images": 100, "data.validation": 20}, out="out")
+# Nor was torch's compiler loaded, which takes as long as torch itself.
+assert not {"torch._dynamo", "torch._inductor", "sympy"} & {*sys.modules}
 print(len(found.summary), len(tab.load_study("out").resume(tell=None).runs))
 assert "<table>" in found._repr_html_() and found.plot()
 try:
@@ -70,8 +69,7 @@ def test_the_shell_says_it_before_it_begins(command, tmp_path):
     program = "sys.argv = ['tab', *sys.argv[1:]]\nimport tab.cli.main\ntab.cli.main.main()\n"
     more = ["--tune", "2"] if command == "compare" else ["--space", "tuning"]
     given = [command, "--models", "mlp", "--attentions", "self", "--data", "shapes:200/40", *more]
-    call = [sys.executable, "-W", "ignore", "-c", HIDDEN + program, *given]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = python("-W", "ignore", "-c", HIDDEN + program, *given, folder=tmp_path)
     assert done.returncode == 2 and "transformer-attention-bench[sweep]" in done.stderr
     assert not (tmp_path / "results").exists()
 

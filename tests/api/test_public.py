@@ -2,13 +2,12 @@
 
 import doctest
 import inspect
-import subprocess
-import sys
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
+from forks import python
 
 import tab
 from tab.layers import _registry
@@ -19,9 +18,7 @@ NAMES = [name for name in tab.__all__ if name != "functional"]  # which is a mod
 def test_dir_shows_every_public_name():
     """In a process of its own: here they are loaded already."""
     program = "import tab; print(*dir(tab))"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
-    )
+    done = python("-W", "ignore", "-c", program)
     assert {*NAMES, "functional", "layers", "ops"} <= {*done.stdout.split()}
     lie = {*dir(tab.ops), *dir(tab.ops.decode)}
     assert {*tab.functional.__all__, "use_backend"} <= {*NAMES} & lie

@@ -1,12 +1,13 @@
 """The benchmark itself: the wrong is not timed, work is counted right."""
 
 import json
+import math
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.bench.benchmark import Contestant
+from tab.bench.benchmark import Contestant, compiled
 from tab.bench.cases import Case
 from tab.bench.measure import measure
 from tab.bench.ops import linformer
@@ -42,7 +43,11 @@ def test_the_broken_says_how(monkeypatch):
     assert rows["x"].skipped == "TypeError: no such thing"
 
 
-def test_nan_is_wrong_wherever_it_stands(monkeypatch):
+@pytest.mark.parametrize("exact", (True, False))
+def test_nan_is_wrong_wherever_it_stands(monkeypatch, exact):
+    """Where rivals may approximate, too."""
+    monkeypatch.setattr(benchmark("linear"), "exact", exact)
+
     def lost(p):
         right = p.benchmark.ours(p, "reference")
         return lambda q, k, v: right(q, k + (k * torch.nan).detach() * 0, v)
@@ -53,6 +58,16 @@ def test_nan_is_wrong_wherever_it_stands(monkeypatch):
 
     for build in (lost, gradient):
         assert race(monkeypatch, build)["x"].skipped.startswith("wrong")
+
+
+def test_nan_in_a_file_has_no_times(tmp_path):
+    """As files from before it was judged wherever rivals may approximate."""
+    rows = [Row("performer/x", name, error=e, seconds={"forward": [1.0]})
+            for name, e in (("lost", math.nan), ("right", 1e-7))]  # fmt: skip
+    save(tmp_path / "old.json", rows, None, {}, "tab bench", None)
+    lost, right = load(tmp_path / "old.json")[1]
+    assert lost.skipped.startswith("wrong") and not lost.seconds
+    assert right.skipped is None and right.seconds
 
 
 class NanBackward(torch.autograd.Function):
@@ -144,11 +159,14 @@ def test_command_line(tmp_path):
     assert done.exit_code == 0 and "eager" in done.output, done.output
     assert out.with_suffix(".png").stat().st_size > 1000
     record = json.loads(out.read_text())
-    for entry in record["rows"]:
-        entry["seconds"] = {d: [t / 1000 for t in ts] for d, ts in entry["seconds"].items()}
-    old = tmp_path / "old.json"
-    old.write_text(json.dumps(record))
-    done = CliRunner().invoke(app, ["compare", str(old), str(out), "--alpha", "0.05"])
+    for file, took in (("old.json", 1.0), ("slow.json", 2.0)):  # not of a clock
+        for entry in record["rows"]:
+            for d, times in entry["seconds"].items():
+                entry["pace"][d] = [1.0] * len(entry["pace"][d])
+                entry["seconds"][d] = [took * (1 + i / 10_000) for i in range(len(times))]
+        (tmp_path / file).write_text(json.dumps(record))
+    files = [str(tmp_path / file) for file in ("old.json", "slow.json")]
+    done = CliRunner().invoke(app, ["compare", *files, "--alpha", "0.05"])
     assert done.exit_code == 1 and "slower" in done.output
 
 
@@ -193,3 +211,14 @@ def test_every_op_with_kernels_of_its_own_is_named_like_its_file():
 def test_an_unknown_op_is_refused():
     with pytest.raises(ValueError, match=r"op 'liner'; did you mean 'linear'\? Choose from"):
         benchmark("liner")
+
+
+def test_who_is_no_longer_compiled_is_an_error(monkeypatch):
+    """PyTorch says so in a log and runs the function as it stands."""
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
+    f = compiled(lambda x: 2 * x, backend="eager")
+    for n in range(2, 12):
+        assert torch.equal(f(torch.ones(n)), 2 * torch.ones(n))
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 10)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        f(torch.ones(12))

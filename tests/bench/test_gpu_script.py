@@ -1,4 +1,4 @@
-"""bench/gpu.sh: whole on a CPU, each step at its smallest; its limits by a clock of the test."""
+"""bench/gpu.sh: whole on a CPU, each step at its smallest; its limits by clocks of the tests."""
 
 import os
 import re
@@ -6,14 +6,16 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from paths import ROOT
+from patience import PATIENCE, until
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu_steps
-from gpu_steps import TOTAL, Step, executed, perform, steps
+from gpu_steps import TOTAL, Step, perform, steps
 from images_per_second import rates, table
 
 
@@ -28,23 +30,23 @@ def out(tmp_path):
     return tmp_path
 
 
-def run(out, **environment):
-    return subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), str(out)],
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def script(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", ROOT / "bench" / "gpu.sh", out]
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_dry_it_runs_whole_on_a_cpu(out):
-    done = run(out, DRY="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_dry_the_script_runs_whole_on_a_cpu(out):
+    done = script(out, DRY="1")
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
     for name in ("machine", "smoke", "bench", "tests", "study"):
-        assert re.search(rf"^{name}: ok, ", done.stdout, re.M), done.stdout
-    assert re.search(r"^sanitizer: nothing to do", done.stdout, re.M)
-    assert re.search(r"^smoke dry performer cpp: ", done.stdout, re.M)
-    assert re.search(r"^MLP +linear +[\d,]+ images/s", done.stdout, re.M)
+        assert re.search(rf"^{name}: ok, ", said, re.M), said
+    assert re.search(r"^sanitizer: nothing to do", said, re.M)
+    assert re.search(r"^smoke dry performer cpp: ", said, re.M)
+    assert re.search(r"^MLP +linear +[\d,]+ images/s", said, re.M)
     with tarfile.open(out / "all.tgz") as tar:
         names = set(tar.getnames())
     assert {"bench.json", "summary.txt", "work/smoke.log", "work/study/report.md"} <= names
@@ -72,6 +74,7 @@ def test_no_step_takes_what_is_reserved_for_the_later_ones(out, monkeypatch):
 
 def test_what_is_left_over_goes_to_the_next(out, monkeypatch):
     monkeypatch.setattr(gpu_steps, "missing", lambda modules: [])
+    monkeypatch.setattr(gpu_steps, "carried", lambda: False)
     given = {}
 
     def quick(step, seconds, log):
@@ -88,24 +91,36 @@ def test_a_step_without_its_modules_is_left_out_by_name(out):
     assert what.startswith("left out: no no_such_module here; WHEELS=")
 
 
-def test_what_fails_and_what_hangs_costs_only_itself(out):
-    hangs = "import time; print('begun', flush=True); time.sleep(60)"
+class Begun(subprocess.Popen):
+    """A process that has said something: what hangs does so before its time is up."""
+
+    def __init__(self, command, **options):
+        super().__init__(command, **options)
+        if "hangs" in command[-1]:
+            assert until(Path(options["stdout"].name).read_text)
+
+
+def test_what_fails_and_what_hangs_costs_only_itself(out, monkeypatch):
+    known = SimpleNamespace(**vars(subprocess) | {"Popen": Begun})
+    monkeypatch.setattr(gpu_steps, "subprocess", known)
+    hangs = "import time; print('it hangs', flush=True); time.sleep(600)"
     todo = [
-        Step("none", 5, [["no-such-command"]]),
-        Step("fails", 9, [[sys.executable, "-c", "print('E  wrong'); raise SystemExit(3)"]]),
-        Step("hangs", 3, [[sys.executable, "-S", "-c", hangs]]),
-        Step("both", 9, [["true"], ["false"]], variables=({"A": "1"}, {"A": "2"})),
-        Step("last", 9, [["true"]]),
+        Step("none", PATIENCE, [["no-such-command"]]),
+        Step("fails", PATIENCE, [[sys.executable, "-c", "print('E  wrong'); raise SystemExit(3)"]]),
+        Step("hangs", 1, [[sys.executable, "-S", "-c", hangs]]),
+        Step("both", PATIENCE, [["true"], ["false"]], variables=({"A": "1"}, {"A": "2"})),
+        Step("last", PATIENCE, [["true"]]),
     ]
-    told = {name: what for name, what, _ in perform(todo, out, run=executed)}
+    told = {name: what for name, what, _ in perform(todo, out, total=PATIENCE)}
     assert told["none"].startswith("FAILED (No such file") and told["last"] == "ok"
     assert told["fails"] == "FAILED (3)" and told["both"] == "FAILED (1)"
     assert told["hangs"] == "CUT, out of time"
-    assert (out / "work" / "hangs.log").read_text().startswith("begun")
+    assert (out / "work" / "hangs.log").read_text().startswith("it hangs")
     assert "E  wrong" in (out / "summary.txt").read_text()
 
 
-def test_assemblers_run_side_by_side_with_caches_of_their_own(out):
+def test_assemblers_run_side_by_side_with_caches_of_their_own(out, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "carried", lambda: False)
     smoke = next(step for step in plan(out) if step.name == "smoke")
     assert len(smoke.commands) == len(smoke.variables) == 2
     bundled, wheel = smoke.variables
@@ -115,7 +130,7 @@ def test_assemblers_run_side_by_side_with_caches_of_their_own(out):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(out):
-    done = run(out)
+    done = script(out)
     assert done.returncode == 1 and done.stderr.startswith("no GPU: torch cannot name one")
 
 

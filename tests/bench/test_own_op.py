@@ -4,12 +4,13 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import pytest
+from forks import python
 from paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 SOURCE = ROOT / "examples/retention"
 COMPARE = (
@@ -51,8 +52,7 @@ def run(package, folder, *words):
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
-    command = [sys.executable, *map(str, words)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    ran = python(*words, folder=folder, environment=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran
 

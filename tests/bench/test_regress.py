@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from tasks import own_process
 from typer.testing import CliRunner
 
 from tab.bench.regress import OPEN, compare, welch
@@ -151,16 +152,8 @@ def test_processes_take_turns():
         return [new]
 
     assert [i for i, _ in in_turns(["a", "b"], one, 1)] == [0, 1]
-    *_, (_, rows) = in_turns([3], _pid, 2)
+    *_, (_, rows) = in_turns([3], own_process, 2)
     assert len(set(rows[0].seconds["forward"])) == 2 and rows[0].rounds["forward"] == [1, 1]
-
-
-def _pid(unit) -> list[Row]:
-    import os
-
-    new = Row("c", "tab")
-    new.timed("forward", [float(os.getpid())], [1.0])
-    return [new]
 
 
 def test_rounds_pair_within_processes():

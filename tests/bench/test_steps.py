@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tab.analysis.steps import Subject, add_memory, difference, steps, subjects, twin
+from tab.analysis.steps import Subject, add_memory, attending, difference, steps, subjects, twin
 from tab.bench import page
 from tab.bench.cases import Case
 from tab.bench.measure import measure
@@ -21,6 +21,7 @@ from tab.cli.bench_tables import memory_table, steps_table
 from tab.data.load import load_dataset
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
+from tab.train.adamw import AdamW
 from tab.train.steps import Steps
 from tab.train.training_run import TrainingRun
 
@@ -74,6 +75,29 @@ def test_what_is_pytorch_already_has_no_twin():
     assert twin(model_of("multi_head")) is None and twin(model_of("none")) is None
 
 
+@pytest.mark.parametrize("attention", TWINS)
+def test_a_free_twin_attends_at_no_cost(attention, monkeypatch):
+    """What stands around the attention does all of its work, forward and backward."""
+    free, x = twin(model_of(attention), "free"), torch.randn(8, 3, 32, 32)
+    monkeypatch.setattr(f"tab.layers.{attention}.{TWINS[attention]}", None)
+    free(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in free.parameters())
+    _, part = attending(free.attention)
+    own = [p for name, p in part.named_parameters() if not name.startswith("out.")]
+    assert own and not any(p.grad.any() for p in own)
+
+
+def test_the_ceiling_of_a_step():
+    rows = steps(quick("mlp"), ["none", "linear"], ceiling=True, **ONCE)
+    assert [row.contestant for row in rows] == ["none", "tab linear", "eager linear", "free linear"]
+    for row, seconds in zip(rows, (1.0, 3.0, 6.0, 2.0), strict=True):
+        row.seconds["step"] = [seconds]
+    shown = steps_table(rows)
+    cells = {str(c.header): list(c.cells) for c in shown.columns}
+    assert cells["TAB is × eager"][1].startswith("2.00") and cells["Ceiling"][1].startswith("3.00")
+    assert cells["Ceiling"][0] == cells["Ceiling"][2] == ""
+
+
 def test_steps():
     rows = steps(quick("mlp"), ["none", "linear", "multi_head"], **ONCE)
     names = ["none", "tab linear", "eager linear", "tab multi_head"]
@@ -109,14 +133,14 @@ def test_memory_of_a_step():
 
 def test_a_step_trains():
     rows = []
-    real = torch.optim.AdamW.step
+    real = AdamW.step
 
     def step(self, *args):
         rows.append(any(p.grad is not None for g in self.param_groups for p in g["params"]))
         return real(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(AdamW, "step", step)
         steps(quick("mlp"), ["none"], **ONCE)
     assert rows == [True] * 2  # one to warm up
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small_cli import SMALL, tab
+from small_cli import SMALL, flat, tab
 from typer.testing import CliRunner
 
 from tab.cli.answer import portable
@@ -47,8 +47,8 @@ def test_quiet_is_the_table_alone(compared):
 
 def test_what_one_command_was_told_is_forgotten_by_the_next(compared):
     tab("report", compared[0], "--quiet", "--json")
-    assert "Next: " in tab("report", compared[0]).stdout
     assert not console.quiet and not console.stderr
+    assert "Next: " in tab("report", compared[0]).stdout
 
 
 def test_json_holds_no_nan_and_no_path():
@@ -106,17 +106,28 @@ def test_completion_knows_commands_options_and_names():
     assert "--install-completion" in tab("--help").stdout
 
 
-def test_the_kernels_of_the_doctor_are_a_table_and_rows(monkeypatch):
+def test_the_kernels_of_the_doctor_are_tables_and_rows(monkeypatch):
     row = {"op": "linear", "kernel": "forward", "config": "fp32 BLOCK=64 num_warps=4", "arch": 90}
-    row |= {"registers": 168, "spilled": 0, "shared": 4096, "limit": 232448}
+    row |= {"without": "mask", "registers": 168, "spilled": 0, "shared": 4096, "limit": 232448}
+    row |= {"precision": "bf16", "blocks": 3, "warps": 12}
+    wanted, found = [], [row, {**row, "spilled": 8}]
 
-    def report_rows(progress):
+    def report_rows(progress, every):
+        wanted.append(every)
         progress(1, 1, "forward, sm_90")
-        return [row, {**row, "spilled": 8}]
+        return found
 
     monkeypatch.setattr("tab.doctor.kernel_report.report_rows", report_rows)
     result = tab("doctor", "--kernels", "--json")
-    found = json.loads(result.stdout)
-    assert [each["spilled"] for each in found["kernels"]] == [0, 8]
-    assert found["backends"]["linear_fwd"]["reference"] is None
-    assert "4 of 227" in result.stderr
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0 and answer["faults"] == []
+    assert [each["spilled"] for each in answer["kernels"]] == [0, 8]
+    assert answer["backends"]["linear_fwd"]["reference"] is None
+    assert "4 of 227" in result.stderr and "12 in 3" in result.stderr
+    linear = next(each for each in answer["floors"] if each["op"] == "linear_fwd")
+    assert linear["floor_us"] > 1 and "512×8×64×64" in result.stderr
+    found.append({**row, "spilled": 4096})
+    result = tab("doctor", "--kernels", "--all")
+    assert result.exit_code == 1 and wanted == [False, True]
+    assert "4096 bytes spilled a thread" in flat(result.output)
+    assert tab("doctor", "--all").exit_code == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from paths import ROOT
+from patience import PATIENCE
 from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
@@ -160,7 +161,9 @@ def test_results_may_lie_where_the_name_is_no_text(tmp_path):
     out = tmp_path / b"caf\xe9".decode("utf-8", "surrogateescape")
     words = ["train", "mlp", "none", "--data", "shapes:40/20", *TINY, "--out", out]
     command = [sys.executable, "-W", "ignore", "-c", THRICE, *map(str, words)]
-    ran = subprocess.run(command, capture_output=True, timeout=300, env={"PATH": "", "LC_ALL": "C"})
+    ran = subprocess.run(
+        command, capture_output=True, timeout=PATIENCE, env={"PATH": "", "LC_ALL": "C"}
+    )
     said, errors = (text.split(b"code ") for text in (ran.stdout, ran.stderr))
     assert [text[:1] for text in said[1:]] == [b"0", b"2", b"0"], ran.stderr
     assert all(b"caf\\udce9" in text for text in (said[0], errors[1], said[2]))

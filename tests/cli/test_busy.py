@@ -22,6 +22,15 @@ def test_a_load_beyond_the_cores_is_said_once(load, told, monkeypatch, tmp_path)
     assert flat(done.output).count("times will mean little") == told
 
 
+def test_a_benchmark_says_so_once_before_and_once_after(monkeypatch):
+    monkeypatch.setattr(machine, "load", lambda: 99.0)
+    words = "bench --ops linear --sizes tiny --contestants eager --budget 0.01 --processes 1"
+    done = tab(*words.split())
+    assert done.exit_code == 0, done.output
+    said = flat(done.output)
+    assert said.count("times will mean little") == said.count("the machine was not idle") == 1
+
+
 @pytest.mark.parametrize(
     "given, spins",
     [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import typer
+from forks import python
+from patience import PATIENCE, until
 from small_cli import SMALL, flat, tab
 from small_pictures import CLASSES, build
 
@@ -217,16 +218,14 @@ def test_help_and_version_do_not_wait_for_torch():
     said += [(["bench", "steps", "--help"], "--batch"), (["sweep", "--help"], "--budget")]
     for options, text in said:
         command = [sys.executable, "-c", program.format(options)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0 and text in done.stdout, done.stderr
 
 
 def test_the_package_still_offers_its_functions():
     program = "import tab; tab.linear_attention; tab.use_backend; tab.layers; from tab import *"
     program += "; linear_attention; assert 'linear_attention' in tab.__all__; tab.nothing"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60
-    )
+    done = python("-W", "ignore", "-c", program)
     assert "module 'tab' has no attribute 'nothing'" in done.stderr.splitlines()[-1]
 
 
@@ -242,12 +241,10 @@ def test_control_c_and_sigterm_exit_with_the_command_to_go_on(sent, code, tmp_pa
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
-    while not (out / "runs/mlp-none-s0/rows.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.05)
+    rows = out / "runs/mlp-none-s0/rows.jsonl"
+    assert until(lambda: rows.exists() or process.poll() is not None)
     process.send_signal(sent)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, text
     assert f"tab compare --resume {out}" in text and "Traceback" not in text
 

@@ -1,5 +1,7 @@
 """docs/cli.md shows each command once, and what it prints."""
 
+from multiprocessing import get_context
+
 import pytest
 import typer
 from console_page import agree, examples, said
@@ -8,14 +10,24 @@ from paths import ROOT
 
 from tab.cli.main import app
 
+pytestmark = pytest.mark.slow  # the commands, for the first test of them
+
 PAGE = ROOT / "docs" / "cli.md"
 EXAMPLES = examples(text_of(PAGE))
 
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """By each command, one after the other in one folder."""
+    """By each command, one after the other in one folder. What a benchmark measures in a process
+    of its own is measured in a fork: that the process is a new one, test_regress.py shows."""
+
+    def forks(kind: str):
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tab.bench.measure"])
+        return context
+
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("multiprocessing.get_context", forks)
         patched.chdir(tmp_path_factory.mktemp("page"))
         return {command: said(command) for command, _ in EXAMPLES}
 

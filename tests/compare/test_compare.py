@@ -8,10 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import until
 
 from tab import files
 from tab.compare.columns import MEASURED, NAMES, RESULTS, SUMMARY
@@ -130,11 +130,8 @@ def test_killed_and_resumed_equals_unbroken(unbroken, dataset, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", program], env=os.environ)
     waited = out / "runs" / "mlp-multi_head-s0" / "rows.jsonl"
-    deadline = time.monotonic() + 120
-    while not waited.exists():
-        assert process.poll() is None, "the comparison ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert until(lambda: waited.exists() or process.poll() is not None)
+    assert process.poll() is None, "the comparison ended by itself"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert [run.status for run in read_runs(out, plan().grid)] == ["done", "running"]
@@ -173,6 +170,8 @@ def test_a_diverged_run_stays_and_the_grid_goes_on(dataset, tmp_path):
         ({"attentions": ["none", "none"]}, "each name once"),
         ({"models": []}, "each name once"),
         ({"seeds": 0}, "at least one"),
+        ({"seeds": 3, "control_seeds": 2}, "control_seeds = 2: .* at least 3"),
+        ({"attentions": ["self"], "control_seeds": 5}, "control_seeds = 5: .* with none"),
     ],
 )
 def test_bad_grids_are_refused_before_anything_is_written(changes, message, dataset, tmp_path):

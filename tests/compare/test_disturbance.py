@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -127,12 +128,23 @@ def computing(seconds: float) -> None:
 
 
 def test_a_sleep_takes_no_core_and_waits_for_none():
+    """Two clocks: they may differ by what one of them is set right by, and in their last digits."""
     with Stopwatch() as slept:
         time.sleep(0.05)
-    assert slept.seconds >= 0.05 > slept.cpu
+    assert slept.seconds > 0.049 > slept.cpu
     with Stopwatch() as computed:
         computing(0.05)
-    assert computed.seconds >= computed.cpu >= 0.05
+    assert computed.seconds > 0.999 * computed.cpu > 0.049
+
+
+def test_processor_time_lies_within_the_time_on_the_clock(monkeypatch):
+    """However long each clock takes to read: here twice as long as the one before."""
+    times = (2.0**i for i in range(4))
+    clocks = dict.fromkeys(("perf_counter", "process_time"), times.__next__)
+    monkeypatch.setattr("tab.machine.time", SimpleNamespace(**clocks))
+    with Stopwatch() as time_:
+        pass
+    assert (time_.cpu, time_.seconds) == (4 - 2, 8 - 1)
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux keeps account")

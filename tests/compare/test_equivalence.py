@@ -2,11 +2,10 @@
 different, nor different what is equal, whatever seeds and images happen to be drawn."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forks import python
 from paths import ROOT
 from scipy.special import stdtrit
 
@@ -214,8 +213,8 @@ def test_the_control_under_a_second_name_comes_out_equivalent():
 def test_the_published_simulation_runs():
     """bench/verdicts.py, whose table stands in docs/statistics.md: a line for each model and
     number of seeds."""
-    command = [sys.executable, ROOT / "bench/verdicts.py", "4", "400"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = python(ROOT / "bench/verdicts.py", "4", "400")
+    assert done.returncode == 0, done.stderr
     lines = [line.split()[:3] for line in done.stdout.splitlines()[2:]]
     table = (ROOT / "bench/results/verdicts.txt").read_text().splitlines()[2:]
     assert lines == [line.split()[:3] for line in table] and len(lines) == 12

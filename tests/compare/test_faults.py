@@ -23,8 +23,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 from small_grid import GRID, begin, finished, resume, same
-from tasks import alive, children, until
+from tasks import alive, children
 from typer.testing import CliRunner
 
 from tab.cli.main import app
@@ -64,14 +65,14 @@ def start(out: Path) -> subprocess.Popen:
 def in_the_middle(driver: subprocess.Popen, out: Path) -> list[int]:
     """Waits until a run has an epoch on disk, but the last; the driver's processes."""
     files = out / "runs"
-    assert until(lambda: list(files.glob("*/checkpoint.pt")) or driver.poll() is not None, 300)
+    assert until(lambda: list(files.glob("*/checkpoint.pt")) or driver.poll() is not None)
     assert driver.poll() is None, "too late: it had ended"
     return children(driver.pid)
 
 
 def ended(driver: subprocess.Popen, code: int) -> str:
     """What it said; it must end so."""
-    out, err = driver.communicate(timeout=120)
+    out, err = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == code, out + err
     return out + err
 
@@ -82,7 +83,7 @@ def test_a_killed_driver_leaves_no_orphan_and_resumes(unbroken, dataset, tmp_pat
     workers = in_the_middle(driver, out)
     driver.kill()
     ended(driver, -signal.SIGKILL)
-    assert workers and until(lambda: not any(alive(worker) for worker in workers), 60)
+    assert workers and until(lambda: not any(alive(worker) for worker in workers))
     before = finished(out)
     resume(out, dataset)  # in one process now
     same(out, unbroken, before)

@@ -10,6 +10,7 @@ from tab.cli.main import app
 from tab.compare.plan import Grid, Plan
 from tab.compare.runs import read_runs
 from tab.report.tuning import best_of
+from tab.sweep.plan import SweepPlan
 from tab.sweep.trials import read_trials, winner_of
 
 TINY = [
@@ -46,6 +47,14 @@ def test_every_row_meets_the_same_draws(out):
     }
     first, second = drawn[("mlp", "none")], drawn[("mlp", "self")]
     assert first == second and len({params["lr"] for params in first.values()}) == 3
+
+
+def test_every_draw_is_trained_to_the_end(out):
+    """Where the rate is still high, low rates lead that are behind at the end."""
+    plan = SweepPlan.load(out / "tuning")
+    assert plan.budget.epochs == (Plan.load(out).config("mlp", "none", 0).train.epochs,)
+    for mine in read_trials(out / "tuning").values():
+        assert [(t.configuration, t.rung, t.epochs) for t in mine] == [(i, 0, 3) for i in range(3)]
 
 
 def test_what_won_is_trained_from_other_seeds(out):

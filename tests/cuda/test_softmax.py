@@ -8,7 +8,7 @@ from proof import assert_accurate
 
 from tab.ops import BlockPattern
 from tab.ops._softmax import softmax_forward
-from tab.ops.local import in_window
+from tab.ops.local_reference import in_window
 from tab.ops.merge import merge_sinks, shares
 
 SIZES = "int heads d dv; float scale; Sees sees"

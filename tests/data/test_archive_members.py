@@ -103,7 +103,8 @@ MEMBERS = st.one_of(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(members=st.lists(MEMBERS, min_size=1, max_size=6))
 def test_any_archive_is_what_extraction_leaves(tmp_path_factory, members):

@@ -11,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from patience import tick
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from tab.data import cifar as _cifar
@@ -173,6 +174,7 @@ def test_a_changed_folder_is_not_served_from_the_cache(cifar, root):
     load_dataset(cifar, root=root)
     file = cifar / "test_batch"
     before = file.stat()
+    tick(file)
     file.write_bytes(bytes(before.st_size))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(OSError, match="test_batch is truncated or altered"):

@@ -34,6 +34,16 @@ def test_folder(folder, root):
     assert "6 train, 4 test" in data.note and "JPEG" not in data.note
 
 
+def test_test_pictures_that_were_trained_on_are_told(folder, root):
+    (folder / "test/pear/again.png").write_bytes((folder / "train/pear/0.png").read_bytes())
+    (folder / "test/apple/more.png").write_bytes((folder / "train/pear/1.png").read_bytes())
+    note = load_dataset(folder, root=root).note
+    assert note.endswith("; 2 of the test pictures are in train, too, pixel by pixel")
+    for name in ("pear/again", "apple/more"):
+        (folder / f"test/{name}.png").unlink()
+    assert "pixel by pixel" not in load_dataset(folder, root=root).note
+
+
 def test_cifar_class_order(tmp_path, root):
     for split in ("train", "test"):
         for i, name in enumerate(_cifar.CLASSES):
@@ -202,6 +212,10 @@ def test_unknown_sets_are_named(tmp_path, folder, root):
         load_dataset("cifar100", root=root)
     with pytest.raises(ValueError, match=r"did you mean '.*/pics'\?"):
         load_dataset(str(tmp_path / "pisc"), root=root)
+    # What lies in the same folder is not near for that.
+    with pytest.raises(ValueError) as error:
+        load_dataset(str(tmp_path / "else"), root=root)
+    assert "did you mean" not in str(error.value)
     file = tmp_path / "notes.txt"
     file.write_text("hello")
     with pytest.raises(ValueError, match=r"notes\.txt is no whole tar archive"):

@@ -94,6 +94,23 @@ def test_what_cannot_be_known_is_asked_for(saved):
             load_dataset(spec + query)
 
 
+def test_a_column_without_classes_is_named(saved):
+    several = (hf.Sequence(hf.Value("int64")), [[0, 1], [2], []])
+    spec = saved(train=table(3, several=several), test=table(3, several=several))
+    with pytest.raises(ValueError, match=r"several holds no classes but values such as \[0, 1\]"):
+        load_dataset(f"{spec}?label=several")
+
+
+@pytest.mark.parametrize(
+    "file", ["dataset_dict.json", "train/state.json", "train/dataset_info.json"]
+)
+def test_a_damaged_folder_is_named(saved, file, tmp_path):
+    spec = saved(train=table(3), test=table(3))
+    (tmp_path / "saved" / file).write_text('{"half')
+    with pytest.raises(ValueError, match="saved cannot be read: "):
+        load_dataset(spec)
+
+
 def test_hidden_labels_and_broken_pictures_are_named(saved):
     spec = saved(train=table(3), test=table(3, labels=[-1, -1, -1]))
     with pytest.raises(ValueError, match="3 of 3 images of the split test have no label in fine"):

@@ -93,6 +93,10 @@ def test_order_is_a_function_of_seed_and_epoch():
     orders = [torch.cat([x for x, _ in batches.epoch(epoch)]) for epoch in (0, 0, 1)]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
     assert (len(batches), batches.samples, batches.answers) == (5, 23, 23 * 8)
+    for seed in (-(2**63), 2**63 - 1):
+        assert (
+            len(list(SequenceBatches(found, batch_size=5, seed=seed, shuffle=True).epoch(1))) == 5
+        )
     dropped = SequenceBatches(found, batch_size=5, drop_last=True)
     assert (len(list(dropped.epoch(0))), dropped.samples) == (4, 20)
     with pytest.raises(ValueError, match="no batch: 23 sequences, batch_size 50"):

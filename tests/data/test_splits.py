@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tab.data import splits
 from tab.data.load import Dataset, Split, hold_out, load_dataset
 from tab.data.splits import split_batches
 from tab.data.statistics import statistics
@@ -180,3 +181,24 @@ def test_describe():
     assert rows["class 0 disk"] == "4 train, 2 test" and rows["fingerprint"] == data.fingerprint
     mean, _ = statistics(data.train.images)
     assert rows["train mean"].startswith(f"{mean[0]:.4f} ") and "not CIFAR-10" in rows["note"]
+
+
+def test_the_statistics_of_the_images_are_computed_once(monkeypatch):
+    """For all runs of a study, on the same images; not of others, nor of changed ones."""
+    asked = []
+
+    def counted(images):
+        asked.append(len(images))
+        return statistics(images)
+
+    monkeypatch.setattr(splits, "statistics", counted)
+    images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8)
+    some = torch.arange(30)
+    first = splits._statistics(images, some)
+    again = splits._statistics(images, some.clone())
+    assert asked == [30] and all(map(torch.equal, first, again))
+    splits._statistics(images, some + 1), splits._statistics(images), splits._statistics(images[:])
+    assert asked == [30, 30, 40, 40]
+    images[:30] = 7
+    mean, std = splits._statistics(images, some)
+    assert asked[4:] == [30] and mean.tolist() == [7] * 3 and std.tolist() == [1] * 3

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from forks import python
 from paths import ROOT
 
 SWITCHES = ("TAB_CPP", "TAB_CUDA", "FORCE_CUDA")  # CI sets some for its own build
@@ -15,18 +15,11 @@ WITHOUT_SWITCHES = {name: value for name, value in os.environ.items() if name no
 NO_TOOLKIT = "import pathlib; pathlib.Path.is_file = lambda self: False; "
 
 
-def run(code: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**WITHOUT_SWITCHES, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(code: str, folder: Path = ROOT, **environment: str) -> CompletedProcess[str]:
+    return python("-c", code, folder=folder, environment={**WITHOUT_SWITCHES, **environment})
 
 
-def setup(before: str = "", **environment: str) -> subprocess.CompletedProcess:
+def setup(before: str = "", **environment: str) -> CompletedProcess[str]:
     code = f"{before}import sys; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read())"
     return run(code, **environment)
 
@@ -67,7 +60,7 @@ def test_another_value_is_refused(name):
     assert done.returncode and f"{name}=yes is none of auto, 0, 1" in done.stderr
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def build(folder: Path, **environment: str) -> CompletedProcess[str]:
     """Of a copy of the sources, as pip builds a wheel."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

@@ -1,14 +1,14 @@
 """The examples run as a reader runs them: each in a process of its own, outside the source tree."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from forks import python
 from nbclient import NotebookClient
 from paths import ROOT
+from patience import PATIENCE
 
 EXAMPLES = ROOT / "examples"
 
@@ -18,8 +18,7 @@ def run(*words: object, folder: Path, path: Path = ROOT) -> str:
         "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, *map(str, words)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    ran = python(*words, folder=folder, environment=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
@@ -63,7 +62,8 @@ def test_notebook(tmp_path, monkeypatch):
     notebook = nbformat.read(EXAMPLES / "study.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not [cell for cell in cells if cell.outputs or cell.execution_count]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    patient = {"timeout": PATIENCE, "startup_timeout": PATIENCE}
+    NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}, **patient).execute()
     shown = [
         {k: v for out in cell.outputs for k, v in out.get("data", {}).items()} for cell in cells
     ]

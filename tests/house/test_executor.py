@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from paths import SUPPORT
-from tasks import alive, count, count_and_die_at, facts, fail, has_torch, until
+from patience import PATIENCE, until
+from tasks import alive, count, count_and_die_at, facts, fail, has_torch
 
 from tab.study.given import device_of, executor_for
 from tab.tasks.choose import executor
@@ -53,10 +54,10 @@ def test_a_process_imports_torch_only_for_a_task_that_needs_it(tmp_path):
 
 def test_a_killed_process_is_replaced_and_its_task_goes_on(tmp_path, caplog):
     """And in the end given up, if it always kills its process."""
-    once = Task(count_and_die_at, ([2], 4), tmp_path / "once")
+    once, always = tmp_path / "once", tmp_path / "always"
     tasks = [
-        once,
-        Task(count_and_die_at, (range(99), 99), tmp_path / "always"),
+        Task(count_and_die_at, ([2], 4, once), once),
+        Task(count_and_die_at, (range(99), 99, always), always),
         *counts(tmp_path, 1),
     ]
     events = []
@@ -66,7 +67,7 @@ def test_a_killed_process_is_replaced_and_its_task_goes_on(tmp_path, caplog):
     assert (ends[0].value, ends[2].value) == (4, 3)
     assert [event for index, event in events if index == 0] == [1, 2, 3, 4]  # none twice
     assert "SIGKILL" in str(ends[1].error) and f"{ATTEMPTS} times" in str(ends[1].error)
-    assert (tmp_path / "always" / "count").read_text() == str(ATTEMPTS)
+    assert (always / "count").read_text() == str(ATTEMPTS)
     assert caplog.text.count("it goes on") == 1 + ATTEMPTS - 1
 
 
@@ -108,10 +109,10 @@ def test_no_process_outlives_the_driver(how, tmp_path):
         os.killpg(driver.pid, how)  # as a terminal does: the children get it too
     else:
         driver.send_signal(how)
-    said = driver.communicate(timeout=120)[1]
+    said = driver.communicate(timeout=PATIENCE)[1]
     assert driver.returncode == -how
     assert said.count("Traceback") == (how == signal.SIGINT)  # the driver's own
-    assert until(lambda: not any(alive(child) for child in children), 60)
+    assert until(lambda: not any(alive(child) for child in children))
 
 
 def test_what_the_options_ask_for():

@@ -2,11 +2,13 @@
 
 import logging
 import os
+from unittest import mock
 
 import pytest
 from paths import SUPPORT
+from patience import PATIENCE
 from small_grid import GRID, RUNS, SMALL, begin, resume, same
-from tasks import count, count_and_die_at, count_slowly, facts, fail, threads
+from tasks import count, count_and_die_at, count_on_nodes, facts, fail, threads
 
 from tab.compare.driver import Watcher, compare
 from tab.compare.plan import Plan
@@ -19,8 +21,11 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from tab.tasks.ray_cluster import Ray  # noqa: E402
 
-HEAD = {  # a dead node is noticed in a second
+pytestmark = pytest.mark.slow
+
+HEAD = {  # a dead node is noticed in a second; nobody looks at the cluster, and it does not grow
     "num_cpus": 1,
+    **{"include_dashboard": False, "include_log_monitor": False, "no_monitor": True},
     "_system_config": {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 200,
@@ -29,18 +34,28 @@ HEAD = {  # a dead node is noticed in a second
 }
 
 
+OWN = {  # of the nodes and their workers
+    "PYTHONPATH": str(SUPPORT),  # where they find these tests
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # at Ray's own, 15, they starve beside the other tests
+    "RAY_worker_register_timeout_seconds": str(PATIENCE),  # busy, one starts more slowly than in 60
+}
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes with one core each. Their workers find these tests by PYTHONPATH."""
-    before = dict(os.environ)
-    os.environ |= {"PYTHONPATH": str(SUPPORT), "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
-    cluster.add_node(num_cpus=1)
-    os.environ.clear()
-    os.environ |= before
+    """Two nodes with one core each."""
+    with mock.patch.dict(os.environ, OWN):
+        cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    add_node(cluster)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def add_node(cluster: Cluster) -> None:
+    with mock.patch.dict(os.environ, OWN):
+        cluster.add_node(num_cpus=1)
 
 
 def test_values_errors_events_and_files(cluster, tmp_path):
@@ -68,8 +83,9 @@ def test_shared_values_are_sent_and_threads_are_the_cores(cluster, tmp_path):
 
 
 def test_a_killed_worker_is_replaced_and_given_up_in_the_end(cluster, tmp_path, caplog):
-    fatal = Task(count_and_die_at, ([1, 2, 3, 4], 9), tmp_path / "fatal")
-    tasks = [fatal, Task(count_and_die_at, ([2], 4), tmp_path / "once")]
+    homes = tmp_path / "fatal", tmp_path / "once"
+    fatal = Task(count_and_die_at, ([1, 2, 3, 4], 9, homes[0]), homes[0])
+    tasks = [fatal, Task(count_and_die_at, ([2], 4, homes[1]), homes[1])]
     events = []
     with caplog.at_level(logging.WARNING, "tab"):
         ends = run_tasks(tasks, Ray(cluster.address), lambda i, event: events.append((i, event)))
@@ -82,7 +98,8 @@ def test_a_killed_worker_is_replaced_and_given_up_in_the_end(cluster, tmp_path, 
 def test_a_node_killed_in_the_middle(cluster, tmp_path):
     """Its task goes on, on the other node, from the last event: no step is made twice."""
     nodes = {node.node_id: node for node in cluster.worker_nodes}  # all but the head
-    tasks = [Task(count_slowly, (8, 0.25), tmp_path / str(i)) for i in range(3)]
+    head, gone = cluster.head_node.node_id, tmp_path / "gone"
+    tasks = [Task(count_on_nodes, (8, head, gone), tmp_path / str(i)) for i in range(3)]
     events, killed = [], []
 
     def on_event(index: int, event: tuple[str, int]) -> None:
@@ -91,9 +108,10 @@ def test_a_node_killed_in_the_middle(cluster, tmp_path):
         if node in nodes and step == 3:
             killed.append(index)
             cluster.remove_node(nodes.pop(node), allow_graceful=False)
+            gone.touch()
 
     ends = {end.index: end for end in run_tasks(tasks, Ray(cluster.address), on_event)}
-    cluster.add_node(num_cpus=1)
+    add_node(cluster)
     assert len(killed) == 1
     assert {index: end.value for index, end in ends.items()} == dict.fromkeys(range(3), 8)
     for index in range(3):
@@ -115,7 +133,7 @@ def test_a_comparison_is_bit_for_bit_the_same_though_a_node_dies(cluster, tmp_pa
     with threads(1):
         resume(here, dataset)
     compare(Plan.load(there), dataset, there, watcher=Kill(), executor=Ray(cluster.address))
-    cluster.add_node(num_cpus=1)
+    add_node(cluster)
     same(there, here, {})
     assert not nodes and len(epochs) == len(set(epochs)) == RUNS * SMALL["train.epochs"]
 
@@ -144,7 +162,7 @@ def test_a_sweep_has_the_same_winners_though_a_node_dies_within_a_rung(cluster, 
     with threads(1):
         sweep(toy, dataset, here)
     sweep(toy, dataset, there, watcher=Kill(), executor=Ray(cluster.address))
-    cluster.add_node(num_cpus=1)
+    add_node(cluster)
     assert not nodes and len(epochs) == len(set(epochs))
     assert result(there) == result(here)
 

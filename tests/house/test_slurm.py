@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT, SUPPORT
+from patience import until
 from tasks import (
     alive,
     count,
@@ -15,7 +16,7 @@ from tasks import (
     count_and_die_at,
     facts,
     fail,
-    until,
+    has_torch,
     wait_forever,
 )
 
@@ -43,10 +44,11 @@ def test_values_errors_events_and_deaths(tmp_path, caplog):
     into the queue, goes on from its folder, and no event comes twice."""
     shared = Shared("x", os.getpid)
     tasks = [
-        Task(count_and_die_at, ([2], 4), tmp_path / "0"),
+        Task(count_and_die_at, ([2], 4, tmp_path / "0"), tmp_path / "0"),
         Task(count_and_be_preempted_at, (2, 4), tmp_path / "1"),
         Task(fail, ("no such luck",), tmp_path / "2"),
         Task(facts, (shared,), tmp_path / "3"),
+        Task(has_torch, (), tmp_path / "4"),
     ]
     with caplog.at_level(logging.WARNING, "tab"):
         ends, events = run(tasks)
@@ -56,6 +58,7 @@ def test_values_errors_events_and_deaths(tmp_path, caplog):
     assert events[2] == ["before"]
     fact = ends[3].value
     assert fact["shared"] == fact["process"] != os.getpid() and fact["threads"] == 1
+    assert ends[4].value is False  # a task that needs no torch waits for none
     assert caplog.text.count("it goes on") == 1 and "ended without a result" in caplog.text
     assert list((tmp_path / FOLDER).glob("*_log.err"))
 
@@ -69,7 +72,7 @@ def test_no_job_outlives_the_driver(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         list(run_tasks([Task(wait_forever, (), tmp_path / "0")], Slurm("local"), stop))
-    assert started and until(lambda: not any(map(alive, started)), 60)
+    assert started and until(lambda: not any(map(alive, started)))
 
 
 @pytest.fixture

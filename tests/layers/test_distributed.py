@@ -2,15 +2,26 @@
 
 import pytest
 import torch
-import torch.multiprocessing
-from ranks import KINDS, build, work
+from forks import python
+from paths import SUPPORT
+from ranks import KINDS, build
+
+# Both are forks of a process that has loaded all that they need, and used nothing of it.
+BOTH = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from ranks import work
+from torch.multiprocessing import start_processes
+start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
+"""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Of both ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    done = python("-W", "ignore", "-c", BOTH, folder, SUPPORT)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import tab.layers
-from tab.layers import Attention, attention_options, build_attention, layer_names
+from tab.layers import (
+    Attention,
+    _registry,
+    attention_options,
+    build_attention,
+    layer_names,
+    register_attention,
+)
 
 MODULES = [m.name for m in pkgutil.iter_modules(tab.layers.__path__) if m.name[0] != "_"]
 
@@ -52,6 +59,36 @@ def test_repr_of_a_layer_of_others():
     assert repr(Mine(8, seq_len=4, rule=len)) == (
         "Mine(dim=8, seq_len=4, grid=None, width=16, rule=len)"
     )
+
+
+def test_a_layer_may_leave_out_what_it_does_not_need():
+    """The smallest layer of docs/own-attention.md that has no heads."""
+
+    class Mean(Attention):
+        def compute(self, x, key_mask):
+            return x.mean(1, keepdim=True).expand_as(x)
+
+    register_attention("a mean")(Mean)
+    try:
+        assert attention_options("a mean") == {}
+        layer, x = build_attention("a mean", 8, seq_len=4, grid=(2, 2)), torch.randn(3, 4, 8)
+        assert torch.equal(layer(x), x.mean(1, keepdim=True).expand_as(x))
+        assert repr(layer) == "Mean(dim=8, seq_len=4, grid=(2, 2))"
+    finally:
+        _registry._layers.pop("a mean")
+
+
+@pytest.mark.parametrize(
+    ("takes", "message"),
+    [
+        (lambda self, dim: None, "takes no seq_len and takes no grid"),
+        (lambda self, dim, *, seq_len, grid=None, size: None, "has no default for size"),
+    ],
+)
+def test_a_layer_that_cannot_be_built_is_refused_at_once(takes, message):
+    with pytest.raises(TypeError, match=f"of Odd {message}; a layer takes"):
+        register_attention("odd")(type("Odd", (Attention,), {"__init__": takes}))
+    assert "odd" not in layer_names()
 
 
 def test_parts_show_their_options_too():

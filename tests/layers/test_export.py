@@ -78,6 +78,7 @@ class Every(nn.Module):
 QUICKLY_COMPILED = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.precompile_headers": False,  # for one file
+    "cpp.vec_isa_ok": True,
     "cpp.simdlen": 1,
 }
 

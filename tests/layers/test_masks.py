@@ -4,7 +4,7 @@ without a token."""
 import pytest
 import torch
 
-from tab.layers import build_attention, layer_names
+from tab.layers import Attention, build_attention, layer_names
 
 N, C, REAL = 12, 16, 7
 KINDS = {name: (name, {}) for name in layer_names()} | {
@@ -28,6 +28,20 @@ def build(kind):
     name, options = KINDS[kind]
     torch.manual_seed(0)
     return build_attention(name, C, seq_len=N, **options)
+
+
+@pytest.mark.parametrize("given", [lambda x: x[:, :1], lambda x: x[..., :1], lambda x: (x, None)])
+def test_an_output_that_would_broadcast_is_refused(given):
+    """Added to x it would be taken for one of each token, or feature."""
+
+    class Wrong(Attention):
+        def compute(self, x, key_mask):
+            return given(x)
+
+    x, mask = masked()
+    for key_mask in (None, mask):
+        with pytest.raises(ValueError, match=r"Wrong\.compute has to return \(B, N, C\)"):
+            Wrong()(x, key_mask)
 
 
 def masked():

@@ -53,6 +53,16 @@ def test_an_option_that_the_published_form_lacks_is_an_error():
     assert "two_dimensional" not in attention_options("local", published=True)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_numbers_that_none_can_mean_are_refused(name):
+    for option in OPTIONS[name]:
+        with pytest.raises(ValueError, match=f"{option}=-1: must be from"):
+            layer_of(name, **{option: -1})
+    if name == "linformer":
+        with pytest.raises(ValueError, match="max_seq_len=8: must be from 12"):
+            layer_of(name, max_seq_len=8)
+
+
 def test_padding_is_refused(generator):
     with pytest.raises(ValueError, match="key_mask"):
         layer_of("local")(tokens(generator), torch.ones(2, N, dtype=torch.bool))

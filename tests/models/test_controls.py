@@ -153,6 +153,8 @@ def test_the_second_control_differs_in_its_draws_alone():
 def test_sizes_that_cannot_be():
     with pytest.raises(ValueError, match="num_heads=5 does not divide inner_dim=24"):
         layer_of("mixer", num_heads=5)
+    with pytest.raises(ValueError, match="seed_shift=0"):
+        layer_of("none_again", seed_shift=0)
     with pytest.raises(ValueError, match="inner_dim=0"):
         layer_of("uniform", inner_dim=0)
     with pytest.raises(ValueError, match="width=0"):

@@ -9,7 +9,7 @@ from tab.layers import attention_names, attention_options, layer_names, option_t
 from tab.models.flops import forward_flops
 from tab.models.image_model import build_model, model_names, parameter_count
 from tab.recipe.recipe import load_recipe, parse_override, recipe_names
-from tab.run_config import SECTIONS, RunConfig
+from tab.run_config import MODELS, SECTIONS, RunConfig
 
 
 def write(folder, text, name="mine.toml"):
@@ -64,6 +64,28 @@ def test_an_override_of_a_model_reaches_every_attention():
     assert recipe.run_config("mlp", "none", 0).model_options.hidden == 512
 
 
+def pairs() -> list[tuple[str, str]]:
+    """(mechanism, option) of what `fair` says of a mechanism in a model."""
+    tables = load_recipe("fair").tables["attention"]
+    found = {(a, k) for a, t in tables.items() for m in t if m in MODELS for k in t[m]}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("attention", "option"), pairs())
+def test_an_override_of_a_mechanism_reaches_every_model(attention, option):
+    """A base may have said otherwise of it in one model; what the same layer says of that stays."""
+    value, narrow = (False, True) if option == "two_dimensional" else (3, 2)
+    set_ = {f"model.{model}.match": "" for model in model_names()}
+    set_[f"attention.{attention}.{option}"] = value
+
+    def chosen(model):
+        return load_recipe("fair", set_).run_config(model, attention, 0).attention_options[option]
+
+    assert {chosen(model) for model in model_names()} == {value}
+    set_[f"attention.{attention}.cnn.{option}"] = narrow
+    assert [chosen(model) for model in ("cnn", "vit")] == [narrow, value]
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_toml_comes_back_as_it_is(tmp_path, name):
     recipe = load_recipe(name, {"train.lr": 1e-5})
@@ -92,6 +114,11 @@ def test_toml_comes_back_as_it_is(tmp_path, name):
         ({"attention.linear.num_heads": "two"}, "give an integer"),
         ({"train": 3}, "give dict"),
         ({"data.translate": 32}, "from 0 to 31"),
+        ({"train.lr": 10**400}, "0: give a number of 64 bits"),
+        ({"data.images": 2**63}, "give a number of 64 bits"),
+        ({"model.vit.patch": True}, r"model\.vit\.patch = True: give 1, 2, 4, 8"),
+        ({"model.vit.patch": 4.0}, r"model\.vit\.patch = 4\.0: give 1, 2, 4, 8"),
+        ({"model.resnet9.cells": 8.0}, r"cells = 8\.0: give 4, 8"),
         ({"train.lr": math.inf}, r"train\.lr = inf: must be above 0 and finite"),
         ({"attention.linear.inner_dim": 8.0}, "inner_dim = 8.0: give an integer"),
     ],
@@ -147,6 +174,8 @@ def test_files_that_are_no_recipes(tmp_path):
 
 def test_unknown_variants():
     recipe = load_recipe("fair")
+    with pytest.raises(ValueError, match=f"seed = {2**63}: give a number of 64 bits"):
+        recipe.run_config("mlp", "none", 2**63)
     with pytest.raises(ValueError, match="did you mean 'mlp'"):
         recipe.run_config("mpl", "none", 0)
     with pytest.raises(ValueError, match="did you mean 'linear'"):
@@ -157,8 +186,10 @@ def test_override_texts():
     assert parse_override("train.lr=0.01") == ("train.lr", 0.01)
     assert parse_override("data.flip = true") == ("data.flip", True)
     assert parse_override("model.cnn.stem=stride") == ("model.cnn.stem", "stride")
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        parse_override("train.lr")
+    assert parse_override("train.lr=.01") == ("train.lr", 0.01)
+    for text in ("train.lr", "=1", "train.lr=0.1\ntrain.epochs=3"):
+        with pytest.raises(ValueError, match="KEY=VALUE"):
+            parse_override(text)
 
 
 @pytest.mark.parametrize("model", model_names())

@@ -82,7 +82,7 @@ def test_hash_follows_the_formula(seed, epoch):
         assert host.hash(seed, epoch) == mix(mix(seed) ^ epoch)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 9), st.integers(1, 17), st.integers(1, 17), st.integers(0, 16), st.integers(1, 3)
 )

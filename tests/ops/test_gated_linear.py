@@ -101,17 +101,6 @@ def test_without_decay_it_is_linear_attention(generator):
         assert_close(state, end)
 
 
-def test_grouped_heads(decay, generator):
-    """Decay and state have the heads of k."""
-    q, *_ = draw(generator, h=6)
-    _, k, v, g, s0 = draw(generator, h=2, decay=decay, state=True)
-    repeated = [x.repeat_interleave(3, 0 if x.dim() == 1 else 1) for x in (k, v, g, s0)]
-    o, s = call()(q, k, v, g, s0)
-    want, end = call()(q, *repeated)
-    assert_close(o, want)
-    assert_close(s, end[:, ::3])
-
-
 @needs_cpp("gated_linear_fwd")
 @pytest.mark.parametrize("count", (1, 2, 3))
 def test_any_number_of_threads(count, generator):
@@ -188,8 +177,9 @@ def test_many_tokens(decay, generator):
 
 @pytest.mark.parametrize("backend", reference_and_cpp("gated_linear_fwd"))
 def test_a_million_equal_keys(backend):
-    """Without decay: one float32 running sum over them would be 0.5 % off."""
-    n = 2**20
+    """Without decay: one float32 running sum over them would be 0.5 % off; over the 2¹⁷ of the
+    reference, whose chunks are Python's, 0.1 %."""
+    n = 2**17 if backend == "reference" else 2**20
     x, v = torch.full((1, 1, n, 1), 0.3), torch.full((1, 1, n, 1), 0.3, requires_grad=True)
     o = gated_linear_attention(x, x, v, torch.zeros(1), scale=1.0, backend=backend)
     truth = 0.3**3 * torch.arange(1, n + 1, dtype=torch.float64)

@@ -30,7 +30,7 @@ def test_accuracy(generator, heavy, recent, mode, causal):
     assert_accurate(*both(**options), inputs, names="o dq dk dv")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     b=st.integers(1, 2), h=st.sampled_from((1, 3)), n=st.integers(1, 14), d=st.integers(1, 6),
     heavy=st.integers(0, 5), recent=st.integers(1, 5), block=st.integers(1, 16),

@@ -171,8 +171,9 @@ def test_a_nan_in_a_real_token_is_seen_by_all_who_attend_to_it(attention, backen
 @OPERATORS
 @CAUSAL
 def test_a_million_equal_keys(attention, backend, causal, generator):
-    """One float32 running sum over them would be 0.5 % off."""
-    n = 2**20
+    """One float32 running sum over them would be 0.5 % off; over the 2¹⁷ of the reference, whose
+    chunks are Python's, 0.1 %."""
+    n = 2**17 if backend == "reference" else 2**20
     q, k = (torch.randn(1, 1, 1, D, generator=generator).expand(1, 1, n, D) for _ in range(2))
     v = torch.rand(1, 1, n, 1, generator=generator) + 0.1
     truth = v.double().cumsum(2) / torch.arange(1, n + 1)[:, None]

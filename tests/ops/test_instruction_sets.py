@@ -1,27 +1,25 @@
 """The C++ kernels in the instruction sets below the widest one, which all other tests run in."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from backends import needs_cpp
+from forks import python
 from paths import SUPPORT
 
 pytestmark = needs_cpp("linear_fwd")
 
 
-def run(isa: str, *words: object) -> subprocess.CompletedProcess:
+def run(isa: str, *words: object) -> CompletedProcess:
     """Python in a process of its own: the first kernel that runs settles the instruction set."""
     environment = {**os.environ, "TAB_ISA": isa}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, env=environment, cwd=SUPPORT, capture_output=True, text=True, timeout=300
-    )
+    return python(*words, folder=SUPPORT, environment=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.any_torch
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_lower_ones_pass_the_tests_that_ask_for_it(isa):

@@ -115,7 +115,7 @@ def test_dtypes(backend, dtype, causal, generator):
 
 
 @needs_cpp("linear_fwd")
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 3, 200, 70, 70))),
     how=st.sampled_from(LAYOUTS),

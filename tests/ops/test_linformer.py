@@ -75,7 +75,7 @@ def test_gradcheck(generator):
     assert torch.autograd.gradcheck(linformer_attention, leaves)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     b=st.integers(1, 3), h=st.sampled_from((1, 3, 8)), n=st.integers(1, 40), d=st.integers(1, 9),
     dv=st.integers(1, 9), rank=st.integers(1, 9), more=st.integers(0, 5), per_head=st.booleans(),

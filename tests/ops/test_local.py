@@ -150,7 +150,7 @@ def test_nan_stays_in_its_window():
     assert not out[0, 0, [45, 55]].isnan().any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     b=st.integers(1, 3), h=st.integers(1, 3), n=st.integers(1, 140), d=st.integers(1, 9),
     dv=st.integers(1, 9), left=st.integers(0, 150), right=st.integers(0, 150),

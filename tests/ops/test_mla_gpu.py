@@ -64,6 +64,15 @@ def test_mask_and_peak_like_the_reference(generator):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size, causal", CASES[1:5:2], ids=str)
+def test_capped_and_biased(size, causal, dtype, generator):
+    x, slopes = on_gpu(size, generator, dtype), torch.linspace(0.02, 0.3, size[1]).cuda()
+    truth = on_device(textbook(causal, softcap=2.0, slopes=slopes))
+    given = fused(causal=causal, softcap=2.0, alibi=slopes)
+    assert_accurate(given, truth, x, names=NAMES)
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_layouts(how, generator):
     x = on_gpu((2, 2, 50, 16, 8, 24, 16), generator, how=how)

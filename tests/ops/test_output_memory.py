@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from backends import needs_cpp
+from patience import PATIENCE
 
 import tab
 
@@ -60,7 +61,9 @@ print(faults() - before)
 def run(keep: str, script: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"TAB_KEEP_MIB": keep}
     command = [sys.executable, "-W", "ignore", "-c", script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 @pytest.mark.any_torch

@@ -34,7 +34,7 @@ def same_bits(name, x, lengths, **options):
 
 @pytest.mark.parametrize("name", [*NAMES, "gated"])
 def test_one_call_for_all_sequences(name, monkeypatch):
-    monkeypatch.setattr(_packed_op, "_each", None)
+    monkeypatch.setattr(_packed_op, "each_group", None)
     x = draw("linear", T)
     assert len(results(case(name, cu_seqlens=cu(LENGTHS)), x)) >= 4
     assert OPS["linear_packed_fwd"].whole and not OPS["channel_gated_linear_packed_fwd"].whole

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tab import BlockPattern
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 200), block_size=st.integers(1, 70), heads=st.integers(1, 4),
     window=st.sampled_from([1, 3, 5]), num_global=st.integers(0, 3), num_random=st.integers(0, 5),
@@ -59,7 +59,7 @@ def test_draw_has_its_own_seed():
     assert not torch.equal(heads[0], heads[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     heads=st.integers(0, 3), nb=st.integers(1, 9), block_size=st.integers(1, 5),
     p=st.floats(0, 1), seed=st.integers(0, 9),

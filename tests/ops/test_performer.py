@@ -241,7 +241,7 @@ def test_layouts(generator, how, causal):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     b=st.integers(1, 3), h=st.sampled_from((1, 3, 8)), n=st.integers(1, 70), d=st.integers(1, 9),
     dv=st.integers(1, 9), m=st.integers(1, 20), causal=st.booleans(),

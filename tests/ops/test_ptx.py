@@ -1,7 +1,7 @@
-"""The PTX that Triton compiles for sm_80, executed on a CPU (tests/support/ptx): every launch of
-linear, local, sparse, latent decoding, experts, batches and H2O's choices that `tab doctor
---kernels` knows, at small shapes, against float64. Bounds, alignment and races are watched; shared
-memory and outputs start as NaN."""
+"""The PTX that Triton compiles for sm_80, executed on a CPU (tests/support/ptx): the launches that
+stand for those of linear, local, sparse, experts, batches and H2O's choices (see
+chosen in tab/doctor/kernel_launches.py), at small shapes, against float64. Bounds, alignment and
+races are watched; shared memory and outputs start as NaN."""
 
 from __future__ import annotations
 
@@ -9,63 +9,47 @@ from functools import partial
 
 import pytest
 import torch
-from proof import assert_accurate, outputs_and_gradients, poisoned
+from proof import outputs_and_gradients, poisoned
 from textbook import linear, softmax
 
 from tab import BlockPattern
-from tab.doctor.kernel_launches import identity, launches
 from tab.ops import OPS
 from tab.ops.h2o_choice import choose_reference
-from tab.ops.mla_decode import decode_reference
 
 pytest.importorskip("triton")
+from ptx.cases import (
+    ARCH,
+    FULL,
+    HALF,
+    call,
+    covered,
+    every_launch,
+    heads,
+    launchers,
+    mask,
+    segments_of,
+)
 from ptx.machine import executed
 
 pytestmark = pytest.mark.compiles
-ARCH = 80
-FULL, HALF = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(scope="module", autouse=True)
-def launchers():
-    """Triton's launchers in the place of the CUDA C++ ops, for CPU tensors."""
-    from tab.kernels._launch import load
-
-    load()
-    library = torch.library.Library("tab_cuda", "IMPL")
-    for name, op in OPS.items():
-        if op.own and "triton" in op.kernels:
-            library.impl(name, op.kernels["triton"], "CPU")
-    yield
-    library._destroy()
+def in_place():
+    with launchers():
+        yield
 
 
-def call(op, *args):
-    return OPS[op].apply("cuda", *args)
-
-
-def heads(generator, n, *sizes, dtype, h=2, scale=1.0):
-    """(1, H, N, size) each, laid out by tokens as projections give them"""
-    drawn = (scale * torch.randn(1, n, h, size, generator=generator) for size in sizes)
-    return [x.to(dtype).transpose(1, 2) for x in drawn]
-
-
-def mask(generator, n):
-    some = torch.rand(1, n, generator=generator) > 0.3
-    some[:, 0] = True
-    return some
-
-
-# --- cases: (f, textbook, inputs), N a multiple of 16 as in the launchers' own, and of no tile ----
+# --- cases: N a multiple of 16 as in the launchers' own, and of no tile ---------------------------
 
 
 def linear_cases(generator):
     for n, d, causal, dtypes in (
         (48, 64, False, (FULL, HALF)),
         (48, 128, False, (FULL,)),
-        (272, 64, False, (HALF,)),
-        (272, 64, True, (FULL, HALF)),  # two segments
-        (272, 256, True, (FULL,)),
+        (144, 64, False, (HALF,)),
+        (144, 64, True, (FULL, HALF)),  # two segments
+        (144, 256, True, (FULL,)),
     ):
         for dtype in dtypes:
             x = heads(generator, n, d, d, d, dtype=dtype)
@@ -82,6 +66,22 @@ def linear_cases(generator):
                 x,
             )
 
+    for d, dtype in ((64, FULL), (64, HALF), (128, FULL)):
+        real = mask(generator, 48)
+        options = real, None, None, 0, False, 0.0
+
+        def stateless(*x, options=options):
+            """Its value; gradients are those of the op with a state."""
+            o = call("linear_fwd", *x, *options)[0]
+            with torch.no_grad():
+                more = call("linear_stateless_fwd", *x, *options) - o
+            return o + more
+
+        def exact(*x, real=real):
+            return linear.naive(*x, key_mask=real)[0]
+
+        yield stateless, exact, heads(generator, 48, d, d, d, dtype=dtype)
+
 
 def rules(generator, n, told, h=2):
     if not told:
@@ -90,17 +90,18 @@ def rules(generator, n, told, h=2):
 
 
 def local_cases(generator):
+    line = 80, 96, 0, 0, False  # both edges, and a tile between them
     for d, dtype, window, told in (
-        (64, HALF, (32, 48, 0, 0, False), False),
+        (64, HALF, line, False),
         (64, HALF, (16, 16, 16, 32, True), False),  # a causal grid
-        (64, HALF, (32, 48, 0, 0, False), True),
+        (64, HALF, line, True),
         (64, FULL, (32, 48, 0, 0, False), False),
-        (128, HALF, (32, 48, 0, 0, False), False),
-        (256, HALF, (32, 48, 0, 0, False), False),
+        (128, HALF, line, False),
+        (256, HALF, line, False),
         (64, HALF, (2, 2, 8, 8, False), False),  # one tile
     ):
         left, right, rows, cols, causal = window
-        n = rows * cols or 208
+        n = rows * cols or 144
         given, cap = rules(generator, n, told)
         seen = softmax.in_window(n, left, right, causal, cols)
         yield softmax_case("local_fwd", seen, given, cap, (), window, n, d, dtype, generator)
@@ -111,20 +112,21 @@ def local_cases(generator):
 
 def sparse_cases(generator):
     for n, size, d, dtype, h, told in (
-        (192, 64, 64, HALF, 2, False),
-        (192, 64, 64, HALF, 4, True),  # each head of k for two of q
-        (192, 64, 64, FULL, 2, False),
-        (192, 64, 128, HALF, 2, False),
-        (192, 64, 256, HALF, 2, False),
+        (144, 64, 64, HALF, 2, False),
+        (144, 64, 64, HALF, 4, True),  # each head of k for two of q
+        (144, 64, 64, FULL, 2, False),
+        (144, 64, 128, HALF, 2, False),
+        (144, 64, 256, HALF, 2, False),
         (64, 8, 64, HALF, 2, False),  # one tile
         (64, 8, 64, HALF, 2, True),
         (64, 8, 64, FULL, 2, False),
     ):
         causal = size == 64
-        listed = torch.rand(2, n // size, n // size, generator=generator) > 0.3
+        count = -(-n // size)
+        listed = torch.rand(h, count, count, generator=generator) > 0.3
         listed[:, -1] = listed[..., 0] = True  # long lists, of rows and of columns
         pattern = BlockPattern.from_blocks(listed, size, n)
-        seen = softmax.blocks(pattern, causal).repeat_interleave(h // 2, 0)
+        seen = softmax.blocks(pattern, causal)
         given, cap = rules(generator, n, told, h)
         x = n, d, dtype, generator, h
         yield softmax_case("sparse_fwd", seen, given, cap, pattern.tensors, (size, causal), *x)
@@ -142,7 +144,7 @@ def softmax_case(op, seen, given, cap, pattern, options, n, d, dtype, generator,
 def moe_cases(generator):
     for c, dtypes in ((256, (FULL, torch.float16, HALF)), (32, (HALF,))):
         for dtype in dtypes:
-            sizes = [3, 0, 1500, 600, 1, 0, 992, 1000]
+            sizes = [x * {256: 4, 32: 16}[c] for x in (3, 0, 94, 37, 1, 0, 59, 62)]
             counts = torch.tensor(sizes)
 
             def exact(x, w, sizes=sizes):
@@ -157,57 +159,15 @@ def moe_cases(generator):
 CASES = {"linear": linear_cases, "local": local_cases, "sparse": sparse_cases, "moe": moe_cases}
 
 
-def covered(op, seen):
-    """Every launch of the op that the report knows was one of these."""
-    known = {identity(launch) for launch in launches(ARCH)[op]}
-    missing = known - {identity(launch) for launch in seen}
-    assert not missing, f"{len(missing)} of {len(known)} launches not executed: {sorted(missing)}"
-
-
 @pytest.mark.parametrize("op", CASES)
 def test_every_launch(op, generator, monkeypatch):
-    from tab.kernels import sparse
+    from tab.kernels import moe, sparse
 
     monkeypatch.setattr(sparse, "CUT", 2)  # lists of three blocks are long
-    seen = []
-    for f, exact, x in CASES[op](generator):
-        with executed(ARCH) as now:
-            assert_accurate(f, exact, x)
-        seen += now
-    covered(op, seen)
-
-
-def within(given, exact, dtype):
-    """Of one sum after another, as accurate as the dtype."""
-    bound = 5e-6 if dtype == FULL else 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(given.double(), exact, rtol=bound, atol=bound)
-
-
-def test_every_launch_of_mla_decode(generator):
-    """A sequence in three parts, one of them empty for the other."""
-    seen = []
-    for h, r, dtypes in ((64, 512, (FULL, HALF)), (16, 64, (HALF,)), (64, 576, (FULL, HALF))):
-        for dtype in dtypes:
-            q, q_rope, cache = (
-                torch.randn(shape, generator=generator).to(dtype)
-                for shape in ((2, h, 128), (2, h, 64), (2, 528, r + 64))
-            )
-            weights = [
-                (torch.randn(h, 128, r, generator=generator) / r**0.5).to(dtype) for _ in range(2)
-            ]
-            lengths = torch.tensor([500, 37], dtype=torch.int32)
-            with executed(ARCH) as now, poisoned():
-                given = call("mla_decode", q, q_rope, cache, lengths, *weights, 0.02)
-            exact = decode_reference(
-                *(x.double() for x in (q, q_rope, cache)),
-                lengths,
-                *(w.double() for w in weights),
-                0.02,
-            )
-            for a, b in zip(given, exact, strict=True):
-                within(a, b, dtype)
-            seen += now
-    covered("mla_decode", seen)
+    monkeypatch.setattr(moe, "STEPS", 1)  # few rows are summed in two parts
+    monkeypatch.setattr("tab.ops.linear.spares", lambda x: True)
+    with segments_of(128):
+        every_launch(op, CASES[op](generator))
 
 
 def test_every_launch_of_h2o(generator):

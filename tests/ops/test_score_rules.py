@@ -1,8 +1,12 @@
 """Softcap and ALiBi, by themselves and beside masks and sinks, on every backend that has them."""
 
+from functools import partial
+
 import pytest
 import torch
-from proof import assert_accurate
+from backends import reference_and_cpp
+from packs import cu
+from proof import assert_accurate, outputs_and_gradients
 from softmax_cases import (
     NAMES,
     as_heads,
@@ -76,33 +80,89 @@ def test_what_a_masked_token_holds(name, backend, value):
         torch.testing.assert_close(a, b)
 
 
+LATENT = reference_and_cpp("bent_mla_fwd")
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_latent_attention(causal):
-    """By the reference, with masks and sinks."""
-    key_mask = torch.arange(20) < torch.tensor([[17], [0]])
-    mask = torch.ones(20, 20, dtype=torch.bool)
-    told = {"softcap": 2.0, "key_mask": key_mask}
-    truth = ruled(mask.tril() if causal else mask, slopes=SLOPES[:2], scale=6**-0.5, **told)
-    options = {"alibi": SLOPES[:2], "causal": causal, "return_lse": True, **told}
-    assert_accurate(
-        lambda *x: mla_attention(*x[:6], sinks=x[6], **options),
-        lambda *x: truth(*as_heads(*x[:6]), x[6]),
-        [*latents(20), torch.tensor([0.4, -1.0])],
-    )
+@pytest.mark.parametrize("n", [20, 150])
+@pytest.mark.parametrize("backend", LATENT)
+def test_latent_attention(backend, n, causal, dtype):
+    """Each alone, and with masks and sinks; o, L and the gradients through both."""
+    key_mask = torch.arange(n) < torch.tensor([[n - 3], [0]])
+    mask = torch.ones(n, n, dtype=torch.bool)
+    mask, cap = mask.tril() if causal else mask, {"softcap": 0.8}
+    for told in (cap, {"slopes": SLOPES[:2]}, {**cap, "slopes": SLOPES[:2], "key_mask": key_mask}):
+        truth = ruled(mask, scale=6**-0.5, **told)
+        options = {"alibi" if key == "slopes" else key: value for key, value in told.items()}
+        call = seen_lse(
+            partial(mla_attention, causal=causal, return_lse=True, backend=backend, **options)
+        )
+        x = [t.to(dtype) for t in latents(n)]
+        assert_accurate(call, lambda *x: truth(*as_heads(*x)), x)  # noqa: B023
+        assert_accurate(
+            lambda *x: call(*x[:6], sinks=x[6]),  # noqa: B023
+            lambda *x: truth(*as_heads(*x[:6]), x[6]),  # noqa: B023
+            [*x, torch.tensor([0.4, -1.0], dtype=dtype)],
+        )
+
+
+@pytest.mark.parametrize("backend", LATENT)
+def test_latent_attention_of_many_sequences(backend):
+    """Packed: positions are those of each."""
+    lengths = [5, 0, 70, 1, 13]
+    told = {"softcap": 0.8, "alibi": SLOPES[:2], "causal": True, "backend": backend}
+    x = latents(sum(lengths), b=1)
+
+    def alone(*x):
+        dims = [2, 2, 1, 1]
+        parts = zip(*(t.split(lengths, d) for t, d in zip(x, dims, strict=False)), strict=True)
+        outs = [mla_attention(*p, *x[4:], return_lse=True, **told) for p in parts]
+        return tuple(torch.cat(y, 2) for y in zip(*outs, strict=True))
+
+    packed = partial(mla_attention, cu_seqlens=cu(lengths), return_lse=True, **told)
+    for a, b in zip(*(outputs_and_gradients(f, x) for f in (packed, alone)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_latent_attention_any_derivative_and_the_largest_score():
     x = [t.double().requires_grad_() for t in latents(5)]
-    options |= {"key_mask": key_mask[:, :5], "return_lse": False}
-    call = lambda *x: mla_attention(*x, **options)  # noqa: E731
+    key_mask = torch.arange(5) < torch.tensor([[4], [0]])
+    told = {"softcap": 2.0, "alibi": SLOPES[:2], "key_mask": key_mask, "return_lse": True}
+    call = lambda *x: mla_attention(*x, **told)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(call, x, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, x, fast_mode=True)
-    o, peak = mla_attention(*latents(20), softcap=0.5, return_max_logits=True)
-    assert (peak <= 0.5).all() and o.isfinite().all()
+    for backend in ("reference", "auto"):
+        o, peak = mla_attention(*latents(20), softcap=0.5, return_max_logits=True, backend=backend)
+        assert (peak <= 0.5).all() and o.isfinite().all()
+    tilted = {"softcap": 0.5, "alibi": SLOPES[:2], "causal": True, "return_max_logits": True}
+    peaks = [mla_attention(*latents(150), backend=x, **tilted)[1] for x in ("reference", "auto")]
+    torch.testing.assert_close(*peaks)
 
 
-def test_latent_attention_names_what_has_no_softcap():
-    x = latents(20)
-    with pytest.raises(ValueError, match="runs SDPA, which takes neither softcap nor alibi"):
-        mla_attention(*x, form="expand", softcap=3.0)
-    with pytest.raises(RuntimeError, match=r"takes neither softcap nor alibi|was not built"):
-        mla_attention(*x, backend="cpp", alibi=SLOPES[:2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", LATENT)
+def test_latent_attention_and_what_a_masked_token_holds(backend, causal, value):
+    n, results = 70, []
+    mask = torch.arange(n) % 5 != torch.tensor([[1], [3]])
+    told = {"softcap": 2.0, "alibi": SLOPES[:2], "key_mask": mask, "causal": causal}
+    for dirty in (False, True):
+        x = [t.requires_grad_() for t in latents(n)]
+        held = [~mask[:, None, :, None]] * 2 + [~mask[..., None]] * 2
+        given = [t.masked_fill(m, value) for t, m in zip(x, held, strict=False)] if dirty else x
+        o = mla_attention(*given[:4], *x[4:], backend=backend, **told)
+        o = o.transpose(1, 2)[mask]
+        results.append((o, *torch.autograd.grad(o.square().sum(), x)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_forms_of_latent_attention_that_have_no_softcap():
+    for form in ("expand", "absorb"):
+        with pytest.raises(ValueError, match="runs SDPA, which takes neither softcap nor alibi"):
+            mla_attention(*latents(20), form=form, softcap=3.0)
 
 
 def test_what_cuda_cpp_does_not_take():

@@ -3,10 +3,13 @@
 φ(k) of one token is z exactly, v times φ(k) = 1 is S exactly, and S over z = 1 is o but rounded.
 """
 
+import math
+
 import pytest
 import torch
 from backends import needs_cpp
 
+import tab
 from tab.ops.linear import linear_fwd
 
 # The arithmetic of one and the same binary, whatever torch loads it.
@@ -82,3 +85,21 @@ def test_stores_round_to_nearest_even(dtype, generator):
     want = x.to(dtype)
     assert torch.equal(o.isnan(), want.isnan())
     assert torch.equal(o.nan_to_num(0.5), want.nan_to_num(0.5))
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_no_weight_of_a_softmax_is_all_but_subnormal(dtype):
+    """2^x, seen through local attention: the second of two keys has the weight o, almost 2^x."""
+    bits = {torch.float32: 99.5, torch.float64: 969.5}[dtype]
+    x = -torch.linspace(1, 1.6 * bits, 2000, dtype=torch.float64)
+    q = torch.stack([torch.zeros_like(x), x * math.log(2)], 1)[:, None, :, None]  # (B, 1, 2, 1)
+    k, v = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=dtype).view(2, 1, 1, 2, 1)
+    with torch.no_grad():
+        o = tab.local_attention(
+            q.to(dtype), k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1),
+            window=1, scale=1.0, backend="cpp",
+        )[:, 0, 1, 0].double()  # fmt: skip
+    exact = x.exp2() / (1 + x.exp2())
+    assert (o[x < -bits - 0.01] == 0).all() and (x < -bits).any()
+    assert ((o / exact - 1).abs()[x > 0.01 - bits] < 1e-4).all()

@@ -129,7 +129,7 @@ def test_op_guards_its_memory():
             forward(*bad, col_ptr, row, None, None, 4, False, 0.5, 0.0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     b=st.integers(1, 2), h=st.integers(1, 3), n=st.integers(1, 90), d=st.integers(1, 9),
     dv=st.integers(1, 9), block_size=st.integers(1, 40), shared=st.booleans(), p=st.floats(0, 1),

@@ -7,6 +7,7 @@ import subprocess
 from html import unescape
 
 import pytest
+from patience import PATIENCE
 from small_report import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -106,7 +107,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 def chromium(folder, *words: str) -> str:
     command = [CHROMIUM, *OPTIONS, f"--user-data-dir={folder / 'profile'}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
 @pytest.fixture(scope="module")

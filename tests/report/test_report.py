@@ -1,7 +1,9 @@
 """The report's numbers, words and pictures, from hand-written runs; noise on a real model."""
 
+import contextlib
 import io
 import itertools
+import json
 import math
 
 import matplotlib.image
@@ -22,6 +24,9 @@ from tab.layers import attention_names
 from tab.recipe.recipe import load_recipe
 from tab.report import markdown, pictures, style, weights
 from tab.report.averages import Mean, Median, count
+from tab.report.build import _from_numbers
+from tab.report.chart_data import charts
+from tab.report.forest import forest_group, forest_picture
 from tab.report.headline import answers
 from tab.report.tables import best_control_table, markdown_table, ranking, statistics_table
 
@@ -71,6 +76,29 @@ def test_runs_that_failed_are_last_and_those_that_diverged_are_chance():
     text = markdown_table(table)
     assert "| – | Local | – |" in text and text.endswith("| failed (seed 0) |")
     assert "| Note |" in text and "Peak memory" not in text  # of a CPU, it is the process's
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("lost", [{"local"}, {"none"}, {"none", "self"}])
+def test_a_mechanism_whose_runs_all_diverged_is_drawn(lost, seeds, tmp_path):
+    """It has the accuracy of chance, and no training time."""
+    runs = [
+        run(a, seed=s, status="diverged" if a in lost else "done")
+        for a in ("none", "self", "local")
+        for s in range(seeds)
+    ]
+    for each in runs:
+        if each.diverged:
+            each.rows[-1]["train_loss"] = math.nan
+    grid = Grid("fair", ["cnn"], ["none", "self", "local"], seeds, "shapes", "cpu")
+    table = ranking(runs, "cnn")
+    assert {e.attention for e in table if e.seconds is None and e.test} == lost
+    shown = _from_numbers(tmp_path, runs, grid)
+    assert forest_picture(tmp_path / "forest.png", "cnn", table)
+    assert {path.name for path in tmp_path.glob("*.png")} >= {f"{name}.png" for name in shown}
+    found = [forest_group({"cnn": table}), charts(runs, runs, "test", {})]
+    assert json.dumps(found, allow_nan=False)  # as report.html has them
+    assert markdown.report(runs, FACTS, grid, shown)
 
 
 def test_equal_scores_share_a_rank():
@@ -199,7 +227,7 @@ def test_every_picture_is_drawn(tmp_path):
     sigma = {"sigma": [0.0, 0.5, 1.0]}
     curve = {r.id: {"settings": sigma, "accuracy": [0.5, 0.4, 0.2]} for r in runs}
     pictures.noise(tmp_path / "noise.png", runs, curve, "noise")
-    maps = {"self": torch.rand(4, 9, 9), "none": torch.eye(9)[None], "theirs": None}
+    maps = {"self": torch.rand(4, 9, 9), "none": torch.eye(9)[None], "theirs": "none, as it fails"}
     image = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
     weights.attention_picture(tmp_path / "attention.png", maps, image, "attention")
     filters = {"self": torch.randn(30, 3, 3, 3), "none": torch.randn(5, 3, 32, 32)}
@@ -223,7 +251,16 @@ def test_mosaic_shows_the_strongest_first():
     assert np.allclose(picture[9:, 9:], 1.0)  # no filter
 
 
-def test_a_layer_without_a_matrix_gives_none():
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (NotImplementedError(), "no attention matrix"),
+        (IndexError("of its own"), "IndexError: of its own"),
+        (torch.ones(3), "ValueError: its shape is (3,)"),
+        (torch.ones(1, 4, 3, 3), "ValueError: its shape is (1, 4, 3, 3)"),
+    ],
+)
+def test_a_layer_without_a_matrix_says_why(gives, words):
     class Without(nn.Module):
         attention = property(lambda self: self)
 
@@ -231,9 +268,14 @@ def test_a_layer_without_a_matrix_gives_none():
             return x
 
         def attention_matrix(self, x):
-            raise NotImplementedError
+            if isinstance(gives, Exception):
+                raise gives
+            return gives
 
-    assert weights.attention_weights(Without(), torch.zeros(1, 2, 2)) is None
+    fault = not isinstance(gives, NotImplementedError)
+    with pytest.warns(match="of Without is not drawn") if fault else contextlib.nullcontext():
+        found = weights.attention_weights(Without(), torch.zeros(1, 2, 2))
+    assert found.startswith(words)
 
 
 # --- noise ----------------------------------------------------------------------------------------

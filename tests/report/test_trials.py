@@ -49,3 +49,13 @@ def test_what_is_read_is_written_again_and_shown_in_the_terminal(tmp_path):
         for m, a, *column in zip(*(c.cells for c in table.columns), strict=True)
     }
     assert cells["MLP", "Control"] == ["28.0 → 30.8 → 34.8", "lr 0.00232, hidden 64"]
+
+
+def test_what_was_drawn_comes_back_as_it_was(tmp_path):
+    drawn = {"flag": True, "other": False, "whole": 4, "number": 0.5, "word": "relu"}
+    found = {("mlp", "self"): [RungTrial(0, 0, 1, "done", 0.5, drawn)]}
+    write_trials(tmp_path / "trials.csv", found, drawn)
+    (trial,) = read_trials(tmp_path)["mlp", "self"]
+    assert [(k, repr(v)) for k, v in trial.params.items()] == [
+        (k, repr(v)) for k, v in drawn.items()
+    ]

@@ -10,7 +10,6 @@ Not collected by pytest; it runs alone:  python tests/support/foreign.py [OP ...
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 from paths import ROOT, SUPPORT
-from sanitized import CASES, SHAPES, TOLERANCE, check
+from sanitized import CASES, cases, check
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
@@ -149,8 +148,8 @@ def main() -> None:
         count = 0
         for name in sys.argv[1:] or CASES:
             before = time.perf_counter()
-            for i, (shape, dtype) in enumerate(itertools.product(SHAPES, TOLERANCE)):
-                check(name, shape, dtype, i)
+            for case in cases():
+                check(name, *case)
                 count += 1
             print(f"  {name}: {time.perf_counter() - before:.0f} s", flush=True)
     if not server.calls >= count:

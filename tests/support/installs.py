@@ -104,7 +104,9 @@ class Place:
 
     def install(self, *words: object) -> None:
         """Without isolation: the build finds the torch that the environment has."""
-        self.pip("install", "--no-build-isolation", *words)
+        said = self.pip("install", "--no-build-isolation", *words)
+        warned = re.search(r".*Warning: .*", said)
+        assert warned is None, f"a newcomer is shown: {warned[0]}"
 
     def unpacked(self) -> Path:
         with tarfile.open(self.sdist) as archive:

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -37,9 +38,11 @@ def truncated(x: TensorHandle) -> TensorHandle:
 
 InterpreterBuilder.create_dot = create_dot
 
-# --- the same, in half the time -------------------------------------------------------------------
+# --- the same, in a third of the time ------------------------------------------------------------
 # The interpreter patches all of triton.language for a launch, and again for each call of a function
-# in it; it makes a table of all types to look up one; and it scans number by number.
+# in it; it makes a table of all types to look up one; it scans number by number; it describes the
+# shape of each result anew, down to one object a dimension; and of each sum of integers it finds
+# out, in seven operators, whether it overflows, and tells those alone who debug.
 
 patched: set[int] = set()  # in this launch: the names that a module's functions see
 launch, np_dtype, tables = interpreter.GridExecutor.__call__, interpreter._get_np_dtype, {}
@@ -84,10 +87,47 @@ def scanned(scan, inputs):
     return [scan.to_tensor(x, y.dtype) for x, y in zip(moved, inputs, strict=True)]
 
 
+made, block, tensor = {}, tl.block_type.__init__, tl.tensor.__init__
+
+
+def described(self, element, shape):
+    """A type of blocks, from the first one that was made of the same; nobody changes one."""
+    key = id(element), *(x.value if isinstance(x, tl.constexpr) else x for x in shape)
+    if key not in made:
+        block(self, element, shape)
+        whole = tl.tensor.__new__(tl.tensor)
+        tensor(whole, None, self)
+        self.of_tensors = whole.numel, whole.shape
+        made[key] = self.__dict__  # holds the element, whose id is taken as long as it lives
+    self.__dict__ = made[key]
+
+
+def wrapped(self, handle, type):
+    if type.is_block():
+        self.handle, self.type, self.dtype = handle, type, type.element_ty
+        self.numel, self.shape = type.of_tensors
+    else:
+        tensor(self, handle, type)
+
+
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def held(semantic, left, right, operator):
+    """An integer of up to 32 bits is what it would be in 64."""
+    if left.dtype.int_bitwidth < 64:
+        x, y = left.handle.data, right.handle.data
+        exact, name = EXACT[operator.__name__](x, y, dtype=np.int64), operator.__name__
+        assert (exact == exact.astype(x.dtype)).all(), f"{left.dtype} overflows: {name}"
+
+
 interpreter.GridExecutor.__call__ = launched
 interpreter.InterpretedFunction.__call__ = called
 interpreter._get_np_dtype = looked_up
 interpreter.ScanOps.generic_scan = scanned
+tl.block_type.__init__ = described
+tl.tensor.__init__ = wrapped
+TritonSemantic.binary_op_sanitize_overflow_impl = held
 
 
 def interpreted(*ops: str, instead_of: str = "tab_cuda") -> list[Callable]:

@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch._dynamo  # by the counter of FLOPs: here, not in every fork
 
 import tab.train.training_run
 from tab.data.load import load_dataset

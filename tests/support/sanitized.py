@@ -2,7 +2,8 @@
 
 Every op that has a C++ kernel runs forward and backward, over sizes that leave ragged tails, four
 memory layouts, each dtype and each instruction set of this machine, and must agree with its
-reference in float64. An op whose kernel has no case here is an error. The process ends at the first
+reference in float64: each pair of these, and of these with an op's options, occurs, not all four at
+once. An op whose kernel has no case here is an error. The process ends at the first
 bad access; libasan and libubsan must be preloaded, because Python itself is not built with them.
 
 Not collected by pytest; it runs alone:  python tests/support/sanitized.py [OP ...]
@@ -10,11 +11,11 @@ Not collected by pytest; it runs alone:  python tests/support/sanitized.py [OP .
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, tor
 
 
 def linear(b, h, n, d, dv, randn, flip):
-    keys = n // 2 + 1 if flip % 3 and flip % 5 == 1 else n  # cross-attention
+    keys = n // 2 + 1 if flip % 3 == 2 and flip % 4 in (0, 1) else n  # cross-attention
     kv = 1 if flip % 2 else h
 
     def f(backend, q, k, v, s0, z0):
@@ -61,6 +62,8 @@ def linear(b, h, n, d, dv, randn, flip):
 
 
 def gated_linear(b, h, n, d, dv, randn, flip):
+    kv = 1 if flip % 2 else h
+
     def f(backend, q, k, v, g, s0):
         # Of a head, the gradient adds up how far bfloat16 rounds the cotangents of all tokens.
         g = g.detach() if g.dim() == 1 else g
@@ -69,8 +72,8 @@ def gated_linear(b, h, n, d, dv, randn, flip):
             initial_state=s0, return_state=True, backend=backend,
         )  # fmt: skip
 
-    decay = randn(h) if flip % 3 == 0 else randn(b, h, n)
-    return f, heads(b, h, n, d, dv, randn), (decay, randn(b, h, d, dv))
+    decay = randn(kv) if flip % 3 == 0 else randn(b, kv, n)
+    return f, heads(b, h, n, d, dv, randn, kv), (decay, randn(b, kv, d, dv))
 
 
 def performer(b, h, n, d, dv, randn, flip):
@@ -110,6 +113,8 @@ def local(b, h, n, d, dv, randn, flip):
 
 def sparse(b, h, n, d, dv, randn, flip):
     size = (1, 7, 16, 64)[flip % 4] if n < 200 else 64
+    if flip % 5 == 4:  # packed
+        return packed_sparse(size, h, b * n, d, dv, randn, flip)
     if flip % 3:
         pattern = tab.BlockPattern.bigbird(n, heads=h, block_size=size, num_random=1)
     else:  # rows that see nothing
@@ -124,16 +129,39 @@ def sparse(b, h, n, d, dv, randn, flip):
     return f, heads(b, h, n, d, dv, randn), ()
 
 
-def mla(b, h, n, d, dv, randn, flip):
+def packed_sparse(size, h, n, d, dv, randn, flip):
+    ends = torch.tensor([0, n // 3, n // 3, n // 3 + n // 2, n])
+
+    def pattern(tokens):
+        if tokens % 2:
+            return tab.BlockPattern.sliding_window(tokens, window=2, sinks=1, block_size=size)
+        return tab.BlockPattern.bigbird(tokens, heads=h, block_size=size + 1, num_random=1)
+
+    def f(backend, q, k, v):
+        return tab.sparse_attention(
+            q, k, v, pattern, causal=flip % 2 == 1, cu_seqlens=ends, return_lse=True,
+            backend=backend,
+        )  # fmt: skip
+
+    return f, heads(1, h, n, d, dv, randn, 1 if flip % 2 else h), ()
+
+
+def mla(b, h, n, d, dv, randn, flip, **rules):
     rank, rope = (1, 24, 65)[flip % 3], (0, 4, 8)[flip % 3]
 
     def f(backend, *x):
         return tab.mla_attention(
             *x, causal=flip % 2 == 1, key_mask=key_mask(b, n) if flip % 4 == 1 else None,
-            form="fused", return_lse=True, backend=backend,
+            form="fused", return_lse=True, backend=backend, **rules,
         )  # fmt: skip
 
     return f, (randn(b, h, n, d), randn(b, h, n, rope)), latents(b, h, n, d, dv, rank, rope, randn)
+
+
+def bent_mla(b, h, n, d, dv, randn, flip):
+    slopes = torch.linspace(0.1, 0.5, h)
+    rules = [{"softcap": 2.0}, {"alibi": slopes}, {"softcap": 2.0, "alibi": slopes}]
+    return mla(b, h, n, d, dv, randn, flip, **rules[flip % 3])
 
 
 def mla_decode(b, h, n, d, dv, randn, flip):
@@ -170,7 +198,9 @@ def mla_decode_paged(b, h, n, d, dv, randn, flip):
 
 
 # What runs an op; x_fwd and x_bwd are run by x.
-FUNCTIONS = linear, gated_linear, performer, local, sparse, mla, mla_decode, mla_decode_paged
+FUNCTIONS = (
+    linear, gated_linear, performer, local, sparse, mla, bent_mla, mla_decode, mla_decode_paged,
+)  # fmt: skip
 CASES = {f.__name__: f for f in FUNCTIONS}
 NO_GRADIENT = {"mla_decode", "mla_decode_paged"}
 OWN_TYPE = {"linear", "gated_linear", "performer"}  # of their states
@@ -196,8 +226,17 @@ def furthest(x: Tensor, truth: Tensor) -> float:
     return (x.double() - truth).abs().max().item() if truth.numel() else 0.0
 
 
-def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, flip: int) -> None:
-    """One call of `name` against its reference; flip chooses among the options and layouts."""
+def cases() -> Iterator[tuple[tuple[int, ...], torch.dtype, str, int]]:
+    """(shape, dtype, layout, flip), flip in 0…11 choosing among the options. Any two of shape,
+    dtype, layout, flip % 3 and flip % 4 meet."""
+    for s, shape in enumerate(SHAPES):
+        for t, dtype in enumerate(TOLERANCE):
+            quarter, third = s % 4 ^ (0, 2, 3, 1)[t], (s // 2 + (0, 1, 2, 1)[t]) % 3
+            yield shape, dtype, LAYOUTS[s % 4 ^ t], (9 * quarter + 4 * third) % 12
+
+
+def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, how: str, flip: int) -> None:
+    """One call of `name` against its reference, inputs laid out as `how`; flip chooses options."""
     generator = torch.Generator().manual_seed(flip)
 
     def randn(*size: int) -> Tensor:
@@ -206,7 +245,7 @@ def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, flip: int) -> N
     f, moved, fixed = CASES[name](*shape, randn, flip)
     acc = torch.promote_types(dtype, torch.float32)
     states = acc if name in OWN_TYPE else dtype
-    inputs = [layout(x.to(dtype), LAYOUTS[flip % 4]) for x in moved]
+    inputs = [layout(x.to(dtype), how) for x in moved]
     inputs += [x.to(states) for x in fixed]
     run = plain if name in NO_GRADIENT else outputs_and_gradients
     truth = run(lambda *x: f("reference", *x), [x.double() for x in inputs])
@@ -220,7 +259,8 @@ def check(name: str, shape: tuple[int, ...], dtype: torch.dtype, flip: int) -> N
             reference = run(lambda *x: f("reference", *x), inputs)[i]
             allowed = max(allowed, 1.05 * furthest(reference, t))
         if not error <= allowed:
-            raise SystemExit(f"{name} {shape} {dtype} case {flip}: result {i} off by {error:.2g}")
+            case = f"{name} {shape} {dtype} {how} case {flip}"
+            raise SystemExit(f"{case}: result {i} off by {error:.2g}")
 
 
 def plain(f, inputs: list[Tensor]) -> list[Tensor]:
@@ -253,10 +293,9 @@ def run_isa(names: list[str]) -> None:
     check_batches()
     for name in names:
         before = time.perf_counter()
-        for i, (shape, dtype) in enumerate(itertools.product(SHAPES, TOLERANCE)):
-            for flip in (i, i + 5) if shape[2] < 200 else (i,):
-                check(name, shape, dtype, flip)
-                count += 1
+        for case in cases():
+            check(name, *case)
+            count += 1
         seconds = time.perf_counter() - before
         print(f"  {os.environ['TAB_ISA']} {name}: {seconds:.1f} s", flush=True)
     print(f"{os.environ['TAB_ISA']}: {count} cases right, {time.perf_counter() - start:.0f} s")

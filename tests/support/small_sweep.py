@@ -1,11 +1,10 @@
 """A sweep of seconds: how the tests begin it, watch it, kill it and read what it left."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import python
 from paths import SUPPORT
 from typer.testing import CliRunner
 
@@ -57,8 +56,7 @@ def kills(times: int, folder: Path, **changes) -> str:
         "print(kill_sweep.kill(int(sys.argv[3]), Path(sys.argv[2]), **changes))"
     )
     words = (SUPPORT, folder, times, json.dumps(changes))
-    command = [sys.executable, "-c", program, *map(str, words)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ran = python("-c", program, *words)
     return ran.stdout.strip() or ran.stderr
 
 

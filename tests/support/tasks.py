@@ -7,6 +7,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from patience import until
+
 from tab.files import write
 
 
@@ -23,22 +25,28 @@ def threads(number: int):
         torch.set_num_threads(before)
 
 
+def count_in(folder: Path) -> int:
+    path = folder / "count"
+    return int(path.read_text()) if path.exists() else 0
+
+
 def count(steps: int, *, folder: Path, emit) -> int:
     """Counts in its folder, and goes on from there."""
     path = folder / "count"
-    while (done := int(path.read_text()) if path.exists() else 0) < steps:
+    while (done := count_in(folder)) < steps:
         write(path, str(done + 1).encode())
         emit(done + 1)
     return done
 
 
-def count_and_die_at(fatal: list[int], steps: int, *, folder: Path, emit) -> int:
-    """As count, but SIGKILL as soon as it has reached one of `fatal`."""
+def count_and_die_at(fatal: list[int], steps: int, home: Path, *, folder: Path, emit) -> int:
+    """As count, but SIGKILL as soon as it has reached one of `fatal`, and `home`, the task's folder
+    where the driver is, knows of it."""
 
     def told(done: int) -> None:
         emit(done)
         if done in fatal:
-            time.sleep(0.3)  # on Ray: for the file to have been brought back
+            assert until(lambda: count_in(home) == done)
             os.kill(os.getpid(), signal.SIGKILL)
 
     return count(steps, folder=folder, emit=told)
@@ -78,14 +86,6 @@ def alive(process: int) -> bool:
         return False
 
 
-def until(true, seconds: float) -> bool:
-    """Waits for `true()`, at most so long."""
-    end = time.monotonic() + seconds
-    while not (said := true()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return said
-
-
 def children(process: int) -> list[int]:
     """Its workers: not the one that Python starts to keep count of resources."""
     found = []
@@ -100,13 +100,17 @@ def children(process: int) -> list[int]:
     return found
 
 
-def count_slowly(steps: int, seconds: float, *, folder: Path, emit) -> int:
-    """As count; each event says on which Ray node."""
+def count_on_nodes(steps: int, head: str, killed: Path, *, folder: Path, emit) -> int:
+    """As count; each event says on which Ray node. After the third it waits for the other node to
+    be killed, which on that one is for ever; on the head until the file `killed` is there."""
     import ray
 
+    node = ray.get_runtime_context().get_node_id()
+
     def told(done: int) -> None:
-        emit((ray.get_runtime_context().get_node_id(), done))
-        time.sleep(seconds)
+        emit((node, done))
+        if done == 3:
+            until(lambda: node == head and killed.exists())
 
     return count(steps, folder=folder, emit=told)
 
@@ -120,3 +124,12 @@ def count_and_be_preempted_at(fatal: int, steps: int, *, folder: Path, emit) -> 
             os.kill(os.getpid(), signal.SIGUSR2)
 
     return count(steps, folder=folder, emit=told)
+
+
+def own_process(unit) -> list:
+    """The row of a benchmark: its process is its time."""
+    from tab.bench.rows import Row
+
+    row = Row("c", "tab")
+    row.timed("forward", [float(os.getpid())], [1.0])
+    return [row]

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 optuna = pytest.importorskip("optuna")
 
@@ -37,28 +38,24 @@ def _server() -> Path | None:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    """The address of a PostgreSQL server of our own, on a free port of this machine."""
+    """The address of a PostgreSQL server of our own, in a folder: a port could be another's."""
     pytest.importorskip("psycopg")
     if not (programs := _server()):
         pytest.skip("no PostgreSQL server here: initdb was not found")
-    import socket
     import tempfile
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="pg") as place:
-        run = {"check": True, "capture_output": True, "timeout": 60}
+        run = {"check": True, "capture_output": True, "timeout": PATIENCE}
         if os.geteuid() == 0:  # a server refuses to run as root
             shutil.chown(place, "postgres", "postgres")
             run |= {"user": "postgres", "group": "postgres"}
         data = f"{place}/data"
         subprocess.run([programs / "initdb", "-D", data, "-U", "tab", "-A", "trust"], **run)
-        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c fsync=off"
-        options += f" -c unix_socket_directories={place}"
-        server = [programs / "pg_ctl", "-D", data, "-l", f"{place}/log", "-w"]
+        options = f"-c listen_addresses= -c fsync=off -c unix_socket_directories={place}"
+        server = [programs / "pg_ctl", "-D", data, "-l", f"{place}/log", "-w", "-t", str(PATIENCE)]
         subprocess.run([*server, "-o", options, "start"], **run)
         try:
-            yield f"postgresql://tab@127.0.0.1:{port}/postgres"
+            yield f"postgresql://tab@/postgres?host={place}"
         finally:
             subprocess.run([*server, "-m", "immediate", "stop"], **run)
 

@@ -11,8 +11,9 @@ import sys
 
 import pytest
 import torch
+from forks import python
+from patience import PATIENCE, until
 from safetensors.torch import load_file
-from tasks import until
 from typer.testing import CliRunner
 
 optuna = pytest.importorskip("optuna")
@@ -246,8 +247,7 @@ def test_without_optuna_the_extra_is_named():
     program = (
         "import sys; sys.modules['optuna'] = None; sys.argv[1:] = ['sweep']; import tab.cli.main\n"
     )
-    command = [sys.executable, "-c", program + "tab.cli.main.main()"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = python("-c", program + "tab.cli.main.main()")
     assert ran.returncode == 2 and "transformer-attention-bench[sweep]" in ran.stderr
 
 
@@ -256,8 +256,8 @@ def test_control_c_says_how_to_go_on(dataset, tmp_path):
     command = [sys.executable, "-m", "tab", "sweep", "--resume", str(out)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
-    assert until(lambda: list(out.glob("runs/*/rows.jsonl")) or process.poll(), 120)
+    assert until(lambda: list(out.glob("runs/*/rows.jsonl")) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, text
     assert f"tab sweep --resume {out}" in text and "Traceback" not in text

@@ -5,6 +5,7 @@ import struct
 import sys
 
 import pytest
+from patience import PATIENCE
 from small_cli import SMALL, flat, tab
 
 wandb = pytest.importorskip("wandb")
@@ -13,6 +14,7 @@ wandb = pytest.importorskip("wandb")
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", str(PATIENCE))  # for its process to start
     yield
     wandb.teardown()
 

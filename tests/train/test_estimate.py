@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +81,9 @@ def test_durations_read_as_one_says_them(seconds, text):
     assert duration(seconds) == text
 
 
-def test_commands_say_it_before_they_work_and_not_when_nothing_is_left(tmp_path):
+def test_commands_say_it_before_they_work_and_not_when_nothing_is_left(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)
+    monkeypatch.setattr(module, "time", clock)  # there is time for all variants
     words = ("compare", "--models", "mlp", "--attentions", "none,linear")
     out = tmp_path / "out"
     text = tab(*words, *SMALL, "--out", out).stdout

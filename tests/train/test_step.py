@@ -1,5 +1,7 @@
 """The arithmetic of training: compiled and graphed steps give the numbers of eager ones."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,6 +13,7 @@ from tab.layers.basic import NoAttention
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
 from tab.run_config import RunConfig
+from tab.train.adamw import AdamW
 from tab.train.steps import Graphed, Steps
 
 SMALL = {"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16}
@@ -165,10 +168,46 @@ def test_score_is_the_plain_sum():
     assert correct == (logits.argmax(-1) == y).sum().item()
 
 
+def test_the_optimizer_is_torchs():
+    """To the bit, also where either goes on from the other's state."""
+    ends = []
+    for first, second in itertools.product((AdamW, torch.optim.AdamW), repeat=2):
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(3, 2, generator=generator).requires_grad_() for _ in range(2)]
+        groups = [{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "weight_decay": 0.5}]
+        state = None
+        for kind in (first, second):
+            optimizer = kind(groups, fused=True)
+            if state:
+                optimizer.load_state_dict(state)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.2, 0.1], total_steps=4)
+            for _ in range(3):
+                optimizer.zero_grad()
+                sum((w * torch.randn(3, 2, generator=generator)).sum() for w in weights).backward()
+                optimizer.step()
+                schedule.step()
+            state = optimizer.state_dict()
+        assert all(w.requires_grad for w in weights)
+        ends.append([*weights, *(x for one in state["state"].values() for x in one.values())])
+    for end in ends[1:]:
+        assert all(map(torch.equal, end, ends[0]))
+
+
+# What is proven is that the steps are right, not how fast the compiler's code is: it may come from
+# this process alone, treat one number at a time, be as it is written, and suit any processor.
+QUICKLY_COMPILED = {
+    "compile_threads": 1,
+    "cpp.simdlen": 1,
+    "cpp.vec_isa_ok": True,
+    "aot_inductor.debug_compile": True,
+}
+
+
 def test_compiled_is_eager():
     """In code of its own: batches of one size, since each size is compiled anew."""
-    pair = [two_epochs(steps_of(config_of(compile=c)), images(count=32)) for c in (True, False)]
-    assert_same(*pair, rtol=1e-3, atol=1e-4)
+    with torch._inductor.config.patch(QUICKLY_COMPILED):
+        compiled = two_epochs(steps_of(config_of(compile=True)), images(count=32))
+    assert_same(compiled, two_epochs(steps_of(config_of()), images(count=32)), rtol=1e-3, atol=1e-4)
 
 
 def test_compiled_with_state(monkeypatch):
@@ -188,6 +227,27 @@ def test_compiled_with_state(monkeypatch):
     torch._dynamo.reset()
     pair = [two_epochs(steps_of(config), images(count=32)) for config in configs]
     assert_same(*pair, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", attention_names())
+def test_autocast_on_a_cpu_where_asked_for(attention):
+    """The linear layers multiply bfloat16 then; the weights, and what they learn, stay float32."""
+    seen, losses = [], []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        steps = steps_of(config_of("cnn", attention, amp=True, amp_on_cpu=asked, lr=1e-3))
+        steps.model.head.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+        batches = list(images().epoch(0))
+        losses.append([steps.score(batches)[0], *(steps.learn(batches)[0] for _ in range(3))])
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in steps.model.parameters())
+    assert seen == [torch.float32] * (len(seen) // 2) + [torch.bfloat16] * (len(seen) // 2)
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1][3] < losses[1][1]  # it learns
+
+
+def test_autocast_on_a_cpu_needs_autocast():
+    with pytest.raises(ValueError, match=r"amp_on_cpu = true .* give --set train.amp=true"):
+        config_of(amp=False, amp_on_cpu=True)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -110,6 +110,18 @@ def test_the_average_is_what_is_scored():
     assert steps.score([(x, y)])[0] != averaged
 
 
+def test_only_what_is_learned_is_averaged(dataset, tmp_path, one_thread):
+    """The mean of two random projections is no random projection."""
+    changes = {"attention.performer.redraw_interval": 1, "attention.performer.num_features": 4}
+    changes |= {"attention.performer.num_heads": 4}  # of width 4: the rows are orthogonal
+    recipe = load_recipe("resnet9", {**SMALL, "train.ema": 0.5, "train.epochs": 1, **changes})
+    train(recipe.run_config("resnet9", "performer", 0), dataset, tmp_path / "run")
+    layer = load_model(tmp_path / "run").attention
+    kept = layer.projection.clone()
+    layer._draw(int(layer.steps))
+    assert layer.steps > 3 and torch.equal(layer.projection, kept)
+
+
 def test_what_does_not_go_together_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="one at a time"):
         train_seeds([config_of(0), config_of(1)], dataset, [tmp_path / "a", tmp_path / "b"])

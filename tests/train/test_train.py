@@ -188,6 +188,13 @@ def test_same_seed_same_data_for_every_variant(dataset, tmp_path):
     assert [r["train_loss"] for r in rows[0]] == pytest.approx([r["train_loss"] for r in rows[1]])
 
 
+@pytest.mark.parametrize("attention", ["none_again", "performer", "random", "sparse"])
+def test_every_seed_of_64_bits_trains(attention, dataset, tmp_path):
+    for seed in (-(2**63), 2**63 - 1):
+        config = config_of(attention=attention, seed=seed, train__epochs=2, data__images=32)
+        assert train(config, dataset, tmp_path / str(seed)).status == "done"
+
+
 def test_a_subset_is_used(dataset, tmp_path):
     outcome = train(config_of(data__images=100, train__epochs=1), dataset, tmp_path)
     row = outcome.rows[0]

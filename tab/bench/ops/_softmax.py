@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..benchmark import Contestant, Function, Problem
+from ..benchmark import Contestant, Function, Problem, compiled
 
 
 def masked(q, k, v, *, mask: Tensor, scale: float | None = None) -> Tensor:
@@ -34,7 +33,7 @@ def _flex(rule: Callable[[], Callable], block: int) -> Callable[[Problem], Funct
     def build(p: Problem):
         _, h, n, _ = p.case.shape
         mask = create_block_mask(rule(), None, h, n, n, device=p.case.device, BLOCK_SIZE=block)
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+        flex = compiled(flex_attention)
+        return lambda q, k, v: flex(q, k, v, block_mask=mask)
 
     return build

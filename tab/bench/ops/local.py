@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.local import LocalAttention
-from ...ops.local import in_window, local_attention, local_fwd
+from ...ops.local import local_attention, local_fwd
+from ...ops.local_reference import in_window
 from ..benchmark import Benchmark, Problem, eager_and_compiled, peer
 from ._softmax import masked, under
 

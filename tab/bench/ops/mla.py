@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ...layers.deepseek_mla import DeepSeekMLA
 from ...ops.mla import mla_attention, mla_fwd
 from ...ops.mla_decode import mla_decode, mla_decode_op
-from ..benchmark import Benchmark, Contestant, Problem, eager_and_compiled
+from ..benchmark import Benchmark, Contestant, Problem, eager_and_compiled, nothing
 
 RANK, ROPE = 64, 16  # R and Dr; Dn and Dv are D/2 each
 
@@ -106,6 +106,15 @@ class MLA(Benchmark):
     def use_pytorch(self, part):
         def forward(x, key_mask=None, max_logits=False):
             o = expand(*part.project(x), part.w_uk, part.w_uv)
+            return part.out(o.transpose(1, 2).flatten(2)), None
+
+        part.forward = forward
+
+    def use_nothing(self, part):
+        def forward(x, key_mask=None, max_logits=False):
+            q_nope, *rest = part.project(x)
+            shape = (*q_nope.shape[:3], part.w_uv.shape[-2])
+            o = nothing(shape, q_nope, *rest, part.w_uk, part.w_uv)
             return part.out(o.transpose(1, 2).flatten(2)), None
 
         part.forward = forward

@@ -11,14 +11,15 @@ import torch
 from interpreter import interpreted
 
 from tab import BlockPattern, orthogonal_projection
-from tab.kernels import _few, _segments
+from tab.kernels import _few, _performer_walk, _segments
 from tab.ops import OPS
 
-OPERATORS = ("linear", "performer", "local", "sparse", "mla")
+OPERATORS = ("linear", "gated_linear", "performer", "local", "sparse", "mla")
 interpreted(*(f"{op}_{way}" for op in OPERATORS for way in ("fwd", "bwd")))
 
 N, D = 70, 16  # tiles of 32 tokens, three of them, the last one cut
 W = orthogonal_projection(20, D, generator=torch.Generator().manual_seed(0))
+G = -torch.rand(1, 1, N, 1, generator=torch.Generator().manual_seed(2))
 W_UK, W_UV = torch.randn(2, 1, D, D, generator=torch.Generator().manual_seed(1)) * 0.3
 STEP = torch.arange(N)[None] - torch.arange(N)[:, None]  # key − query
 CAUSAL = STEP <= 0
@@ -55,6 +56,7 @@ CASES = {  # -> the attention, who sees whom (N, N)
     "causal grid": (op("local_fwd", None, None, 2, 2, 7, 10, True, 0.3, 0.0), near(2) & CAUSAL),
     "sparse": (op("sparse_fwd", *pattern().tensors, None, None, 40, True, 0.3, 0.0), CAUSAL),
     "linear": (op("linear_fwd", None, None, None, 0, True, 0.0), CAUSAL),
+    "gated": (op("gated_linear_fwd", G, None, None, 0.3), CAUSAL),
     "performer": (op("performer_fwd", W, *(None,) * 4, 0, True, 0.0), CAUSAL),
     "performer relu": (op("performer_fwd", W, *(None,) * 4, 1, True, 0.0), CAUSAL),
     "mla": (latent, CAUSAL),
@@ -71,8 +73,11 @@ def run(f, tensors, rows):
 
 # These are as few tokens as one program takes.
 CASES |= {f"few: {name}": CASES[name] for name in ("line", "causal grid", "sparse")}
-KINDS = [(name, torch.float32) for name in CASES]
-KINDS += [(name, torch.bfloat16) for name in ("line", "linear")]
+CASES |= {f"walk: {name}": CASES[name] for name in ("performer", "performer relu")}
+# What hides a value is what a kernel selects, whatever version of Triton reads it; the other files
+# show that each reads every kernel.
+KINDS = [pytest.param(name, torch.float32, marks=pytest.mark.any_torch) for name in CASES]
+KINDS += [(name, torch.bfloat16) for name in ("line", "linear", "gated")]
 
 
 @pytest.mark.parametrize("name, dtype", KINDS)
@@ -81,6 +86,9 @@ def test_hidden(name, dtype, generator, monkeypatch):
     monkeypatch.setattr(_segments, "SEGMENT", 64)
     if name.startswith("few"):
         monkeypatch.setattr(_few, "FEW", 128)
+    if name.startswith("walk"):
+        monkeypatch.setattr(_performer_walk, "WALKS", {"tf32x3"})
+        monkeypatch.setattr(_performer_walk, "FEATURES", 16)
     f, sees = CASES[name]
     tensors = [torch.randn(1, 1, N, D, generator=generator).to(dtype) for _ in range(3)]
     for bad, value in ((13, math.nan), (45, math.inf)):

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 from interpreter import interpreted
-from proof import LAYOUTS, assert_accurate, layout
+from proof import LAYOUTS, assert_accurate, layout, poisoned
 from textbook.linear import naive
 
 from tab.kernels import _linear_walk, _segments
 from tab.ops.linear import backward_reference, forward_reference, linear_fwd
 
 forward, backward = interpreted("linear_fwd", "linear_bwd")
+few, few_backward = interpreted("linear_stateless_fwd", "linear_stateless_bwd")
 
 NAMES = "o S z dq dk dv dS0 dz0"
 SIZES = [(1, 3, 3), (5, 16, 24), (63, 24, 16), (65, 64, 64), (130, 80, 72)]
@@ -77,6 +78,33 @@ def test_cross(nq, nk, masked, generator, monkeypatch):
     (q, *_), (_, k, v) = (inputs(n, 24, 16, torch.float32, generator) for n in (nq, nk))
     options = False, 0, 0.1, torch.rand(1, nk, generator=generator) > 0.3 if masked else None
     assert_accurate(launchers(*options), textbook(*options), (q, k, v), names=NAMES)
+
+
+def test_shared_heads(path, generator):
+    """Each head of k and v, and their state, for three of q; the op itself is given them."""
+    (q, *_), (_, k, v) = (inputs(65, 16, 24, torch.float32, generator, h=h) for h in (6, 2))
+    state = [torch.rand(1, 2, 16, *size, generator=generator) for size in ((24,), ())]
+    options = path == "causal", 0, 0.1, torch.rand(1, 65, generator=generator) > 0.3
+
+    def each(q, *shared):
+        o, s, z = textbook(*options)(q, *(x.repeat_interleave(3, 1) for x in shared))
+        return o, s[:, ::3], z[:, ::3]
+
+    assert_accurate(launchers(*options), each, [q, k, v, *state], names=NAMES)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_without_the_state(path, grouped, generator):
+    """The same bits; of the state nothing is written."""
+    heads = 4 if grouped else 2
+    (q, *_), (_, k, v) = (inputs(65, 16, 24, torch.float32, generator, h=h) for h in (heads, 2))
+    options = None, None, 0, path == "causal", 0.1
+    o, s, z = forward(q, k, v, None, *options)
+    back = o.cos(), None, None, q, k, v, o, s, z, None, *options
+    with poisoned():
+        assert torch.equal(few(q, k, v, None, *options), o)
+        for x, y in zip(few_backward(*back), backward(*back), strict=False):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.any_torch

@@ -9,9 +9,10 @@ from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, outputs_and_gradients, poisoned
 from textbook.mla import NAMES, operands, textbook
 
-from tab.ops.mla import backward_reference, forward_reference, mla_fwd
+from tab.ops.mla import backward_reference, bent_mla_fwd, forward_reference, mla_fwd
 
 forward, backward = interpreted("mla_fwd", "mla_bwd")
+interpreted("bent_mla_fwd", "bent_mla_bwd")
 
 CASES = [  # dtype, (B, H, N, Dn, Dr, R, Dv): one token, one tile, several tiles and chunks of R
     (torch.float32, (2, 1, 1, 4, 2, 3, 5)),
@@ -36,6 +37,26 @@ def launchers(causal=False, key_mask=None, scale=None):
 def test_sizes(dtype, size, causal, generator):
     x = operands(size, generator, dtype)
     assert_accurate(launchers(causal), textbook(causal), x, names=NAMES)
+
+
+SLOPES = torch.tensor([0.3, 0.02, 0.1])
+
+
+@pytest.mark.parametrize("dtype, size", CASES[:4:3] + CASES[1:3], ids=str)
+@pytest.mark.parametrize("softcap, alibi", [(0.7, False), (0.0, True), (0.7, True)])
+def test_capped_and_biased(softcap, alibi, dtype, size, generator):
+    x, (b, h, n, *_) = operands(size, generator, dtype), size
+    mask, slopes = torch.rand(b, n, generator=generator) > 0.3, SLOPES[:h] if alibi else None
+    mask[:, 0] = True
+    for causal in (False, True):
+        tail = mask, slopes, 0.4, causal, softcap
+        truth = textbook(causal, mask, 0.4, softcap, slopes)
+        assert_accurate(
+            lambda *x, tail=tail: bent_mla_fwd.apply("cuda", *x, *tail)[:2], truth, x, names=NAMES
+        )
+        exact = [t.double() for t in x]
+        peak, want = bent_mla_fwd.apply("cuda", *x, *tail)[2], bent_mla_fwd.reference(*exact, *tail)
+        torch.testing.assert_close(peak.double(), want[2], rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.any_torch

@@ -73,6 +73,15 @@ def test_rows_of_a_group_in_parts(dtype, generator, monkeypatch):
     assert (dw.double() - exact).abs().max() <= torch.finfo(dtype).eps * 4 * exact.abs().max()
 
 
+def test_counts_of_more_rows_than_there_are(generator):
+    """What lies behind x and g is nobody's."""
+    both = torch.cat([torch.randn(8, 16, generator=generator), torch.full((9, 16), torch.nan)])
+    x, w = both[:8], torch.randn(2, 16, 16, generator=generator)
+    good, more = torch.tensor([3, 5]), torch.tensor([3, 14])
+    assert torch.equal(grouped(x, w, more), grouped(x, w, good))
+    assert torch.equal(grouped_outer(x, x, more), grouped_outer(x, x, good))
+
+
 def test_strides_and_limits(generator):
     sizes = [4, 6]
     x, w = inputs(sizes, 8, 8, generator)

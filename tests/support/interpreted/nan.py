@@ -115,6 +115,9 @@ BEYOND = [
     ("linear_fwd", heads(torch.float64), "float32, bfloat16 and float16, got float64"),
     ("linear_fwd", heads(d=257), "D up to 256, got 257"),
     ("linear_fwd", heads(dv=300), "Dv up to 256, got 300"),
+    ("gated_linear_fwd", heads(torch.float64), "got float64"),
+    ("gated_linear_fwd", heads(torch.bfloat16, dv=257), "Dv up to 256, got 257"),
+    ("gated_linear_fwd", heads(dv=129), "Dv up to 128, got 129"),
     ("performer_fwd", [*heads(d=300), W], "D up to 256, got 300"),
     ("local_fwd", heads(torch.float64), "got float64"),
     ("sparse_fwd", heads(torch.float64), "got float64"),
@@ -125,6 +128,7 @@ BEYOND = [
 ]
 WITHIN = [
     ("linear_fwd", heads(d=256)),
+    ("gated_linear_fwd", heads(torch.bfloat16, d=256)),
     ("performer_fwd", [*heads(dv=256), W]),
     ("local_fwd", heads(d=300)),
     ("mla_fwd", latents(dn=256, dtype=torch.bfloat16)),

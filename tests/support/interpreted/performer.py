@@ -9,7 +9,8 @@ from interpreter import interpreted
 from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
 from textbook.performer import draw, naive
 
-from tab.kernels import _segments
+from tab.kernels import _performer_walk, _segments
+from tab.kernels._launch import PRECISION
 from tab.ops.performer import backward_reference, forward_reference, performer_fwd
 
 forward, backward = interpreted("performer_fwd", "performer_bwd")
@@ -25,13 +26,17 @@ CASES = [  # type, N, D, Dv, M: one token; two segments, one ragged; several til
 ]
 
 
-@pytest.fixture(params=["fused", "split", "causal"])
+@pytest.fixture(params=["fused", "split", "causal", "causal walk"])
 def path(request, monkeypatch):
-    """Every way the launchers go; segments of 64 tokens, so that few tokens make several."""
+    """Every way the launchers go; segments of 64 tokens, so that few tokens make several. All types
+    walk here, by two tiles a segment and few features at once: float32 shows more than bfloat16."""
+    way, *walk = request.param.split()
     monkeypatch.setattr(_segments, "SEGMENT", 64)
-    if request.param == "split":
+    monkeypatch.setattr(_performer_walk, "WALKS", {*PRECISION.values()} if walk else set())
+    monkeypatch.setattr(_performer_walk, "FEATURES", 16)
+    if way == "split":
         monkeypatch.setattr(_segments, "FUSED_TOKENS", 0)
-    return request.param
+    return way
 
 
 def call(backend, w, path, kernel=0, eps=0.0, mask=None, c0=None):
@@ -76,8 +81,20 @@ def test_cross(nq, nk, masked, generator, monkeypatch):
     assert_accurate(call("cuda", *options), call("reference", *options), (q, k, v), names=NAMES)
 
 
-@pytest.mark.parametrize("kernel", [0, 1])
-def test_state_mask_eps(path, kernel, generator):
+def test_shared_heads(path, generator):
+    """Each head of k and v, and their state, for two of q, as the reference does it; the op itself
+    is given them."""
+    q, *_ = draw(generator, 1, 4, 70, 12, 8, 20)
+    _, k, v, w = draw(generator, 1, 2, 70, 12, 8, 20)
+    s0 = torch.randn(1, 2, 20, 8, generator=generator)
+    z0 = torch.rand(1, 2, 20, generator=generator) + 1
+    options = w, path, 0, 0.0, None, torch.randn(1, 2, 20, generator=generator)
+    both = call("cuda", *options), call("reference", *options)
+    assert_accurate(*both, (q, k, v, s0, z0), names=NAMES)
+
+
+@pytest.mark.parametrize("kernel, eps", [(0, 0.1), (1, 0.1), (0, 0.0), (1, 0.0)])
+def test_state_mask_eps(path, kernel, eps, generator):
     """As the reference does it, which tests/ops/test_performer.py holds against the textbook."""
     q, k, v, w = draw(generator, 2, 1, 70, 12, 8, 20)
     s0 = torch.randn(2, 1, 20, 8, generator=generator)
@@ -85,7 +102,7 @@ def test_state_mask_eps(path, kernel, generator):
     c0 = torch.randn(2, 1, 20, generator=generator)
     mask = torch.rand(2, 70, generator=generator) > 0.3
     mask[1, :40] = False  # the first tile of a batch entry sees the initial state only
-    options = w, path, kernel, 0.1, mask, c0
+    options = w, path, kernel, eps, mask, c0
     both = call("cuda", *options), call("reference", *options)
     assert_accurate(*both, (q, k, v, s0, z0), names=NAMES)
 

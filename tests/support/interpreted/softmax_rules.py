@@ -91,6 +91,7 @@ def test_types_and_wide_heads(name, dtype, d, dv):
 WIDE = [(name, 80, torch.inf) for name in ("line", "causal blocks", "few: causal blocks")]
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("name, d, value", [*((name, 8, torch.nan) for name in CASES), *WIDE])
 def test_what_a_masked_token_holds(name, d, value, monkeypatch):
     """In q, k and v at once: real tokens' outputs and all gradients are as without, to the bit."""

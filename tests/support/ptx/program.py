@@ -113,6 +113,8 @@ class Program:
     def form(self, parts: list[str], operands: list[str]) -> tuple[str, list[int]]:
         """Handler and operands of an instruction."""
         kind = parts[0]
+        if parts[-1] == "pred":  # -1, all bits of which are 1, is true; one byte holds it as 1
+            operands = [x if x.startswith("%") else str(int(x, 0) and 1) for x in operands]
         special = getattr(self, f"_{kind}", None)
         if special and (found := special(parts, operands)):
             return found

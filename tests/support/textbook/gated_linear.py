@@ -25,19 +25,19 @@ def naive(q, k, v, g, s0=None, z0=None, *, scale=None, normalize=False, key_mask
         g = g[..., None].expand(b, h, n, d)
     s = torch.zeros(b, h, d, v.shape[-1], dtype=acc) if s0 is None else s0
     z = torch.zeros(b, h, d, dtype=acc) if z0 is None else z0
-    outs = []
-    for t in range(n):
-        decay = g[:, :, t].to(acc).exp()  # (B, H, D)
-        new_s = decay[..., None] * s + k[:, :, t, :, None].to(acc) * v[:, :, t, None].to(acc)
-        new_z = decay * z + k[:, :, t].to(acc)
+    outs, rows = [], (q.to(acc), k.to(acc), v.to(acc), g.to(acc).exp())
+    # One token each, (B, H, ·). To take them one by one would fill a gradient of all for each.
+    for t, (q_t, k_t, v_t, decay) in enumerate(zip(*(x.unbind(2) for x in rows), strict=True)):
+        new_s = decay[..., None] * s + k_t[..., None] * v_t[..., None, :]
+        new_z = decay * z + k_t if normalize else z
         if key_mask is not None:
             real = key_mask[:, t, None, None]
             new_z = torch.where(real, new_z, z)
             new_s = torch.where(real[..., None], new_s, s)
         s, z = new_s, new_z
-        o = scale * (q[:, :, t, None].to(acc) @ s)[:, :, 0]
+        o = scale * (q_t[..., None, :] @ s)[..., 0, :]
         if normalize:
-            den = (q[:, :, t].to(acc) * z).sum(-1, keepdim=True)
+            den = (q_t * z).sum(-1, keepdim=True)
             o = torch.where(den == 0, 0.0, o / torch.where(den == 0, 1.0, den))
         outs.append(o)
     o = torch.stack(outs, 2).to(q.dtype)

@@ -36,12 +36,12 @@ def algorithm1(q, k, v, heavy, recent, causal, block, scale):
 def two_passes(q, k, v, heavy, recent, causal, scale):
     """One head: full attention chooses, then attends to the chosen."""
     n, out = len(q), []
+    seen = [list(range(i + 1 if causal else n)) for i in range(n)]
+    full = [attend(q[t], k, v, seen[t], scale)[1] for t in range(n)]
     for i in range(n):
-        seen = list(range(i + 1 if causal else n))
-        score = dict.fromkeys(seen, 0.0)
-        for t in seen:
-            _, p = attend(q[t], k, v, [j for j in seen if j <= t or not causal], scale)
-            score = {j: a + p.get(j, 0.0) for j, a in score.items()}
+        score = dict.fromkeys(seen[i], 0.0)
+        for t in seen[i]:
+            score = {j: a + full[t].get(j, 0.0) for j, a in score.items()}
         out.append(attend(q[i], k, v, sorted(evict(score, heavy, recent)), scale)[0])
     return torch.stack(out)
 

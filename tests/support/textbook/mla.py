@@ -19,8 +19,9 @@ def operands(size, generator, dtype=torch.float32, how="contiguous"):
     return [x.to(dtype) for x in drawn] if dtype != torch.float64 else drawn
 
 
-def textbook(causal=False, key_mask=None, scale=None):
-    """DeepSeek-V2 eq. 9-19 word for word, one einsum a line, softmax of the whole score matrix."""
+def textbook(causal=False, key_mask=None, scale=None, softcap=0.0, slopes=None):
+    """DeepSeek-V2 eq. 9-19 word for word, one einsum a line, softmax of the whole score matrix,
+    which may be capped (Gemma 2 2024, sec. 2) and biased (Press et al. 2021)."""
 
     def f(q_nope, q_rope, c_kv, k_rope, w_uk, w_uv):
         n = q_nope.shape[2]
@@ -29,6 +30,11 @@ def textbook(causal=False, key_mask=None, scale=None):
         s = torch.einsum("bhid,bhjd->bhij", q_nope, k_nope)
         s = s + torch.einsum("bhid,bjd->bhij", q_rope, k_rope)
         s = s * (scale or (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5)
+        if softcap:
+            s = softcap * (s / softcap).tanh()
+        if slopes is not None:
+            i = torch.arange(n)
+            s = s - (slopes[:, None, None] * (i[:, None] - i).abs()).to(s.dtype)
         if causal:
             s = s.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
         if key_mask is not None:

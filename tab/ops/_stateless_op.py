@@ -1,0 +1,60 @@
+"""An op without its last outputs, the state that it leaves or the gradient of the one it is given.
+
+On a GPU a kernel that has a head to itself keeps the state on chip: to write it, though nobody asks
+for it, is a third of what linear attention of 64 tokens moves. There what needs no state calls
+these ops. Their other kernels are those of the op itself, whose last outputs are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ._autograd import once_only, register
+from ._op import Op
+
+
+class Stateless(Op):
+    """The first `keep` outputs of `base`, by the same arguments."""
+
+    def __init__(self, base: Op, keep: int):
+        name, kind = base.name.rsplit("_", 1)
+        arguments, returns = str(base.overload._schema).split("(", 1)[1].split(") -> ")
+        outputs = returns.strip("()").split(", ")[:keep]
+
+        def cut(f: Callable) -> Callable:
+            def run(*args):
+                found = f(*args)
+                return found[0] if keep == 1 else found[:keep]
+
+            return run
+
+        super().__init__(
+            f"{name}_stateless_{kind}", f"({arguments}) -> ({', '.join(outputs)})",
+            cut(base.reference), flops=base.flops, shapes=base.shapes,
+        )  # fmt: skip
+        self.own = False
+        self.implement("cpp", cut(lambda *args: base.below("auto", *args)))
+        self.implement("cuda", cut(lambda *args: base.below("cuda", *args)))
+        self.base_run = cut(base.run)
+
+
+def stateless(fwd: Op, bwd: Op, kept: int, gradients: Callable | None = None) -> tuple[Op, Op]:
+    """x_stateless_fwd beside x_fwd, and x_stateless_bwd, whose first `kept` outputs are those.
+
+    gradients: as of `Op.differentiable`, where they need no state that x_fwd leaves.
+    """
+    forward, backward = Stateless(fwd, 1), Stateless(bwd, kept)
+    if gradients is not None:
+        forward.differentiable(gradients)
+    else:
+        forward.run = forward.base_run
+        register(forward, forward.run)
+    register(backward, once_only(backward, fwd.name).apply)
+    return forward, backward
+
+
+def spares(x: Tensor) -> bool:
+    """Whether x is where a kernel spares what nobody asked for."""
+    return x.is_cuda
