@@ -20,7 +20,7 @@ from torch import Tensor
 from tab.doctor.kernel_launches import Launch, code, distinct, heaviest, identity, launches
 from tab.doctor.kernel_limits import faults
 from tab.doctor.kernel_report import compiled
-from tab.kernels._launch import load, recording
+from tab.kernels._launch import LAUNCHERS, load, recording
 from tab.ops import OPS
 
 ARCH = 80
@@ -33,9 +33,8 @@ def launchers():
     """Within the block an op's backend "cuda" is its Triton launcher, for CPU tensors."""
     load()
     library = torch.library.Library("tab_cuda", "IMPL")
-    for name, op in OPS.items():
-        if "triton" in op.kernels and (op.own or getattr(op, "together", None)):
-            library.impl(name, op.kernels["triton"], "CPU")
+    for name in LAUNCHERS:
+        library.impl(name, OPS[name].kernels["triton"], "CPU")
     yield
     library._destroy()
 
