@@ -41,8 +41,9 @@ InterpreterBuilder.create_dot = create_dot
 # --- the same, in a third of the time ------------------------------------------------------------
 # The interpreter patches all of triton.language for a launch, and again for each call of a function
 # in it; it makes a table of all types to look up one; it scans number by number; it describes the
-# shape of each result anew, down to one object a dimension; and of each sum of integers it finds
-# out, in seven operators, whether it overflows, and tells those alone who debug.
+# shape of each result anew, down to one object a dimension; it asks of each pair of operands what
+# type they have in common; and of each sum of integers it finds out, in seven operators, whether it
+# overflows, and tells those alone who debug.
 
 patched: set[int] = set()  # in this launch: the names that a module's functions see
 launch, np_dtype, tables = interpreter.GridExecutor.__call__, interpreter._get_np_dtype, {}
@@ -110,6 +111,51 @@ def wrapped(self, handle, type):
         tensor(self, handle, type)
 
 
+pairs, common = {}, TritonSemantic.binary_op_type_checking_impl
+broadcast = TritonSemantic.broadcast_impl_value
+
+
+def paired(semantic, left, right, *how, **more):
+    """Two operands as Triton would make them, as it did before with others of these types: a number
+    is the same constant again; a tensor has its new shape by name, and NumPy spreads it when it
+    meets the other. Who has to be cast goes the long way."""
+    key = *map(kind, (left, right)), *how, *more.items()
+    if key not in pairs:
+        found = common(semantic, left, right, *how, **more)
+        types = getattr(left, "type", None), getattr(right, "type", None)  # whose ids are taken
+        same = all(
+            t is None or t.scalar is x.type.scalar for t, x in zip(types, found, strict=True)
+        )
+        pairs[key] = same and found, types
+    found, types = pairs[key]
+    if not found:
+        return common(semantic, left, right, *how, **more)
+    x, y = found
+    return (
+        x if types[0] is None else tl.tensor(left.handle, x.type),
+        y if types[1] is None else tl.tensor(right.handle, y.type),
+    )
+
+
+def spread(semantic, left, right):
+    return (left, right) if kind(left) == kind(right) else broadcast(semantic, left, right)
+
+
+def kind(x):
+    return id(x.type.__dict__) if x.__class__ is tl.tensor else (x.__class__, x)
+
+
+def reached(obj, name, member, builder, scope):
+    """A function of Triton's language, without two frames around each call of it."""
+    inner, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+    def new(*args, **options):
+        options["_semantic"] = semantic
+        return inner(*args, **options)
+
+    scope.set_attr(obj, name, new)
+
+
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
@@ -127,6 +173,9 @@ interpreter._get_np_dtype = looked_up
 interpreter.ScanOps.generic_scan = scanned
 tl.block_type.__init__ = described
 tl.tensor.__init__ = wrapped
+TritonSemantic.binary_op_type_checking_impl = paired
+TritonSemantic.broadcast_impl_value = spread
+interpreter._patch_attr = reached
 TritonSemantic.binary_op_sanitize_overflow_impl = held
 
 

@@ -3,6 +3,7 @@
 What they import takes longer than many of them: torch, TAB, and what either loads when first used.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ def serve() -> None:
 
     with proof.poisoned():  # loads a part of torch's compiler
         pass
+    gc.freeze()  # what the forks have in common stays theirs
     for line in sys.stdin:
         name, printed = line.rstrip("\n").split("\t")
         if not (process := os.fork()):
