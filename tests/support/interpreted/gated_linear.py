@@ -53,13 +53,13 @@ def textbook(mask=None, scale=0.3):
 
 @pytest.mark.parametrize("dtype, n, d, dv", CASES)
 def test_sizes(path, dtype, n, d, dv, generator):
-    x = draw(generator, 1, 1 if n > 100 else 2, n, d, dv, dtype=dtype)
+    x = draw(generator, 1, 1 if n > 60 else 2, n, d, dv, dtype=dtype)
     assert_accurate(launchers(), textbook(), x, names=NAMES, floor=FLOORS[dtype])
 
 
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_state_and_mask(path, decay, generator):
-    x = draw(generator, 2, 2, 130, 24, 16, decay, state=True)
+    x = draw(generator, 2, 1, 130, 24, 16, decay, state=True)
     options = torch.rand(2, 130, generator=generator) > 0.3, 0.7
     assert_accurate(launchers(*options), textbook(*options), x, names=NAMES)
 
@@ -140,7 +140,7 @@ def test_no_gradient_of_the_state(path, generator):
 @pytest.mark.parametrize("strength", [30.0, 1e4, math.inf, -0.05])
 def test_any_decay(path, strength, generator):
     """Some tokens forget nearly all, and what comes behind them keeps its digits; or grow."""
-    q, k, v, g, s0 = draw(generator, 1, 2, 100, state=True)
+    q, k, v, g, s0 = draw(generator, 1, 1, 100, state=True)
     g = torch.where(torch.rand(g.shape, generator=generator) > 0.8, -strength, g)
     assert_accurate(launchers(), textbook(), [q, k, v, g, s0], names=NAMES)
 
@@ -176,8 +176,8 @@ def test_like_the_reference_outside_its_range(generator):
             assert x.stride() == y.stride()
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_what_a_masked_token_holds_reaches_nobody(path, which, generator):
+def test_what_a_masked_token_holds_reaches_nobody(path, generator):
+    """In q, in k, in v or in the decay: NaN or infinity."""
     keep = torch.ones(2, 100, dtype=torch.bool)
     keep[0, 80:] = keep[1, 3] = False
     x = draw(generator, 2, 1, 100, 8, 8)
@@ -191,26 +191,29 @@ def test_what_a_masked_token_holds_reaches_nobody(path, which, generator):
         return o, s, *(t.transpose(1, 2)[keep] for t in grads)
 
     clean = results(x)
-    x[which].transpose(1, 2)[~keep] = torch.tensor([math.nan, math.inf])[which % 2]
-    for a, b in zip(results(x), clean, strict=True):
-        assert a.isfinite().all() and torch.equal(a, b)
+    for which in range(4):
+        dirty = [t.clone() for t in x]
+        dirty[which].transpose(1, 2)[~keep] = torch.tensor([math.nan, math.inf])[which % 2]
+        for a, b in zip(results(dirty), clean, strict=True):
+            assert a.isfinite().all() and torch.equal(a, b), which
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_a_nan_reaches_all_later_tokens_alone(path, which, generator):
+def test_a_nan_reaches_all_later_tokens_alone(path, generator):
     """And in the gradients those that it meets: dg_t is of the pairs j < t ≤ i."""
     x = draw(generator, 1, 1, 100, 8, 8)
     clean = outputs_and_gradients(launchers(), x)
-    x[which][0, 0, 45] = math.nan
-    o, _, dq, dk, dv, dg = (t[0, 0] for t in outputs_and_gradients(launchers(), x))
-    rows = o.isnan().all(-1)
-    assert torch.equal(o[:45], clean[0][0, 0, :45])
-    assert rows[45] and rows[46:].all() == (which != 0)
-    if which != 3:  # q: the keys until 45; k, v: the queries from 45 on
-        early = slice(0, 46) if which == 0 else slice(0, 45)
-        spared = {0: (dk[46:], dv[46:], dg[46:]), 1: (dq[:45],), 2: (dq[:45],)}[which]
-        assert all(t.isfinite().all() for t in spared)
-        assert dg[early].isnan().any() == (which == 0)
+    for which in range(4):
+        dirty = [t.clone() for t in x]
+        dirty[which][0, 0, 45] = math.nan
+        o, _, dq, dk, dv, dg = (t[0, 0] for t in outputs_and_gradients(launchers(), dirty))
+        rows = o.isnan().all(-1)
+        assert torch.equal(o[:45], clean[0][0, 0, :45]), which
+        assert rows[45] and rows[46:].all() == (which != 0), which
+        if which != 3:  # q: the keys until 45; k, v: the queries from 45 on
+            early = slice(0, 46) if which == 0 else slice(0, 45)
+            spared = {0: (dk[46:], dv[46:], dg[46:]), 1: (dq[:45],), 2: (dq[:45],)}[which]
+            assert all(t.isfinite().all() for t in spared), which
+            assert dg[early].isnan().any() == (which == 0)
 
 
 def test_the_same_bits_again(path, generator):

@@ -61,11 +61,12 @@ def test_sizes(path, dtype, n, d, dv, generator):
 
 @pytest.mark.parametrize("feature_map", [0, 1, 2])
 def test_state_mask_eps(path, feature_map, generator):
-    q, k, v = inputs(130, 24, 16, torch.float32, generator)
+    h = 2 if feature_map == 0 else 1
+    q, k, v = inputs(130, 24, 16, torch.float32, generator, h=h)
     if feature_map == 2:  # features already: positive
         q, k = q.abs(), k.abs()
-    s0 = torch.randn(1, 2, 24, 16, generator=generator)
-    z0 = torch.rand(1, 2, 24, generator=generator) + 1
+    s0 = torch.randn(1, h, 24, 16, generator=generator)
+    z0 = torch.rand(1, h, 24, generator=generator) + 1
     mask = torch.rand(1, 130, generator=generator) > 0.3
     options = path == "causal", feature_map, 0.1, mask
     assert_accurate(launchers(*options), textbook(*options), [q, k, v, s0, z0], names=NAMES)
