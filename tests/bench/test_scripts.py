@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from forks import python
 from paths import ROOT
 from typer.testing import CliRunner
@@ -64,8 +65,11 @@ def started(command, *, real=subprocess.run, **options):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    """The Pythons that they start are no new ones; all is small, and Ray is this process."""
+    """The Pythons that they start are no new ones; all is small, torch.compile writes no C++, and
+    Ray is this process."""
+    compiler = torch.compile
     monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr("torch.compile", lambda f, **o: compiler(f, backend="aot_eager", **o))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("tab.machine.keep_freed_memory", lambda: None)  # for ever
     monkeypatch.setattr("tab.tasks.processes.Processes", lambda *_: InProcess())

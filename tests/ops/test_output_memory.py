@@ -3,13 +3,12 @@
 import os
 import platform
 import resource
-import subprocess
-import sys
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from backends import needs_cpp
-from patience import PATIENCE
+from forks import python
 
 import tab
 
@@ -49,21 +48,17 @@ def test_a_storage_is_resized_like_any_other():
 OUTPUTS = """
 import resource, torch, tab
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-q = torch.randn(1, 1, 262144, 64)  # an output of 64 MiB
+q, v = torch.randn(1, 1, 262144, 2), torch.randn(1, 1, 262144, 64)  # an output of 64 MiB
 for _ in range(24):  # glibc settles after a few
     before = faults()
-    o = tab.linear_attention(q, q, q, backend="cpp")
+    o = tab.linear_attention(q, q, v, backend="cpp")
     del o
 print(faults() - before)
 """
 
 
-def run(keep: str, script: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"TAB_KEEP_MIB": keep}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+def run(keep: str, script: str) -> CompletedProcess:
+    return python("-W", "ignore", "-c", script, environment=os.environ | {"TAB_KEEP_MIB": keep})
 
 
 @pytest.mark.any_torch
