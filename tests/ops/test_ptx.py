@@ -21,17 +21,14 @@ from ptx.cases import (
     ARCH,
     FULL,
     HALF,
+    both_ways,
     call,
-    covered,
-    every_launch,
     heads,
     launchers,
     mask,
     segments_of,
 )
 from ptx.machine import executed
-
-pytestmark = pytest.mark.compiles
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,46 +156,53 @@ def moe_cases(generator):
 CASES = {"linear": linear_cases, "local": local_cases, "sparse": sparse_cases, "moe": moe_cases}
 
 
+@both_ways
 @pytest.mark.parametrize("op", CASES)
-def test_every_launch(op, generator, monkeypatch):
+def test_every_launch(op, prove, generator, monkeypatch):
     from tab.kernels import moe, sparse
 
     monkeypatch.setattr(sparse, "CUT", 2)  # lists of three blocks are long
     monkeypatch.setattr(moe, "STEPS", 1)  # few rows are summed in two parts
     monkeypatch.setattr("tab.ops.linear.spares", lambda x: True)
     with segments_of(128):
-        every_launch(op, CASES[op](generator))
+        prove(op, CASES[op](generator))
 
 
-def test_every_launch_of_h2o(generator):
+def h2o_cases(generator):
     """The choices, few slots and many."""
-    seen = []
     for n, half, block in ((64, 16, 16), (640, 224, 64)):
         for dtype in (FULL, HALF):
             # Large scores: their sums lie apart, and no choice turns on a rounding.
             q, k = heads(generator, n, 64, 64, dtype=dtype, scale=2.0)
             options = mask(generator, n), half, half, True, block, 0.1
-            with executed(ARCH) as now, poisoned():
-                given = call("h2o_choose", q, k, *options)
-            exact = choose_reference(q.double(), k.double(), *options)
-            assert torch.equal(given.sort(-1).values, exact.sort(-1).values)
-            seen += now
-    covered("h2o", seen)
+            yield (
+                partial(call, "h2o_choose", q, k, *options),
+                partial(choose_reference, q.double(), k.double(), *options),
+                (),
+            )
 
 
-def test_every_launch_of_batches(generator):
+@both_ways
+def test_every_launch_of_h2o(prove, generator):
+    def same(given, exact):
+        assert torch.equal(given.sort(-1).values, exact.sort(-1).values)
+
+    prove("h2o", h2o_cases(generator), None, same)
+
+
+@both_ways
+def test_every_launch_of_batches(prove, generator):
     images = torch.randint(256, (9, 32, 32, 3), generator=generator, dtype=torch.uint8)
     index = torch.randint(9, (16,), generator=generator)
     moves = torch.randint(-4, 5, (16, 3), generator=generator).to(torch.int8)
     moves[:, 2] = torch.arange(16) % 2
     mean, scale = torch.rand(3, generator=generator) * 100, torch.rand(3, generator=generator)
-    exact = OPS["assemble"].reference(images, index, moves, mean, scale)
-    with executed(ARCH) as seen, poisoned():
-        given = call("assemble", images, index, moves, mean, scale)
-    torch.testing.assert_close(given, exact)
-    covered("batches", seen)
+    x = images, index, moves, mean, scale
+    case = partial(call, "assemble", *x), partial(OPS["assemble"].reference, *x), ()
+    prove("batches", [case])
 
 
+@pytest.mark.compiles
 def test_the_order_of_warps_does_not_matter(generator):
     """The last warp and block first: the same bits."""
     f, _, x = next(iter(local_cases(generator)))

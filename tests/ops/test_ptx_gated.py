@@ -7,9 +7,7 @@ import torch
 from textbook.gated_linear import naive
 
 pytest.importorskip("triton")
-from ptx.cases import FULL, HALF, call, every_launch, heads, launchers, mask, segments_of
-
-pytestmark = pytest.mark.compiles
+from ptx.cases import FULL, HALF, both_ways, call, heads, launchers, mask, segments_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +67,8 @@ def cases(generator):
         yield packed, each, (q, k, v, g, s0)
 
 
-def test_every_launch_of_gated_linear(generator, monkeypatch):
+@both_ways
+def test_every_launch_of_gated_linear(prove, generator, monkeypatch):
     monkeypatch.setattr("tab.ops.gated_linear.spares", lambda x: True)
     floors = {HALF: 8e-3, torch.float16: 1e-3}  # S is float32, of products of these
-    every_launch("gated_linear", cases(generator), floors)
+    prove("gated_linear", cases(generator), floors)

@@ -6,16 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from proof import poisoned
 from textbook.mla import operands, textbook
 
 from tab.ops.mla_decode import decode_reference
 
 pytest.importorskip("triton")
-from ptx.cases import ARCH, FULL, HALF, call, covered, every_launch, launchers, mask
-from ptx.machine import executed
-
-pytestmark = pytest.mark.compiles
+from ptx.cases import FULL, HALF, both_ways, call, launchers, mask
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,38 +46,38 @@ def mla_cases(generator):
         yield partial(latent, **options), textbook(**options), x
 
 
-def test_every_launch_of_mla(generator):
-    every_launch("mla", mla_cases(generator))
+@both_ways
+def test_every_launch_of_mla(prove, generator):
+    prove("mla", mla_cases(generator))
 
 
-def within(given, exact, dtype):
-    """Of one sum after another, as accurate as the dtype."""
-    bound = 5e-6 if dtype == FULL else 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(given.double(), exact, rtol=bound, atol=bound)
-
-
-def test_every_launch_of_mla_decode(generator):
+def decode_cases(generator):
     """A sequence in three parts, one of them empty for the other."""
-    seen = []
+    lengths = torch.tensor([500, 37], dtype=torch.int32)
     for h, r, dtypes in ((64, 512, (FULL, HALF)), (16, 64, (HALF,)), (64, 576, (FULL, HALF))):
         for dtype in dtypes:
-            q, q_rope, cache = (
+            x = [
                 torch.randn(shape, generator=generator).to(dtype)
                 for shape in ((2, h, 128), (2, h, 64), (2, 528, r + 64))
-            )
+            ]
             weights = [
                 (torch.randn(h, 128, r, generator=generator) / r**0.5).to(dtype) for _ in range(2)
             ]
-            lengths = torch.tensor([500, 37], dtype=torch.int32)
-            with executed(ARCH) as now, poisoned():
-                given = call("mla_decode", q, q_rope, cache, lengths, *weights, 0.02)
-            exact = decode_reference(
-                *(x.double() for x in (q, q_rope, cache)),
-                lengths,
-                *(w.double() for w in weights),
-                0.02,
-            )
-            for a, b in zip(given, exact, strict=True):
-                within(a, b, dtype)
-            seen += now
-    covered("mla_decode", seen)
+
+            def exact(x=x, weights=weights, dtype=dtype):
+                doubled = [[t.double() for t in given] for given in (x, weights)]
+                out = decode_reference(*doubled[0], lengths, *doubled[1], 0.02)
+                return [(y, dtype) for y in out]
+
+            yield partial(call, "mla_decode", *x, lengths, *weights, 0.02), exact, ()
+
+
+@both_ways
+def test_every_launch_of_mla_decode(prove, generator):
+    def same(given, exact):
+        """Of one sum after another, as accurate as the dtype."""
+        for x, (y, dtype) in zip(given, exact, strict=True):
+            bound = 5e-6 if dtype == FULL else 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(x.double(), y, rtol=bound, atol=bound)
+
+    prove("mla_decode", decode_cases(generator), None, same)

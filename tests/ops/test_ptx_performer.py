@@ -10,10 +10,8 @@ from textbook.performer import draw, naive
 from tab.ops import OPS
 
 pytest.importorskip("triton")
-from ptx.cases import ARCH, FULL, HALF, call, every_launch, launchers, mask, segments_of
+from ptx.cases import ARCH, FULL, HALF, both_ways, call, launchers, mask, segments_of
 from ptx.machine import executed
-
-pytestmark = pytest.mark.compiles
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,10 +56,12 @@ def cases(generator):
             yield *performer(w, mask(generator, n), c0, causal), x
 
 
-def test_every_launch_of_performer(generator):
-    every_launch("performer", cases(generator))
+@both_ways
+def test_every_launch_of_performer(prove, generator):
+    prove("performer", cases(generator))
 
 
+@pytest.mark.compiles
 def test_pairs_one_by_one(generator):
     """Keys whose shift rises by hundreds within a tile, and from tile to tile of a segment."""
     q, k, v, w = draw(generator, 1, 2, 64, 16, 16, 32, torch.bfloat16)

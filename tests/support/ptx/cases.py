@@ -2,7 +2,7 @@
 inputs, and the launches that have to be executed.
 
 A case is (f, textbook, inputs): shapes are the smallest that make every loop turn, and lead to the
-launches that the kernels' own cases name.
+launches that the kernels' own cases name. Without inputs f has no gradients.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from unittest import mock
 
+import pytest
 import torch
 from every import EVERY
-from proof import assert_accurate, outputs_and_gradients
+from proof import assert_accurate, outputs_and_gradients, poisoned
 from ptx.machine import executed
 from torch import Tensor
 
@@ -58,20 +59,48 @@ def mask(generator, n):
 # --- what is executed -----------------------------------------------------------------------------
 
 
-def every_launch(
-    op: str, cases: Iterable[Case], floors: dict[torch.dtype, float] | None = None
+def leads_to_every_launch(op: str, cases: Iterable[Case], *_) -> None:
+    """The cases lead to each launch that has to be executed; none is made."""
+    met = set().union(*(planned(f, x) for f, _, x in cases))
+    missing = to_execute(op) - met
+    assert not missing, f"no case leads to {sorted(missing)}"
+
+
+def executes_every_launch(
+    op: str,
+    cases: Iterable[Case],
+    floors: dict[torch.dtype, float] | None = None,
+    same: Callable = torch.testing.assert_close,
 ) -> None:
     """Executes the cases that lead to a launch which has to be, and holds each against float64.
 
     floors: of `assert_accurate`, where a result is wider than the operands of its products.
+    same: holds the result of a case without gradients against the textbook's.
     """
     wanted, seen = to_execute(op), []
     for f, exact, x in cases:
-        if (wanted - {identity(launch) for launch in seen}) & planned(f, x):
+        if not x:
+            with executed(ARCH) as now, poisoned():
+                given = f()
+            same(given, exact())
+            seen += now
+        elif (wanted - {identity(launch) for launch in seen}) & planned(f, x):
             with executed(ARCH) as now:
                 assert_accurate(f, exact, x, floor=(floors or {}).get(x[0].dtype, 2e-6))
             seen += now
-    covered(op, seen)
+    missing = wanted - {identity(launch) for launch in seen}
+    assert not missing, f"{len(missing)} of {len(wanted)} launches not executed: {sorted(missing)}"
+    assert not faults([compiled(op, launch, ARCH) for launch in distinct(seen)])
+
+
+# `make test` proves of the same cases that none is lacking, which `make kernels` executes.
+both_ways = pytest.mark.parametrize(
+    "prove",
+    [
+        pytest.param(leads_to_every_launch, marks=pytest.mark.any_torch),
+        pytest.param(executes_every_launch, marks=pytest.mark.compiles),
+    ],
+)
 
 
 def to_execute(op: str) -> set[str]:
@@ -88,16 +117,8 @@ def planned(f: Callable, x: Sequence[Tensor]) -> set[str]:
         found.add(identity(Launch(kernel, args, options)))
 
     with recording(record, ARCH):
-        outputs_and_gradients(f, x)
+        outputs_and_gradients(f, x) if x else f()
     return found
-
-
-def covered(op: str, seen: list[Launch]) -> None:
-    """Every launch that stands for the op's was one of these, which keep to the limits."""
-    known = to_execute(op)
-    missing = known - {identity(launch) for launch in seen}
-    assert not missing, f"{len(missing)} of {len(known)} launches not executed: {sorted(missing)}"
-    assert not faults([compiled(op, launch, ARCH) for launch in distinct(seen)])
 
 
 def segments_of(tokens: int):
