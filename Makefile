@@ -86,6 +86,8 @@ $(OLD)/.ready: Makefile
 # PYTHONSAFEPATH: it is the installed wheel that is tested, not the folder where this runs. Both
 # variables also reach the tests that run in processes of their own. What a kernel computes, the tests
 # marked each_isa, no torch decides: that the op of each backend is called right, test_features.py says.
+# Of each form of a Triton kernel one launch is compiled: what its launches differ in beside is sizes,
+# and which arguments are None.
 two-torch: setup oldest
 	rm -rf dist build/lib*
 	TAB_CPP=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -94,7 +96,8 @@ two-torch: setup oldest
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 \
 	    PYTEST_ADDOPTS='-m "not any_torch and not each_isa and not compiles"' \
 	    $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OPS)
-	PYTHONSAFEPATH=1 $(OLD)/bin/python -m pytest --numprocesses 2 -m compiles \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 TAB_FORMS=1 \
+	    $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal -m compiles \
 	    tests/ops/test_triton.py
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
