@@ -137,6 +137,7 @@ def test_no_gradient_of_the_state(path, generator):
     assert_accurate(lambda *x: f(*x)[0], lambda *x: truth(*x)[0], x)
 
 
+@pytest.mark.any_torch
 @pytest.mark.parametrize("strength", [30.0, 1e4, math.inf, -0.05])
 def test_any_decay(path, strength, generator):
     """Some tokens forget nearly all, and what comes behind them keeps its digits; or grow."""
@@ -176,6 +177,7 @@ def test_like_the_reference_outside_its_range(generator):
             assert x.stride() == y.stride()
 
 
+@pytest.mark.any_torch
 def test_what_a_masked_token_holds_reaches_nobody(path, generator):
     """In q, in k, in v or in the decay: NaN or infinity."""
     keep = torch.ones(2, 100, dtype=torch.bool)
@@ -198,6 +200,7 @@ def test_what_a_masked_token_holds_reaches_nobody(path, generator):
             assert a.isfinite().all() and torch.equal(a, b), which
 
 
+@pytest.mark.any_torch
 def test_a_nan_reaches_all_later_tokens_alone(path, generator):
     """And in the gradients those that it meets: dg_t is of the pairs j < t ≤ i."""
     x = draw(generator, 1, 1, 100, 8, 8)
@@ -216,6 +219,7 @@ def test_a_nan_reaches_all_later_tokens_alone(path, generator):
             assert dg[early].isnan().any() == (which == 0)
 
 
+@pytest.mark.any_torch
 def test_the_same_bits_again(path, generator):
     x = draw(generator, 1, 2, 100, 16, 16, state=True)
     once, again = (outputs_and_gradients(launchers(), x) for _ in range(2))
