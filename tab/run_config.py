@@ -36,8 +36,10 @@ class Train:
     gate_lr_ratio: float = 1.0  # the gates γ of residual branches learn at lr times this
     # above 0: what is scored and kept is w̄ ← ema·w̄ + (1 − ema)·w, of each step
     ema: float = 0.0
-    # amp on a CPU, too: several times as fast where it multiplies bfloat16 (AMX), else slower
+    # amp on a CPU, too: two to three times as fast where it multiplies bfloat16, else slower
     amp_on_cpu: bool = False
+    # sgd: with Nesterov's momentum 0.9, and weight decay in the gradient
+    optimizer: Literal["adamw", "sgd"] = "adamw"
 
     def __post_init__(self):
         positive(self, "train", "epochs", "batch_size", "lr", "gate_lr_ratio")
@@ -180,10 +182,11 @@ class Resnet9(Mlp):
     channels: int  # of the first convolution; then 2×, 4×, and C
     cells: Literal[4, 8]  # rows and columns of the last feature map
     whiten: bool = False  # the first layer is fixed: it whitens the patches of training images
+    logit_scale: float = 1.0  # what the logits are multiplied by
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "model", "channels")
+        positive(self, "model", "channels", "logit_scale")
 
     def grid(self, side: int) -> tuple[int, int]:
         return (self.cells * side // IMAGE,) * 2

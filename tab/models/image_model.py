@@ -40,7 +40,8 @@ def build_model(config: RunConfig, classes: int) -> ImageModel:
         position = sincos(n, c, options.places(side))
     with _own_seed(config.draws, "head"):
         into = n * c if pool == "flatten" else c
-        head = Head(into, c, options.head_layers, classes, pool=pool)
+        scale = getattr(options, "logit_scale", 1.0)
+        head = Head(into, c, options.head_layers, classes, pool=pool, scale=scale)
     if options.block == "pre_norm":
         blocks = [build_block(config, i) for i in range(options.depth)]
         return TransformerModel(backbone, position, blocks, head, c)

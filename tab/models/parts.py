@@ -168,13 +168,16 @@ POOLS = {
 
 class Head(nn.Module):
     """(B, N, C) -> logits. pool: "mean" or "max" over the tokens, "class" for the first alone;
-    "flatten" lays them side by side; "each" answers at each token, (B, N, classes)."""
+    "flatten" lays them side by side; "each" answers at each token, (B, N, classes).
+    scale: of the logits. Where it is small SGD changes them less in a step (Page 2018)."""
 
     stacking = True  # tab/layers/_stacking.py
 
-    def __init__(self, into: int, hidden: int, layers: int, classes: int, *, pool: str):
+    def __init__(
+        self, into: int, hidden: int, layers: int, classes: int, *, pool: str, scale: float = 1.0
+    ):
         super().__init__()
-        self.pool = pool
+        self.pool, self.scale = pool, scale
         widths = [into, *[hidden] * layers]
         parts = [
             part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())
@@ -182,4 +185,5 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Linear(widths[-1], classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(POOLS[self.pool](x))
+        logits = self.layers(POOLS[self.pool](x))
+        return logits if self.scale == 1 else logits * self.scale

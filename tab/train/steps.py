@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..models.image_model import ImageModel
 from ..run_config import Train
-from .adamw import AdamW
+from .optimizers import SGD, AdamW
 
 Batch = tuple[Tensor, Tensor]  # x (B, 3, S, S), y (B,)
 WARM_UP = 3  # runs before a capture: they compile kernels and choose algorithms
@@ -41,10 +41,17 @@ class Steps:
         self.model, self.options, self.device = model, options, device
         self.forward = torch.compile(model, dynamic=False) if options.compile else model
         groups = parameter_groups(model, options)
-        self.optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+        rates = {"lr": options.lr, "weight_decay": options.weight_decay, "fused": True}
+        adamw = options.optimizer == "adamw"
+        self.optimizer: AdamW | SGD = (
+            AdamW(groups, **rates) if adamw else SGD(groups, momentum=0.9, nesterov=True, **rates)
+        )
         if options.schedule == "one_cycle":  # Smith & Topin 2018; PyTorch's shape of it
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, max_lr=[group["lr"] for group in groups], total_steps=count
+                self.optimizer,
+                max_lr=[group["lr"] for group in groups],
+                total_steps=count,
+                cycle_momentum=adamw,
             )
         else:
             self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)

@@ -21,7 +21,7 @@ from tab.cli.bench_tables import memory_table, steps_table
 from tab.data.load import load_dataset
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
-from tab.train.adamw import AdamW
+from tab.train.optimizers import AdamW
 from tab.train.steps import Steps
 from tab.train.training_run import TrainingRun
 

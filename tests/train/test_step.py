@@ -1,5 +1,6 @@
 """The arithmetic of training: compiled and graphed steps give the numbers of eager ones."""
 
+import copy
 import itertools
 
 import pytest
@@ -13,7 +14,7 @@ from tab.layers.basic import NoAttention
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
 from tab.run_config import RunConfig
-from tab.train.adamw import AdamW
+from tab.train.optimizers import SGD, AdamW
 from tab.train.steps import Graphed, Steps
 
 SMALL = {"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16}
@@ -168,16 +169,20 @@ def test_score_is_the_plain_sum():
     assert correct == (logits.argmax(-1) == y).sum().item()
 
 
-def test_the_optimizer_is_torchs():
+@pytest.mark.parametrize(
+    "ours, torchs, options",
+    [(AdamW, torch.optim.AdamW, {}), (SGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True})],
+)
+def test_the_optimizer_is_torchs(ours, torchs, options):
     """To the bit, also where either goes on from the other's state."""
     ends = []
-    for first, second in itertools.product((AdamW, torch.optim.AdamW), repeat=2):
+    for first, second in itertools.product((ours, torchs), repeat=2):
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(3, 2, generator=generator).requires_grad_() for _ in range(2)]
         groups = [{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "weight_decay": 0.5}]
         state = None
         for kind in (first, second):
-            optimizer = kind(groups, fused=True)
+            optimizer = kind(groups, fused=True, **options)
             if state:
                 optimizer.load_state_dict(state)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.2, 0.1], total_steps=4)
@@ -191,6 +196,38 @@ def test_the_optimizer_is_torchs():
         ends.append([*weights, *(x for one in state["state"].values() for x in one.values())])
     for end in ends[1:]:
         assert all(map(torch.equal, end, ends[0]))
+
+
+def test_sgd_is_its_formula():
+    """v ← 0.9·v + g, w ← w − lr·(g + 0.9·v), where g has the decay of weights in it."""
+    options = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.01, "schedule": "constant"}
+    steps = steps_of(config_of("cnn", decay="weights", **options))
+    other = copy.deepcopy(steps.model).train()
+    decayed = {id(p) for p in steps.optimizer.param_groups[0]["params"]}
+    known = {name for name, p in steps.model.named_parameters() if id(p) in decayed}
+    assert 0 < len(known) < len(list(other.parameters()))
+    v = {}
+    for x, y in images().epoch(0):
+        steps.learn([(x, y)])
+        other.zero_grad()
+        F.cross_entropy(other(x), y, label_smoothing=steps.options.label_smoothing).backward()
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                g = p.grad + 0.01 * (name in known) * p
+                v[name] = 0.9 * v.get(name, 0) + g
+                p -= 0.1 * (g + 0.9 * v[name])
+    torch.testing.assert_close(dict(steps.model.named_parameters()), dict(other.named_parameters()))
+
+
+def test_logits_are_scaled():
+    key = "model.resnet9.logit_scale"
+    small = {"model.resnet9.channels": 4, "model.resnet9.hidden": 16, "model.resnet9.match": ""}
+    plain, scaled = (
+        build_model(load_recipe("resnet9", {**small, key: s}).run_config("resnet9", "none", 0), 10)
+        for s in (1.0, 0.25)
+    )
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(scaled.eval()(x), plain.eval()(x) / 4)
 
 
 # What is proven is that the steps are right, not how fast the compiler's code is: it may come from
