@@ -1,4 +1,4 @@
-"""PyTorch's optimizers without its compiler, whose import takes a process longer than PyTorch's own."""
+"""PyTorch's optimizers without its compiler, which takes longer to import than PyTorch itself."""
 
 from __future__ import annotations
 
