@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup compare test lint docs bench kernels oldest two-torch sanitize installs aarch64 clean
 
-# What the tests need beside TAB itself, Ray among it.
+# What the tests need beside TAB itself, Ray among it; compiled is only what they import.
 setup: $(READY)
 
 # torch comes first, so that the extensions are built against the one that runs them.
@@ -27,7 +27,7 @@ $(READY): $(BUILT)
 	@echo "What the tests need: a minute."
 	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	    print(*extras['optional-dependencies']['test'], sep='\n')" > $(VENV)/test.txt
-	$(BIN)/python -m pip install --quiet --requirement $(VENV)/test.txt
+	$(BIN)/python -m pip install --quiet --no-compile --requirement $(VENV)/test.txt
 	touch $@
 
 # The main job: twelve mechanisms × two models, trained, compared and reported.
@@ -79,8 +79,8 @@ oldest: $(OLD)/.ready
 $(OLD)/.ready: Makefile
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --upgrade pip
-	$(OLD)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" "numpy<2.3" \
-	    pytest pytest-xdist hypothesis expecttest
+	$(OLD)/bin/python -m pip install --quiet --no-compile "torch==2.11.*" "torchvision==0.26.*" \
+	    "numpy<2.3" pytest pytest-xdist hypothesis expecttest
 	touch $@
 
 # PYTHONSAFEPATH: it is the installed wheel that is tested, not the folder where this runs. Both
