@@ -65,6 +65,7 @@ class Attention(Shown):
     stacking: bool | str | type[nn.Module] = NOT_SAID
     is_attention: bool = True
     mixes_tokens: bool = True
+    _width: int | None = None  # C, where the layer knows it
     fine_size: str = ""
     size_options: tuple[str, ...] = ()
     reads_stream: bool = False
@@ -160,8 +161,9 @@ class Attention(Shown):
 
     def _check(self, x: Tensor, key_mask: Tensor | None) -> None:
         name = type(self).__name__
-        if x.dim() != 3:
-            raise ValueError(f"{name} wants x (B, N, C), got {shapes(x=x)}")
+        if x.dim() != 3 or self._width not in (None, x.shape[2]):
+            width = "C" if self._width is None else self._width
+            raise ValueError(f"{name} wants x (B, N, {width}), got {shapes(x=x)}")
         if key_mask is None:
             return
         if not self.takes_mask:
@@ -205,6 +207,7 @@ class HeadsAttention(Attention):
         super().__init__()
         what, inner = ("dim", dim) if inner_dim is None else ("inner_dim", inner_dim)
         check_heads(type(self).__name__, inner, num_heads, what)
+        self._width = dim
         self.dim, self.num_heads, self.seq_len, self.grid = dim, num_heads, seq_len, grid
         self.inner_dim, self.head_dim = inner, inner // num_heads
         self.widths = (inner, inner, inner if output else dim)  # of Q, K, V: the rows of `qkv`

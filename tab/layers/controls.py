@@ -71,7 +71,7 @@ class FeedForward(Attention):
         width = 2 * dim if width is None else width
         if width < 1:
             raise ValueError(f"ffn: width={width}: the hidden layer needs at least 1 unit")
-        self.up = nn.Linear(dim, width)
+        self._width, self.up = dim, nn.Linear(dim, width)
         self.down = nn.Linear(width, dim)
 
     def compute(self, x: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -149,7 +149,7 @@ class LatentMoE(Attention):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dim, self.norm = dim, nn.RMSNorm(dim, eps=EPS)
+        self.dim, self._width, self.norm = dim, dim, nn.RMSNorm(dim, eps=EPS)
 
     def add_experts(self, **options) -> None:
         """options: of `MoE`; num_experts = 0 leaves it out, and its norm."""

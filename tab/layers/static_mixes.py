@@ -33,6 +33,7 @@ class _StaticMix(Attention):
         inner_dim = 2 * dim if inner_dim is None else inner_dim
         check_heads(type(self).__name__, inner_dim, num_heads, what="inner_dim")
         self.seq_len, self.num_heads, self.inner_dim = seq_len, num_heads, inner_dim
+        self._width = dim
         self.value = nn.Linear(dim, inner_dim, bias=False)
         self.out = nn.Linear(inner_dim, dim)
 

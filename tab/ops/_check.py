@@ -9,13 +9,6 @@ from torch import Tensor
 
 CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast changes
 DTYPES = (*CAST, torch.float64)
-NUMBERS = {  # option -> what to do where it was to be learned
-    "scale": "a learned scale multiplies q: pass q * scale, and scale=1.0",
-    "eps": "it gets no gradient; pass float(eps)",
-    "softcap": "it gets no gradient; pass float(softcap)",
-}
-
-
 _autocast_enabled = torch._C._is_any_autocast_enabled
 Given = TypeVar("Given", bound=Tensor | None)
 Layout = Literal["bhnd", "bnhd"]  # of what a public function takes and returns
@@ -41,17 +34,29 @@ def token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def operands(op: str, **tensors: Given) -> tuple[Given, ...]:
+def check_tensors(op: str, **given: object) -> None:
+    """A TypeError for the first that is none, as PyTorch's operators raise."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{op}(): argument {name!r} must be Tensor, not {type(x).__name__}"
+                + ("" if x is None else f"; torch.as_tensor({name}) makes one")
+            )
+
+
+def operands(op: str, *, layout: Layout = "bhnd", **tensors: Given) -> tuple[Given, ...]:
     """The floating operands as they are computed with: dense, of a dtype that TAB takes, and under
     autocast cast to its type before anything is compared, as PyTorch's operators do. Like theirs,
     float64 stays float64."""
     for x in tensors.values():
-        if x is not None and (x.is_nested or x.dtype not in DTYPES):
-            _refuse(op, next(name for name, given in tensors.items() if given is x), x)
+        if not isinstance(x, Tensor):
+            check_tensors(op, **tensors)
+        elif x.is_nested or x.dtype not in DTYPES:
+            _refuse(op, next(name for name, given in tensors.items() if given is x), x, layout)
     return autocast(*tensors.values())
 
 
-def _refuse(op: str, name: str, x: Tensor) -> None:
+def _refuse(op: str, name: str, x: Tensor, layout: Layout) -> None:
     if x.is_nested:
         raise ValueError(
             f"{op} wants dense tensors, {name} is nested: call it for each of {name}.unbind(), or "
@@ -59,7 +64,7 @@ def _refuse(op: str, name: str, x: Tensor) -> None:
             "key_mask, hide the padding with it"
         )
     raise ValueError(
-        f"{op} wants float16, bfloat16, float32 or float64, got {shapes(**{name: x})}; "
+        f"{op} wants float16, bfloat16, float32 or float64, got {shapes(layout, **{name: x})}; "
         f"convert it, for example {name}.to(torch.bfloat16)"
     )
 
@@ -76,19 +81,6 @@ def autocast(*tensors: Given) -> tuple[Given, ...]:
     return tuple(
         cast(Given, x.to(dtype)) if x is not None and x.dtype in CAST else x for x in tensors
     )
-
-
-def number(op: str, name: str, value: float) -> float:
-    """`value` as a float, or a TypeError: a tensor would lose its gradient here in silence. (Inside
-    torch.jit.trace what is made of a shape is a tensor.)"""
-    if isinstance(value, (int, float)):
-        return float(value)
-    tensor = isinstance(value, Tensor) and (value.requires_grad or not torch.jit.is_tracing())
-    if tensor or not hasattr(value, "__float__"):
-        raise TypeError(
-            f"{op}(): argument {name!r} must be float, not {type(value).__name__}; {NUMBERS[name]}"
-        )
-    return float(value)
 
 
 def real(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -119,46 +111,49 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 
 def heads_first(op: str, layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Views (B, H, N, ·) of what the caller gave; from there on errors print these shapes."""
+    """Views (B, H, N, ·) of what the caller gave; errors are told the layout, and print that."""
     if layout == "bhnd":
         return tensors
     if layout not in get_args(Layout):
         raise ValueError(f"{op}: layout={layout!r}: choose one of {', '.join(get_args(Layout))}")
-    return tuple(x.transpose(1, 2) if x.dim() == 4 and not x.is_nested else x for x in tensors)
+    return tuple(
+        x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 and not x.is_nested else x
+        for x in tensors
+    )
 
 
 def as_given(layout: Layout, o: Tensor) -> Tensor:
-    """An output (B, H, N, Dv), token-major as from every op, in the caller's layout: a view."""
+    """(B, H, N, ·) in the caller's layout, a view; an output is token-major, as from every op."""
     return o if layout == "bhnd" else o.transpose(1, 2)
 
 
-def check_causal(op: str, causal: bool, is_causal: bool | None) -> bool:
-    """The option under either of its names."""
-    if is_causal is None:
-        return bool(causal)
-    if causal and not is_causal:
-        raise ValueError(
-            f"{op} got causal={causal} and is_causal={is_causal}, two names of one option; "
-            "pass one of them"
-        )
-    return bool(is_causal)
-
-
-def shapes(**tensors: Tensor | None) -> str:
-    """'q (2, 4, 64, 32) float32 cpu, …' for error messages."""
-    return ", ".join(
-        f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
+def shapes(layout: Layout = "bhnd", /, **tensors: Tensor | None) -> str:
+    """'q (2, 4, 64, 32) float32 cpu, …' for error messages: what has heads as the caller gave it,
+    before `heads_first`."""
+    given = {
+        name: as_given(layout, x) if x.dim() == 4 else x
         for name, x in tensors.items()
         if x is not None
+    }
+    return ", ".join(
+        f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {x.device}"
+        for name, x in given.items()
     )
 
 
 def check_qkv(
-    op: str, q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False, cross: bool = False
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grouped: bool = False,
+    cross: bool = False,
+    layout: Layout = "bhnd",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (B, H, N, D) and v (B, H, N, Dv), cast under autocast: one floating dtype, one device.
     B and N may be 0. grouped: k and v may have fewer heads, H_kv, which divides H. cross: they may
-    have another N.
+    have another N. layout: in which the caller gave them, for the errors.
 
     >>> q = torch.zeros(1, 4, 16, 8)
     >>> q, k, v = tab.ops.check_qkv("mine", q, q, q)
@@ -168,11 +163,15 @@ def check_qkv(
     ValueError: mine wants q, k (B, H, N, D) and v (B, H, N, Dv); got q (1, 4, 16, 8) float32 ...
     """
     # What nearly every call gives needs no more than these questions.
+    try:
+        nested = q.is_nested or k.is_nested or v.is_nested
+    except AttributeError:
+        check_tensors(op, q=q, k=k, v=v)
+        raise
     alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
-    nested = q.is_nested or k.is_nested or v.is_nested
     usual = alike and not nested and q.dtype in DTYPES and not _autocast_enabled()
     if not usual:
-        q, k, v = operands(op, q=q, k=k, v=v)
+        q, k, v = operands(op, layout=layout, q=q, k=k, v=v)
     rule, shape, wide = None, q.shape, v.shape
     if len(shape) != 4 or k.dim() != 4 or len(wide) != 4:
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"
@@ -188,9 +187,10 @@ def check_qkv(
         elif not (h and heads and d and dv):
             rule = "at least one head and D, Dv ≥ 1"
     if rule:
-        raise ValueError(f"{op} wants {rule}; got {shapes(q=q, k=k, v=v)}")
+        rule = rule if layout == "bhnd" else rule.replace("B, H, N", "B, N, H")
+        raise ValueError(f"{op} wants {rule}; got {shapes(layout, q=q, k=k, v=v)}")
     if not usual:
-        same(op, q=q, k=k, v=v)
+        same(op, layout, q=q, k=k, v=v)
     return q, k, v
 
 
@@ -211,15 +211,15 @@ def one_length(q: Tensor, k: Tensor, *_) -> str | None:
     return f"it takes as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
 
 
-def same(op: str, **tensors: Tensor | None) -> None:
+def same(op: str, layout: Layout = "bhnd", /, **tensors: Tensor | None) -> None:
     """One dtype and one device for all, or a ValueError that prints them."""
     first, *others = [x for x in tensors.values() if x is not None]
     dtype, device = first.dtype, first.device
     if any(x.dtype != dtype or x.device != device for x in others):
-        raise ValueError(f"{op} wants one dtype and one device, got {shapes(**tensors)}")
+        raise ValueError(f"{op} wants one dtype and one device, got {shapes(layout, **tensors)}")
     if dtype not in DTYPES:
         raise ValueError(
-            f"{op} wants float16, bfloat16, float32 or float64, got {shapes(**tensors)}"
+            f"{op} wants float16, bfloat16, float32 or float64, got {shapes(layout, **tensors)}"
         )
 
 
@@ -235,6 +235,8 @@ def check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> None:
     """
     if key_mask is None:
         return
+    if not isinstance(key_mask, Tensor):
+        check_tensors(op, key_mask=key_mask)
     if key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2]):
         raise ValueError(
             f"{op} wants key_mask (B, N) = {(k.shape[0], k.shape[2])} bool, True where a token "
@@ -242,3 +244,24 @@ def check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> None:
         )
     if key_mask.device != k.device:
         raise ValueError(f"{op} wants one device, got {shapes(k=k, key_mask=key_mask)}")
+
+
+def check_state(op: str, state: object, like: Tensor, **want: tuple[int, ...]) -> tuple:
+    """The parts of an initial_state, of these names and shapes, in the accumulation type of `like`
+    and on its device."""
+    acc = accumulate(like)
+    wanted = ", ".join(f"{name} {shape}" for name, shape in want.items())
+    wanted = wanted if len(want) == 1 else f"({wanted})"
+    rule = f"{op} wants initial_state {wanted} in {str(acc).removeprefix('torch.')} on "
+    rule += f"{like.device}, as return_state=True returns it; got "
+    given = (state,) if isinstance(state, Tensor) and len(want) == 1 else state
+    if not isinstance(given, (tuple, list)) or len(given) != len(want):
+        size = f" of {len(given)}" if isinstance(given, (tuple, list)) else ""
+        raise ValueError(f"{rule}{type(given).__name__}{size}")
+    named = dict(zip(want, given, strict=True))
+    check_tensors(op, **named)
+    if any(
+        (x.shape, x.dtype, x.device) != (want[name], acc, like.device) for name, x in named.items()
+    ):
+        raise ValueError(rule + shapes(**named))
+    return tuple(given)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import Layout, accumulate, as_given, heads_first, shapes
+from ._check import Layout, accumulate, as_given, check_tensors, heads_first, shapes
 
 
 class Packing(NamedTuple):
@@ -28,8 +28,12 @@ def unpack(
 ) -> tuple[tuple[Tensor, ...], Packing | None]:
     """Views (B, H, N, ·) of what the caller gave, or (1, H, T, ·) and how they are packed."""
     nested = False
-    for x in tensors.values():  # any() over a generator costs half a microsecond more
-        nested = nested or x.is_nested
+    try:
+        for x in tensors.values():  # any() over a generator costs half a microsecond more
+            nested = nested or x.is_nested
+    except AttributeError:
+        check_tensors(op, **tensors)
+        raise
     if nested:
         if cu_seqlens is not None:
             raise ValueError(f"{op} got cu_seqlens and nested tensors, whose offsets these are")
@@ -59,8 +63,8 @@ def unpack(
     if first.dim() != 4 or len(tokens) != 1 or any(x.shape[:1] != (1,) for x in dense):
         raise ValueError(
             f"{op} with cu_seqlens wants the sequences one behind the other in one batch entry, "
-            "q (1, H, T, D), and as many tokens of all; for (T, H, D) pass q[None] and so on with "
-            'layout="bnhd"; got ' + shapes(**dict(zip(tensors, dense, strict=True)))
+            f"q (1, {'H, T' if layout == 'bhnd' else 'T, H'}, D), and as many tokens of all; for "
+            f'(T, H, D) pass q[None] and so on with layout="bnhd"; got {shapes(**tensors)}'
         )
     return dense, Packing(cu_seqlens, False)
 

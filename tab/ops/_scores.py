@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from ._check import accumulate, number, shapes
+from ._check import accumulate, check_tensors, shapes
+from ._options import number
 
 
 def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
@@ -37,6 +38,7 @@ def check_scores(
 
 
 def _each_head(op: str, name: str, what: str, x: Tensor, q: Tensor) -> None:
+    check_tensors(op, **{name: x})
     if x.shape != q.shape[1:2] or not x.is_floating_point() or x.device != q.device:
         raise ValueError(
             f"{op} wants {name} (H,) = ({q.shape[1]},), floating, on {q.device}: {what} for each "

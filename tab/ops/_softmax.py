@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ._autograd import transforming
-from ._check import number, one_length
+from ._check import one_length
+from ._options import finite
 
 
 def softmax_forward(
@@ -76,7 +77,7 @@ def may_look(x: Tensor) -> bool:
 
 def score_scale(op: str, scale: float | None, width: int) -> float:
     """The caller's scale, else 1/√width, of a double: torch.jit.trace makes tensors of sizes."""
-    return float(width) ** -0.5 if scale is None else number(op, "scale", scale)
+    return float(width) ** -0.5 if scale is None else finite(op, "scale", scale)
 
 
 def row_sums(do: Tensor, o: Tensor) -> Tensor:

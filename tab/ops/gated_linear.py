@@ -25,6 +25,8 @@ from ._check import (
     accumulate,
     check_key_mask,
     check_qkv,
+    check_state,
+    check_tensors,
     shapes,
     token_major,
 )
@@ -227,7 +229,7 @@ def gated_linear_attention(
     """
     name = "gated_linear_attention"
     (q, k, v), packing = unpack(name, layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv(name, q, k, v, grouped=True)
+    q, k, v = check_qkv(name, q, k, v, grouped=True, layout=layout)
     g = _check_decay(k, log_decay, layout)
     check_key_mask(name, key_mask, k)
     scale = score_scale(name, scale, q.shape[-1])
@@ -258,17 +260,20 @@ def gated_linear_attention(
 
 def _check_decay(k: Tensor, log_decay: Tensor, layout: Layout) -> Tensor:
     """(B, H_kv, N, 1 or D) in the accumulation type, with a view's strides."""
-    b, h, n, d = k.shape
-    g = log_decay
-    if layout == "bnhd" and g.dim() in (3, 4):
-        g = g.transpose(1, 2)
-    if tuple(g.shape) not in ((h,), (b, h, n), (b, h, n, d)) or not g.is_floating_point():
+    check_tensors("gated_linear_attention", log_decay=log_decay)
+    (b, h, n, d), g = k.shape, log_decay
+    rows = (b, h, n) if layout == "bhnd" else (b, n, h)
+    if tuple(g.shape) not in ((h,), rows, (*rows, d)) or not g.is_floating_point():
         raise ValueError(
-            f"gated_linear_attention wants log_decay {(h,)}, {(b, h, n)} or {(b, h, n, d)} as k "
-            f"{(b, h, n, d)}, floating; got {shapes(log_decay=g)}"
+            f"gated_linear_attention wants log_decay {(h,)}, {rows} or {(*rows, d)} as k "
+            f"{(*rows, d)}, floating; got {shapes(log_decay=g)}"
         )
     if g.device != k.device:
-        raise ValueError(f"gated_linear_attention wants one device, got {shapes(k=k, log_decay=g)}")
+        raise ValueError(
+            f"gated_linear_attention wants one device, got {shapes(k=k)}, {shapes(log_decay=g)}"
+        )
+    if layout == "bnhd" and g.dim() > 1:
+        g = g.transpose(1, 2)
     g = g.to(accumulate(k))
     if g.dim() == 1:
         return g[:, None, None].expand(b, h, n, 1)
@@ -278,18 +283,7 @@ def _check_decay(k: Tensor, log_decay: Tensor, layout: Layout) -> Tensor:
 def _check_state(b, k, v, state, normalize) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
-    acc = accumulate(k)
-    want: dict[str, tuple[int, ...]] = {"S": (b, k.shape[1], k.shape[3], v.shape[3])}
-    if normalize:
-        want["z"] = want["S"][:3]
-    given = (state,) if isinstance(state, Tensor) else tuple(state)
-    if [tuple(x.shape) for x in given] != [*want.values()] or any(
-        x.dtype != acc or x.device != k.device for x in given
-    ):
-        wanted = ", ".join(f"{name} {shape}" for name, shape in want.items())
-        raise ValueError(
-            f"gated_linear_attention wants initial_state {wanted} in "
-            f"{str(acc).removeprefix('torch.')} on {k.device}, got "
-            + shapes(**dict(zip("Sz", given, strict=False)))
-        )
+    rows = b, k.shape[1], k.shape[3]
+    want = {"S": (*rows, v.shape[3]), **({"z": rows} if normalize else {})}
+    given = check_state("gated_linear_attention", state, k, **want)
     return given[0].contiguous(), given[1].contiguous() if normalize else None

@@ -16,15 +16,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ._check import (
-    Layout,
-    as_given,
-    check_causal,
-    check_key_mask,
-    check_qkv,
-    heads_first,
-    real,
-)
+from ._check import Layout, as_given, check_key_mask, check_qkv, heads_first, real
+from ._options import check_causal
 from ._softmax import score_scale
 from .h2o_attend import h2o_attend
 from .h2o_cache import check_budget
@@ -89,7 +82,7 @@ def h2o_attention(
         torch.Size([2, 4, 64, 32])
     """
     q, k, v = heads_first("h2o_attention", layout, q, k, v)
-    q, k, v = check_qkv("h2o_attention", q, k, v)
+    q, k, v = check_qkv("h2o_attention", q, k, v, layout=layout)
     causal = check_causal("h2o_attention", causal, is_causal)
     check_key_mask("h2o_attention", key_mask, k)
     check_budget(heavy, recent)

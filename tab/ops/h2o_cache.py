@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._check import accumulate, check_key_mask, check_qkv, number, real, shapes, token_major
+from ._check import accumulate, check_key_mask, check_qkv, real, shapes, token_major
+from ._options import finite
 from ._softmax import weigh
 from .decode_cache import DecodeCache
 
@@ -50,7 +51,7 @@ class H2OCache(DecodeCache):
     def __init__(self, *, heavy: int, recent: int, scale: float | None = None):
         check_budget(heavy, recent)
         self.heavy, self.recent = heavy, recent
-        self.scale = None if scale is None else number("H2OCache", "scale", scale)
+        self.scale = None if scale is None else finite("H2OCache", "scale", scale)
         self.reset()
 
     def reset(self) -> None:

@@ -14,20 +14,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ._check import (
-    Layout,
-    accumulate,
-    check_causal,
-    check_key_mask,
-    check_lengths,
-    check_qkv,
-    number,
-    one_length,
-    same,
-    shapes,
-)
+from ._check import Layout, check_key_mask, check_lengths, check_qkv, check_state, one_length
 from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
+from ._options import check_causal, check_eps
 from ._packed import pack, sequences, softmax_tokens, unpack
 from ._packed_op import packed
 from ._stateless_op import spares, stateless
@@ -207,11 +197,11 @@ def linear_attention(
         True
     """
     (q, k, v), packing = unpack("linear_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("linear_attention", q, k, v, grouped=True, cross=True)
+    q, k, v = check_qkv("linear_attention", q, k, v, grouped=True, cross=True, layout=layout)
     causal = check_causal("linear_attention", causal, is_causal)
     check_lengths("linear_attention", q, k, causal)
     check_key_mask("linear_attention", key_mask, k)
-    eps = number("linear_attention", "eps", eps)
+    eps = check_eps("linear_attention", eps)
     s0, z0 = _check_state(sequences(k, packing), k, v, initial_state)
     if feature_map == "softmax":
         if causal or initial_state is not None:
@@ -240,12 +230,6 @@ def linear_attention(
 def _check_state(b: int, k: Tensor, v: Tensor, state) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
-    s, z = state
-    (_, h, _, d), acc = k.shape, accumulate(k)
-    if s.shape != (b, h, d, v.shape[-1]) or z.shape != (b, h, d) or {s.dtype, z.dtype} != {acc}:
-        raise ValueError(
-            f"linear_attention wants initial_state (S {(b, h, d, v.shape[-1])}, z {(b, h, d)}) in "
-            f"{str(acc).removeprefix('torch.')}, got {shapes(S=s, z=z)}"
-        )
-    same("linear_attention", S=s, z=z, k=k.to(acc) if k.dtype != acc else k)
+    rows = b, k.shape[1], k.shape[3]
+    s, z = check_state("linear_attention", state, k, S=(*rows, v.shape[3]), z=rows)
     return s.contiguous(), z.contiguous()

@@ -65,16 +65,16 @@ def linformer_attention(
         torch.Size([2, 4, 64, 32])
     """
     q, k, v = heads_first("linformer_attention", layout, q, k, v)
-    q, k, v = check_qkv("linformer_attention", q, k, v, cross=True)
+    q, k, v = check_qkv("linformer_attention", q, k, v, cross=True, layout=layout)
     (E,) = operands("linformer_attention", E=E)
     F = E if F is None else operands("linformer_attention", F=F)[0]
     check_key_mask("linformer_attention", key_mask, k)
-    same("linformer_attention", q=q, E=E, F=F)
+    same("linformer_attention", layout, q=q, E=E, F=F)
     for x in (E, F):
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] not in (1, q.shape[1])):
             raise ValueError(
                 "linformer_attention wants E, F (N_max, K) or (H, N_max, K), got "
-                f"{shapes(q=q, E=E, F=F)}"
+                f"{shapes(layout, q=q)}, {shapes(E=E, F=F)}"
             )
     if E.shape[-1] != F.shape[-1] or 0 in E.shape:
         raise ValueError(f"linformer_attention wants E, F of one K ≥ 1, got {shapes(E=E, F=F)}")

@@ -19,8 +19,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ._check import Layout, check_causal, check_key_mask, check_qkv
+from ._check import Layout, check_key_mask, check_qkv
 from ._op import Backend, Op, choose
+from ._options import check_causal
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
@@ -233,7 +234,8 @@ def local_attention(
         [(4, 5, 32), (4, 9, 32)]
     """
     (q, k, v), packing = unpack("local_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("local_attention", q, k, v, grouped=True, cross=grid is None)
+    cross = grid is None
+    q, k, v = check_qkv("local_attention", q, k, v, grouped=True, cross=cross, layout=layout)
     causal = check_causal("local_attention", causal, is_causal)
     n = q.shape[2]
     left, right = check_window("local_attention", window)

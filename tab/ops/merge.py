@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import Layout, accumulate, as_given, heads_first, same, shapes
+from ._check import Layout, accumulate, as_given, check_tensors, heads_first, same, shapes
 from ._scores import check_sinks
 
 
@@ -46,11 +46,13 @@ def merge_attention(
         >>> torch.allclose(o, whole, atol=1e-5)
         True
     """
+    given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
+    check_tensors("merge_attention", **given)
     o1, o2 = heads_first("merge_attention", layout, o1, o2)
-    acc, given = accumulate(o1), {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
+    acc, rows = accumulate(o1), "B, H, N" if layout == "bhnd" else "B, N, H"
     if o1.dim() != 4 or o2.shape != o1.shape or any(x.shape != o1.shape[:3] for x in (lse1, lse2)):
         raise ValueError(
-            "merge_attention wants o1, o2 (B, H, N, Dv) of one shape and lse1, lse2 (B, H, N); got "
+            f"merge_attention wants o1, o2 ({rows}, Dv) of one shape and lse1, lse2 (B, H, N); got "
             + shapes(**given)
         )
     if not lse1.dtype == lse2.dtype == acc:
@@ -58,7 +60,7 @@ def merge_attention(
             f"merge_attention wants lse1 and lse2 in {str(acc).removeprefix('torch.')}, as "
             f"return_lse gives them; got {shapes(**given)}"
         )
-    same("merge_attention", o1=o1, o2=o2)
+    same("merge_attention", layout, o1=o1, o2=o2)
     w1, w2, lse = shares(lse1, lse2)
     x, y = (
         o.to(acc).masked_fill((w == 0)[..., None], 0.0) * w[..., None]
@@ -97,13 +99,14 @@ def merge_sinks(
         >>> tab.merge_sinks(o, lse, torch.zeros(1))[0][0, 0, 0]
         tensor([0.8000, 0.8000])
     """
+    given = {"o": o, "lse": lse}
+    check_tensors("merge_sinks", **given, sinks=sinks)
     (o,) = heads_first("merge_sinks", layout, o)
-    acc = accumulate(o)
+    acc, rows = accumulate(o), "B, H, N" if layout == "bhnd" else "B, N, H"
     if o.dim() != 4 or lse.shape != o.shape[:3] or lse.dtype != acc:
         raise ValueError(
-            "merge_sinks wants o (B, H, N, Dv) and lse (B, H, N) in "
-            f"{str(acc).removeprefix('torch.')}, as return_lse gives it; got "
-            + shapes(o=o, lse=lse)
+            f"merge_sinks wants o ({rows}, Dv) and lse (B, H, N) in "
+            f"{str(acc).removeprefix('torch.')}, as return_lse gives it; got {shapes(**given)}"
         )
     check_sinks("merge_sinks", sinks, o)
     w, _, total = shares(lse, sinks.to(acc)[:, None])

@@ -22,8 +22,9 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from ._check import Layout, check_causal, check_key_mask, operands
+from ._check import Layout, check_key_mask, operands
 from ._op import Backend, Op, choose
+from ._options import check_causal
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
@@ -266,10 +267,10 @@ def mla_attention(
     )  # fmt: skip
     causal = check_causal("mla_attention", causal, is_causal)
     x = operands(
-        "mla_attention",
+        "mla_attention", layout=layout,
         q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope, w_uk=w_uk, w_uv=w_uv,
     )  # fmt: skip
-    check_latents("mla_attention", *x)
+    check_latents("mla_attention", *x, layout=layout)
     check_key_mask("mla_attention", key_mask, q_nope)
     cap, slopes = check_scores("mla_attention", q_nope, sinks, softcap, alibi)
     bent = slopes is not None or cap > 0

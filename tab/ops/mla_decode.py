@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import transforming
-from ._check import accumulate, operands, shapes
+from ._check import accumulate, check_tensors, operands, shapes
 from ._op import Backend, Op, choose
 from ._softmax import row_sums, score_scale, softmax_backward, softmax_forward
 from .mla_forms import check_latents
@@ -188,9 +188,9 @@ def mla_decode(
         >>> o.shape, lse.shape
         (torch.Size([2, 4, 16]), torch.Size([2, 4]))
     """
-    q_nope, q_rope, cache, w_uk, w_uv = operands(
-        "mla_decode", q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv
-    )
+    named = {"q_nope": q_nope, "q_rope": q_rope, "cache": cache, "w_uk": w_uk, "w_uv": w_uv}
+    check_tensors("mla_decode", **named, seqlens=seqlens)
+    q_nope, q_rope, cache, w_uk, w_uv = operands("mla_decode", **named)
     scale = score_scale("mla_decode", scale, q_nope.shape[-1] + q_rope.shape[-1])
     _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv, page_table)
     backend = choose(backend, mla_decode_op, q_nope, q_rope)

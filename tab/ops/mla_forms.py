@@ -21,13 +21,13 @@ _NAMES = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
 CHUNK = 256  # queries whose scores `max_logits` holds at once
 
 
-def check_latents(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False):
+def check_latents(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False, layout="bhnd"):
     """Ranks, sizes that belong together, one dtype, one device."""
     tensors = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
-    rule = None
+    rule, rows = None, "B, H, N" if layout == "bhnd" else "B, N, H"
     if [x.dim() for x in tensors] != [4, 4, 3, 3, 3, 3]:
         rule = (
-            "q_nope (B, H, N, Dn), q_rope (B, H, N, Dr), c_kv (B, N, R), k_rope (B, N, Dr), "
+            f"q_nope ({rows}, Dn), q_rope ({rows}, Dr), c_kv (B, N, R), k_rope (B, N, Dr), "
             "w_uk (H, Dn, R), w_uv (H, Dv, R)"
         )
     else:
@@ -37,14 +37,21 @@ def check_latents(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False)
         fit = [(b, h, n, dn), (b, h, n, dr), (b, keys, r), (b, keys, dr), (h, dn, r), (h, dv, r)]
         if given != fit:
             every = zip(_NAMES, given, fit, strict=True)
-            wrong = [f"{name} {size}" for name, found, size in every if found != size]
+            wrong = [
+                f"{name} {_given(size, layout)}" for name, found, size in every if found != size
+            ]
             rule = f"{', '.join(wrong)} to fit the others"
         elif not (h and dn and r and dv):
             rule = "no empty dimension but B, N and Dr"
     named = dict(zip(_NAMES, tensors, strict=True))
     if rule:
-        raise ValueError(f"{op} wants {rule}; got {shapes(**named)}")
-    same(op, **named)
+        raise ValueError(f"{op} wants {rule}; got {shapes(layout, **named)}")
+    same(op, layout, **named)
+
+
+def _given(size, layout):
+    """A size (B, H, N, ·) as the caller writes it."""
+    return size if layout == "bhnd" or len(size) == 3 else (size[0], size[2], size[1], size[3])
 
 
 def visible(key_mask: Tensor | None, n: int, causal: bool, device: torch.device) -> Tensor | None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import shapes
+from ._check import check_tensors, shapes
 from ._softmax import may_look
 
 
 def check_pages(cache: Tensor, page_table: Tensor, seqlens: Tensor) -> None:
     """page_table (B, M) int32 or int64; on a CPU also that the pages in use are there."""
+    check_tensors("mla_decode", page_table=page_table)
     rule, size = None, cache.shape[1]
     if page_table.dim() != 2 or page_table.dtype not in (torch.int32, torch.int64):
         rule = "page_table (B, M) int32 or int64"

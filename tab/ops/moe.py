@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._autograd import exporting, transforming
-from ._check import accumulate, autocast, same, shapes
+from ._check import accumulate, autocast, check_tensors, same, shapes
 from ._op import Op, no_flops
 from .grouped import moe_grouped
 
@@ -121,6 +121,8 @@ def moe_experts(
 
 
 def _check_experts(x, w13, w2, weights, index, counts) -> None:
+    tensors = {"x": x, "w13": w13, "w2": w2, "weights": weights, "index": index}
+    check_tensors("moe_experts", **tensors, counts=counts)
     rule = None
     e, c, f = w2.shape if w2.dim() == 3 else (0, 0, 0)
     if x.dim() < 2 or w13.shape != (e, 2 * f, c) or x.shape[-1] != c or 0 in (e, c, f):
@@ -132,6 +134,5 @@ def _check_experts(x, w13, w2, weights, index, counts) -> None:
     elif len({t.device for t in (x, weights, index, counts)}) > 1:
         rule = "one device"
     if rule:
-        tensors = {"x": x, "w13": w13, "w2": w2, "weights": weights, "index": index}
         raise ValueError(f"moe_experts wants {rule}; got {shapes(**tensors, counts=counts)}")
     same("moe_experts", x=x, w13=w13, w2=w2)

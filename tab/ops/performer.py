@@ -26,17 +26,17 @@ from torch import Tensor
 from ._check import (
     Layout,
     accumulate,
-    check_causal,
     check_key_mask,
     check_lengths,
     check_qkv,
-    number,
+    check_state,
+    check_tensors,
     one_length,
-    same,
     shapes,
 )
 from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
+from ._options import check_causal, check_eps
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
 from .performer_reference import backward_reference, forward_reference
@@ -220,16 +220,14 @@ def performer_attention(
         True
     """
     (q, k, v), packing = unpack("performer_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("performer_attention", q, k, v, grouped=True, cross=True)
+    q, k, v = check_qkv("performer_attention", q, k, v, grouped=True, cross=True, layout=layout)
     causal = check_causal("performer_attention", causal, is_causal)
     check_lengths("performer_attention", q, k, causal)
     check_key_mask("performer_attention", key_mask, k)
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
-    eps = number("performer_attention", "eps", eps)
-    if eps < 0:
-        raise ValueError(f"performer_attention wants eps ≥ 0, got {eps}")
-    _check_projection(q, projection)
+    eps = check_eps("performer_attention", eps)
+    _check_projection(q, projection, layout)
     state = _check_state(sequences(k, packing), k, v, projection, initial_state)
     # Causal and with states, CUDA C++ has another kernel (csrc/cuda/performer/), which runs where
     # it is asked for.
@@ -242,17 +240,18 @@ def performer_attention(
     return (o, (s, z, c)) if return_state else o
 
 
-def _check_projection(q: Tensor, w: Tensor) -> None:
+def _check_projection(q: Tensor, w: Tensor, layout: Layout) -> None:
+    check_tensors("performer_attention", projection=w)
     acc = accumulate(q)
     if w.dim() != 2 or w.shape[1] != q.shape[-1] or w.shape[0] < 1:
         raise ValueError(
             f"performer_attention wants projection (M, D) with D = {q.shape[-1]}, got "
-            + shapes(q=q, projection=w)
+            + shapes(layout, q=q, projection=w)
         )
     if w.dtype != acc or w.device != q.device:
         raise ValueError(
             f"performer_attention wants projection in {str(acc).removeprefix('torch.')} on "
-            f"{q.device}, got {shapes(q=q, projection=w)}"
+            f"{q.device}, got {shapes(layout, q=q, projection=w)}"
         )
     if w.requires_grad:
         raise ValueError("projection is a constant and gets no gradient; pass projection.detach()")
@@ -261,17 +260,7 @@ def _check_projection(q: Tensor, w: Tensor) -> None:
 def _check_state(b, k, v, projection, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if state is None:
         return None, None, None
-    s, z, c = state
-    rows = (b, k.shape[1], projection.shape[0])
-    want, acc = (*rows, v.shape[-1]), accumulate(k)
-    if s.shape != want or z.shape != rows or c.shape != rows or {*_dtypes(s, z, c)} != {acc}:
-        raise ValueError(
-            f"performer_attention wants initial_state (S {want}, z {rows}, c {rows}) in "
-            f"{str(acc).removeprefix('torch.')}, got {shapes(S=s, z=z, c=c)}"
-        )
-    same("performer_attention", S=s, z=z, c=c, projection=projection)
+    rows = b, k.shape[1], projection.shape[0]
+    want = {"S": (*rows, v.shape[3]), "z": rows, "c": rows}
+    s, z, c = check_state("performer_attention", state, k, **want)
     return s.contiguous(), z.contiguous(), c.detach().contiguous()
-
-
-def _dtypes(*tensors: Tensor) -> tuple[torch.dtype, ...]:
-    return tuple(x.dtype for x in tensors)

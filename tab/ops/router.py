@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._check import accumulate, shapes
+from ._check import accumulate, check_tensors, shapes
 
 
 def noaux_tc_gate(
@@ -80,6 +80,7 @@ def expert_counts(index: Tensor, experts: int, key_mask: Tensor | None = None) -
 
 def _check_gate(logits, bias, top_k, n_group, topk_group) -> int:
     """-> E"""
+    check_tensors("noaux_tc_gate", logits=logits, bias=bias)
     experts = logits.shape[-1] if logits.dim() > 1 else -1
     floating = logits.is_floating_point() and bias.is_floating_point()
     fits = bias.shape == (experts,) and bias.device == logits.device and experts > 0

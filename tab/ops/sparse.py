@@ -16,8 +16,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ._check import Layout, check_causal, check_key_mask, check_qkv
+from ._check import Layout, check_key_mask, check_qkv
 from ._op import Backend, Op, choose
+from ._options import check_causal
 from ._packed import pack, pack_rows, unpack
 from ._scores import check_scores
 from ._sinks_op import attend, with_sinks
@@ -225,7 +226,7 @@ def sparse_attention(
         torch.Size([1, 4, 64, 32])
     """
     (q, k, v), packing = unpack("sparse_attention", layout, cu_seqlens, q=q, k=k, v=v)
-    q, k, v = check_qkv("sparse_attention", q, k, v, grouped=True, cross=True)
+    q, k, v = check_qkv("sparse_attention", q, k, v, grouped=True, cross=True, layout=layout)
     causal = check_causal("sparse_attention", causal, is_causal)
     scale = score_scale("sparse_attention", scale, q.shape[-1])
     check_key_mask("sparse_attention", key_mask, k)

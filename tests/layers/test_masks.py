@@ -44,6 +44,20 @@ def test_an_output_that_would_broadcast_is_refused(given):
             Wrong()(x, key_mask)
 
 
+@kinds
+def test_tokens_of_another_width_are_refused_by_the_layer(kind):
+    """And not by the first product inside of it, which names neither the layer nor x."""
+    layer, x = build(kind), torch.randn(2, N, C + 4)
+    if kind.startswith("none"):
+        assert layer(x).shape == x.shape
+        return
+    name = type(layer).__name__
+    with pytest.raises(ValueError, match=rf"{name} wants x \(B, N, 16\), got x \(2, 12, 20\)"):
+        layer(x)
+    with pytest.raises(ValueError, match=rf"{name} wants x \(B, N, 16\), got x \(12, 16\)"):
+        layer(x[0, :, :C])
+
+
 def masked():
     """x (2, N, C) and its mask: the first entry ends after REAL tokens, the second is whole."""
     x = torch.randn(2, N, C, generator=torch.Generator().manual_seed(1))
@@ -130,8 +144,3 @@ def test_any_other_mask_is_refused(name, given):
     layer = build(name)
     with pytest.raises(ValueError, match=f"{type(layer).__name__} wants .*{says}"):
         layer(x, make(mask))
-
-
-def test_tokens_are_a_batch_of_sequences():
-    with pytest.raises(ValueError, match=r"x \(B, N, C\), got x \(12, 16\)"):
-        build("multi_head")(torch.zeros(N, C))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import number, shapes
+from .._check import shapes
+from .._options import finite
 from .._softmax import score_scale
 from ..decode_cache import ordinary
 from ..gated_linear import gated_linear_attention
@@ -46,7 +47,7 @@ class GatedLinearCache(Held):
         super().__init__()
         self.NAMES = ("S", "z") if normalize else ("S",)
         self.normalize = normalize
-        self.scale = None if scale is None else number("GatedLinearCache", "scale", scale)
+        self.scale = None if scale is None else finite("GatedLinearCache", "scale", scale)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # type: ignore[override]
         """q (B, H, N, D), k (B, H_kv, N, D), v (B, H_kv, N, Dv) and log_decay of the next tokens

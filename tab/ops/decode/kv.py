@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._check import number, token_major
+from .._check import token_major
+from .._options import finite
 from .._sdpa import once
 from .._softmax import score_scale
 from ..decode_cache import ordinary
@@ -45,7 +46,7 @@ class KVCache(Held):
         if capacity < 0:
             raise ValueError(f"KVCache wants capacity ≥ 0, got {capacity}")
         self.capacity = capacity
-        self.scale = None if scale is None else number("KVCache", "scale", scale)
+        self.scale = None if scale is None else finite("KVCache", "scale", scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         n, before, scale = q.shape[2], self._length, score_scale("KVCache", self.scale, q.shape[3])

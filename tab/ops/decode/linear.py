@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import number
 from .._op import Backend
+from .._options import check_eps
 from ..decode_cache import ordinary
 from ..linear import FEATURE_MAPS, FeatureMap, linear_attention
 from ..linear_reference import feature
@@ -51,7 +51,7 @@ class LinearCache(Held):
                 f"LinearCache: feature_map={feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}"
             )
         self.feature_map, self.backend = feature_map, backend
-        self.eps = number("LinearCache", "eps", eps)
+        self.eps = check_eps("LinearCache", eps)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         if self._held and q.shape[2] == 1:

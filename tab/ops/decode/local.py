@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import number
+from .._options import finite
 from .._softmax import score_scale
 from ..decode_cache import ordinary
 from ..local import local_attention
@@ -43,7 +43,7 @@ class LocalCache(Held):
         if type(window) is not int or window < 0:
             raise ValueError(f"LocalCache wants window ≥ 0, tokens before the own; got {window!r}")
         self.window = window
-        self.scale = None if scale is None else number("LocalCache", "scale", scale)
+        self.scale = None if scale is None else finite("LocalCache", "scale", scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         n, scale = q.shape[2], score_scale("LocalCache", self.scale, q.shape[3])

@@ -7,7 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from .._check import accumulate, number, operands, shapes, token_major
+from .._check import accumulate, operands, shapes, token_major
+from .._options import finite
 from .._softmax import score_scale, softmax_forward
 from ..decode_cache import DecodeCache, keeps_no_graph
 from ..mla import mla_attention
@@ -70,7 +71,7 @@ class MLACache(DecodeCache):
                 f"{shapes(w_uk=w_uk, w_uv=w_uv)} and {capacity}"
             )
         self.w_uk, self.w_uv = w_uk, w_uv
-        self.scale = None if scale is None else number("MLACache", "scale", scale)
+        self.scale = None if scale is None else finite("MLACache", "scale", scale)
         self.lengths: list[int] = []
         self._store = Rows(capacity) if pool is None else Pages(pool)
         if pool is not None:  # a cache that is forgotten gives its pages back

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import number
 from .._op import Backend
+from .._options import check_eps
 from ..decode_cache import ordinary
 from ..performer import KERNELS, Kernel, performer_attention
 from ..performer_reference import exponents
@@ -59,7 +59,7 @@ class PerformerCache(Held):
         if projection.requires_grad:
             raise ValueError("projection is a constant; pass projection.detach()")
         self.projection, self.kernel, self.backend = projection, kernel, backend
-        self.eps = number("PerformerCache", "eps", eps)
+        self.eps = check_eps("PerformerCache", eps)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         if self._held and q.shape[2] == 1:

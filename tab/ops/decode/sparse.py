@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._check import accumulate, number, shapes
+from .._check import accumulate, shapes
+from .._options import finite
 from .._softmax import score_scale, softmax_forward
 from ..decode_cache import ordinary
 from ..pattern import BlockPattern
@@ -57,7 +58,7 @@ class SparseCache(Held):
                 f"sequence; got {pattern!r}"
             )
         self.pattern = pattern
-        self.scale = None if scale is None else number("SparseCache", "scale", scale)
+        self.scale = None if scale is None else finite("SparseCache", "scale", scale)
         self._slots = Slots(pattern)
         self._row = -1  # of blocks, whose `_seen` that is
         self._seen: Seen | None = None
