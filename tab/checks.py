@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 _UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
 
-_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_WORDS = {
+    **{int: "an integer", float: "a number", str: "a string", bool: "true or false"},
+    dict: "a table of keys",
+}
 
 
 def unknown(name: str, known: Iterable[str], choose: str, *, what: str = "") -> str:

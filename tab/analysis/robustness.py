@@ -93,6 +93,13 @@ def measure(
     return found
 
 
+def is_measured(run: Path, dataset: Dataset) -> bool:
+    """Whether the noise alone, which every report shows, is measured already."""
+    of_model = {"model": weights_of(run)}
+    sections = [(s, {**of, **of_model}, f) for s, of, f in _sections(dataset, None)]
+    return not _missing(read(run), sections)
+
+
 def _missing(found: dict, sections: list[Section]) -> list[Section]:
     """Those not measured yet, or under other settings."""
     return [s for s in sections if s[0] not in found or differing(found[s[0]]["settings"], s[1])]

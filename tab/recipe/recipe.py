@@ -134,7 +134,7 @@ def load_recipe(name_or_file: str | Path, overrides: dict[str, object] | None = 
         for part in parents:
             inner = inner.setdefault(part, {})
         inner[last] = value
-        _check(f"override {key}", layer)
+        _check_override(key, layer)
         tables = _merge(tables, layer)
     for section, kind in SECTIONS.items():
         tables[section] = {**later_options(kind), **tables[section]}
@@ -191,6 +191,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     return _merge(below, layer)
 
 
+def _check_override(key: str, layer: dict) -> None:
+    if key == "base":  # whose keys would have to lie below those that are there
+        raise ValueError("override base: give the recipe itself, with --recipe")
+    try:
+        _check("", layer)
+    except ValueError as error:  # it begins with ": ", and mostly with the key, which stands once
+        said = str(error).removeprefix(": ")
+        raise ValueError(f"override {'' if said.startswith(key) else f'{key}: '}{said}") from None
+
+
 def _check(where: str, layer: dict) -> None:
     """Names and types of what a layer says; what it does not say is checked when all are merged."""
     check_keys(where, layer, ["base", "title", *SECTIONS, "model", "attention"])
@@ -204,7 +214,11 @@ def _check(where: str, layer: dict) -> None:
         check_keys(f"{where}: model.{model}", table, _fields(MODELS[model]))
     check_keys(f"{where}: attention", layer.get("attention", {}), layer_names())
     for name, table in layer.get("attention", {}).items():
-        _check_attention(f"{where}: attention.{name}", check_type(where, table, dict), name)
+        _check_attention(
+            f"{where}: attention.{name}",
+            check_type(f"{where}: attention.{name}", table, dict),
+            name,
+        )
 
 
 def _check_attention(where: str, table: dict, name: str) -> None:

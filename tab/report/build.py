@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from .. import files
-from ..analysis.robustness import measure, weights_of
+from ..analysis.robustness import is_measured, measure, weights_of
+from ..analysis.robustness_file import read
 from ..analysis.same_function import Identity, identity
 from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
@@ -41,6 +42,11 @@ LOST = (
     "needs a trained model, such as its accuracy under noise, leaves these out."
 )
 
+WAITING = (
+    "**Being measured:** the accuracy under noise of {} of {} runs. The report is written anew, "
+    "with it and with all pictures, when that is done."
+)
+
 # Of report.html, which draws the others from their numbers.
 EMBEDDED = ("attention", "filters")
 
@@ -55,6 +61,7 @@ def write_report(
 ) -> Path:
     """Draws everything anew from `out`; nothing is trained. -> the path of report.md
 
+    Where something is left to measure, which takes the longest, both are written before it, too.
     The accuracy under noise is measured once for each run and kept beside it (robustness.json);
     what `tab robustness` measured beside it is shown too. bench: a folder with the JSON of
     `tab bench`, whose tables report.html then holds. sweep: the directory of a sweep, shown too.
@@ -69,50 +76,49 @@ def write_report(
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
     curves = pictures.drawn(runs)
-    shown = _from_numbers(folder, runs, grid) if curves else {}
     # Robustness is of images, and so are pictures of a model; both need its weights.
     images = [run for run in done if has_weights(run.path) and not dataset.sequences]
-    found = _measured(images, dataset, grid, progress)
-    found, left = keep_comparable(found, {run.id: weights_of(run.path) for run in images})
-    lost = [] if dataset.sequences else [run.id for run in done if run not in images]
-    if images:
-        if progress:
-            progress(len(images), len(images), "pictures")
-        shown |= _from_models(folder, images, found, dataset)
     ranked = {model: ranking(runs, model) for model in grid.models}
+    recipe = load_recipe((out / "config.toml").resolve())
+    alike = identity(recipe, grid.models, grid.attentions, classes=grid.classes)
+    twins, before = alike.twins(), _sections(runs, grid, dataset, alike)
+    if lost := [] if dataset.sequences else [run.id for run in done if run not in images]:
+        before.append(LOST.format(len(lost), len(done)))
+    after = [tuning_section(trials, grid)] if grid.tune and trials else []
+    after += [sweep_section(trials, told(sweep))] if trials else []
+    names = looks([*grid.attentions, *(attention for _, attention in trials)])
+
+    def write(found: dict, left: list[str], shown: dict[str, str], *waiting: str) -> Path:
+        sections = [*before, *waiting, robustness_section(runs, found, left), *after]
+        path = out / "report.md"
+        files.write(path, markdown.report(runs, facts, grid, shown, sections, twins).encode())
+        groups = [forest_group(ranked), tradeoff_group(runs, found)]
+        groups = [*filter(None, groups), *_groups(runs, curves, grid, found)]
+        groups += [sweep_charts(trials)] if trials else []
+        embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
+        words = markdown.report(runs, facts, grid, {}, sections, twins)
+        text = html_page(words, names, groups, embedded, bench)
+        files.write(out / "report.html", text.encode())
+        return path
+
+    models = {run.id: weights_of(run.path) for run in images}
+    if waiting := [run for run in images if not is_measured(run.path, dataset)]:
+        known = {run.id: read(run.path) for run in images if run not in waiting}
+        found, left = keep_comparable(known, models)
+        write(found, left, {}, WAITING.format(len(waiting), len(images)))
+    found = _measured(images, dataset, grid, progress)
+    found, left = keep_comparable(found, models)
+    if progress:
+        progress(len(images), len(images), "pictures")
+    shown = _from_numbers(folder, runs, grid) if curves else {}
+    if images:
+        shown |= _from_models(folder, images, found, dataset)
     for model, entries in ranked.items():
         if caption := forest_picture(folder / f"forest_{model}.png", model, entries):
             shown[f"forest_{model}"] = caption
     if costs := tradeoff_group(runs, found):
         shown["costs"] = pictures.tradeoffs(folder / "costs.png", costs.charts, grid.attentions)
-    alike = identity(
-        load_recipe((out / "config.toml").resolve()),
-        grid.models,
-        grid.attentions,
-        classes=grid.classes,
-    )
-    twins = alike.twins()
-    sections = _sections(runs, grid, dataset, alike)
-    if lost:
-        sections.append(LOST.format(len(lost), len(done)))
-    sections.append(robustness_section(runs, found, left))
-    if grid.tune and trials:
-        sections.append(tuning_section(trials, grid))
-    if trials:
-        sections.append(sweep_section(trials, told(sweep)))
-    path = out / "report.md"
-    files.write(path, markdown.report(runs, facts, grid, shown, sections, twins).encode())
-    groups = _groups(runs, curves, grid, found)
-    first = [forest_group(ranked), tradeoff_group(runs, found)]
-    groups = [*filter(None, first), *groups]
-    if trials:
-        groups.append(sweep_charts(trials))
-    embedded = {folder / f"{k}.png": v for k, v in shown.items() if k.startswith(EMBEDDED)}
-    names = looks([*grid.attentions, *(attention for _, attention in trials)])
-    words = markdown.report(runs, facts, grid, {}, sections, twins)
-    text = html_page(words, names, groups, embedded, bench)
-    files.write(out / "report.html", text.encode())
-    return path
+    return write(found, left, shown)
 
 
 def _measured(

@@ -130,9 +130,9 @@ COLUMNS += ["times_faster", "times_faster_p10", "times_faster_p90"]
 def joined(found: Iterable[Trained], cost: dict[Key, Cost]) -> list[dict]:
     """A line for each model, mechanism and N of either; what only the other knows is missing."""
     by = {each.key: each for each in found}
-    order = {key[:2]: i for i, key in enumerate([*by, *cost])}
+    order = list(dict.fromkeys(key[:2] for key in (*by, *cost)))  # as they come first, at any N
     lines = []
-    for key in sorted({*by, *cost}, key=lambda key: (order[key[:2]], key[2])):
+    for key in sorted({*by, *cost}, key=lambda key: (order.index(key[:2]), key[2])):
         line: dict[str, object] = dict(zip(("model", "attention", "tokens"), key, strict=True))
         if key in by:
             mean, runs = by[key].accuracy, by[key].runs

@@ -112,7 +112,9 @@ def test_toml_comes_back_as_it_is(tmp_path, name):
         ({"model.cnn.tokens": "all"}, "give an integer or 'grid'"),
         ({"model.mlp.tokens": "grid"}, "give an integer"),
         ({"attention.linear.num_heads": "two"}, "give an integer"),
-        ({"train": 3}, "give dict"),
+        ({"train": 3}, "override train = 3: give a table of keys"),
+        ({"attention.local": 3}, "override attention.local = 3: give a table of keys"),
+        ({"base": "quick"}, "override base: give the recipe itself, with --recipe"),
         ({"data.translate": 32}, "from 0 to 31"),
         ({"train.lr": 10**400}, "0: give a number of 64 bits"),
         ({"data.images": 2**63}, "give a number of 64 bits"),
@@ -124,8 +126,15 @@ def test_toml_comes_back_as_it_is(tmp_path, name):
     ],
 )
 def test_mistakes_are_named(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_recipe("fair", overrides)
+    assert str(error.value).count(*overrides) <= 1
+
+
+@pytest.mark.parametrize("key", ["attention.local.window_size", "attention.local.cnn.window_size"])
+def test_a_key_of_a_mechanism_is_named_once(key):
+    with pytest.raises(ValueError, match=f"^override {key} = '': give an integer$"):
+        load_recipe("fair", {key: ""})
 
 
 def numbers() -> list[tuple[str, str]]:

@@ -65,6 +65,17 @@ def test_accuracy_and_cost_stand_in_one_line(folders, tmp_path):
     assert "times_faster" not in none and "accuracy" not in longer
 
 
+def test_rows_stand_in_the_order_in_which_they_come(tmp_path):
+    """One that is missing at a length is no reason to stand before those that are not."""
+    names = {16: ("none", "tab local", "tab mixer"), 64: ("none", "tab mixer")}
+    rows = [step(name, n, [1.0] * 3) for n in names for name in names[n]]
+    save(tmp_path / "steps.json", rows, None, {}, "tab bench steps")
+    lines = joined([], costs(tmp_path / "steps.json"))
+    assert [(x["attention"], x["tokens"]) for x in lines] == [
+        *(("none", 16), ("none", 64), ("local", 16), ("mixer", 16), ("mixer", 64))
+    ]
+
+
 def test_the_command(folders, tmp_path):
     save(tmp_path / "steps.json", [step("none", 16, [1.0])], None, {}, "tab bench steps")
     given = [*map(str, folders), "--steps", str(tmp_path / "steps.json"), "--out", str(tmp_path)]

@@ -3,12 +3,17 @@
 import io
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 from small_report import FACTS, run
 
+from tab.analysis.robustness import measure
 from tab.cli.tables import ranked_table
-from tab.compare.plan import Grid
-from tab.report import markdown
+from tab.compare.driver import compare
+from tab.compare.plan import Grid, Plan
+from tab.data.load import load_dataset
+from tab.recipe.recipe import load_recipe
+from tab.report import build, markdown
 from tab.report.forest import note, rows
 from tab.report.tables import costs_table, ranking
 from tab.report.unfinished import notes, seeds_of, unfinished
@@ -64,3 +69,31 @@ def test_the_words_below_the_forest_plot_are_of_what_it_shows():
     assert "without intervals" in one and "A star" not in one and "the median of seeds" not in one
     two = note(rows(ranking([*RUNS, run("none", seed=1), run("self", 0.62, seed=1)], "cnn")))
     assert "with intervals of 95 %" in two and "the median of seeds" in two
+
+
+def test_the_report_is_there_before_the_noise_is_measured(tmp_path, monkeypatch):
+    """Which takes minutes where there are many runs; whoever stops it has the rest."""
+    small = {"train.epochs": 1, "train.batch_size": 20, "data.images": 60, "data.validation": 20}
+    small |= {"model.mlp.hidden": 8, "model.mlp.tokens": 4}
+    grid = Grid("quick", ["mlp"], ["none", "self"], 1, "shapes:100/20", "cpu")
+    dataset = load_dataset(grid.data)
+    out = Plan(load_recipe("quick", small), grid).save(tmp_path / "res", dataset)
+    compare(Plan.load(out), dataset, out)
+
+    def stopped(run, *args, **options):
+        if "-self-" in run.name:
+            raise KeyboardInterrupt
+        return measure(run, *args, **options)
+
+    def text():
+        return (out / "report.html").read_text() + (out / "report.md").read_text()
+
+    monkeypatch.setattr(build, "measure", stopped)
+    for waiting in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            build.write_report(out, dataset)
+        assert text().count(f"the accuracy under noise of {waiting} of 2 runs") == 2
+        assert "Self-Attention" in text()
+    monkeypatch.undo()
+    build.write_report(out, dataset)
+    assert "Being measured" not in text() and "noise.png" in text()
