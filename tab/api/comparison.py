@@ -26,7 +26,7 @@ from ..study.watched import WatchedComparison, WatchedSweep
 from ..study.watching import watched, watchers
 from ..tasks.choose import executor as executor_of
 from ..tasks.tasks import Executor
-from .given import joined
+from .given import changed, joined
 from .result import Result, drawn
 from .rows import Rows
 from .told import Tell, ToldRungs, ToldRuns, silent
@@ -93,7 +93,7 @@ def compare(
     (4, True)
     >>> found.plot().savefig("forest.png")
     """
-    changes = dict(overrides or {})
+    changes = changed(overrides)
     if epochs is not None and changes.setdefault("train.epochs", epochs) != epochs:
         raise ValueError(f"epochs={epochs} and overrides disagree: give one")
     records = use_plugins([*map(str, plugins)])

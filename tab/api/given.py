@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def joined(names: str | Iterable[str]) -> str:
-    """As the shell writes them."""
+    """As the shell writes them; a ValueError for none, where the shell would take all."""
+    names = names if isinstance(names, str) else [*names]
+    if not names:
+        raise ValueError(f"names are {names!r}: give at least one, or leave them out for all")
     return names if isinstance(names, str) else ",".join(names)
 
 
 def listed(names: str | Iterable[str]) -> list[str]:
     """In a list."""
     return [part.strip() for part in joined(names).split(",")]
+
+
+def changed(overrides: Mapping[str, object] | None) -> dict[str, object]:
+    """The `--set` of the shell."""
+    if not isinstance(overrides, Mapping | None):
+        raise ValueError(f'overrides = {overrides!r}: give a dict, such as {{"train.lr": 0.01}}')
+    return dict(overrides or {})

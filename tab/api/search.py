@@ -20,7 +20,7 @@ from ..sweep.plan import SweepPlan
 from ..sweep.trials import Pair, RungTrial, read_trials, winner_of
 from ..tasks.choose import executor as executor_of
 from ..tasks.tasks import Executor
-from .given import joined
+from .given import changed, joined
 from .result import Result, drawn
 from .rows import Rows
 from .told import Tell, ToldRungs, silent
@@ -79,7 +79,7 @@ def sweep(
     records = use_plugins([*map(str, plugins)])
     plan = sweep_plan(
         str(recipe),
-        dict(overrides or {}),
+        changed(overrides),
         joined(models),
         joined(attentions),
         space=str(space),

@@ -8,7 +8,7 @@ import typer
 
 from . import options
 from .answer import Answer, pairs
-from .given import load_data
+from .given import load_data, read_recipe
 from .terminal import command_line, next_command
 
 
@@ -23,6 +23,11 @@ def command(
     facts = dataset.facts()
     answer.show(pairs(spec, facts))
     more = {"models": "tokens", "recipe": "recall"} if dataset.sequences else {}
-    again = command_line("compare", data=spec, **more)
+    recipe = read_recipe(more.get("recipe", "fair"))
+    keys = dataset.fitting(recipe.data(), recipe.tables["train"]["batch_size"])
+    if dataset.sequences:
+        n, usual = dataset.train.tokens.shape[1], recipe.tables["model"]["tokens"]["tokens"]
+        keys |= {"model.tokens.tokens": n} if n != usual else {}
+    again = command_line("compare", data=spec, **more, set=[f"{k}={v}" for k, v in keys.items()])
     next_command(again)
     answer.end(data=spec, facts=dict(facts), next=again)

@@ -78,6 +78,7 @@ class Plan:
 
     def configs(self) -> list[RunConfig]:
         """All runs, resolved and checked, in the order of work."""
+        check("grid", vars(self.grid), Grid)
         if self.grid.seeds < 1:
             raise ValueError(f"seeds = {self.grid.seeds}: a comparison needs at least one")
         if self.grid.tune < 0 or self.grid.control_seeds < 0:

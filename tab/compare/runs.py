@@ -24,8 +24,8 @@ class Run:
     seed: int
     path: Path
     status: str  # missing | running | done | diverged | failed
-    rows: list[dict] = field(default_factory=list)  # one per epoch
-    summary: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list, repr=False)  # one per epoch
+    summary: dict = field(default_factory=dict, repr=False)
     error: str = ""
     device: str = ""  # the name of what it ran on
     threads: int = 0  # where known

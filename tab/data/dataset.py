@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..run_config import Data
 from .sequences import SequenceSplit
 from .statistics import statistics
 
@@ -59,6 +60,21 @@ class Dataset:
     def size(self) -> int:
         """Rows and columns of an image (data.size); 0 of sequences."""
         return 0 if self.sequences else self.train.images.shape[1]
+
+    def fitting(self, data: Data, batch_size: int) -> dict[str, object]:
+        """What of a recipe has to be another for a set as small as this one: its keys, and values
+        that leave something to train on, eight batches of an epoch if there are so many images."""
+        count, held = len(self.train), data.validation
+        most = count - (1 if self.sequences else len(self.classes))
+        found: dict[str, object] = {}
+        if not most:
+            found, held = {"data.validation": 0, "evaluate.split": "test"}, 0
+        elif held > most:
+            held = found["data.validation"] = max(1, min(most, count // 10))
+        left = min(data.images or count, count - held)
+        if data.drop_last and left < batch_size:
+            found["train.batch_size"] = max(2, 2 ** ((left // 8).bit_length() - 1))
+        return found
 
     def facts(self) -> list[tuple[str, str]]:
         """(what, value) rows for a table: counts, statistics, size, note, fingerprint."""

@@ -24,6 +24,7 @@ ENDINGS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".tga", ".svg"),
 )
 BLOCK = 250  # pictures decoded by a thread between two reports of progress
+NAMED = 20  # broken files in one error
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
@@ -56,17 +57,16 @@ def decode_all(
     fetch(start, stop): these pictures' files. at(i): where the i-th lies, for a ValueError.
     """
     images = np.empty((count, side, side, 3), np.uint8)
+    broken: dict[int, Exception] = {}  # all of them, so that nobody meets one after the other
 
     def block(start: int) -> int:
         resized = 0
         for i, data in enumerate(fetch(start, min(start + BLOCK, count)), start):
             try:
                 images[i], other = decoded(data, side, fit)
+                resized += other
             except Exception as error:  # Pillow raises whatever its readers stumble over
-                raise ValueError(
-                    f"{at(i)} is no whole picture ({_short(error)}); replace or remove it"
-                ) from error
-            resized += other
+                broken[i] = error
         return resized
 
     total, starts = 0, range(0, count, BLOCK)
@@ -75,7 +75,17 @@ def decode_all(
             total += resized
             if progress:
                 progress(min(start + BLOCK, count), count, "decoding pictures")
+    if broken:
+        raise ValueError(_said(broken, at)) from broken[min(broken)]
     return images, total
+
+
+def _said(broken: dict[int, Exception], at: Callable[[int], str]) -> str:
+    files = [f"{at(i)} is no whole picture ({_short(broken[i])})" for i in sorted(broken)]
+    if len(files) == 1:
+        return f"{files[0]}; replace or remove it"
+    more = f"; {len(files) - NAMED:,} more" if len(files) > NAMED else ""
+    return f"{len(files):,} files to replace or remove: {'; '.join(files[:NAMED])}{more}"
 
 
 def _short(error: Exception) -> str:

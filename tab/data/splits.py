@@ -47,15 +47,12 @@ def split_batches(
     index, held = torch.arange(len(labels)), None
     classes, most = len(dataset.classes), len(labels) - len(dataset.classes)
     if data.validation > most:
+        fitting = dataset.fitting(data, config.train.batch_size)
+        give = " ".join(f"--set {key}={value}" for key, value in fitting.items())
         raise ValueError(
             f"data.validation = {data.validation} leaves no training image of some class: of the "
             f"{len(labels)} of {dataset.name}, {classes} classes, at most {most} can be held out; "
-            + (
-                f"give --set data.validation={max(1, min(most, len(labels) // 10))} (a sweep: "
-                "--validation)"
-                if most
-                else 'add pictures, or give --set data.validation=0 --set evaluate.split="test"'
-            )
+            + (f"give {give} (a sweep: --validation)" if most else f"add pictures, or give {give}")
         )
     if data.validation:
         index, held = hold_out(labels, data.validation, seed=0, least=(1, 0))

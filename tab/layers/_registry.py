@@ -47,6 +47,10 @@ def register_attention(
     torch.Size([2, 64, 32])
     """
     layers = _published if published else _layers
+    if not isinstance(name, str):
+        raise TypeError(
+            f'register_attention wants a name, got {name!r}: write @register_attention("NAME")'
+        )
     if (
         not name.isprintable()
         or name != name.strip(" .-")
@@ -66,7 +70,10 @@ def register_attention(
             )
         _check_options(name, layer)
         if layers.setdefault(name, layer) is not layer:
-            raise ValueError(f"the attention {name!r} is already {layers[name].__qualname__}")
+            raise ValueError(
+                f"the attention {name!r} is already {layers[name].__qualname__}; "
+                "give yours another name"
+            )
         return layer
 
     return register
@@ -117,6 +124,10 @@ def layer_names() -> list[str]:
     return list(dict.fromkeys([*attention_names(), *control_names()]))
 
 
+# Of an unknown one.
+OWN = '--plugin FILE loads one of your own, with @register_attention("NAME") above its class'
+
+
 def get_attention(name: str, *, published: bool = False) -> type[Attention]:
     """The layer class called `name`, or a ValueError with the nearest name.
 
@@ -132,7 +143,7 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
     if name not in _layers:
         if name not in (found := _entry_points()):
             names = layer_names()
-            choose = f"choose one of: {', '.join(names)}; --plugin FILE loads one of your own"
+            choose = f"choose one of: {', '.join(names)}; {OWN}"
             raise ValueError(unknown(name, names, choose, what="attention "))
         register_attention(name)(found[name].load())
     return _published.get(name, _layers[name]) if published else _layers[name]

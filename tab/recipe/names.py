@@ -8,6 +8,7 @@ import re
 
 from ..checks import check_keys
 from ..layers import attention_names, attention_options, control_names, get_attention, layer_names
+from ..layers._registry import OWN
 from ..models.backbones import BACKBONES
 from ..models.image_model import STUDY, model_names
 from ..run_config import MODELS
@@ -29,7 +30,7 @@ def variants(
     try:
         check_keys(f"{dashes}attentions", layers, layer_names())
     except ValueError as error:
-        raise ValueError(f"{error}; --plugin FILE loads one of your own") from None
+        raise ValueError(f"{error}; {OWN}") from None
     return mine, layers
 
 

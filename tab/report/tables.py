@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ..compare import columns
@@ -28,13 +28,14 @@ class Standing:
 
     model: str
     attention: str
-    runs: list[Run]  # those that ended with numbers
+    runs: list[Run] = field(repr=False)  # those that ended with numbers
     notes: str  # "2 seeds", "diverged (s1)", "failed (s0)"
     test: Mean | None
     points: Mean | None  # test accuracy - control's
     ratio: Median | None  # train time / control's
-    averages: dict[str, Mean | Median | None]  # of each metric with a title, by its name
-    verdict: Verdict | None  # None: no result
+    # Of each metric with a title, by its name.
+    averages: dict[str, Mean | Median | None] = field(repr=False)
+    verdict: Verdict | None = field(repr=False)  # None: no result
     rank: int = 0  # equals share one; 0: no result
 
     @property

@@ -100,6 +100,8 @@ def test_it_shows_itself(comparison, capsys):
     rich.print(comparison)
     for shown in (text, html, capsys.readouterr().out):
         assert "6 of 6 runs done" in shown and "Linear" in shown
+    parts = [*comparison.ranked("mlp"), *comparison.runs]
+    assert max(len(repr(part)) for part in parts) < 1000  # no table of epochs
     assert html.count("<tr>") == 1 + len(NAMES) and "summary" in dir(comparison)
 
 
@@ -160,6 +162,11 @@ def test_a_run_that_fails_is_told_of(tmp_path, monkeypatch):
         ({"epochs": 3}, "epochs=3 and overrides disagree"),
         ({"watch": ["w&b"]}, "w&b"),
         ({"seeds": 0}, "seeds = 0"),
+        ({"seeds": True}, "seeds = True: give an integer"),
+        ({"seeds": 2.5}, "seeds = 2.5: give an integer"),
+        ({"attentions": []}, r"names are \[\]: give at least one"),
+        ({"models": ()}, r"names are \[\]: give at least one"),
+        ({"overrides": ["train.lr=1"]}, r"overrides = \['train.lr=1'\]: give a dict, such as"),
     ],
 )
 def test_errors_come_before_anything_is_written(tmp_path, changes, words):

@@ -148,6 +148,8 @@ def test_a_module_is_known_by_all_of_its_files(tmp_path, monkeypatch):
         ("broken.py", "1 / 0", "broken.py does not load: ZeroDivisionError"),
         ("wrong.py", "def x(:", "wrong.py does not load: SyntaxError"),
         ("twice.py", SOURCE.replace("mine", "linear"), "'linear' is already LinearAttention"),
+        ("again.py", SOURCE.replace("mine", "linear"), "LinearAttention; give yours another name"),
+        ("bare.py", SOURCE.replace('("mine")', ""), 'write @register_attention("NAME")'),
     ],
 )
 def test_a_plugin_that_fails_is_named(given, content, message, tmp_path, monkeypatch):
@@ -161,4 +163,5 @@ def test_a_plugin_that_fails_is_named(given, content, message, tmp_path, monkeyp
 
 def test_an_unknown_attention_says_how_one_of_your_own_is_loaded():
     result = tab("check", "--attentions", "mine")
-    assert result.exit_code == 2 and "--plugin FILE" in flat(result.stderr)
+    assert result.exit_code == 2 and "--plugin FILE loads" in flat(result.stderr)
+    assert '@register_attention("NAME") above its class' in flat(result.stderr)

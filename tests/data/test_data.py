@@ -91,6 +91,15 @@ def bomb(folder):
     return r"train/pear/0\.png is no whole picture \(Image size \(196000000 pixels\) exceeds"
 
 
+def several(folder):
+    (folder / "train/pear/0.png").write_bytes(b"")
+    (folder / "test/apple/1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return (
+        r"2 files to replace or remove: .*train/pear/0\.png is no whole picture \(it does .*; "
+        r".*test/apple/1\.png is no whole picture \("
+    )
+
+
 def floating_point(folder):
     Image.new("F", (4, 4), 0.5).save(folder / "train/pear/0.tiff")
     return r"train/pear/0\.tiff is no whole picture \(its pixels are floating-point"
@@ -160,8 +169,15 @@ def dangling_class(folder):
 
 
 FAULTS = [
-    *(no_pictures, truncated, altered, format_that_is_not_read, nothing_in_it, bomb, empty_class),
-    *(floating_point, nested, picture_in_no_class, no_pictures_in_a_class, class_only_in_train),
+    *(no_pictures, truncated, altered, format_that_is_not_read, nothing_in_it, bomb, several),
+    *(
+        empty_class,
+        floating_point,
+        nested,
+        picture_in_no_class,
+        no_pictures_in_a_class,
+        class_only_in_train,
+    ),
     *(class_only_in_test, one_class, no_test_folder, no_train_folder, dangling, dangling_class),
 ]
 

@@ -1,5 +1,6 @@
 """What a data set is: checks, statistics, held-out images."""
 
+import shlex
 from collections import Counter
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from tab.cli.main import app
 from tab.data import splits
 from tab.data.load import Dataset, Split, hold_out, load_dataset
 from tab.data.splits import split_batches
 from tab.data.statistics import statistics
-from tab.recipe.recipe import load_recipe
+from tab.recipe.recipe import load_recipe, parse_override
 
 
 def test_statistics_are_exact():
@@ -157,6 +160,30 @@ def test_a_constant_channel_is_zero():
 def test_too_few_images_name_the_key(counts, overrides, said):
     with pytest.raises(ValueError, match=said):
         small(counts, **overrides)
+
+
+@pytest.mark.parametrize(
+    "spec, train, test",
+    [("shapes:10/10", 10, 10), ("shapes:20/10", 20, 10), ("shapes:90/10", 90, 10),
+     ("shapes:400/10", 400, 10), ("shapes:5000/10", 5000, 10), ("shapes:6000/10", 6000, 10),
+     ("recall:16:40/60", 40, 60), ("recall:16:8/60", 8, 60), ("recall:64:2000/60", 2000, 60)],
+)  # fmt: skip
+def test_the_command_that_comes_next_has_something_to_train_on(spec, train, test):
+    found = CliRunner().invoke(app, ["data", spec])
+    (line,) = [line for line in found.output.splitlines() if line.startswith("Next: tab compare")]
+    words = shlex.split(line)
+    overrides = dict(parse_override(word[6:]) for word in words if word.startswith("--set="))
+    recipe, dataset = ("recall" if "--recipe=recall" in words else "fair"), load_dataset(spec)
+    model = "tokens" if dataset.sequences else "mlp"
+    config = load_recipe(recipe, overrides).run_config(model, "none", 0)
+    batches, _, tested = split_batches(config, dataset, torch.device("cpu"))
+    assert len(batches) > 0 and tested.samples == test
+    if train < 100:
+        assert overrides
+    if spec == "shapes:90/10":
+        assert overrides == {"data.validation": 9, "train.batch_size": 8}
+    if spec in ("shapes:6000/10", "recall:64:2000/60"):
+        assert not overrides
 
 
 def test_a_data_set_checks_itself():
