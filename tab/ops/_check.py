@@ -44,7 +44,7 @@ def check_tensors(op: str, **given: object) -> None:
             )
 
 
-def operands(op: str, *, layout: Layout = "bhnd", **tensors: Given) -> tuple[Given, ...]:
+def operands(op: str, layout: Layout = "bhnd", /, **tensors: Given) -> tuple[Given, ...]:
     """The floating operands as they are computed with: dense, of a dtype that TAB takes, and under
     autocast cast to its type before anything is compared, as PyTorch's operators do. Like theirs,
     float64 stays float64."""
@@ -171,7 +171,7 @@ def check_qkv(
     alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
     usual = alike and not nested and q.dtype in DTYPES and not _autocast_enabled()
     if not usual:
-        q, k, v = operands(op, layout=layout, q=q, k=k, v=v)
+        q, k, v = operands(op, layout, q=q, k=k, v=v)
     rule, shape, wide = None, q.shape, v.shape
     if len(shape) != 4 or k.dim() != 4 or len(wide) != 4:
         rule = "q, k (B, H, N, D) and v (B, H, N, Dv)"

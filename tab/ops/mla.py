@@ -267,7 +267,7 @@ def mla_attention(
     )  # fmt: skip
     causal = check_causal("mla_attention", causal, is_causal)
     x = operands(
-        "mla_attention", layout=layout,
+        "mla_attention", layout,
         q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope, w_uk=w_uk, w_uv=w_uv,
     )  # fmt: skip
     check_latents("mla_attention", *x, layout=layout)

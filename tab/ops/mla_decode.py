@@ -231,5 +231,12 @@ def _check(q_nope, q_rope, cache, seqlens, w_uk, w_uv, page_table) -> None:
     # The rest is as in mla_attention, with one query and Nmax keys.
     latent, rotary = cache.split([r, dr], -1)
     check_latents(
-        "mla_decode", q_nope[:, :, None], q_rope[:, :, None], latent, rotary, w_uk, w_uv, True
+        "mla_decode",
+        q_nope[:, :, None],
+        q_rope[:, :, None],
+        latent,
+        rotary,
+        w_uk,
+        w_uv,
+        one_query=True,
     )

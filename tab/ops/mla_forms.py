@@ -21,7 +21,7 @@ _NAMES = "q_nope", "q_rope", "c_kv", "k_rope", "w_uk", "w_uv"
 CHUNK = 256  # queries whose scores `max_logits` holds at once
 
 
-def check_latents(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, one_query=False, layout="bhnd"):
+def check_latents(op, q_nope, q_rope, c_kv, k_rope, w_uk, w_uv, *, one_query=False, layout="bhnd"):
     """Ranks, sizes that belong together, one dtype, one device."""
     tensors = q_nope, q_rope, c_kv, k_rope, w_uk, w_uv
     rule, rows = None, "B, H, N" if layout == "bhnd" else "B, N, H"
