@@ -3,11 +3,15 @@ cases that its own file ends with."""
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
+
+RULES = ("mask", "slopes", "cap")  # operands that change what is computed of the others
 
 
 class Launch(NamedTuple):
@@ -18,6 +22,14 @@ class Launch(NamedTuple):
     @property
     def types(self) -> list[str]:
         return [triton_type(x) for x in self.args]
+
+    def __reduce__(self):  # a kernel is known to another process by its name
+        kernel = self.kernel
+        return _launch_of, (kernel.__module__, kernel.__name__, self.args, self.options)
+
+
+def _launch_of(module: str, kernel: str, args: tuple, options: dict) -> Launch:
+    return Launch(getattr(importlib.import_module(module), kernel), args, options)
 
 
 class Call(NamedTuple):
@@ -76,13 +88,13 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 
 
 def chosen(arch: int, every: bool = False) -> dict[str, list[Launch]]:
-    """Op -> all of its launches, or those that stand for them: of the same code all but those of
+    """Op -> all of its launches, or those that stand for them: of the same sums all but those of
     which another asks at least as much in every way."""
     found = launches(arch)
     if every:
         return found
     return {
-        op: [x for group in grouped(each, code) for x in foremost(group)]
+        op: [x for group in grouped(each, sums) for x in foremost(group)]
         for op, each in found.items()
     }
 
@@ -91,9 +103,15 @@ def foremost(group: list[Launch]) -> list[Launch]:
     """Those that no other one stands for; of equals the first."""
     kept: list[Launch] = []
     for launch in sorted(group, key=weight, reverse=True):  # behind what may stand for it
-        if not any(all(map(operator.ge, weight(x), weight(launch))) for x in kept):
+        if not any(stands_for(x, launch) for x in kept):
             kept.append(launch)
     return kept
+
+
+def stands_for(launch: Launch, other: Launch) -> bool:
+    """Whether the launch has each operand of the other and asks for at least as much otherwise."""
+    less = {*without(launch).split()} <= {*without(other).split()}
+    return less and all(map(operator.ge, weight(launch), weight(other)))
 
 
 def heaviest(found: list[Launch], kind: Callable[[Launch], object]) -> list[Launch]:
@@ -127,6 +145,11 @@ def form(launch: Launch) -> tuple:
 def code(launch: Launch) -> tuple:
     """What is the same for launches of other sizes only."""
     return form(launch), without(launch)
+
+
+def sums(launch: Launch) -> tuple:
+    """What computes the same, but for states that are read or written, or not, and for sizes."""
+    return form(launch), *(x for x in RULES if x in without(launch).split())
 
 
 def precision(launch: Launch) -> str:

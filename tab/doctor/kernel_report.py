@@ -10,14 +10,18 @@ of time for each architecture instead. CUDA C++: read from the built library. Ne
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Set
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +55,10 @@ def compiled(op: str, launch: Launch, arch: int) -> dict:
     }  # fmt: skip
 
 
+def _compiled(item: tuple[str, Launch, int]) -> dict:
+    return compiled(*item)
+
+
 def resident(arch: int, registers: int, shared: int, warps: int) -> dict[str, int]:
     """Blocks, of `warps` each, and warps of 64 that one multiprocessor holds at once: as many as
     its 65,536 registers, given out to a warp by 256, and its shared memory take, 1 KiB of which
@@ -59,21 +67,6 @@ def resident(arch: int, registers: int, shared: int, warps: int) -> dict[str, in
     by_memory = (SHARED_LIMIT[arch] + 1024) // (shared + 1024)
     blocks = min(by_registers, by_memory, 64 // warps)
     return {"blocks": blocks, "warps": warps * blocks}
-
-
-def _compiled_in_thread(*work) -> dict:
-    """Python 3.11 counts the depth of ast.parse for all threads together, and raises SystemError
-    when two of them parse at once (python/cpython#106905): then it is simply tried again."""
-    for _ in range(20):
-        try:
-            return compiled(*work)
-        except Exception as error:
-            cause: BaseException | None = error  # Triton raises its own error from it
-            while cause and "recursion depth mismatch" not in str(cause):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-    return compiled(*work)
 
 
 def _cuobjdump() -> str:
@@ -156,24 +149,49 @@ def report_rows(
         for launch in found
     ]
     kept, rows = Kept(), []
-
-    def row_of(op: str, launch: Launch, arch: int) -> dict:
-        if (row := kept.get(op, launch, arch)) is None:
-            row = _compiled_in_thread(op, launch, arch)
-            kept.add(op, launch, arch, row)
-        return row
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    known = [kept.get(*item) for item in work]
+    missing = [item for item, row in zip(work, known, strict=True) if row is None]
+    with _workers(min(os.cpu_count() or 1, len(missing))) as each:
         try:
-            for row in pool.map(lambda item: row_of(*item), work):
+            found = iter(each(_compiled, missing))
+            for item, row in zip(work, known, strict=True):
+                if row is None:
+                    row = next(found)
+                    kept.add(*item, row)
                 rows.append(row)
                 if progress:
                     progress(len(rows), len(work), f"{row['kernel']}, sm_{row['arch']}")
         finally:  # what was found before Control-C is kept, too
-            pool.shutdown(cancel_futures=True)
             kept.save()
     both = [row for row in built() if row["arch"] in archs]
     return rows + [row for row in both if ops is None or not ops.isdisjoint(row["op"].split())]
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Callable]:
+    """`map`, in so many processes where they are several: Triton compiles under Python's lock."""
+    if count < 2:
+        yield map
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "triton"])
+    with ProcessPoolExecutor(count, context, _begin, (dict(os.environ),)) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """In a new process, which leaves Control-C to the caller and does not outlive it."""
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+
+
+def _end_with_caller() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def print_kernel_report(rows: list[dict] | None = None) -> None:
