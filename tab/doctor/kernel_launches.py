@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-
 RULES = ("mask", "slopes", "cap")  # operands that change what is computed of the others
 
 

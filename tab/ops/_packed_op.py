@@ -12,6 +12,7 @@ in place of one call for each length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -69,8 +70,11 @@ class Packed(Op):
 
     def _on_gpu(self, one_by_one: Callable) -> Callable:
         def run(*args):
-            found = self.together and self.together(self._ends(args), *args)
-            return one_by_one(*args) if found is None else found
+            if self.together is None:
+                return one_by_one(*args)
+            ends = self._ends(args)  # read once: a GPU is waited for
+            found = self.together(ends, *args)
+            return one_by_one(*args, ends=ends) if found is None else found
 
         return run
 
@@ -106,7 +110,7 @@ def packed(
         def one(tokens, *args):
             return op.below(backend if tokens else "reference", *args)
 
-        return lambda *args: each_group(op.name, one, names, results, fit, args)
+        return partial(each_group, op.name, one, names, results, fit)
 
     def backward(backend: str) -> Callable:
         def one(tokens, *args):
@@ -120,7 +124,7 @@ def packed(
                 )
             return [every.get(x) for x in learned]
 
-        return lambda *args: each_group(by.name, one, [*saved, *kept], learned, fit, args)
+        return partial(each_group, by.name, one, [*saved, *kept], learned, fit)
 
     def formula(base: Op, given: list[str], labels: list[str]) -> Callable:
         wanted = [x.name for x in base.overload._schema.arguments]
@@ -134,7 +138,7 @@ def packed(
                 counts.append(base.flops(*map(known.get, wanted)))
                 return ()
 
-            each_group(base.name, one, given, [], fit, args)
+            each_group(base.name, one, given, [], fit, *args)
             return sum(counts)
 
         flops._get_raw = True  # type: ignore[attr-defined]  # the counter gives tensors, not shapes
@@ -193,19 +197,20 @@ def _passed_on(own: dict[str, Tensor | None], grads: dict[str, Tensor | None]) -
 
 def each_group(
     op: str, one: Callable, given: Sequence[str], wanted: Sequence[str], fit: Callable | None,
-    args: tuple[Any, ...],
+    *args: Any, ends: list[int] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """one(tokens, *tensors, *options) for every group of sequences -> its results, packed.
 
-    args: the tensors, which are called `given`, cu_seqlens, the options. one's results are called
-    `wanted`; None stands for the gradient of a tensor that was not there.
+    args: the tensors, which are called `given`, cu_seqlens, the options; ends: cu_seqlens as
+    numbers, where they were read. one's results are called `wanted`; None stands for the gradient
+    of a tensor that was not there.
     """
     tensors, cu_seqlens, options = args[: len(given)], args[len(given)], args[len(given) + 1 :]
     q = tensors[0]
     if q.is_meta:  # lengths are values; the shapes are those of one sequence
         groups, sequences = [(1, q.shape[2])], cu_seqlens.shape[0] - 1
     else:
-        groups = cut(op, cu_seqlens, q.shape[2])
+        groups = cut(check_ends(op, cu_seqlens, q.shape[2]) if ends is None else ends)
         sequences = sum(count for count, _ in groups)
         groups = groups or [(0, 0)]
     parts = [split(x, name, groups) for x, name in zip(tensors, given, strict=True)]
@@ -217,9 +222,8 @@ def each_group(
     return tuple(join(x, name, sequences, q) for name, x in zip(wanted, columns, strict=True))
 
 
-def cut(op: str, cu_seqlens: Tensor, tokens: int) -> list[Group]:
+def cut(ends: list[int]) -> list[Group]:
     """The sequences, neighbours of one length together."""
-    ends = check_ends(op, cu_seqlens, tokens)
     lengths = [b - a for a, b in pairwise(ends)]
     return [(len(list(same)), length) for length, same in groupby(lengths)]
 

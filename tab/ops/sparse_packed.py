@@ -70,7 +70,7 @@ def packed(op: Op, by: Op, gradients: Callable) -> Op:
 
             given = ["q", "k", "v", "key_mask", "slopes"]
             args = q, k, v, key_mask, slopes, cu_seqlens, causal, scale, softcap
-            return each_group(op.name, one, given, ["o", "lse"], None, args)
+            return each_group(op.name, one, given, ["o", "lse"], None, *args)
 
         return run
 
@@ -90,7 +90,7 @@ def packed(op: Op, by: Op, gradients: Callable) -> Op:
 
             given = ["q", "k", "v", "key_mask", "slopes", *["o", "lse"] * 2]
             args = q, k, v, key_mask, slopes, *rest[7:]
-            return each_group(by.name, one, given, ["q", "k", "v"], None, args)
+            return each_group(by.name, one, given, ["q", "k", "v"], None, *args)
 
         return run
 

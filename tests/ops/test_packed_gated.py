@@ -7,7 +7,7 @@ from packs import DV, LENGTHS, D, H, cu, results
 from torch.testing import assert_close
 
 from tab import gated_linear_attention
-from tab.ops import OPS
+from tab.ops import OPS, _packed_op
 
 T = sum(LENGTHS)
 DECAYS = {"head": (), "token": (T,), "channel": (T, D)}
@@ -115,3 +115,19 @@ def test_opcheck(decay):
     torch.library.opcheck(OPS[f"{name}_packed_fwd"].overload, (*inputs, *rest))
     s = torch.ones(len(LENGTHS), H, D, DV)
     torch.library.opcheck(OPS[f"{name}_packed_bwd"].overload, (*inputs, v, s, v, None, *rest))
+
+
+@pytest.mark.parametrize("way", ["fwd", "bwd"])
+def test_ends_are_read_once(way, monkeypatch):
+    """To read them waits for the GPU; also where one launch does not take the batch."""
+    read, op = [], OPS[f"gated_linear_packed_{way}"]
+    q, k, v, g = (t.detach() for t in draw("token"))
+    s = torch.ones(len(LENGTHS), H, D, DV)
+    given = q, k, v, g[..., None], None, s, *((v, s, v, s) if way == "bwd" else ())
+    given = *given, cu(LENGTHS), 0.3
+    want = op.reference(*given)
+    check = _packed_op.check_ends
+    monkeypatch.setattr(_packed_op, "check_ends", lambda *x: read.append(x) or check(*x))
+    monkeypatch.setattr(op, "together", lambda ends, *_: None)
+    assert_close(op.kernels["triton"](*given), want)
+    assert len(read) == 1
