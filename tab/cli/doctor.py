@@ -18,7 +18,7 @@ def command(
     ] = False,
     every: Annotated[
         bool,
-        typer.Option("--all", help="Each launch of --kernels, not the largest: a third more."),
+        typer.Option("--all", help="Each launch of --kernels, not the largest: half as many more."),
     ] = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,

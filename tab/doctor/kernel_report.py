@@ -3,7 +3,7 @@
 Triton: the launchers are called on meta tensors, and each launch they would make is compiled ahead
 of time for each architecture instead. CUDA C++: read from the built library. Neither needs a GPU.
 
-    tab doctor --kernels          # of the launches of the same code those that ask for most
+    tab doctor --kernels          # of the launches of the same sums those that ask for most
     tab doctor --kernels --all    # every launch that its file in kernels/ names
     python -m tab.doctor.kernel_report linear local    # of these ops only
 """
