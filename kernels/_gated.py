@@ -6,6 +6,7 @@ Every exponent is a sum over the tokens between two, formed as such and never as
 longer sums: it would lose digits behind a strong decay, and be NaN behind one of −∞.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -45,6 +46,51 @@ def first_tile(ends, bh, H, row, tokens, N, BN: tl.constexpr):
 
 
 @triton.jit
+def numbers(x, ends, bh, H, row, tokens, N):
+    """Of x (B, H, N) the first token of this head; `row` and `tokens` as `stretch` gives them."""
+    if ends is not None:
+        return x + (bh % H).to(tl.int64) * tokens + row
+    else:
+        return x + bh.to(tl.int64) * N
+
+
+@triton.jit
+def inverse(den):
+    """1/den, 0 where den is 0."""
+    return tl.where(den == 0, 0.0, 1.0 / tl.where(den == 0, 1.0, den))
+
+
+@triton.jit
+def vector(z, d, D):
+    """z[d] of z (D,), 0 beyond."""
+    return tl.load(z + d, mask=d < D, other=0.0)
+
+
+@triton.jit
+def begin(
+    t, tz, at, d, D: tl.constexpr, v0, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
+    """S and z of the state `at` those given: rows d, BV columns from v0; 0 where none is given."""
+    S, Z = tl.zeros((BD, BV), tl.float32), tl.zeros((BD,), tl.float32)
+    if t is not None:
+        S += tile(t + at * D * DV, DV, d, D, v0, DV, BV)
+    if tz is not None:
+        Z += vector(tz + at * D, d, D)
+    return S, Z
+
+
+@triton.jit
+def leave(
+    s, z, at, d, D: tl.constexpr, v0, S, Z, DV: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
+    """The reverse of `begin`, where they are asked for."""
+    if s is not None:
+        put(s + at * D * DV, DV, d, D, v0, S, DV, BV)
+    if z is not None:
+        tl.store(z + at * D + d, Z, mask=(d < D) & (v0 == 0))
+
+
+@triton.jit
 def log_decay(g, g_n, mask, at, N):
     """Where to read the tokens `at`, and their g: those that the key mask (N,) hides from past the
     end, where there are zeros; they decay nothing."""
@@ -74,18 +120,18 @@ def between(later, BN: tl.constexpr):
 
 @triton.jit
 def gated_states(
-    k, k_b, k_h, k_n, v, v_b, v_h, v_n, g, g_b, g_h, g_n, mask, t, logs, N, H, segment,
+    k, k_b, k_h, k_n, v, v_b, v_h, v_n, g, g_b, g_h, g_n, mask, t, tz, logs, N, H, segment,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a segment S, from its last tile to its first, and Σ g: t (B·H, segments, D, Dv), logs
-    (B·H, segments)."""
+    """Of a segment S, from its last tile to its first, z, where it is asked for, and Σ g: t (B·H,
+    segments, D, Dv), tz (B·H, segments, D), logs (B·H, segments)."""
     bh, part = tl.program_id(0), tl.program_id(1)
     d0, v0 = tl.program_id(2) // tl.cdiv(DV, BV) * BD, tl.program_id(2) % tl.cdiv(DV, BV) * BV
     k, v, g = head(k, bh, H, k_b, k_h), head(v, bh, H, v_b, v_h), head(g, bh, H, g_b, g_h)
     if mask is not None:
         mask += (bh // H).to(tl.int64) * N
-    s, first = tl.zeros((BD, BV), tl.float32), part * segment
+    s, z, first = tl.zeros((BD, BV), tl.float32), tl.zeros((BD,), tl.float32), part * segment
     behind = 0.0
     tiles = tl.cdiv(tl.minimum(segment, N - first), BN)
     for turn in range(0, tiles):
@@ -93,11 +139,13 @@ def gated_states(
         at, _, _, _, after, total = decays(g, g_n, mask, i, N, BN)
         c = tile(k, k_n, at, N, d0, D, BD) * tl.exp(after + behind)[:, None]
         s += dot(tl.trans(c), tile(v, v_n, at, N, v0, DV, BV), PRECISION, "b")
+        if tz is not None:
+            z += tl.sum(c, 0)
         behind += total
-    t += (bh.to(tl.int64) * tl.num_programs(1) + part) * D * DV
-    put(t, DV, d0 + tl.arange(0, BD), D, v0, s, DV, BV)
+    here, d = bh.to(tl.int64) * tl.num_programs(1) + part, d0 + tl.arange(0, BD)
+    leave(t, tz, here, d, D, v0, s, z, DV, BV)
     if tl.program_id(2) == 0:
-        tl.store(logs + bh.to(tl.int64) * tl.num_programs(1) + part, behind)
+        tl.store(logs + here, behind)
 
 
 @triton.jit
@@ -144,21 +192,23 @@ def segments(k, pieces: int) -> tuple[int, int]:
     return size, cdiv(n, size)
 
 
-def seen(k, v, g, mask, s0, size: int, count: int):
-    """-> the states before each segment, t (B·H, segments, D, Dv), the sums of their log decays,
-    and S after the last; launches two kernels."""
+def seen(k, v, g, mask, s0, z0, size: int, count: int, normalize: bool):
+    """-> the states before each segment, t (B·H, segments, D, Dv) and tz (B·H, segments, D), the
+    sums of their log decays, and S and z after the last; launches two kernels, or three."""
     b, h, n, d = k.shape
     dv, m = v.shape[-1], _segments.meta(k, v)
     t = k.new_empty(b * h, count, d, dv, dtype=torch.float32)
+    tz = t.new_empty(b * h, count, d) if normalize else None
     logs = t.new_empty(b * h, count)
     grid = b * h, count, cdiv(d, m["BD"]) * cdiv(dv, m["BV"])
-    launch(gated_states, grid, *strided(k, v, g), mask, t, logs, n, h, size, **m)
-    return t, logs, scan(t, logs, s0, (b, h, d, dv))
+    launch(gated_states, grid, *strided(k, v, g), mask, t, tz, logs, n, h, size, **m)
+    s = scan(t, logs, s0, (b, h, d, dv))
+    return t, tz, logs, s, None if tz is None else scan(tz, logs, z0, (b, h, d))
 
 
 def scan(t, logs, first, sizes: tuple[int, ...], reverse: bool = False):
     """The last state (B, H, D, Dv), and in t those that the segments see."""
-    (bh, count), size, width = logs.shape, sizes[2] * sizes[3], _segments.SCAN
+    (bh, count), size, width = logs.shape, math.prod(sizes[2:]), _segments.SCAN
     s = t.new_empty(sizes)
     launch(
         gated_scan, (bh, cdiv(size, width)), t, logs, first, s, count, REVERSE=reverse, SIZE=size,

@@ -39,6 +39,11 @@ def widest(x: dict) -> bool:
     return (x["PRECISION"], x["D"]) in (("tf32x3", 128), ("tf32", 256))
 
 
+def divided(x: dict) -> bool:
+    """Normalized gated linear attention."""
+    return "den" not in x["without"]
+
+
 def bent(x: dict) -> bool:
     """With a cap and slopes."""
     return not x["without"] & {"slopes", "cap"}
@@ -64,6 +69,10 @@ SPILLS = (
     Known("gated_walk", 768, 80, widest),
     Known("gated_walk", 256, 90, widest),
     Known("gated_pull", 640, None, widest),
+    Known("gated_pull", 256, None, divided),
+    Known("gated_pull", 384, None, lambda x: divided(x) and wide(x)),
+    Known("gated_pull", 768, None, lambda x: divided(x) and widest(x)),
+    Known("gated_push", 384, 100, divided),
     Known("gated_push", 512, None, widest),
     Known("gated_push", 256, 100),
     Known("performer_fused", 512),

@@ -25,7 +25,7 @@ from ._op import Op
 
 # How a tensor of an op lies in a packed batch, by its name in the schemas.
 TOKENS = {  # (1, …, T, …): the dimension of the tokens
-    "q": 2, "k": 2, "v": 2, "o": 2, "lse": 2, "q_nope": 2, "q_rope": 2,
+    "q": 2, "k": 2, "v": 2, "o": 2, "lse": 2, "den": 2, "q_nope": 2, "q_rope": 2,
     "log_decay": 2, "c_kv": 1, "k_rope": 1, "key_mask": 1,
 }  # fmt: skip
 SEQUENCES = {"s0", "z0", "c0", "s", "z", "c", "max_logits"}  # (S, …)

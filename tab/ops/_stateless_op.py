@@ -7,7 +7,7 @@ these ops. Their other kernels are those of the op itself, whose last outputs ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -16,17 +16,18 @@ from ._op import Op
 
 
 class Stateless(Op):
-    """The first `keep` outputs of `base`, by the same arguments."""
+    """The outputs of `base` at the places `keep`, by the same arguments."""
 
-    def __init__(self, base: Op, keep: int):
+    def __init__(self, base: Op, keep: Sequence[int]):
         name, kind = base.name.rsplit("_", 1)
         arguments, returns = str(base.overload._schema).split("(", 1)[1].split(") -> ")
-        outputs = returns.strip("()").split(", ")[:keep]
+        each = returns.strip("()").split(", ")
+        outputs = [each[i] for i in keep]
 
         def cut(f: Callable) -> Callable:
             def run(*args):
                 found = f(*args)
-                return found[0] if keep == 1 else found[:keep]
+                return found[keep[0]] if len(keep) == 1 else tuple(found[i] for i in keep)
 
             return run
 
@@ -40,14 +41,18 @@ class Stateless(Op):
         self.base_run = cut(base.run)
 
 
-def stateless(fwd: Op, bwd: Op, kept: int, gradients: Callable | None = None) -> tuple[Op, Op]:
+def stateless(
+    fwd: Op, bwd: Op, kept: int, gradients: Callable | None = None, outputs: Sequence[int] = (0,),
+    constant: int = 0,
+) -> tuple[Op, Op]:  # fmt: skip
     """x_stateless_fwd beside x_fwd, and x_stateless_bwd, whose first `kept` outputs are those.
 
-    gradients: as of `Op.differentiable`, where they need no state that x_fwd leaves.
+    gradients, constant: as of `Op.differentiable`, where they need no state that x_fwd leaves.
+    outputs: the places of those of x_fwd that stay.
     """
-    forward, backward = Stateless(fwd, 1), Stateless(bwd, kept)
+    forward, backward = Stateless(fwd, outputs), Stateless(bwd, range(kept))
     if gradients is not None:
-        forward.differentiable(gradients)
+        forward.differentiable(gradients, constant=constant)
     else:
         forward.run = forward.base_run
         register(forward, forward.run)

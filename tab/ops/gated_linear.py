@@ -28,7 +28,6 @@ from ._check import (
     check_state,
     check_tensors,
     shapes,
-    token_major,
 )
 from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
@@ -36,8 +35,9 @@ from ._packed import pack, sequences, unpack
 from ._packed_op import packed
 from ._softmax import score_scale
 from ._stateless_op import spares, stateless
+from .gated_linear_normalized import forward as by_formula
+from .gated_linear_normalized import normalized
 from .gated_linear_reference import backward_reference, forward_reference
-from .linear_reference import inverse, with_ones
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -124,6 +124,12 @@ channel_gated_linear_packed = packed(
     partial(_gradients, channel_gated_linear_bwd),
 )
 
+(
+    gated_linear_normalized_fwd,
+    gated_linear_normalized_stateless_fwd,
+    gated_linear_normalized_packed,
+) = normalized(gated_linear_fwd, gated_linear_bwd)
+
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -193,8 +199,8 @@ def gated_linear_attention(
         scale: of the output, D^(-1/2) by default; it cancels where `normalize` is True.
         normalize: divide by the denominator q_tᵀz_t, z_t = Diag(e^(g_t)) z_{t-1} + k_t, so that the
             weights of a query add up to 1, as in `linear_attention`. Not the default, as neither
-            retention nor GLA nor Mamba-2 does. It wants positive features, and runs in float32. A
-            row whose denominator is 0 gives 0.
+            retention nor GLA nor Mamba-2 does. It wants positive features; z and the denominator
+            are float32. A row whose denominator is 0 gives 0.
         key_mask: (B, N) bool, True where a token is real; the others add nothing to the state, and
             nothing decays with them: it is as though they were not there. What a masked token
             holds, NaN and inf included, reaches no other token; a NaN in a real token is seen in
@@ -234,28 +240,47 @@ def gated_linear_attention(
     check_key_mask(name, key_mask, k)
     scale = score_scale(name, scale, q.shape[-1])
     s0, z0 = _check_state(sequences(k, packing), k, v, initial_state, normalize)
-    dtype = q.dtype
-    if normalize:  # z is one more column of S
-        q, k, v = q.to(g.dtype), k.to(g.dtype), with_ones(v.to(g.dtype))
-        s0 = None if s0 is None or z0 is None else torch.cat([s0, z0[..., None]], -1)
-        scale = 1.0
+    state: State
+    if normalize:
+        o, state = _normalized(packing, return_state, backend, q, k, v, g, key_mask, s0, z0)
+    else:
+        o, state = _attend(packing, return_state, backend, q, k, v, g, key_mask, s0, scale)
+    o = pack(layout, o, packing)
+    return (o, state) if return_state else o
+
+
+def _attend(packing, return_state, backend, q, k, v, g, key_mask, s0, scale):
+    """-> o and S"""
     one, cuts = g.shape[-1] == 1, () if packing is None else packing[:1]
     if packing is None:
         op = gated_linear_fwd if one else channel_gated_linear_fwd
     else:
         op = gated_linear_packed if one else channel_gated_linear_packed
-    backend = choose(backend, op, q, k, v, g)
-    given = backend, q, k, v, g, key_mask, s0, *cuts, scale
+    given = choose(backend, op, q, k, v, g), q, k, v, g, key_mask, s0, *cuts, scale
     if one and spares(q) and not (return_state or cuts):
-        o, s = gated_linear_stateless_fwd.apply(*given), g  # no state
-    else:
-        o, s = by_group(op, *given)
-    state: State = s
-    if normalize:
-        o = token_major((o[..., :-1] * inverse(o[..., -1:])).to(dtype))
-        state = s[..., :-1], s[..., -1]
-    o = pack(layout, o, packing)
-    return (o, state) if return_state else o
+        return gated_linear_stateless_fwd.apply(*given), g  # no state
+    return by_group(op, *given)
+
+
+def _in_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether kernels take z beside S, and v as it is."""
+    takes = gated_linear_normalized_fwd.takes.get("triton")
+    return spares(q) and takes is not None and takes(q, k, v) is None
+
+
+def _normalized(packing, return_state, backend, q, k, v, g, key_mask, s0, z0):
+    """-> o, and S and z"""
+    if g.shape[-1] != 1 or not _in_kernels(q, k, v):
+        run = partial(_attend, packing, return_state, backend)
+        o, *state, _ = by_formula(run, q, k, v, g, key_mask, s0, z0)
+        return o, tuple(state)
+    cuts = () if packing is None else packing[:1]
+    op = gated_linear_normalized_packed if cuts else gated_linear_normalized_fwd
+    given = choose(backend, op, q, k, v, g), q, k, v, g, key_mask, s0, z0, *cuts
+    if not (return_state or cuts):
+        return gated_linear_normalized_stateless_fwd.apply(*given)[0], g  # no state
+    o, *state, _ = op.apply(*given)
+    return o, tuple(state)
 
 
 def _check_decay(k: Tensor, log_decay: Tensor, layout: Layout) -> Tensor:

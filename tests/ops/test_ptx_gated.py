@@ -72,3 +72,61 @@ def test_every_launch_of_gated_linear(prove, generator, monkeypatch):
     monkeypatch.setattr("tab.ops.gated_linear.spares", lambda x: True)
     floors = {HALF: 8e-3, torch.float16: 1e-3}  # S is float32, of products of these
     prove("gated_linear", cases(generator), floors)
+
+
+def normalized_cases(generator):
+    """One launch and without states; two segments; a head in several pieces; a packed batch."""
+    for n, d, dtype in (
+        (48, 64, FULL),
+        (48, 64, HALF),
+        (144, 64, FULL),
+        (144, 64, HALF),
+        (80, 256, torch.float16),
+        (80, 256, HALF),
+    ):
+        x, state, real = normalized_inputs(generator, n, d, dtype)
+
+        def ours(q, k, v, g, s0=None, z0=None, real=real):
+            given = q, k, v, g[..., None], real, s0, z0
+            return call("gated_linear_normalized_fwd", *given)[:3]
+
+        def stateless(q, k, v, g, real=real):
+            given = q, k, v, g[..., None], real, None, None
+            return call("gated_linear_normalized_stateless_fwd", *given)[0]
+
+        def truth(*x, real=real):
+            return naive(*x, normalize=True, key_mask=real)
+
+        with segments_of(128 if d == 64 else 64):
+            yield ours, truth, (*x, *state)
+        if n == 48:
+            yield stateless, lambda *x, truth=truth: truth(*x)[0], x
+    for dtype in (FULL, HALF):
+        x, state, real = normalized_inputs(generator, 48, 64, dtype, sequences=2)
+        ends = torch.tensor([0, 17, 48]).int()
+
+        def packed(q, k, v, g, s0, z0, real=real, ends=ends):
+            given = q, k, v, g[..., None], real, s0, z0, ends
+            return call("gated_linear_normalized_packed_fwd", *given)[:3]
+
+        def each(*x, real=real):
+            parts = zip(*(y.split((17, 31), 2) for y in x[:4]), *(y.split(1) for y in x[4:]),
+                        real.split((17, 31), 1), strict=True)  # fmt: skip
+            outs = [naive(*y, normalize=True, key_mask=mask) for *y, mask in parts]
+            return tuple(torch.cat(y, 0 if i else 2) for i, y in enumerate(zip(*outs, strict=True)))
+
+        yield packed, each, (*x, *state)
+
+
+def normalized_inputs(generator, n, d, dtype, sequences=1):
+    """q, k, v and g, S₀ and z₀, and a mask; keys and queries as a feature map leaves them."""
+    q, k, v = heads(generator, n, d, d, d, dtype=dtype)
+    g = -torch.rand(1, n, 2, generator=generator).transpose(1, 2)
+    s0 = torch.rand(sequences, 2, d, d, generator=generator)
+    return (q.abs(), k.abs(), v, g), (s0, s0[..., 0].clone()), mask(generator, n)
+
+
+@both_ways
+def test_every_launch_of_normalized(prove, generator):
+    floors = {HALF: 8e-3, torch.float16: 1e-3}
+    prove("gated_linear_normalized", normalized_cases(generator), floors)

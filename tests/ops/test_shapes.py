@@ -26,11 +26,17 @@ def calls():
     tensors = q, k, v, -x(B, K, N, 1).abs(), mask, s
     yield "gated_linear_fwd", tensors, (0.3,)
     yield "gated_linear_bwd", (do, s, *tensors), (0.3,)
+    normalized, tensors = "gated_linear_normalized", (*tensors, z)
+    yield f"{normalized}_fwd", tensors, ()
+    yield f"{normalized}_bwd", (do, s, z, *tensors[:4], do, dlse, *tensors[4:]), ()
     q1, k1, v1 = x(1, H, N, D), x(1, H, N, D), x(1, H, N, E)
     s, ends = x(3, H, D, E), torch.tensor([0, 1, 4, N])
     tensors = q1, k1, v1, -x(1, H, N, 1).abs(), mask[:1], s
     yield "gated_linear_packed_fwd", (*tensors, ends), (0.3,)
     yield "gated_linear_packed_bwd", (*tensors, v1, s, v1, s, ends), (0.3,)
+    tensors, z, den = (*tensors, x(3, H, D)), x(3, H, D), x(1, H, N)
+    yield f"{normalized}_packed_fwd", (*tensors, ends), ()
+    yield f"{normalized}_packed_bwd", (*tensors, v1, s, z, den, v1, s, z, ends), ()
     rules = mask, slopes
     yield from both("local", (q, k, v, *rules), (2, 1, 0, 0, False, 0.3, 5.0), (do,))
     pattern = BlockPattern.bigbird(N, heads=H, block_size=2).tensors
@@ -58,8 +64,9 @@ def both(name, tensors, options, grads, first=3):
 
 
 CALLS = {name: (tensors, options) for name, tensors, options in calls()}
-for way in ("linear_fwd", "linear_bwd", "gated_linear_fwd", "gated_linear_bwd"):
-    CALLS[way.replace("linear_", "linear_stateless_")] = CALLS[way]
+for name in ("linear", "gated_linear", "gated_linear_normalized"):
+    for way in ("fwd", "bwd"):
+        CALLS[f"{name}_stateless_{way}"] = CALLS[f"{name}_{way}"]
 each = pytest.mark.parametrize("op", CALLS)
 
 

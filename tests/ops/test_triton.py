@@ -78,6 +78,7 @@ def calls_of_ones():
     from tab.kernels import (
         gated_linear,
         gated_linear_backward,
+        gated_linear_normalized,
         h2o,
         linear,
         linear_backward,
@@ -126,6 +127,10 @@ def calls_of_ones():
         given = q, q, q, x(1, 1, n, 1), None, None, 1.0
         yield gated_linear.forward, *given
         yield gated_linear_backward.backward, q, None, *given
+        *given, _ = given
+        yield gated_linear_normalized.forward, *given, None
+        given = q, None, None, *given[:4], q, lse, None, None, None
+        yield gated_linear_normalized.backward, *given
         c, u = x(1, n, 16, dtype=dtype), x(1, 16, 16, dtype=dtype)
         latent = q, q, c, c, u, u
         for rules in ((None, None, 1.0, True, 0.0), (None, x(1), 1.0, True, 1.0)):
