@@ -109,8 +109,8 @@ def foremost(group: list[Launch]) -> list[Launch]:
 
 def stands_for(launch: Launch, other: Launch) -> bool:
     """Whether the launch has each operand of the other and asks for at least as much otherwise. Of
-    20 on each architecture that only lack a state, by Triton 3.6 and 3.8, none spilled over 16 bytes
-    or took over 14 registers more than what stands for it."""
+    20 on each architecture that only lack a state, by Triton 3.6 and 3.8, none spilled more than 16
+    bytes or took more than 14 registers beyond what stands for it."""
     less = {*without(launch).split()} <= {*without(other).split()}
     return less and all(map(operator.ge, weight(launch), weight(other)))
 
