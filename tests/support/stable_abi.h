@@ -126,6 +126,9 @@ CODE(aoti_torch_layout_sparse_bsc, 5)
 CODE(aoti_torch_layout__mkldnn, 6)
 CODE(aoti_torch_layout_jagged, 7)
 CODE(aoti_torch_memory_format_contiguous_format, 0)
+CODE(aoti_torch_memory_format_preserve_format, OTHER)
+CODE(aoti_torch_memory_format_channels_last, OTHER)
+CODE(aoti_torch_memory_format_channels_last_3d, OTHER)
 
 uint64_t aoti_torch_abi_version() { return TORCH_ABI_VERSION; }
 
