@@ -70,6 +70,8 @@ class Data:
     # alternating: an image is mirrored in every second epoch, half of them in the first
     flip_order: Literal["random", "alternating"] = "random"
     cutout: int = 0  # rows and columns of a square in each image that is blanked
+    # Of a set without test images: the share that is drawn from its images to test on
+    test_share: float = 0.0
 
     def __post_init__(self):
         if self.flip_order == "alternating" and not self.flip:
@@ -87,6 +89,7 @@ class Data:
             )
         between(self, "data", "translate", 0, self.size - 1)
         between(self, "data", "cutout", 0, self.size)
+        between(self, "data", "test_share", 0, 0.9)
         if self.fit == "auto":
             object.__setattr__(self, "fit", usual_fit(self.size))
 

@@ -50,6 +50,7 @@ class Dataset:
     note: str
     fingerprint: str  # of all images, labels and class names
     fit: str = "stretch"  # how pictures became squares (data.fit)
+    test_share: float = 0.0  # of its images, drawn to test on (data.test_share)
 
     @property
     def sequences(self) -> bool:
@@ -119,7 +120,9 @@ class Dataset:
                 )
 
 
-def dataset_of(name: str, classes, train, test, note: str, fit: str = "stretch") -> Dataset:
+def dataset_of(
+    name: str, classes, train, test, note: str, fit: str = "stretch", share: float = 0.0
+) -> Dataset:
     """From numpy pairs (images, labels)."""
     digest = hashlib.sha256("\n".join(classes).encode())
     for array in (*train, *test):
@@ -129,4 +132,4 @@ def dataset_of(name: str, classes, train, test, note: str, fit: str = "stretch")
         Split(torch.from_numpy(images), torch.from_numpy(labels))
         for images, labels in (train, test)
     )
-    return Dataset(name, tuple(classes), first, second, note, digest.hexdigest()[:16], fit)
+    return Dataset(name, tuple(classes), first, second, note, digest.hexdigest()[:16], fit, share)

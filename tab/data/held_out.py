@@ -1,9 +1,13 @@
-"""Which images are held out: a choice by class, drawn from a seed."""
+"""Which images are held out, to validate or to test on: a choice by class, drawn from a seed."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Pair = tuple[np.ndarray, np.ndarray]  # images uint8 (N, side, side, 3), labels int64 (N,)
+HOW = "--set data.test_share=0.2 to draw a fifth of each class to test on"
 
 
 def hold_out(
@@ -34,6 +38,36 @@ def hold_out(
         members = (labels == label).nonzero().flatten()
         held[members[torch.randperm(len(members), generator=generator)[:share]]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def check_share(share: float, has_test: bool, where: str, choose: str = "") -> None:
+    """A ValueError unless just one thing says what is tested on: the set, or data.test_share.
+    choose: what else can be done about a set that says nothing."""
+    if not 0 <= share <= 0.9:
+        raise ValueError(f"test_share = {share!r}: give a share from 0 to 0.9")
+    if has_test and share:
+        raise ValueError(
+            f"{where} has test images of its own, and data.test_share = {share}: leave that out"
+        )
+    if not has_test and not share:
+        raise ValueError(f"{where} has nothing to test on: give {HOW}{choose}")
+
+
+def draw_test(images: np.ndarray, labels: np.ndarray, share: float, where: str):
+    """(train, test, note): the share of each class, and one image at least, to test on. It is the
+    same for all models and seeds. A ValueError: a class has a single image."""
+    sizes = np.bincount(labels)
+    classes, total = int((sizes > 0).sum()), len(labels)
+    if (sizes == 1).any():
+        raise ValueError(
+            f"{where}: {int((sizes == 1).sum())} of {classes} classes have a single image, which "
+            "cannot be in train and in test: add images, or remove the class"
+        )
+    count = min(max(round(total * share), classes), total - classes)
+    chosen = hold_out(torch.from_numpy(labels), count, seed=0, least=(1, 1))
+    train, test = ((images[i], labels[i]) for i in (index.numpy() for index in chosen))
+    note = f"; of its {total:,} images {count:,} were drawn to test on (data.test_share = {share})"
+    return train, test, note
 
 
 def _shares(sizes: Tensor, count: int, low: Tensor, high: Tensor) -> Tensor:

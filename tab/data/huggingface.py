@@ -20,7 +20,8 @@ import numpy as np
 
 from ..checks import check_keys
 from .decode import Progress, decode_all, resized_note, shared_note
-from .pictures import TESTS, TRAIN, Pair
+from .held_out import Pair, check_share, draw_test
+from .pictures import TESTS, TRAIN
 from .tree import shown, stamp
 
 PREFIX = "hf:"
@@ -78,29 +79,35 @@ class Source:
 
 
 def read(
-    source: Source, side: int, fit: str, progress: Progress | None
+    source: Source, side: int, fit: str, progress: Progress | None, share: float
 ) -> tuple[tuple[str, ...], Pair, Pair, str]:
-    """(classes, train, test, note). ValueError, OSError or ImportError name the way out."""
+    """(classes, train, test, note). ValueError, OSError or ImportError name the way out. share:
+    data.test_share."""
     whole = _load(source)
     train_name = _one(source, "train", source.train, list(whole), [TRAIN])
-    test_name = _one(source, "test", source.test, list(whole), TESTS)
-    train, test = whole[train_name], whole[test_name]
-    image, label = _columns(source, train)
-    classes, label_of = _classes(source, train, label)
-    pairs, total = [], 0
-    for name, split in ((train_name, train), (test_name, test)):
-        labels = _labels(source, split, name, label, label_of)
-        images, resized = _images(source, split, name, image, side, fit, progress)
+    names, test_name = [train_name], ""
+    if source.test or set(TESTS) & set(whole):
+        names.append(test_name := _one(source, "test", source.test, list(whole), TESTS))
+    choose = f", or name one of {_listed(list(whole))} as hf:NAME?test=…"
+    check_share(share, bool(test_name), source.spec, choose)
+    image, label = _columns(source, whole[train_name])
+    classes, label_of = _classes(source, whole[train_name], label)
+    pairs, total, drawn = [], 0, ""
+    for name in names:
+        labels = _labels(source, whole[name], name, label, label_of)
+        images, resized = _images(source, whole[name], name, image, side, fit, progress)
         pairs.append((images, labels))
         total += resized
+    if not test_name:
+        *pairs, drawn = draw_test(*pairs[0], share, source.spec)
+    train, test = pairs
     note = f"{shown(source.name)}, as datasets has it"
     note += f" (config {source.config})" if source.config else ""
     note += f" (revision {source.revision})" if source.revision else ""
-    note += f": {len(train):,} train, {len(test):,} test{resized_note(total, side, fit)}"
-    if test_name != "test":
+    note += f": {len(train[1]):,} train, {len(test[1]):,} test{resized_note(total, side, fit)}"
+    if test_name not in ("test", ""):
         note += f"; the split {test_name} is the test set"
-    note += shared_note(pairs[0][0], pairs[1][0])
-    return classes, pairs[0], pairs[1], note
+    return classes, train, test, note + drawn + shared_note(train[0], test[0])
 
 
 def _load(source: Source) -> dict[str, Any]:

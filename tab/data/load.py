@@ -26,7 +26,7 @@ from . import pictures as _pictures
 from . import sequences, shapes
 from .dataset import Dataset, Split, dataset_of
 from .decode import resized_array
-from .held_out import hold_out
+from .held_out import check_share, hold_out
 from .tree import FILE, Archive, Folder, is_archive, locate, open_tree, shown, stamp
 
 __all__ = ["Dataset", "Split", "hold_out", "load_dataset", "loader"]
@@ -42,6 +42,7 @@ def load_dataset(
     *,
     size: int = IMAGE,
     fit: Literal["auto", "crop", "stretch"] = "auto",
+    test_share: float = 0.0,
     root: str | Path | None = None,
     download: bool = True,
     progress: Progress | None = None,
@@ -52,15 +53,18 @@ def load_dataset(
     already there). "shapes" or "shapes:TRAIN/TEST": drawn, with these numbers of images. "recall",
     "copy", "needle", or with sizes "recall:256:20000/2000": sequences of tokens (sequences.py). A
     folder, or an archive of one (.zip, .tar, .tar.gz, .tar.xz, .tar.bz2), at whatever depth:
-    pictures train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM), or the official
-    Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to disk. "hf:NAME", with
-    keys "hf:NAME?label=fine_label": Hugging Face's (huggingface.py).
-    size, fit: rows and columns of an image, and how pictures become so: as data.size and data.fit
-    of a recipe, which must be the same.
+    pictures train/<class>/*, test/<class>/* (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM), or <class>/*
+    alone, or the official Python files of CIFAR-10 or CIFAR-100; read in memory, never unpacked to
+    disk. "hf:NAME", with keys "hf:NAME?label=fine_label": Hugging Face's (huggingface.py).
+    size, fit: rows and columns of an image, and how pictures become so. test_share: of a set
+    without test images, the share of each class that is drawn to test on. All three as data.size,
+    data.fit and data.test_share of a recipe, which must be the same.
     ValueError or OSError name the file at fault and the way out.
     """
     root = Path(root or os.environ.get("TAB_DATA") or "data")
     spec, fit = str(spec), usual_fit(size) if fit == "auto" else fit
+    if spec.split(":")[0] in NAMED and not spec.startswith(_huggingface.PREFIX):
+        check_share(test_share, True, spec)
     if spec == "cifar10":
         return _cifar10(root, download, size, fit)
     if spec == "shapes" or spec.startswith("shapes:"):
@@ -68,11 +72,11 @@ def load_dataset(
     if sequences.named(spec):
         return _sequences(spec)
     if spec.startswith(_huggingface.PREFIX):
-        return _hugging_face(_huggingface.Source.of(spec), root, size, fit, progress)
+        return _hugging_face(_huggingface.Source.of(spec), root, size, fit, progress, test_share)
     path = Path(spec).expanduser()
     try:
         if path.is_dir() or is_archive(path):
-            return _from_files(path, root, size, fit, progress)
+            return _from_files(path, root, size, fit, progress, test_share)
     except PermissionError as error:
         raise PermissionError(
             f"{shown(error.filename)} may not be read: allow it (chmod), or give a copy that may"
@@ -84,7 +88,7 @@ def loader(dataset: Dataset, spec: str, *, root: str | Path | None = None) -> Ca
     """What loads `dataset` in another process, by `spec`, from the cache that loading it here has
     filled; it makes sure that it is the same."""
     root = Path(root or os.environ.get("TAB_DATA") or "data").resolve()
-    how = {"size": dataset.size or IMAGE, "fit": dataset.fit}
+    how = {"size": dataset.size or IMAGE, "fit": dataset.fit, "test_share": dataset.test_share}
     return partial(_load_same, spec, root, dataset.fingerprint, how)
 
 
@@ -130,11 +134,18 @@ def _sequences(spec: str) -> Dataset:
 
 
 def _cached(
-    root: Path, name: str, key: str, size: int, fit: str, make: Callable[[], Dataset]
+    root: Path,
+    name: str,
+    key: str,
+    size: int,
+    fit: str,
+    make: Callable[[], Dataset],
+    share: float = 0.0,
 ) -> Dataset:
     """The data set from the cache, if that was made of `key`; else made, and cached."""
     name += "" if size == IMAGE else f"-{size}"
     name += "" if fit == usual_fit(size) else f"-{fit}"
+    name += f"-test-{share!r}" if share else ""
     file = root / "cache" / f"{name}.npz"
     if (found := _cache.load(file, key)) is None:
         dataset = make()
@@ -161,6 +172,7 @@ def _cached(
         note=str(found["note"]),
         fingerprint=str(found["fingerprint"]),
         fit=fit,
+        test_share=share,
     )
 
 
@@ -172,30 +184,39 @@ def _cifar10(root: Path, download: bool, size: int, fit: str) -> Dataset:
 
 
 def _hugging_face(
-    source: _huggingface.Source, root: Path, size: int, fit: str, progress: Progress | None
+    source: _huggingface.Source,
+    root: Path,
+    size: int,
+    fit: str,
+    progress: Progress | None,
+    share: float,
 ) -> Dataset:
     def make() -> Dataset:
-        return dataset_of(source.spec, *_huggingface.read(source, size, fit, progress), fit)
+        read = _huggingface.read(source, size, fit, progress, share)
+        return dataset_of(source.spec, *read, fit, share)
 
     place = hashlib.sha256(source.spec.encode()).hexdigest()[:8]
     name = f"hf-{shown(Path(source.name).name)[:40]}-{place}"
-    return _cached(root, name, source.key(), size, fit, make)
+    return _cached(root, name, source.key(), size, fit, make, share)
 
 
-def _from_files(path: Path, root: Path, size: int, fit: str, progress: Progress | None) -> Dataset:
+def _from_files(
+    path: Path, root: Path, size: int, fit: str, progress: Progress | None, share: float
+) -> Dataset:
     path = path.resolve()
 
     def make() -> Dataset:
         tree = open_tree(path)
         kind, base = _located(tree)
         if kind == "pictures":
-            read = _pictures.read(tree, base, _cifar.CLASSES, size, fit, progress)
+            read = _pictures.read(tree, base, _cifar.CLASSES, size, fit, progress, share)
         else:
+            check_share(share, True, shown(path))
             read = _sized(_cifar.read(tree, kind, base), size)
-        return dataset_of(f"folder:{shown(path.name)}", *read, fit)
+        return dataset_of(f"folder:{shown(path.name)}", *read, fit, share)
 
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    return _cached(root, f"{shown(path.name)[:40]}-{place}", _key(path), size, fit, make)
+    return _cached(root, f"{shown(path.name)[:40]}-{place}", _key(path), size, fit, make, share)
 
 
 def _key(path: Path) -> str:
@@ -213,6 +234,8 @@ def _key(path: Path) -> str:
 def _located(tree: Folder | Archive) -> tuple[str, str]:
     if found := locate(tree, KINDS):
         return found
+    if (base := _pictures.locate_unsplit(tree)) is not None:
+        return "pictures", base
     raise ValueError(_pictures.nothing(tree))
 
 
@@ -229,6 +252,6 @@ def _unknown(spec: str, path: Path) -> str:
         known += [str(path.parent / name) for name in near]
     choose = (
         "choose cifar10, shapes, shapes:TRAIN/TEST, recall, copy, needle, hf:NAME, or an existing "
-        "folder or archive (tar, zip) with train/<class>/* and test/<class>/*"
+        "folder or archive (tar, zip) with train/<class>/* and test/<class>/*, or <class>/*"
     )
     return unknown(spec, known, choose, what="data set ")

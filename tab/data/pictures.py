@@ -1,6 +1,7 @@
 """Pictures train/<class>/* and test/<class>/* of a folder or archive, as uint8 arrays.
 
-Without a folder `test`, the pictures in `val` are the test set, and the note says so. Hidden files
+Without a folder `test`, the pictures in `val` are the test set, and the note says so. Without that
+either, or of class folders alone, data.test_share says how many are drawn to test on. Hidden files
 and folders are no part of a set; other files that are no pictures are passed over, and counted and
 named in the note.
 """
@@ -13,11 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .decode import ENDINGS, Progress, decode_all, looks_like_picture, resized_note, shared_note
+from .held_out import Pair, check_share, draw_test
 from .tree import FILE, FOLDER, LOST, Archive, Folder, shown, stamp, visible
 
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
 LAYOUT = "wanted are pictures train/<class>/* and test/<class>/*"
-Pair = tuple[np.ndarray, np.ndarray]  # images uint8 (N, side, side, 3), labels int64 (N,)
 
 
 def is_set(entries: dict[str, str]) -> bool:
@@ -29,8 +30,9 @@ def is_set(entries: dict[str, str]) -> bool:
 class Layout:
     """Where the pictures of a set lie."""
 
-    test: str  # the folder that is the test set
-    other: list[str]  # those that might be as well, and are not read
+    train: str  # the folder of the class folders; "": they lie where the set does
+    test: str = ""  # the folder that is the test set; "": there is none
+    other: list[str] = field(default_factory=list)  # might be as well, and are not read
     files: dict[str, list[str]] = field(default_factory=dict)  # {"train/cat": names}
     skipped: list[str] = field(default_factory=list)  # no pictures, by name and place
 
@@ -38,16 +40,43 @@ class Layout:
 def scan(tree: Folder | Archive, base: str) -> Layout:
     """The files of the set in the folder `base`. ValueError names what lies where it must not."""
     tests = [name for name in TESTS if tree.list(base).get(name) == FOLDER]
-    found = Layout(tests[0], tests[1:])
-    for split in (TRAIN, found.test):
+    found = Layout(TRAIN, tests[0], tests[1:]) if tests else Layout(_unsplit(tree, base) or "")
+    for split in (found.train, *tests[:1]):
         for name, kind in visible(tree.list(_join(base, split))).items():
+            place = _join(split, name)
             if kind == FOLDER:
-                found.files[f"{split}/{name}"] = _files(tree, base, f"{split}/{name}", found)
+                found.files[place] = _files(tree, base, place, found)
             elif kind == FILE and _meant(name):
-                raise ValueError(f"{_at(tree, base, split, name)} is in no class folder; {LAYOUT}")
+                raise ValueError(f"{_at(tree, base, place)} is in no class folder; {LAYOUT}")
             else:
-                found.skipped.append(_not_lost(tree, base, f"{split}/{name}", kind))
+                found.skipped.append(_not_lost(tree, base, place, kind))
     return found
+
+
+def locate_unsplit(tree: Folder | Archive) -> str | None:
+    """The folder of a set without test pictures, which may be the only one within others."""
+    folder = ""
+    while True:
+        below = [name for name, kind in visible(tree.list(folder)).items() if kind == FOLDER]
+        if set(TESTS) & set(below):
+            return None
+        if _unsplit(tree, folder) is not None:
+            return folder
+        if len(below) != 1:
+            return None
+        folder = _join(folder, below[0])
+
+
+def _unsplit(tree: Folder | Archive, base: str) -> str | None:
+    """Where below `base` there are folders of pictures: "train", or "", which is `base` itself."""
+    for split in (TRAIN, ""):
+        place = _join(base, split)
+        inner = tree.list(place) if split == "" or tree.list(base).get(split) == FOLDER else {}
+        for name in [name for name, kind in visible(inner).items() if kind == FOLDER]:
+            files = visible(tree.list(_join(place, name)))
+            if any(kind == FILE and _meant(file) for file, kind in files.items()):
+                return split
+    return None
 
 
 def _files(tree: Folder | Archive, base: str, folder: str, found: Layout) -> list[str]:
@@ -105,9 +134,13 @@ def read(
     side: int,
     fit: str,
     progress: Progress | None,
+    share: float,
 ) -> tuple[tuple[str, ...], Pair, Pair, str]:
-    """(classes, train, test, note); classes in `order` if they are just those, else sorted."""
+    """(classes, train, test, note); classes in `order` if they are just those, else sorted.
+    share: data.test_share."""
     found = scan(tree, base)
+    holds = ", ".join(map(shown, list(visible(tree.list(base)))[:8]))
+    check_share(share, bool(found.test), f"{_at(tree, base)} (it holds {holds})", f"; {LAYOUT}")
     fetch = tree.read([_join(base, d, name) for d, names in found.files.items() for name in names])
     for folder, names in found.files.items():
         for name in names[:]:
@@ -116,9 +149,9 @@ def read(
                 found.skipped.append(f"{folder}/{name}")
     classes = _classes(tree, base, found, order)
     names, labels, counts = [], [], []
-    for split in (TRAIN, found.test):
+    for split in (found.train, *[found.test] * bool(found.test)):
         for label, name in enumerate(classes):
-            files = found.files[f"{split}/{name}"]
+            files = found.files[_join(split, name)]
             names += [_join(base, split, name, file) for file in files]
             labels += [label] * len(files)
         counts.append(len(names))
@@ -131,15 +164,17 @@ def read(
 
     images, resized = decode_all(len(names), contents, at, side, fit, progress)  # train, then test
     n, both = counts[0], np.asarray(labels, np.int64)
-    note = _note(tree, found, names, n, resized_note(resized, side, fit))
-    note += shared_note(images[:n], images[n:])
-    return tuple(map(shown, classes)), (images[:n], both[:n]), (images[n:], both[n:]), note
+    train, test, drawn = (images[:n], both[:n]), (images[n:], both[n:]), ""
+    if not found.test:
+        train, test, drawn = draw_test(*train, share, _at(tree, base))
+    note = f"pictures from {shown(tree.path.name)}: {len(train[1]):,} train, {len(test[1]):,} test"
+    note += resized_note(resized, side, fit) + drawn + _note(found, names)
+    return tuple(map(shown, classes)), train, test, note + shared_note(train[0], test[0])
 
 
-def _note(tree: Folder | Archive, found: Layout, names: list[str], train: int, resized: str) -> str:
-    note = f"pictures from {shown(tree.path.name)}: {train:,} train, {len(names) - train:,} test"
-    note += resized
-    if found.test != "test":
+def _note(found: Layout, names: list[str]) -> str:
+    note = ""
+    if found.test not in ("test", ""):
         note += f"; there is no folder test: the pictures in {found.test} are the test set"
     if found.other:
         note += f"; not read: {', '.join(found.other)}"
@@ -158,12 +193,12 @@ def _classes(
 ) -> tuple[str, ...]:
     path = _at(tree, base)
     train, test = (
-        {name.split("/")[1] for name in found.files if name.startswith(f"{split}/")}
-        for split in (TRAIN, found.test)
+        {name.rpartition("/")[2] for name in found.files if name.rpartition("/")[0] == split}
+        for split in (found.train, found.test)
     )
     pairs = ((TRAIN, found.test, train - test), (found.test, TRAIN, test - train))
     for here, there, names in pairs:
-        if names:
+        if names and found.test:
             raise ValueError(
                 f"{path}: {here} has the classes {', '.join(map(shown, sorted(names)))}, {there} "
                 "has not; both need the same class folders"
@@ -172,9 +207,7 @@ def _classes(
         raise ValueError(f"{path} has {len(train)} classes, but 2 or more are needed; {LAYOUT}")
     for name, files in found.files.items():
         if not files:
-            raise ValueError(
-                f"{_at(tree, base, name)} is empty; add pictures, or remove the class from both"
-            )
+            raise ValueError(f"{_at(tree, base, name)} is empty; add pictures, or remove the class")
     return order if train == set(order) else tuple(sorted(train))
 
 

@@ -31,6 +31,11 @@ def split_batches(
             f"{dataset.name} is of {kind}, which the model {config.model} does not read: give "
             f"another --data, or --models {other} (of sequences: --recipe recall --models tokens)"
         )
+    if config.data.test_share != dataset.test_share:
+        raise ValueError(
+            f"{dataset.name} was read with test_share={dataset.test_share}, and data.test_share = "
+            f"{config.data.test_share}: read it with that"
+        )
     if dataset.sequences:
         return _of_sequences(config, dataset, device)
     data, labels = config.data, dataset.train.labels

@@ -35,13 +35,15 @@ def _named(data: str) -> bool:
 
 
 def load_data(spec: str, images=None, *, kept: bool = False, progress=None):
-    """images: a recipe's or run's [data], which says their size; by default 32. kept: `spec` is
+    """images: a recipe's or run's [data], which says their size, by default 32, and how many are
+    drawn to test on. kept: `spec` is
     what a result was made with. progress: told (done, total, what)."""
     from ..data.load import load_dataset
 
     if kept and not _named(spec) and not Path(spec).exists():
         raise ValueError(f"the data is no longer at {spec}: say where it is now, with --data")
-    how = {"size": images.size, "fit": images.fit} if images else {}
+    keys = ("size", "fit", "test_share")
+    how = {key: getattr(images, key) for key in keys} if images else {}
     return load_dataset(spec, **how, progress=progress)
 
 

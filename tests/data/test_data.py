@@ -150,7 +150,7 @@ def one_class(folder):
 
 def no_test_folder(folder):
     (folder / "test").rename(folder / "elsewhere")
-    return r"has no folder 'test' \(nor 'val'\), it holds elsewhere, train; wanted"
+    return r"\(it holds elsewhere, train\) has nothing to test on: give .*; wanted are pictures"
 
 
 def no_train_folder(folder):

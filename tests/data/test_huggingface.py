@@ -94,6 +94,22 @@ def test_what_cannot_be_known_is_asked_for(saved):
             load_dataset(spec + query)
 
 
+def test_a_share_of_train_is_tested_on_where_there_is_nothing_else(saved):
+    spec = saved(train=table(30), rest=table(6))
+    said = r"nothing to test on: give --set data\.test_share=0\.2 .*, or name one of train, rest as"
+    with pytest.raises(ValueError, match=said):
+        load_dataset(spec)
+    data = load_dataset(spec, test_share=0.2)
+    assert torch.bincount(data.test.labels).tolist() == [2] * 3 and len(data.train) == 24
+    reds = [set(split.images[:, 0, 0, 0].tolist()) for split in (data.train, data.test)]
+    assert not reds[0] & reds[1] and reds[0] | reds[1] == set(range(30))
+    assert "24 train, 6 test" in data.note and "of its 30 images 6 were drawn" in data.note
+    with pytest.raises(ValueError, match="has test images of its own"):
+        load_dataset(f"{spec}?test=rest", test_share=0.2)
+    with pytest.raises(ValueError, match="has test images of its own"):
+        load_dataset(saved(train=table(3), val=table(3)), test_share=0.2)
+
+
 def test_a_column_without_classes_is_named(saved):
     several = (hf.Sequence(hf.Value("int64")), [[0, 1], [2], []])
     spec = saved(train=table(3, several=several), test=table(3, several=several))
