@@ -120,6 +120,7 @@ def _sections(dataset: Dataset, options: Options | None) -> Iterator[Section]:
         return
     calibration = {"bins": BINS, **on}
     yield "calibration", calibration, lambda *a: {"ece": calibration_error(*answers(*a))}
+    yield "mirrored", dict(on), _mirrored
     settings = on | {"images": min(options.images, len(dataset.test)), "seed": 0}
     settings |= {"epsilon": EPSILON, "alpha": ALPHA, "steps": STEPS, "large": LARGE}
     yield "attacks", settings, lambda model, test: attacked(model, test, settings["images"])
@@ -160,6 +161,11 @@ def _noise(model: nn.Module, test: Batches) -> dict:
     return {"accuracy": noise_curve(model, test), "images": test.samples}
 
 
+def _mirrored(model: nn.Module, test: Batches) -> dict:
+    both = accuracy(lambda x: (model(x) + model(x.flip(3))) / 2, test)
+    return {"accuracy": both, "images": test.samples}
+
+
 def _on(split: Split, model: nn.Module, test: Batches) -> dict:
     return {"accuracy": accuracy(model, instead(test, split)), "images": len(split)}
 
@@ -197,8 +203,8 @@ def instead(test: Batches, split: Split) -> Batches:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """The share of the images that the model answers rightly."""
+def accuracy(model: Callable[[torch.Tensor], torch.Tensor], batches: Batches) -> float:
+    """The share of the images that the model, or what makes logits of it, answers rightly."""
     right = sum((model(x).argmax(-1) == y).sum() for x, y in batches.epoch(0))
     return float(right) / batches.samples
 

@@ -6,6 +6,7 @@ the sum of the weights.
 
     noise             accuracy against Gaussian noise on the input
     calibration       expected calibration error
+    mirrored          accuracy from the mean logits of each test image and its mirror image
     attacks           FGSM, PGD and the signs of masked gradients (tab/analysis/attacks.py)
     pgd               accuracy under PGD at ε = 0.25/255 … 8/255, with each image's answer
     autoattack        the same under AutoAttack at 1/255 and 8/255, where asked for
@@ -65,8 +66,8 @@ class Cache(TypedDict):
     images: int
 
 
-class NewTest(TypedDict):
-    """Accuracy on a new test set."""
+class One(TypedDict):
+    """One accuracy: on a new test set, or on mirrored copies, too."""
 
     accuracy: float
 
@@ -77,7 +78,8 @@ KINDS = {  # else a Curve
     "pgd": Answered,
     "autoattack": Answered,
     "cache": Cache,
-    "cifar10.1": NewTest,
+    "mirrored": One,
+    "cifar10.1": One,
 }
 
 

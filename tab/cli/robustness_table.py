@@ -32,6 +32,7 @@ def _of(section: str, key: str, at: int | None = None) -> Callable[[Found], floa
 
 COLUMNS: dict[str, Callable[[Found], float | None]] = {
     "Clean": _of("noise", "accuracy", 0),
+    "Mirrored too": _of("mirrored", "accuracy"),
     "Noise": _of("noise", "accuracy", -1),
     "Corrupted": _corrupted,
     "FGSM": _of("attacks", "fgsm"),
@@ -50,7 +51,8 @@ def robustness_table(runs: dict[str, Found]) -> Table:
         if any(read(found) is not None for found in runs.values())
     }
     note = (
-        "In per cent. Noise: σ = 1 standard deviation of the images. Corrupted: mean over kinds "
+        "In per cent. Mirrored too: mean logits of an image and its mirror image. "
+        "Noise: σ = 1 standard deviation of the images. Corrupted: mean over kinds "
         f"and severities. FGSM, PGD: attacks of ε = {255 * EPSILON:g}/255. ECE: calibration error."
     )
     for name, found in runs.items():

@@ -44,6 +44,7 @@ def _table(mine: list[tuple[Run, Found]]) -> str:
     control = {run.seed: found for run, found in mine if run.attention == "none"}
     columns: dict[str, Value] = {
         "ECE": _at("calibration", "ece"),
+        "Mirrored too": _at("mirrored", "accuracy"),
         "FGSM": _at("attacks", "fgsm"),
         f"PGD-{STEPS}": _at("attacks", "pgd"),
         "random ±ε": _at("attacks", "random"),
@@ -138,6 +139,9 @@ def relative_corruption_error(
 def _words(everything: list[Found]) -> str:
     text = "In per cent, means over seeds ± half a 95 % t-interval. ECE: expected calibration error"
     text += " on the clean test set, 15 bins."
+    if any("mirrored" in found for found in everything):
+        text += " Mirrored too: accuracy from the mean logits of each test image and its mirror"
+        text += " image (test-time augmentation), which no other accuracy here makes use of."
     if counts := {f["attacks"]["images"] for f in everything if "attacks" in f}:
         images = " or ".join(f"{n:,}" for n in sorted(counts))
         text += (

@@ -121,6 +121,7 @@ def robust() -> dict:
     attacks = {"fgsm": 0.1, "pgd": 0.0, "suspicions": ["the loss is flat"]}
     found = {"noise": {"accuracy": [0.7, 0.1]}, "own/fog": {"accuracy": [0.5] * 5}}
     found |= {"attacks": attacks, "calibration": {"ece": 0.05}, "cifar10.1": {"accuracy": 0.6}}
+    found["mirrored"] = {"accuracy": 0.71}
     return {"resnet9-kv_compression-s12": {**found, "autoattack": {"accuracy": [0.2, 0.0]}}}
 
 

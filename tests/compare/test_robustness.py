@@ -35,6 +35,23 @@ def test_calibration_error_by_hand():
     assert calibration_error(sure, np.random.default_rng(1).random(100_000) < sure) < 0.01
 
 
+def test_mirrored_copies_count_as_much_as_the_images(dataset):
+    """Each image weighs as much as its mirror image, so a mirrored set scores the same; a model
+    that answers by the left half alone does not see the two alike."""
+    weight = torch.randn(3 * 32 * 16, 10, generator=torch.Generator().manual_seed(0))
+
+    def model(x):  # (B, 3, 32, 32)
+        return x[..., :16].flatten(1) @ weight
+
+    test = Batches(dataset.test, batch_size=7, mean=[120.0, 110, 100], std=[60.0, 50, 40])
+    mirrored = instead(test, Split(dataset.test.images.flip(2), dataset.test.labels))
+    logits = torch.cat([(model(x) + model(x.flip(3))) / 2 for x, _ in test.epoch(0)])
+    by_hand = (logits.argmax(1) == dataset.test.labels).float().mean().item()
+    found = [robustness._mirrored(model, each) for each in (test, mirrored)]
+    assert found[0] == found[1] == {"accuracy": pytest.approx(by_hand), "images": 20}
+    assert len({robustness.accuracy(model, each) for each in (test, mirrored)} | {by_hand}) > 1
+
+
 @pytest.fixture(scope="module")
 def dataset():
     return load_dataset("shapes:100/20")
@@ -58,11 +75,11 @@ def test_a_run_keeps_what_was_measured(trained, dataset):
 
     with pytest.raises(KeyboardInterrupt):
         measure(trained, dataset, Options(images=10), progress=stop)
-    assert set(read(trained)) == {"noise", "calibration", "attacks"}
+    assert set(read(trained)) == {"noise", "calibration", "mirrored"}
     found = measure(trained, dataset, Options(10), progress=lambda i, n, name: seen.append(name))
-    assert len(seen) == 2 + 1 + 2 + len(OWN)  # nothing twice, but for what was cut off
+    assert len(seen) == 2 + 1 + 3 + len(OWN)  # nothing twice, but for what was cut off
     own = (f"own/{kind}" for kind in OWN)
-    assert set(found) == {"noise", "calibration", "attacks", "pgd", "cache", *own}
+    assert set(found) == {"noise", "calibration", "mirrored", "attacks", "pgd", "cache", *own}
     assert found == read(trained) and len(found["own/blur"]["accuracy"]) == 5
     clean = json.loads((trained / "run.json").read_text())["summary"]["final_test_accuracy"]
     assert found["noise"]["accuracy"][0] == pytest.approx(clean)
