@@ -3,9 +3,9 @@
     tab compare --plugin mine.py --attentions none,mine
 
 A plugin is run once in a process; what it registers (`tab.layers.register_attention`) is known from
-then on. A study keeps the name and the checksum of each, so that what was begun with one formula
-does not go on with another. A file travels with the tasks: other processes and other machines
-need not have it; a module has to be installed where a task runs.
+then on. A study keeps the name and the checksum of each, so that what was trained with one formula
+does not go on with another. A file travels with the tasks: other processes and other machines need
+not have it; a module has to be installed where a task runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import importlib.util
 import linecache
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +32,12 @@ class Plugin:
 
     @property
     def module(self) -> str:
-        """As Python knows it; of a file a name that no other module has."""
+        """As Python knows it; of a file a name that no other module has, but for what that file
+        held before."""
         if self.source is None:
             return self.name
-        return f"tab_plugin_{Path(self.name).stem}_{self.sha256[:8]}"
+        place = hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()
+        return f"tab_plugin_{Path(self.name).stem}_{place[:8]}"
 
     def record(self) -> dict[str, str]:
         """What a study keeps of it."""
@@ -85,10 +87,12 @@ def find(name: str) -> Plugin:
 
 
 def load(plugins: Iterable[Plugin]) -> None:
-    """Runs those that do not run in this process yet; a ValueError names one that fails."""
+    """Runs those that do not run in this process yet, in place of what they were before; a
+    ValueError names one that fails."""
     for plugin in plugins:
         if plugin.sha256 in _loaded:
             continue
+        _forget([was for was in _loaded.values() if was.module == plugin.module])
         try:
             if plugin.source is None:
                 _import(plugin)
@@ -98,6 +102,16 @@ def load(plugins: Iterable[Plugin]) -> None:
             why = f"{type(error).__name__}: {error}"
             raise ValueError(f"the plugin {plugin.name} does not load: {why}") from error
         _loaded[plugin.sha256] = plugin
+
+
+def _forget(before: Iterable[Plugin]) -> None:
+    """So that Python does not take an earlier state of a module for the one that is there now."""
+    for plugin in before:
+        del _loaded[plugin.sha256]
+        for name in [*sys.modules]:
+            if name == plugin.module or name.startswith(f"{plugin.module}."):
+                del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 def _import(plugin: Plugin) -> None:
@@ -122,29 +136,54 @@ def _run(plugin: Plugin) -> None:
         raise
 
 
-def again(kept: Sequence[dict[str, str]], given: Sequence[str] = ()) -> list[Plugin]:
+def again(
+    kept: Sequence[dict[str, str]],
+    given: Sequence[str] = (),
+    results: Callable[[str], Sequence[str]] | None = None,
+) -> list[Plugin]:
     """The plugins of a study that goes on. kept: their records. given: where they are now, as far
-    as that is said. A ValueError names a plugin that is gone, is another one, or came later."""
-    here = {plugin.sha256: plugin for plugin in map(find, given)}
-    if extra := [p.name for p in here.values() if p.sha256 not in {k["sha256"] for k in kept}]:
+    as that is said. results: the paths of what it holds that a checksum's plugin made; one without
+    any may have changed. A ValueError names a plugin that is gone, is another one, or came later.
+    """
+    here = list(map(find, given))
+    found = [_same(record, here) or _successor(record, here, results) for record in kept]
+    if extra := [plugin.name for plugin in here if plugin not in found]:
         were = ", ".join(f"{k['name']} (sha256 {k['sha256'][:12]}…)" for k in kept) or "none"
         raise ValueError(
             f"{', '.join(extra)} is none of the plugins that this was begun with: {were}; give "
             "these as they were, or start anew"
         )
-    return [here.get(k["sha256"]) or _as_kept(k) for k in kept]
+    return found
 
 
-def _as_kept(kept: dict[str, str]) -> Plugin:
+def _same(kept: dict[str, str], here: Sequence[Plugin]) -> Plugin | None:
+    return next((plugin for plugin in here if plugin.sha256 == kept["sha256"]), None)
+
+
+def _successor(
+    kept: dict[str, str],
+    here: Sequence[Plugin],
+    results: Callable[[str], Sequence[str]] | None,
+) -> Plugin:
+    """What now has the name of a plugin."""
+    name = Path(kept["name"]).name
     try:
-        found = find(kept["name"])
+        found = next((p for p in here if Path(p.name).name == name), None) or find(kept["name"])
     except ValueError as error:
         raise ValueError(
             f"{error}, which this was begun with: put it back, or say with --plugin where it is now"
         ) from None
-    if found.sha256 != kept["sha256"]:
-        raise ValueError(
-            f"the plugin {found.name} has changed since this was begun (sha256 was "
-            f"{kept['sha256'][:12]}…, is {found.sha256[:12]}…): put back what it was, or start anew"
-        )
-    return found
+    if found.sha256 == kept["sha256"] or (results and not results(kept["sha256"])):
+        return found
+    changed = (
+        f"the plugin {found.name} has changed since this was begun (sha256 was "
+        f"{kept['sha256'][:12]}…, is {found.sha256[:12]}…): put back what it was, or "
+    )
+    if not results:
+        raise ValueError(f"{changed}start anew")
+    made = results(kept["sha256"])
+    more = f" and {len(made) - 3} more" if len(made) > 3 else ""
+    raise ValueError(
+        f"{changed}remove what was trained with that, and it is trained anew: "
+        f"{', '.join(made[:3])}{more}"
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..cli.given import load_data
 from ..cli.tables import ranked_rows
 from ..compare.driver import compare as run_all
-from ..compare.plan import Grid, Plan, plugins_of
+from ..compare.plan import Grid, Plan, plugins_of, results_of
 from ..compare.runs import Run, read_runs
 from ..compare.verdicts import COLUMNS
 from ..drawing.figures import Picture
@@ -131,7 +131,8 @@ class Comparison(Result):
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.grid = Grid.load(self.directory)
-        use_plugins(None, plugins_of(self.directory))
+        kept, results = plugins_of(self.directory), results_of(self.directory)
+        self._plugins = use_plugins(None, kept, results)
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -162,6 +163,7 @@ class Comparison(Result):
         if data:
             plan = dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, data=where))
             plan.moved(out, dataset)
+        plan = plan.with_plugins(out, self._plugins, say)
         executor, kinds = executor or executor_of(jobs), watched(watch)
         say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -68,22 +69,26 @@ def command(
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..compare.driver import compare
-    from ..compare.plan import Plan, plugins_of
+    from ..compare.plan import Plan, plugins_of, results_of
     from ..study.tuned import sweep_of
     from ..study.watched import WatchedComparison
     from .progress import watcher
 
     kinds = watched(watch, tensorboard=tensorboard)
-    records = use_plugins(plugin, plugins_of(resume) if resume else None)
-    given = {"models": models, "attentions": attentions, "seeds": seeds, "data": data}
-    given |= {"device": device, "batch_seeds": batch_seeds}
-    given |= {"control_seeds": control_seeds, "tune": tune}
+    kept = (plugins_of(resume), results_of(resume)) if resume else ()
+    records = use_plugins(plugin, *kept)
+    given = {
+        **{"models": models, "attentions": attentions, "seeds": seeds, "data": data},
+        **{"device": device, "batch_seeds": batch_seeds},
+        **{"control_seeds": control_seeds, "tune": tune},
+    }
     given = {key: value for key, value in given.items() if value is not None}
     if resume and out:
         raise ValueError("--resume continues in its own directory: drop --out")
     changes = {"epochs": epochs, "overrides": overrides, "compiled": compiled}
     if resume:
         plan, out = _resumed(resume, given, recipe, changes, ray or slurm), resume
+        plan = plan.with_plugins(out, records, partial(say, style="yellow", to=errors))
         plan.configs()
         executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
         dataset = load_data(plan.grid.data, plan.recipe.data(), kept=True)

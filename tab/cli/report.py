@@ -38,12 +38,12 @@ def command(
 ) -> None:
     """Rebuild tables, pictures, report.md and report.html of a comparison, without training."""
     from ..compare.csv_files import write_csvs
-    from ..compare.plan import Plan, plugins_of
+    from ..compare.plan import Plan, plugins_of, results_of
     from ..compare.runs import read_runs
 
     answer = Answer(quiet=quiet, as_json=as_json)
     use_threads(threads)
-    use_plugins(plugin, plugins_of(run))
+    use_plugins(plugin, plugins_of(run), results_of(run))
     plan = Plan.load(run)
     grid = plan.grid
     dataset = load_data(data or grid.data, plan.recipe.data(), kept=not data)

@@ -50,13 +50,13 @@ def command(
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..analysis.robustness import Options, measure
-    from ..compare.plan import plugins_of
+    from ..compare.plan import plugins_of, results_of
     from ..compare.runs import trained_runs
     from ..train.run_files import read_config
     from .robustness_table import robustness_table, summaries
 
     use_threads(threads)
-    use_plugins(plugin, plugins_of(run))
+    use_plugins(plugin, plugins_of(run), results_of(run))
     runs, spec = trained_runs(run)
     if data is None and spec.startswith("folder:"):
         raise ValueError(f"{run} was trained on {spec}: give that folder or archive as --data")

@@ -10,6 +10,7 @@ results/<time>/
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..files.formats import check, read_toml, reading, toml, write_json, write_t
 from ..recipe.recipe import Recipe, load_recipe
 from ..run_config import RunConfig
 from ..train.facts import COPY, facts_of, made_with
-from ..train.run_files import read_run_file
+from ..train.run_files import has_epochs, read_run_file
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Grid:
     classes: int = 10  # of the data set, for which sizes are matched; 0.1 matched for ten whatever
     tune: int = 0  # configurations tried for each model and mechanism before (tab/study/tuned.py)
     control_seeds: int = 0  # of `none`, where it has more than the others
-    # What it was begun with: their records (tab/plugins.py).
+    # What its runs are made with: their records (tab/plugins.py).
     plugins: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def seeds_of(self, attention: str) -> int:
@@ -135,6 +136,21 @@ class Plan:
         made_with(out, dataset)
         self.rewrite(out)
 
+    def with_plugins(
+        self, out: Path, records: list[dict[str, str]], tell: Callable[[str], object]
+    ) -> Plan:
+        """The comparison in `out` with its plugins as they are now, which it keeps. tell: gets a
+        line about each that is no longer what it was begun with."""
+        if records == self.grid.plugins:
+            return self
+        before = {record["sha256"] for record in self.grid.plugins}
+        for record in records:
+            if record["sha256"] not in before:
+                tell(f"{record['name']} has changed; nothing was trained with what it was")
+        plan = dataclasses.replace(self, grid=dataclasses.replace(self.grid, plugins=records))
+        plan.rewrite(out)
+        return plan
+
     def rewrite(self, out: Path) -> None:
         """Replaces the plan of the comparison in `out`."""
         with locked(out):
@@ -152,3 +168,18 @@ def plugins_of(folder: Path) -> list[dict[str, str]]:
     if run := read_run_file(folder):
         return [run["plugin"]] if run.get("plugin") else []
     return Grid.load(folder).plugins
+
+
+def results_of(folder: Path) -> Callable[[str], list[str]] | None:
+    """Of a comparison, or one run: a plugin's checksum -> the folders with epochs of its code. None
+    where a search went before it: what failed there counts, and is not tried again."""
+    if any(folder.glob("*/sweep.toml")):
+        return None
+
+    def made_by(sha256: str) -> list[str]:
+        runs = [path.parent for path in sorted(folder.rglob("run.json"))]
+        runs = [run for run in runs if has_epochs(run)]
+        made = {run: read_run_file(run).get("plugin") or {} for run in runs}
+        return [str(run) for run, plugin in made.items() if plugin.get("sha256") == sha256]
+
+    return made_by

@@ -69,11 +69,13 @@ def register_attention(
                 f"register_attention({name!r}) wants a tab.layers.Attention, got {layer!r}"
             )
         _check_options(name, layer)
-        if layers.setdefault(name, layer) is not layer:
+        was = layers.get(name, layer)
+        # The same class once more: a cell of a notebook that ran again, a plugin that was mended.
+        if (was.__module__, was.__qualname__) != (layer.__module__, layer.__qualname__):
             raise ValueError(
-                f"the attention {name!r} is already {layers[name].__qualname__}; "
-                "give yours another name"
+                f"the attention {name!r} is already {was.__qualname__}; give yours another name"
             )
+        layers[name] = layer
         return layer
 
     return register

@@ -40,7 +40,7 @@ import torch
 from ..checks import check_keys
 from ..layers import attention_options, get_attention, layer_names
 from ..models.flops import flops_on, forward_flops
-from ..models.image_model import build_block, build_model, parameter_count
+from ..models.image_model import build_block, build_model, layer_class, parameter_count
 from ..run_config import RunConfig
 
 BLOCK, BLOCK_FLOPS = "block:", "block-flops:"
@@ -198,9 +198,13 @@ def block_flops_of(config: RunConfig) -> int:
     return _flops_of_block(_same_for_every_seed(config))
 
 
-def _same_for_every_seed(config: RunConfig) -> str:
+_Known = tuple[type, str]  # the class is another where an attention was registered anew
+
+
+def _same_for_every_seed(config: RunConfig) -> _Known:
     same = {k: v for k, v in config.attention_options.items() if k != "seed"}
-    return json.dumps(dataclasses.replace(config, seed=0, attention_options=same).to_dict())
+    one = dataclasses.replace(config, seed=0, attention_options=same)
+    return layer_class(config), json.dumps(one.to_dict())
 
 
 def _remembered(measure: Callable[..., int]) -> Callable[..., int]:
@@ -224,20 +228,20 @@ def _remembered(measure: Callable[..., int]) -> Callable[..., int]:
 
 
 @_remembered
-def _measured(config: str, measure: Callable[[torch.nn.Module], int], classes: int) -> int:
-    run = RunConfig.from_dict(json.loads(config))
+def _measured(config: _Known, measure: Callable[[torch.nn.Module], int], classes: int) -> int:
+    run = RunConfig.from_dict(json.loads(config[1]))
     return _undrawn(lambda: measure(build_model(run, classes)))
 
 
 @_remembered
-def _parameters_of_block(config: str) -> int:
-    run = RunConfig.from_dict(json.loads(config))
+def _parameters_of_block(config: _Known) -> int:
+    run = RunConfig.from_dict(json.loads(config[1]))
     return _undrawn(lambda: parameter_count(build_block(run)))
 
 
 @_remembered
-def _flops_of_block(config: str) -> int:
-    run = RunConfig.from_dict(json.loads(config))
+def _flops_of_block(config: _Known) -> int:
+    run = RunConfig.from_dict(json.loads(config[1]))
     shape = (1, run.tokens, run.model_options.hidden)
     return _undrawn(lambda: flops_on(build_block(run), torch.zeros(shape)))
 

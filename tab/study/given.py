@@ -3,18 +3,24 @@ an executor. Nothing here needs torch before it is called."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
-def use_plugins(given: list[str] | None, kept: list[dict[str, str]] | None = None) -> list[dict]:
+def use_plugins(
+    given: list[str] | None,
+    kept: list[dict[str, str]] | None = None,
+    results: Callable[[str], list[str]] | None = None,
+) -> list[dict]:
     """Loads what --plugin names, before any name of an attention is looked up. kept: the records of
-    what a study was begun with, which has to be that still. -> the records"""
+    what a study was begun with, which has to be that still where it has results of it. -> the
+    records"""
     from .. import plugins
 
     if kept is None:
         found = [plugins.find(name) for name in given or []]
     else:
-        found = plugins.again(kept, given or [])
+        found = plugins.again(kept, given or [], results)
     plugins.load(found)
     return [plugin.record() for plugin in found]
 

@@ -19,7 +19,7 @@ from ..models.image_model import ImageModel, build_model, layer_class
 from ..plugins import origin
 from ..run_config import RunConfig, as_known_now, flat
 from . import checkpoint
-from .run_files import RunFile, again, read_rows, read_run_file
+from .run_files import RunFile, again, has_epochs, read_rows, read_run_file
 from .training_run import Outcome, TrainingRun, place
 from .weights import FILE, load_weights
 
@@ -137,6 +137,10 @@ def found_run(
         return None
     if not resume:
         raise ValueError(f"{out} already holds a run: resume it, or give another directory")
+    kept, now = found.get("plugin"), origin(layer_class(config))
+    changed = bool(kept and now and kept["sha256"] != now["sha256"])
+    if changed and not has_epochs(out):  # it only failed, and this may be why it does no more
+        return None
     if found["data"]["fingerprint"] != dataset.fingerprint:
         raise ValueError(
             f"the run in {out} was trained on {found['data']['name']} "
@@ -149,8 +153,7 @@ def found_run(
     if differ := [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]:
         was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
         raise ValueError(f"the run in {out} is another one: {was}; give another directory")
-    kept, now = found.get("plugin"), origin(layer_class(config))
-    if kept and now and kept["sha256"] != now["sha256"]:
+    if changed:
         raise ValueError(
             f"the run in {out} was begun with the plugin {kept['name']} (sha256 "
             f"{kept['sha256'][:12]}…), and {now['name']} is another (sha256 "

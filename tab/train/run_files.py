@@ -51,6 +51,12 @@ def read_run_file(path: Path) -> RunFile | None:
     return read_json(file, RunFile, again(path)) if file.exists() else None
 
 
+def has_epochs(path: Path) -> bool:
+    """Whether an epoch of the run in the directory `path` has ended."""
+    kept = ("rows.jsonl", "checkpoint.pt", "group.pt")  # whichever a kill left
+    return any((path / name).exists() for name in kept)
+
+
 def read_config(path: Path) -> RunConfig:
     """The options of the run in the directory `path`, which has begun."""
     with reading(path / "run.json", again(path)):
