@@ -1,6 +1,8 @@
 """Triton's interpreter: launchers that run on CPU tensors, in a process with TRITON_INTERPRET=1."""
 
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -9,7 +11,6 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from tab.kernels import _launch
@@ -40,28 +41,12 @@ InterpreterBuilder.create_dot = create_dot
 
 # --- the same, in a third of the time ------------------------------------------------------------
 # The interpreter patches all of triton.language for a launch, and again for each call of a function
-# in it; it makes a table of all types to look up one; it scans number by number; it describes the
-# shape of each result anew, down to one object a dimension; it asks of each pair of operands what
-# type they have in common; and of each sum of integers it finds out, in seven operators, whether it
-# overflows, and tells those alone who debug.
+# in it, which here it may stay; it makes a table of all types to look up one; it scans number by
+# number; it describes the shape of each result anew, down to one object a dimension; it asks of
+# each pair of operands what type they have in common; and of each sum of integers it finds out, in
+# seven operators, whether it overflows, and tells those alone who debug.
 
-patched: set[int] = set()  # in this launch: the names that a module's functions see
-launch, np_dtype, tables = interpreter.GridExecutor.__call__, interpreter._get_np_dtype, {}
-
-
-def launched(executor, *args, **options):
-    patched.clear()
-    launch(executor, *args, **options)
-
-
-def called(function, *args, **options):
-    if id(function.fn.__globals__) not in patched:
-        interpreter._patch_lang(function.fn)
-        patched.add(id(function.fn.__globals__))
-    try:
-        return function.rewrite()(*args, **options)
-    except Exception as error:
-        raise InterpreterError(repr(error)) from error
+np_dtype, tables = interpreter._get_np_dtype, {}
 
 
 def looked_up(dtype) -> np.dtype:
@@ -103,12 +88,12 @@ def described(self, element, shape):
     self.__dict__ = made[key]
 
 
+number = tl.tensor(None, tl.int1)
+
+
 def wrapped(self, handle, type):
-    if type.is_block():
-        self.handle, self.type, self.dtype = handle, type, type.element_ty
-        self.numel, self.shape = type.of_tensors
-    else:
-        tensor(self, handle, type)
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = type.of_tensors if type.is_block() else (number.numel, number.shape)
 
 
 pairs, common = {}, TritonSemantic.binary_op_type_checking_impl
@@ -117,24 +102,23 @@ broadcast = TritonSemantic.broadcast_impl_value
 
 def paired(semantic, left, right, *how, **more):
     """Two operands as Triton would make them, as it did before with others of these types: a number
-    is the same constant again; a tensor has its new shape by name, and NumPy spreads it when it
-    meets the other. Who has to be cast goes the long way."""
+    is the same constant again; a tensor is cast, and has its new shape by name: NumPy spreads it
+    when it meets the other."""
     key = *map(kind, (left, right)), *how, *more.items()
     if key not in pairs:
-        found = common(semantic, left, right, *how, **more)
         types = getattr(left, "type", None), getattr(right, "type", None)  # whose ids are taken
-        same = all(
-            t is None or t.scalar is x.type.scalar for t, x in zip(types, found, strict=True)
-        )
-        pairs[key] = same and found, types
-    found, types = pairs[key]
-    if not found:
-        return common(semantic, left, right, *how, **more)
-    x, y = found
-    return (
-        x if types[0] is None else tl.tensor(left.handle, x.type),
-        y if types[1] is None else tl.tensor(right.handle, y.type),
-    )
+        pairs[key] = common(semantic, left, right, *how, **more), types
+        return pairs[key][0]
+    x, y = pairs[key][0]
+    return turned(semantic, left, x), turned(semantic, right, y)
+
+
+def turned(semantic, given, like):
+    if given.__class__ is not tl.tensor:
+        return like
+    if given.type.scalar is not like.type.scalar:
+        given = semantic.cast(given, like.type.scalar)
+    return tl.tensor(given.handle, like.type)
 
 
 def spread(semantic, left, right):
@@ -167,9 +151,8 @@ def held(semantic, left, right, operator):
         assert (exact == exact.astype(x.dtype)).all(), f"{left.dtype} overflows: {name}"
 
 
-interpreter.GridExecutor.__call__ = launched
-interpreter.InterpretedFunction.__call__ = called
 interpreter._get_np_dtype = looked_up
+tl.str_to_ty = cache(tl.str_to_ty)  # else each launch has types of its own
 interpreter.ScanOps.generic_scan = scanned
 tl.block_type.__init__ = described
 tl.tensor.__init__ = wrapped
@@ -177,6 +160,8 @@ TritonSemantic.binary_op_type_checking_impl = paired
 TritonSemantic.broadcast_impl_value = spread
 interpreter._patch_attr = reached
 TritonSemantic.binary_op_sanitize_overflow_impl = held
+interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))  # for good
+interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 
 def interpreted(*ops: str, instead_of: str = "tab_cuda") -> list[Callable]:
