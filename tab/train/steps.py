@@ -2,10 +2,10 @@
 
 The host waits for the device only where a pass ends, to read its sums. Three ways, chosen by the
 recipe, to the same numbers: eager; train.compile, the model through torch.compile; train.graph, on
-a GPU, forward, loss and backward as one CUDA graph.
+a GPU, forward, loss, backward and the optimizer's step as one CUDA graph.
 
-The optimizer stays outside the graph: a one-cycle schedule moves the rate and β₁ in every step, and
-a capture would freeze both. Fused, it is a few launches.
+Where the schedule moves β₁, too, as a one-cycle does for AdamW, the optimizer stays outside: fused,
+it takes β₁ as a number, which a capture freezes (docs/gpu.md counts what else there is).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..models.image_model import ImageModel
 from ..run_config import Train
-from .optimizers import SGD, AdamW
+from .optimizers import SGD, AdamW, InGraph, held
 
 Batch = tuple[Tensor, Tensor]  # x (B, 3, S, S), y (B,)
 WARM_UP = 3  # runs before a capture: they compile kernels and choose algorithms
@@ -59,11 +59,19 @@ class Steps:
         self.averages = averages_of(model)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.graphed = options.graph and device.type == "cuda"
-        self._run_gradients, self._run_sums = self._gradients, self._sums
-        if self.graphed:
-            self._run_gradients = Graphed(self._gradients, self, Recorder(device), learns=True)
-            self._run_sums = Graphed(self._sums, self, Recorder(device), learns=False)
+        self.graphed = False
+        self.in_graph: InGraph | None = None
+        self._run_descent, self._run_sums = self._descend, self._sums
+        if options.graph and device.type == "cuda":
+            self.record(Recorder(device), Recorder(device))
+
+    def record(self, learning: Recorder, scoring: Recorder) -> None:
+        """From here on each step is a graph."""
+        self.graphed = True
+        if not getattr(self.schedule, "cycle_momentum", False):
+            self.in_graph = InGraph(self.optimizer, self.device)
+        self._run_descent = Graphed(self._descend, self, learning, learns=True)
+        self._run_sums = Graphed(self._sums, self, scoring, learns=False)
 
     def learn(self, batches: Iterable[Batch], training: bool = True) -> tuple[float, int]:
         """An optimizer step on each batch -> the sum of the losses, the number of right answers,
@@ -123,12 +131,23 @@ class Steps:
             return self.loss.tolist(), self.correct.tolist()
 
     def _step(self, x: Tensor, y: Tensor) -> None:
-        self._run_gradients(x, y)
-        self.optimizer.step()
+        if self.in_graph:
+            self.in_graph.feed()
+        self._run_descent(x, y)
+        if not self.in_graph:
+            self.optimizer.step()
         self.schedule.step()
+        self._after_step()
+
+    def _after_step(self) -> None:
         self.model.after_step()
         if self.options.ema:
             self._follow()
+
+    def _descend(self, x: Tensor, y: Tensor) -> None:
+        self._gradients(x, y)
+        if self.in_graph:
+            self.in_graph.step()
 
     def _gradients(self, x: Tensor, y: Tensor) -> None:
         """Forward, loss, backward, into the gradients and the sums."""
@@ -205,17 +224,21 @@ class Graphed:
     """body(x, y), captured at its first call and replayed on copies of later x and y of that shape;
     batches of another shape (the last of an epoch) run as they are.
 
-    Warming up moves the sums, the buffers (batch norm's statistics, the experts' counts) and the
-    random state; all are put back, so that a graphed run computes what an eager one does. What a
-    layer draws must come from torch's default generator, which the graph knows.
+    Warming up moves the weights, what the optimizer holds, the sums, the buffers (batch norm's
+    statistics, the experts' counts) and the random state; all are put back, so that a graphed run
+    computes what an eager one does. What a layer draws must come from torch's default generator,
+    which the graph knows.
     """
 
     def __init__(self, body: Callable, steps: Steps, recorder: Recorder, learns: bool):
         self.body, self.steps, self.recorder, self.learns = body, steps, recorder, learns
         self.replay: Callable[[], None] | None = None
+        self.training, self.state = None, None  # of the model and of the optimizer, when captured
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        if self.replay is None or self.training != self.steps.model.training:
+        steps = self.steps
+        same = self.training is steps.model.training and self.state is steps.optimizer.state
+        if self.replay is None or not same:
             self._capture(x, y)
         if x.shape != self.x.shape:
             return self.body(x, y)
@@ -224,11 +247,12 @@ class Graphed:
         self.replay()
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
-        model = self.steps.model
-        self.training, self.x, self.y = model.training, x.clone(), y.clone()
+        model, optimizer, device = self.steps.model, self.steps.optimizer, self.steps.device
+        self.training, self.state = model.training, optimizer.state
+        self.x, self.y = x.clone(), y.clone()
         moved = [*model.buffers(), *model.statistics(), self.steps.loss, self.steps.correct]
-        before = [tensor.clone() for tensor in moved]
-        device = self.steps.device
+        moved += [*model.parameters(), *held(optimizer)]
+        before = [tensor.detach().clone() for tensor in moved]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for _ in range(WARM_UP):
                 self.recorder.run(lambda: self.body(self.x, self.y))
@@ -241,8 +265,13 @@ class Graphed:
                     f"{type(model.attention).__name__} cannot be captured as a CUDA graph "
                     f"({error}); train it with --set train.graph=false"
                 ) from error
-        for tensor, value in zip(moved, before, strict=True):
-            tensor.copy_(value)
+        with torch.no_grad():
+            for tensor, value in zip(moved, before, strict=True):
+                tensor.copy_(value)
+            known = {id(tensor) for tensor in moved}
+            for tensor in held(optimizer):
+                if id(tensor) not in known:  # no step was made before
+                    tensor.zero_()
 
 
 class Recorder:

@@ -196,10 +196,7 @@ class SeedSteps(Steps):
             for s, p in (enumerate(leaf.seeds) if hasattr(leaf, "seeds") else [(None, leaf)])
         }
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
-        self._run_gradients(x, y)
-        self.optimizer.step()
-        self.schedule.step()
+    def _after_step(self) -> None:
         for model in self.model.seeds:
             model.after_step()
 

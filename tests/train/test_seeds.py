@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rehearsal import rehearsed, repeatable
 from small_seeds import configs_of, numbers, saved, tiny, together
 from torch import nn
 
@@ -11,7 +12,6 @@ from tab.layers import Attention, _registry, attention_names, register_attention
 from tab.models.image_model import build_model
 from tab.models.stacked import PerSeed, stack
 from tab.train.loop import train
-from tab.train.steps import Graphed
 
 NAMES = attention_names()  # before this file registers others
 
@@ -150,22 +150,15 @@ def test_a_layer_of_others_runs_seed_by_seed(foreign, dataset, tmp_path):
 def test_a_graphed_step_is_the_eager_one(dataset, tmp_path, monkeypatch):
     """The part of Graphed that a CPU can run: warming up must leave no trace in S models."""
 
-    class Recorder:
-        def run(self, body):
-            body()
-
-        def capture(self, body):
-            return body
-
     configs = configs_of("cnn", "deepseek_mla")
-    whole = together(configs, dataset, tmp_path / "eager")
-    begin = tab.train.together.SeedSteps.__init__
+    begin, found = tab.train.together.SeedSteps.__init__, []
+    for change in (rehearsed, repeatable):
 
-    def graphed(self, *args):
-        begin(self, *args)
-        self.graphed = True
-        self._run_gradients = Graphed(self._gradients, self, Recorder(), learns=True)
+        def other(self, *args, change=change):
+            begin(self, *args)
+            change(self)
 
-    monkeypatch.setattr(tab.train.together.SeedSteps, "__init__", graphed)
-    found = together(configs, dataset, tmp_path / "graphed")
-    assert [numbers(o) for o in found] == [numbers(o) for o in whole]
+        monkeypatch.setattr(tab.train.together.SeedSteps, "__init__", other)
+        ends = together(configs, dataset, tmp_path / change.__name__)
+        found.append([numbers(o) for o in ends])
+    assert found[0] == found[1]

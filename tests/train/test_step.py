@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from rehearsal import rehearsed, repeatable
 from torch.nn import functional as F
 
 from tab.data.batches import Batches
@@ -14,8 +15,8 @@ from tab.layers.basic import NoAttention
 from tab.models.image_model import build_model
 from tab.recipe.recipe import load_recipe
 from tab.run_config import RunConfig
-from tab.train.optimizers import SGD, AdamW
-from tab.train.steps import Graphed, Steps
+from tab.train.optimizers import SGD, AdamW, held
+from tab.train.steps import Steps
 
 SMALL = {"model.mlp.hidden": 16, "model.mlp.tokens": 4, "model.cnn.hidden": 16}
 SMALL |= {"model.mlp.match": "", "model.cnn.match": "", "model.cnn.channels": 4, "train.lr": 0.01}
@@ -50,36 +51,13 @@ def steps_of(config, device="cpu"):
     return Steps(model, config.train, 100, device)
 
 
-class Rehearsal:
-    """A Recorder without a GPU: what is captured is done again at each replay."""
-
-    def __init__(self):
-        self.captures = 0
-
-    def run(self, body):
-        body()
-
-    def capture(self, body):
-        self.captures += 1
-        body()
-        return body
-
-
-def rehearsed(steps):
-    steps.graphed, recorder = True, Rehearsal()
-    steps._run_gradients = Graphed(steps._gradients, steps, recorder, learns=True)
-    steps._run_sums = Graphed(steps._sums, steps, recorder, learns=False)
-    return steps, recorder
-
-
 def two_epochs(steps, batches):
     """The sums of each pass, then every weight, buffer and optimizer state."""
     sums = []
     for epoch in (0, 1):
         torch.manual_seed(epoch)  # of a layer that draws
         sums += [*steps.learn(batches.epoch(epoch)), *steps.score(batches.epoch(0))]
-    state = [p["exp_avg"] for p in steps.optimizer.state.values()]
-    return sums, [*steps.model.parameters(), *steps.model.buffers(), *state]
+    return sums, [*steps.model.parameters(), *steps.model.buffers(), *held(steps.optimizer)]
 
 
 def assert_same(given, wanted, **tolerance):
@@ -90,20 +68,34 @@ def assert_same(given, wanted, **tolerance):
         torch.testing.assert_close(x, y, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize("model, attention", [("cnn", "kimi_k2"), ("mlp", "performer")])
-def test_graphed_is_eager(model, attention):
+OPTIMIZERS = [
+    {"optimizer": optimizer, "schedule": schedule, "decay": "weights", "weight_decay": 0.1}
+    for optimizer in ("adamw", "sgd")
+    for schedule in ("one_cycle", "constant")
+]
+
+
+@pytest.mark.parametrize(
+    "model, attention, options",
+    [("cnn", "kimi_k2", OPTIMIZERS[0]), ("mlp", "performer", OPTIMIZERS[1])]
+    + [("mlp", "linear", x) for x in OPTIMIZERS],
+)
+def test_graphed_is_eager(model, attention, options):
     """State put back after warming up, a last batch of another size, gradients that stay."""
-    config = config_of(model, attention)
+    config = config_of(model, attention, **options)
     steps, recorder = rehearsed(steps_of(config))
     given = two_epochs(steps, images())
     assert recorder.captures == 2  # one to learn, one to score
-    assert_same(given, two_epochs(steps_of(config), images()))
+    assert_same(given, two_epochs(repeatable(steps_of(config)), images()))
+    plain = two_epochs(steps_of(config), images())  # the rate is a float32 of the device there
+    rounded = {"rtol": 1e-4, "atol": 2e-5}
+    assert_same(given, plain, **rounded)
 
 
 def test_a_graph_of_train_mode_is_not_replayed_in_eval_mode():
     """train_mode = "first_epoch" goes on learning in eval mode: batch norm then stands still."""
     config, sums = config_of("cnn", "none"), []
-    for steps in (rehearsed(steps_of(config))[0], steps_of(config)):
+    for steps in (rehearsed(steps_of(config))[0], repeatable(steps_of(config))):
         passes = [steps.learn(images().epoch(e), training=e == 0) for e in (0, 1)]
         mean = steps.model.backbone.convolutions[1].running_mean
         before = mean.clone()
@@ -122,7 +114,7 @@ def test_graphed_draws_what_eager_draws(monkeypatch):
     monkeypatch.setattr(NoAttention, "forward", noisy)
     config = config_of(attention="none")
     given = two_epochs(rehearsed(steps_of(config))[0], images())
-    assert_same(given, two_epochs(steps_of(config), images()))
+    assert_same(given, two_epochs(repeatable(steps_of(config)), images()))
 
 
 def test_gradients_stay_where_the_graph_writes_them():
@@ -310,10 +302,23 @@ def test_gpu_graphed_is_eager(attention):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIMIZERS)
+def test_gpu_graphed_optimizers_are_eager(options):
+    options = options | {"amp": False, "lr": 1e-3}
+    config = config_of("cnn", "linear", **options)
+    outside = options["optimizer"] == "adamw" and options["schedule"] == "one_cycle"
+    assert (steps_of(config, "cuda").in_graph is None) == outside
+    alike_on_gpu(config, config_of("cnn", "linear", graph=False, **options))
+
+
+WAITING = [(attention, {}) for attention in attention_names()]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("attention", attention_names())
-def test_gpu_no_step_waits(attention, graph):
-    steps = steps_of(config_of("cnn", attention, graph=graph), "cuda")
+@pytest.mark.parametrize("attention, options", WAITING + [("linear", x) for x in OPTIMIZERS])
+def test_gpu_no_step_waits(attention, options, graph):
+    steps = steps_of(config_of("cnn", attention, graph=graph, **options), "cuda")
     batches = list(images("cuda").epoch(0))
     steps.learn(batches)  # compiles and captures
     steps.score(batches)
