@@ -8,6 +8,7 @@ itself takes subprocess.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,8 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from patience import PATIENCE
@@ -72,6 +75,7 @@ def serve() -> list[str]:
         for name in LOADED:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+    gc.freeze()  # what the forks have in common stays theirs
     for line in sys.stdin:
         asked = json.loads(line)
         if not (process := os.fork()):
@@ -108,15 +112,35 @@ def become(
     return words
 
 
+@contextlib.contextmanager
+def brief_end() -> Iterator[None]:
+    """Ends this process as Python does, but leaves PyTorch whole: to take it apart takes longer
+    than many a test. What is raised, other than to exit, is left to Python."""
+    code = 0
+    try:
+        yield
+    except SystemExit as asked:
+        if not isinstance(asked.code, int | None):
+            raise
+        code = asked.code or 0
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    match serve():  # so that what is raised ends this process, as any other
-        case ["-c", program, *rest]:
-            sys.argv = ["-c", *rest]
-            sys.modules["__main__"] = types.ModuleType("__main__")
-            exec(program, vars(sys.modules["__main__"]))
-        case ["-m", module, *rest]:
-            sys.argv = [module, *rest]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        case [file, *rest]:
-            sys.argv = [file, *rest]
-            runpy.run_path(file, run_name="__main__")
+    words = serve()
+    with brief_end():
+        match words:
+            case ["-c", program, *rest]:
+                sys.argv = ["-c", *rest]
+                sys.modules["__main__"] = types.ModuleType("__main__")
+                exec(program, vars(sys.modules["__main__"]))
+            case ["-m", module, *rest]:
+                sys.argv = [module, *rest]
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            case [file, *rest]:
+                sys.argv = [file, *rest]
+                runpy.run_path(file, run_name="__main__")
