@@ -31,6 +31,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_unconfigure():
+    gc.freeze()  # nor is it searched once more at the end
+
+
 def pytest_collection_modifyitems(items):
     # What is long begins early: at the end the other process would wait for it.
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -7,6 +7,7 @@ and since the turns of a case are spread over the whole run, a busy minute hits 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,10 @@ def _measure(
 ) -> list[Row]:
     load(plugins)
     torch.set_num_threads(threads)
-    return measure(unit)
+    try:
+        return measure(unit)
+    finally:
+        gc.freeze()  # as in cli/main.py
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:

@@ -5,6 +5,7 @@ What needs torch is imported inside the commands, so that --help is quick.
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated
 
 import typer
@@ -60,4 +61,7 @@ def root(
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # else Python's end searches all of PyTorch for circles: half a second
