@@ -13,6 +13,36 @@ TAB_INLINE void prefetch_row(const T* x, int64_t n) {
 }
 constexpr int64_t AHEAD = 16;  // rows between the one being loaded and the one asked for
 
+/// Rows that will be read after what is done now, asked for a few at a time beside it: asked for at
+/// once they would fill every buffer for lines on their way, and what is done now would wait, too.
+struct Ahead {
+  struct Piece {
+    const char* row;
+    int64_t step, rows, bytes;
+  } piece[8];
+  int64_t first = 0, end = 0;
+
+  template <class T>
+  TAB_INLINE void add(Ahead& x, const T* row, int64_t step, int64_t rows, int64_t width) {
+    if (rows == 0) return;
+    const int64_t size = sizeof(T);
+    x.piece[x.end++] = {reinterpret_cast<const char*>(row), step * size, rows, width * size};
+  }
+  TAB_INLINE bool done(const Ahead& x) { return x.first == x.end; }
+  static TAB_OUTLINE void more(Ahead& x, int64_t lines) {
+    while (lines > 0 && !done(x)) {
+      Piece& p = x.piece[x.first];
+      for (int64_t i = 0; i < p.bytes; i += 64, --lines) __builtin_prefetch(p.row + i, 0, 2);
+      p.row += p.step;
+      if (--p.rows == 0) ++x.first;
+    }
+  }
+  /// At least `lines` more of the lines of 64 bytes, into the L2.
+  TAB_INLINE void ask(Ahead& x, int64_t lines) {
+    if (__builtin_expect(!done(x), false)) more(x, lines);
+  }
+};
+
 /// n elements of a tensor into a scratch row, its padding zeroed.
 template <class T>
 TAB_INLINE void load_row(const T* x, int64_t n, acc_t<T>* row) {

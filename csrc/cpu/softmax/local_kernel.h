@@ -88,6 +88,7 @@ static void strips(const Local& where, const Part& part, const Sums* sums, Run* 
   const Local a =
       bring_together<T>(where, part, queries, heads ? 0 : ends.from(begin),
                         heads ? where.m : ends.to(least(last + queries, where.n) - 1), arena);
+  Ahead ahead = next_head<T>(where, part, sums != nullptr);
   Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
     const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * queries;
@@ -95,9 +96,10 @@ static void strips(const Local& where, const Part& part, const Sums* sums, Run* 
     int64_t count = list_keys(rule, i0, least(i0 + queries, a.n), listed);
     if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
     if (sums == nullptr)
-      strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, arena);
+      strip_forward<T>(a, rule, head, i0, runs, runs + count, stretch, ahead, arena);
     else
-      strip_backward<T, Window<A, grid>>(a, head, i0, runs, runs + count, stretch, *sums, arena);
+      strip_backward<T, Window<A, grid>>(a, head, i0, runs, runs + count, stretch, *sums, ahead,
+                                         arena);
   }
 }
 

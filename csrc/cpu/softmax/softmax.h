@@ -22,6 +22,7 @@ struct Softmax : Attention {
   int64_t chunk;      // keys whose scores are held at once
   bool copy;          // K and V go through scratch: to convert them or to pad their rows
   int64_t runs;       // room for those of a strip
+  int64_t workers;    // the next task of a thread is likely so many heads further on
   bool causal;
   double scale, softcap;  // softcap 0: none
   const void* slopes;     // (H,) in the accumulation type, or null

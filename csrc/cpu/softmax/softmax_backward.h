@@ -23,6 +23,7 @@ static void add_to_keys(const Keys<T>& s, const Rule& rule, int64_t i0, int64_t 
       int64_t from = rule.seen_from(t.first + r) - i0,
               to = rule.seen_to(t.first + r + rows - 1) - i0;
       from = from > 0 ? from : 0, to = to < count ? to : count;
+      Ahead::ask(s.ahead, LINES);
       if (from < to)
         gemm(rows, width, to - from, p + (t.at + r) * BACKWARD<A> + from, BACKWARD<A>,
              x + from * width, width, sums + (t.first + r - first) * ld, ld, true);
@@ -61,7 +62,7 @@ static void differentiate(const Rule& rule, const Run* run, const Run* end, A sc
 /// not finite must reach no key beyond its window, nor such a key dq: then pair by pair.
 template <class T, class Rule, class Args>
 static void strip_backward(const Args& a, int64_t head, int64_t i0, const Run* first,
-                           const Run* end, Stretch* stretch, const Sums& sums,
+                           const Run* end, Stretch* stretch, const Sums& sums, Ahead& ahead,
                            Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
   constexpr int64_t wide = BACKWARD<A>;
@@ -73,7 +74,7 @@ static void strip_backward(const Args& a, int64_t head, int64_t i0, const Run* f
   A *k = nullptr, *v = nullptr, *steep = nullptr;
   if (a.softcap > 0) steep = arena.take(a.chunk * wide);
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
-  Keys<T> keys{a, b, h / a.group, k, v, stretch};
+  Keys<T> keys{a, b, h / a.group, k, v, stretch, ahead};
   A l[wide], delta[wide];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);

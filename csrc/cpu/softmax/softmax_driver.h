@@ -64,7 +64,7 @@ using MostRuns = int64_t (*)(const Args&);
 template <class T, class Args>
 void prepare(Args& a, int64_t lanes, int64_t queries, MostRuns<Args> most_runs) {
   a.runs = most_runs(a) + (a.mask != nullptr ? a.m / 16 : 0);
-  a.strips = ceiling(a.n, queries);
+  a.strips = ceiling(a.n, queries), a.workers = threads();
   a.copy = !std::is_same_v<T, acc_t<T>> || a.d % lanes != 0 || a.e % lanes != 0;
   // Scores, and K and V when they are copied, fit the L2 together.
   a.chunk = std::clamp<int64_t>(65536 / (a.d + a.e) / 8 * 8, 64, 512);

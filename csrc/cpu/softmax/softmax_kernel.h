@@ -24,6 +24,7 @@ constexpr int64_t BACKWARD = 64 / TAB_VECTOR_BYTES * Q<A>;
 }  // namespace tab::TAB_ISA
 
 #include "../core/tanh.h"
+#include "keys.h"
 #include "scores.h"
 
 namespace tab::TAB_ISA {
@@ -37,72 +38,7 @@ static void turn(int64_t count, int64_t width, const A* x, A scale, A* y, int64_
     for (int64_t i = 0; i < width * ld; i += W<A>) store(y + i, load(y + i) * scale);
 }
 
-// --- keys -----------------------------------------------------------------------------------------
-
-/// The keys of one (b, head of k and v) and, a chunk at a time, where their rows are.
-template <class T>
-struct Keys {
-  using A = acc_t<T>;
-  const Softmax& a;
-  int64_t b, h;
-  A *k, *v;  // copies of the chunk's rows, padded; unused when they are read in place
-  Stretch* stretch;
-  int64_t stretches = 0, size = 0;
-
-  static constexpr int64_t cost(int64_t chunk, int64_t dp, int64_t ep) {
-    return Arena<A>::cost(chunk * dp) + Arena<A>::cost(chunk * ep);
-  }
-  /// Takes the next runs that fit a chunk; returns the run behind them.
-  TAB_INLINE const Run* next(Keys& s, const Run* run, const Run* end) {
-    s.stretches = s.size = 0;
-    for (; run < end && (s.size == 0 || s.size + run->count <= s.a.chunk); ++run) {
-      Stretch* last = s.stretches > 0 ? s.stretch + s.stretches - 1 : nullptr;
-      if (last != nullptr && last->first + last->count == run->first)
-        last->count += run->count;
-      else
-        s.stretch[s.stretches++] = {s.size, run->first, run->count};
-      s.size += run->count;
-    }
-    if (s.a.copy)
-      for (int64_t i = 0; i < s.stretches; ++i) {
-        const Stretch& x = s.stretch[i];
-        load_rows<T>(row<T>(s.a.k, s.b, s.h, x.first), s.a.k.n, x.count, s.a.d,
-                     s.k + x.at * padded<A>(s.a.d));
-        load_rows<T>(row<T>(s.a.v, s.b, s.h, x.first), s.a.v.n, x.count, s.a.e,
-                     s.v + x.at * padded<A>(s.a.e));
-      }
-    return run;
-  }
-  TAB_INLINE const A* rows(const Rows& x, const A* copy, int64_t width, const Keys& s,
-                           const Stretch& t, int64_t& step) {
-    if constexpr (sizeof(T) == sizeof(A))
-      if (!s.a.copy) {
-        step = x.n;
-        return reinterpret_cast<const A*>(row<T>(x, s.b, s.h, t.first));
-      }
-    step = padded<A>(width);
-    return copy + t.at * step;
-  }
-};
-
-/// `a` with the keys [from, to), which are all that the part sees, copied side by side if that pays.
-template <class T, class Args>
-TAB_INLINE Args bring_together(const Args& a, const Part& part, int64_t queries, int64_t from,
-                               int64_t to, Arena<acc_t<T>>& arena) {
-  using A = acc_t<T>;
-  Args x = a;
-  const int64_t strips = ceiling(part.last - part.first, part.step), count = to - from;
-  if (count <= 0 || count > keys_together(a, strips * queries, sizeof(T))) return x;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    const int64_t b = part.head / a.kv, h = part.head % a.kv;
-    A *k = arena.take(count * a.d), *v = arena.take(count * a.e);
-    load_rows<T>(row<T>(a.k, b, h, from), a.k.n, count, a.d, k);
-    load_rows<T>(row<T>(a.v, b, h, from), a.v.n, count, a.e, v);
-    x.k.data = k - from * a.d, x.k.b = x.k.h = 0, x.k.n = a.d;
-    x.v.data = v - from * a.e, x.v.b = x.v.h = 0, x.v.n = a.e;
-  }
-  return x;
-}
+// --- products with keys ---------------------------------------------------------------------------
 
 /// y (keys, Q) = rows of K (or V) · xᵀ, given xᵀ (width, Q), both with rows ld apart. Keys at both
 /// ends that no query of the panel sees are left out.
@@ -117,9 +53,12 @@ static void keys_times(const Keys<T>& s, const Rule& rule, bool values, const ac
     int64_t step;
     const A* keys = Keys<T>::rows(values ? s.a.v : s.a.k, values ? s.v : s.k, width, s, x, step);
     const int64_t from = first > x.first ? first - x.first : 0, to = least(last - x.first, x.count);
-    if (from < to)
-      gemm(to - from, Q<A>, width, keys + from * step, step, xt, ld, y + (x.at + from) * ld, ld,
+    const int64_t rows = Ahead::done(s.ahead) ? x.count : TAB_TILE_ROWS;  // between two askings
+    for (int64_t r = from; r < to; r += rows) {
+      Ahead::ask(s.ahead, LINES);
+      gemm(least(rows, to - r), Q<A>, width, keys + r * step, step, xt, ld, y + (x.at + r) * ld, ld,
            false);
+    }
   }
 }
 
@@ -140,6 +79,7 @@ static void times_keys(const Keys<T>& s, const Rule& rule, bool values, const ac
       const int64_t rows = r + TAB_TILE_ROWS < count ? TAB_TILE_ROWS : count - r;
       int64_t from = rule.from(i0 + r) - x.first, to = rule.to(i0 + r + rows - 1) - x.first;
       from = from > 0 ? from : 0, to = to < x.count ? to : x.count;
+      Ahead::ask(s.ahead, LINES);
       if (from < to)
         gemm<true>(rows, width, to - from, p + (x.at + from) * ld + r, ld, keys + from * step, step,
                    y + r * width, width, true);
@@ -230,7 +170,7 @@ static void rescale(int64_t count, int64_t width, const A* old, const A* top, A*
 /// o and lse of the queries i0 … of one head, which may see the keys of `runs`.
 template <class T, class Rule>
 static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int64_t i0,
-                          const Run* first, const Run* end, Stretch* stretch,
+                          const Run* first, const Run* end, Stretch* stretch, Ahead& ahead,
                           Arena<acc_t<T>> arena) {
   using A = acc_t<T>;
   const int64_t b = head / a.h, h = head % a.h, dp = padded<A>(a.d), ep = padded<A>(a.e);
@@ -238,7 +178,7 @@ static void strip_forward(const Softmax& a, const Rule& rule, int64_t head, int6
   A *qt = arena.take(a.d * Q<A>), *q = arena.take(Q<A> * dp), *o = arena.take(Q<A> * ep);
   A *s = arena.take(a.chunk * Q<A>), *k = nullptr, *v = nullptr;
   if (a.copy) k = arena.take(a.chunk * dp), v = arena.take(a.chunk * ep);
-  Keys<T> keys{a, b, h / a.group, k, v, stretch};
+  Keys<T> keys{a, b, h / a.group, k, v, stretch, ahead};
   A top[Q<A>], old[Q<A>], total[Q<A>];
 
   load_rows<T>(row<T>(a.q, b, h, i0), a.q.n, count, a.d, q);

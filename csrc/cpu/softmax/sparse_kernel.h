@@ -77,15 +77,17 @@ static void strips(const Sparse& where, const Part& part, const Sums* sums, Run*
   const int64_t queries = sums == nullptr ? Q<A> : BACKWARD<A>;
   Arena<A> arena{static_cast<A*>(scratch)};
   const Sparse a = bring_together<T>(where, part, queries, 0, where.m, arena);
+  Ahead ahead = next_head<T>(where, part, sums != nullptr);
   Run* listed = a.mask != nullptr ? runs + a.runs : runs;
   for (int64_t t = part.first; t < part.last; t += part.step) {
     const int64_t head = part.head * a.group + t / a.strips, i0 = t % a.strips * queries;
     int64_t count = list_keys(a, head, i0, least(i0 + queries, a.n), stretch, listed);
     if (a.mask != nullptr) count = leave_out_masked(a, head / a.h, listed, listed + count, runs);
     if (sums == nullptr)
-      strip_forward<T>(a, Blocks<A>::at(a, i0, i0), head, i0, runs, runs + count, stretch, arena);
+      strip_forward<T>(a, Blocks<A>::at(a, i0, i0), head, i0, runs, runs + count, stretch, ahead,
+                       arena);
     else
-      strip_backward<T, Blocks<A>>(a, head, i0, runs, runs + count, stretch, *sums, arena);
+      strip_backward<T, Blocks<A>>(a, head, i0, runs, runs + count, stretch, *sums, ahead, arena);
   }
 }
 
