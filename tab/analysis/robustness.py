@@ -59,10 +59,12 @@ def measure(
     *,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
+    weights: str | None = None,
 ) -> dict:
     """All of robustness.json of a finished run, after measuring what is not in it yet.
 
-    options None: the noise alone, which every report shows.
+    options None: the noise alone, which every report shows. weights: `weights_of` it, where that
+    is known.
     """
     described = read_run_file(run)
     if described and described["data"]["fingerprint"] != dataset.fingerprint:
@@ -71,7 +73,7 @@ def measure(
             f"the run in {run} was trained on {trained_on['name']} "
             f"({trained_on['fingerprint']}), not on {dataset.name} ({dataset.fingerprint})"
         )
-    model_is = weights_of(run)
+    model_is = weights or weights_of(run)
     sections = [(s, {**of, "model": model_is}, f) for s, of, f in _sections(dataset, options)]
     if options and described and _cut(described["config"]):
         images = min(options.images, len(dataset.test))
@@ -93,9 +95,9 @@ def measure(
     return found
 
 
-def is_measured(run: Path, dataset: Dataset) -> bool:
-    """Whether the noise alone, which every report shows, is measured already."""
-    of_model = {"model": weights_of(run)}
+def is_measured(run: Path, dataset: Dataset, weights: str) -> bool:
+    """Whether the noise alone, which every report shows, is measured already of these weights."""
+    of_model = {"model": weights}
     sections = [(s, {**of, **of_model}, f) for s, of, f in _sections(dataset, None)]
     return not _missing(read(run), sections)
 

@@ -182,7 +182,8 @@ class FlexAttention(HeadsAttention):
     def _dense_mask(self, q: Tensor) -> Tensor:
         h, i, j = self.indices(q)
         mask = self.mask_mod(torch.zeros_like(h[:, :1]), h, i, j)
-        return mask.expand(torch.broadcast_shapes(mask.shape, (1, 1, q.shape[2], q.shape[2])))
+        # Not torch.broadcast_shapes, which imports SymPy.
+        return torch.broadcast_tensors(mask, mask.new_empty(()).expand(1, 1, *[q.shape[2]] * 2))[0]
 
     def _block_mask(self, q: Tensor) -> BlockMask:
         from torch.nn.attention.flex_attention import create_block_mask

@@ -102,11 +102,11 @@ def write_report(
         return path
 
     models = {run.id: weights_of(run.path) for run in images}
-    if waiting := [run for run in images if not is_measured(run.path, dataset)]:
+    if waiting := [run for run in images if not is_measured(run.path, dataset, models[run.id])]:
         known = {run.id: read(run.path) for run in images if run not in waiting}
         found, left = keep_comparable(known, models)
         write(found, left, {}, WAITING.format(len(waiting), len(images)))
-    found = _measured(images, dataset, grid, progress)
+    found = _measured(images, models, dataset, grid, progress)
     found, left = keep_comparable(found, models)
     if progress:
         progress(len(images), len(images), "pictures")
@@ -122,16 +122,21 @@ def write_report(
 
 
 def _measured(
-    done: list[Run], dataset: Dataset, grid: Grid, progress: Progress | None
+    done: list[Run],
+    models: dict[str, str],
+    dataset: Dataset,
+    grid: Grid,
+    progress: Progress | None,
 ) -> dict[str, dict]:
-    """run id -> its robustness.json, with the accuracy under noise."""
+    """run id -> its robustness.json, with the accuracy under noise. models: run id -> the sum of
+    its weights."""
     found = {}
     for i, run in enumerate(done):
         if progress:
             progress(i, len(done), f"noise: {run.id}")
         # It may have been trained on another machine.
         device = grid.device if torch.cuda.is_available() else "cpu"
-        found[run.id] = measure(run.path, dataset, None, device=device)
+        found[run.id] = measure(run.path, dataset, None, device=device, weights=models[run.id])
     return found
 
 

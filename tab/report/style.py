@@ -91,7 +91,7 @@ def label_ends(ax, ends: list[tuple[float, float, str, dict]]) -> None:
     """Writes each line's name (x, y, text, look) right of the axes with a sample of the line, tied
     to the line's end; names keep their order and a distance (isotonic regression by pooling
     adjacent violators)."""
-    ax.figure.canvas.draw()  # settles the limits
+    ax.get_xlim(), ax.get_ylim()  # settles them, without drawing
     ends = [end for end in ends if np.isfinite(end[1])]
     if not ends:
         return

@@ -16,6 +16,7 @@ from .text import counted, title
 
 HEADS = 4
 FILTERS = 24
+TITLE = {"fontsize": 9, "y": 1.0}  # without y all ticks are measured, in case one stands above
 
 
 @torch.no_grad()
@@ -52,9 +53,9 @@ def attention_picture(
             ax.set_xlim(0, HEADS), ax.set_ylim(0, 1)
             ax.set_aspect("equal")
             size = heads if isinstance(heads, str) else counted(heads.shape[-1], "token")
-            ax.set_title(title(attention), fontsize=9)
+            ax.set_title(title(attention), **TITLE)
             small = {"fontsize": 7.5, "color": "#666666", "fontweight": "normal"}
-            ax.set_title(size, loc="right", **small)
+            ax.set_title(size, loc="right", **{**TITLE, **small})
             for i, head in enumerate([] if isinstance(heads, str) else heads):
                 shown = (head / head.max().clamp_min(1e-12)).numpy()
                 look = {"cmap": "magma", "norm": PowerNorm(0.5, 0, 1), "interpolation": "nearest"}
@@ -77,7 +78,7 @@ def filters_picture(path: Path, filters: dict[str, Tensor], heading: str) -> Non
         fig.subplots_adjust(wspace=0.12, hspace=0.28)
         for ax, (attention, tile) in zip(axes, tiles.items(), strict=True):
             _bare(ax)
-            ax.set_title(title(attention), fontsize=9)
+            ax.set_title(title(attention), **TITLE)
             ax.imshow(tile, interpolation="nearest")
         lines = _heading(fig, heading, fig.get_figwidth() - 1)
         fig.subplots_adjust(top=1 - (0.4 + 0.2 * lines) / fig.get_figheight())
