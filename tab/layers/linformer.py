@@ -99,15 +99,15 @@ class LinformerAttention(HeadsAttention):
         """`compressed` as a function of the weights."""
         wq, wk, wv = qkv.chunk(3)  # (C, C)
         q = F.linear(x, wq).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        E = E[:, : x.shape[1]]  # (1 or H, N, K)
         if F_ is None:
             return q, *self._compress(x, E, wk, wv)
-        return q, *self._compress(x, E, wk), *self._compress(x, F_[:, : x.shape[1]], wv)
+        return q, *self._compress(x, E, wk), *self._compress(x, F_, wv)
 
     def _compress(self, x: Tensor, E: Tensor, *weights: Tensor) -> list[Tensor]:
-        """Eᵀ(xW), (B, H, K, D), for each W (C, C); as (Eᵀx)W where that costs less."""
-        (n, c), (sets, _, k), m = x.shape[1:], E.shape, len(weights)
-        heads = (self.num_heads, -1)
+        """Eᵀ(xW), (B, H, K, D), for each W (C, C); as (Eᵀx)W where that costs less at the longest
+        x: by its own length, an exported program would serve the long or the short ones alone."""
+        c, (sets, n, k), m = x.shape[2], E.shape, len(weights)
+        heads, E = (self.num_heads, -1), E[:, : x.shape[1]]  # (1 or H, N, K)
         if sets * n * k * c + m * k * c * c > m * (n * c * c + n * k * c):
             each = (F.linear(x, w).unflatten(-1, heads).transpose(1, 2) for w in weights)
             return [E.mT @ h for h in each]

@@ -96,13 +96,15 @@ class _MatrixMix(_StaticMix):
         return m.expand(x.shape[0], -1, -1, -1)
 
 
-def corner(m: Tensor, n: int) -> Tensor:
-    """m (…, N, N) -> (…, n, n). Compiled, a copy: a slice is contiguous for n = N alone, and to ask
-    that would be one more program."""
-    if not torch.compiler.is_compiling():
-        return m[..., :n, :n]
-    i = torch.arange(n, device=m.device)
-    return m.index_select(-2, i).index_select(-1, i)
+def first(m: Tensor, n: int, *dims: int) -> Tensor:
+    """The first n along these dimensions. Compiled, a copy: a slice is contiguous for n = N alone,
+    and to ask that would be one more program."""
+    for dim in dims:
+        if torch.compiler.is_compiling():
+            m = m.index_select(dim, torch.arange(n, device=m.device))
+        else:
+            m = m.narrow(dim, 0, n)
+    return m
 
 
 @register_attention("mixer")
@@ -145,9 +147,10 @@ class LearnedMix(_MatrixMix):
 
     def matrix(self, n: int) -> Tensor:
         if self.rows is None:
-            return corner(self.weight, n)
+            return first(self.weight, n, -2, -1)
         # Not matmul: its decomposition asks whether N is seq_len.
-        return torch.einsum("...ir,...rj->...ij", self.rows[..., :n, :], self.weight[..., :n])
+        a, b = first(self.rows, n, -2), first(self.weight, n, -1)
+        return torch.einsum("...ir,...rj->...ij", a, b)
 
 
 @stacks(LearnedMix)
@@ -187,7 +190,7 @@ class RandomMix(Stateful, _MatrixMix):
         self.weight.copy_(torch.randn(shape, generator=generator, device="cpu") * seq_len**-0.5)
 
     def matrix(self, n: int) -> Tensor:
-        return corner(self.weight, n)
+        return first(self.weight, n, -2, -1)
 
 
 @stacks(RandomMix)
