@@ -42,7 +42,9 @@ else:
             return self.__wrapped__.__doc__
 
         def __call__(self, *args, **options):
-            return self.__wrapped__(*args, **options)
+            from .ops._typed import typed
+
+            return typed(self.__wrapped__)(*args, **options)
 
         def __reduce__(self):
             return importlib.import_module, (self.__name__,)

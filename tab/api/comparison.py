@@ -58,7 +58,7 @@ def compare(
     executor: Executor | None = None,
     tell: Tell | None = print,
     watch: Iterable[str] = (),
-    plugins: Iterable[str] = (),
+    plugins: Iterable[str | Path] = (),
 ) -> Comparison:
     """Trains every model with every attention, and compares them: `tab compare` of the shell.
 

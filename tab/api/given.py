@@ -20,6 +20,4 @@ def listed(names: str | Iterable[str]) -> list[str]:
 
 def changed(overrides: Mapping[str, object] | None) -> dict[str, object]:
     """The `--set` of the shell."""
-    if not isinstance(overrides, Mapping | None):
-        raise ValueError(f'overrides = {overrides!r}: give a dict, such as {{"train.lr": 0.01}}')
     return dict(overrides or {})

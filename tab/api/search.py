@@ -50,7 +50,7 @@ def sweep(
     executor: Executor | None = None,
     tell: Tell | None = print,
     watch: Iterable[str] = (),
-    plugins: Iterable[str] = (),
+    plugins: Iterable[str | Path] = (),
 ) -> Sweep:
     """Finds hyperparameters for each model and attention by successive halving: `tab sweep` of the
     shell. It needs the extra `sweep` (Optuna).

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._check import accumulate, shapes
+from ..ops._typed import typed
 from ._repr import Shown
 from .rope import Rope
 
@@ -77,6 +78,7 @@ class Attention(Shown):
         """Which of the size options a layer built with these options grows in; "" if none."""
         return next(iter(cls.size_options), cls.fine_size)
 
+    @typed
     def __init__(
         self,
         dim: int | None = None,
@@ -91,6 +93,8 @@ class Attention(Shown):
         for name in ("title", "colour", "stacking"):
             if name not in vars(cls):
                 setattr(cls, name, vars(Attention)[name])
+        if "__init__" in vars(cls):
+            cls.__init__ = typed(cls.__init__)
         # torch.compile allows eight compilations to a code object: each layer gets one of its own.
         if "forward" not in vars(cls):
             f = cls.forward

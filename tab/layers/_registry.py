@@ -18,6 +18,8 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from ..checks import unknown
+from ..ops._options import boolean
+from ..ops._typed import typed
 from ._base import Attention
 
 _layers: dict[str, type[Attention]] = {}
@@ -46,11 +48,11 @@ def register_attention(
     >>> tab.layers.build_attention("mean", 32, seq_len=64)(x).shape
     torch.Size([2, 64, 32])
     """
-    layers = _published if published else _layers
     if not isinstance(name, str):
         raise TypeError(
             f'register_attention wants a name, got {name!r}: write @register_attention("NAME")'
         )
+    layers = _published if boolean("register_attention", "published", published) else _layers
     if (
         not name.isprintable()
         or name != name.strip(" .-")
@@ -148,6 +150,7 @@ def get_attention(name: str, *, published: bool = False) -> type[Attention]:
             choose = f"choose one of: {', '.join(names)}; {OWN}"
             raise ValueError(unknown(name, names, choose, what="attention "))
         register_attention(name)(found[name].load())
+    published = boolean("get_attention", "published", published)
     return _published.get(name, _layers[name]) if published else _layers[name]
 
 
@@ -204,6 +207,7 @@ def option_types(name: str) -> dict[str, object]:
         return {}
 
 
+@typed
 def build_attention(
     name: str,
     dim: int,

@@ -39,8 +39,10 @@ Parts = Sequence[Tensor | None]
 class Packed(Op):
     """Its kernels are those of `base`, and there where those are: it calls them."""
 
-    def __init__(self, base: Op, name: str, schema: str, each: Callable, flops: Callable):
-        self.base = base
+    def __init__(
+        self, called: str, base: Op, name: str, schema: str, each: Callable, flops: Callable
+    ):
+        self.called, self.base = called, base
         shapes = None if base.shapes is None else packed_shapes(base.shapes)
         super().__init__(name, schema, each("reference"), flops=flops, shapes=shapes)
         kinds = [x.name for x in self.overload._schema.arguments]
@@ -57,7 +59,7 @@ class Packed(Op):
     def _ends(self, args: tuple) -> list[int]:
         """Checked against the tokens."""
         q, ends = self.places
-        return check_ends(self.base.name, args[ends], args[q].shape[2])
+        return check_ends(self.called, args[ends], args[q].shape[2])
 
     def _on_cpu(self, one_by_one: Callable) -> Callable:
         def run(*args):
@@ -87,10 +89,16 @@ class Packed(Op):
 
 
 def packed(
-    op: Op, by: Op, gradients: Callable, constant: int = 0, fit: Callable | None = None
+    called: str,
+    op: Op,
+    by: Op,
+    gradients: Callable,
+    constant: int = 0,
+    fit: Callable | None = None,
 ) -> Op:
     """`op` on packed batches, with gradients by `by`.
 
+    called: the public function, whose name errors about the ends have.
     gradients, constant: what `op.differentiable` was given.
     fit: (tokens of a sequence, *options) -> the options, where they depend on its length.
     """
@@ -110,7 +118,7 @@ def packed(
         def one(tokens, *args):
             return op.below(backend if tokens else "reference", *args)
 
-        return partial(each_group, op.name, one, names, results, fit)
+        return partial(each_group, called, one, names, results, fit)
 
     def backward(backend: str) -> Callable:
         def one(tokens, *args):
@@ -124,7 +132,7 @@ def packed(
                 )
             return [every.get(x) for x in learned]
 
-        return partial(each_group, by.name, one, [*saved, *kept], learned, fit)
+        return partial(each_group, called, one, [*saved, *kept], learned, fit)
 
     def formula(base: Op, given: list[str], labels: list[str]) -> Callable:
         wanted = [x.name for x in base.overload._schema.arguments]
@@ -138,7 +146,7 @@ def packed(
                 counts.append(base.flops(*map(known.get, wanted)))
                 return ()
 
-            each_group(base.name, one, given, [], fit, *args)
+            each_group(called, one, given, [], fit, *args)
             return sum(counts)
 
         flops._get_raw = True  # type: ignore[attr-defined]  # the counter gives tensors, not shapes
@@ -149,13 +157,13 @@ def packed(
     every = inside.split(", ")
     tensors, rest = every[:n], ["Tensor cu_seqlens", *every[n:]]
     fwd = Packed(
-        op, f"{name}_packed_fwd", f"({', '.join([*tensors, *rest])}) -> {returns}",
+        called, op, f"{name}_packed_fwd", f"({', '.join([*tensors, *rest])}) -> {returns}",
         forward, formula(op, names, names),
     )  # fmt: skip
     tensors += [f"Tensor {x}" for x in results] + [f"Tensor? {x}" for x in grads]
     returns = ", ".join(f"Tensor d{x}" for x in learned)
     bwd = Packed(
-        by, f"{name}_packed_bwd", f"({', '.join([*tensors, *rest])}) -> ({returns})",
+        called, by, f"{name}_packed_bwd", f"({', '.join([*tensors, *rest])}) -> ({returns})",
         backward, formula(by, [*saved, *kept], [*saved, *grads]),
     )  # fmt: skip
 

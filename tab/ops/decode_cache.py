@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._check import shapes
+from ._typed import typed
 
 Size = int | str  # a letter stands for one number wherever it comes
 
@@ -45,6 +46,11 @@ class DecodeCache(ABC):
     NAMES: tuple[str, ...]  # of the tensors in state_dict()
     prefill: Callable[..., Tensor]
     step: Callable[..., Tensor]
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = typed(cls.__init__)
 
     @property
     @abstractmethod

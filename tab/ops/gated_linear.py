@@ -31,6 +31,7 @@ from ._check import (
 )
 from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
+from ._options import boolean
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
 from ._softmax import score_scale
@@ -116,9 +117,13 @@ gated_linear_stateless_fwd, gated_linear_stateless_bwd = stateless(
     gated_linear_fwd, gated_linear_bwd, kept=4, gradients=_stateless_gradients
 )
 gated_linear_packed = packed(
-    gated_linear_fwd, gated_linear_bwd, partial(_gradients, gated_linear_bwd)
+    "gated_linear_attention",
+    gated_linear_fwd,
+    gated_linear_bwd,
+    partial(_gradients, gated_linear_bwd),
 )
 channel_gated_linear_packed = packed(
+    "gated_linear_attention",
     channel_gated_linear_fwd,
     channel_gated_linear_bwd,
     partial(_gradients, channel_gated_linear_bwd),
@@ -236,6 +241,8 @@ def gated_linear_attention(
     name = "gated_linear_attention"
     (q, k, v), packing = unpack(name, layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv(name, q, k, v, grouped=True, layout=layout)
+    boolean(name, "normalize", normalize)
+    boolean(name, "return_state", return_state)
     g = _check_decay(k, log_decay, layout)
     check_key_mask(name, key_mask, k)
     scale = score_scale(name, scale, q.shape[-1])

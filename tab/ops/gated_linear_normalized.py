@@ -124,4 +124,5 @@ def normalized(fwd: Op, bwd: Op) -> tuple[Op, Op, Op]:
     forwards_stateless, backwards_stateless = stateless(
         forwards, backwards, kept=4, outputs=(0, 3), gradients=of_stateless, constant=1
     )
-    return forwards, forwards_stateless, packed(forwards, backwards, gradients, constant=1)
+    many = packed("gated_linear_attention", forwards, backwards, gradients, constant=1)
+    return forwards, forwards_stateless, many

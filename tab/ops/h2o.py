@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ._check import Layout, as_given, check_key_mask, check_qkv, heads_first, real
-from ._options import check_causal
+from ._options import check_causal, whole
 from ._softmax import score_scale
 from .h2o_attend import h2o_attend
 from .h2o_cache import check_budget
@@ -85,9 +85,12 @@ def h2o_attention(
     q, k, v = check_qkv("h2o_attention", q, k, v, layout=layout)
     causal = check_causal("h2o_attention", causal, is_causal)
     check_key_mask("h2o_attention", key_mask, k)
+    heavy = whole("h2o_attention", "heavy", heavy)
+    recent = whole("h2o_attention", "recent", recent)
     check_budget(heavy, recent)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+    block = whole("h2o_attention", "block", block)
     if block < 1:
         raise ValueError(f"block={block}: a block has at least 1 token")
     scale = score_scale("h2o_attention", scale, q.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._check import accumulate, check_key_mask, check_qkv, real, shapes, token_major
-from ._options import finite
+from ._options import boolean, finite
 from ._softmax import weigh
 from .decode_cache import DecodeCache
 
@@ -89,6 +89,7 @@ class H2OCache(DecodeCache):
         """
         q, k, v = check_qkv("H2OCache.step", q, k, v)
         check_key_mask("H2OCache.step", key_mask, k)
+        boolean("H2OCache.step", "causal", causal)
         self._check_next(k, v)
         if key_mask is None and causal and self._full(q, k, v):
             return self._replace(q, k, v)

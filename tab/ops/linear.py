@@ -17,7 +17,7 @@ from torch import Tensor
 from ._check import Layout, check_key_mask, check_lengths, check_qkv, check_state, one_length
 from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
-from ._options import check_causal, check_eps
+from ._options import boolean, check_causal, check_eps
 from ._packed import pack, sequences, softmax_tokens, unpack
 from ._packed_op import packed
 from ._stateless_op import spares, stateless
@@ -88,7 +88,7 @@ def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
 linear_fwd.takes["cuda"] = one_length
 linear_fwd.differentiable(_gradients, by=linear_bwd)
 linear_stateless_fwd, linear_stateless_bwd = stateless(linear_fwd, linear_bwd, kept=3)
-linear_packed = packed(linear_fwd, linear_bwd, _gradients)
+linear_packed = packed("linear_attention", linear_fwd, linear_bwd, _gradients)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -199,6 +199,7 @@ def linear_attention(
     (q, k, v), packing = unpack("linear_attention", layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv("linear_attention", q, k, v, grouped=True, cross=True, layout=layout)
     causal = check_causal("linear_attention", causal, is_causal)
+    boolean("linear_attention", "return_state", return_state)
     check_lengths("linear_attention", q, k, causal)
     check_key_mask("linear_attention", key_mask, k)
     eps = check_eps("linear_attention", eps)
@@ -211,7 +212,7 @@ def linear_attention(
             )
         q, k = q.softmax(-1), softmax_tokens(k, key_mask, packing)
         feature_map = "identity"
-    if feature_map not in FEATURE_MAPS:
+    if not isinstance(feature_map, str) or feature_map not in FEATURE_MAPS:
         raise ValueError(
             f"feature_map={feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}, softmax "
             '(a learned map is applied by the layer "linear")'

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._check import Layout, check_key_mask, check_qkv
 from ._op import Backend, Op, choose
-from ._options import check_causal
+from ._options import boolean, check_causal
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
@@ -108,7 +108,7 @@ def _fit(n, left, right, *rest):
     return min(left, max(n, 1) - 1), min(right, max(n, 1) - 1), *rest
 
 
-local_packed = packed(local_fwd, local_bwd, _gradients, fit=_fit)
+local_packed = packed("local_attention", local_fwd, local_bwd, _gradients, fit=_fit)
 with_sinks(local_fwd)
 with_sinks(local_packed)
 
@@ -237,6 +237,7 @@ def local_attention(
     cross = grid is None
     q, k, v = check_qkv("local_attention", q, k, v, grouped=True, cross=cross, layout=layout)
     causal = check_causal("local_attention", causal, is_causal)
+    boolean("local_attention", "return_lse", return_lse)
     n = q.shape[2]
     left, right = check_window("local_attention", window)
     if grid is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._check import Layout, check_key_mask, operands
 from ._op import Backend, Op, choose
-from ._options import check_causal
+from ._options import boolean, check_causal
 from ._packed import pack, pack_rows, refuse_packed, unpack
 from ._packed_op import packed
 from ._scores import check_scores
@@ -126,7 +126,7 @@ def _differentiable(fwd: Op, bwd: Op) -> Op:
     """Also packed, which is returned, and both with sinks."""
     gradients = partial(_gradients, bwd, fwd.tensors)
     fwd.differentiable(gradients, by=bwd, constant=1)
-    many = packed(fwd, bwd, gradients, constant=1)
+    many = packed("mla_attention", fwd, bwd, gradients, constant=1)
     with_sinks(fwd)
     with_sinks(many)
     return many
@@ -266,6 +266,8 @@ def mla_attention(
         q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope,
     )  # fmt: skip
     causal = check_causal("mla_attention", causal, is_causal)
+    boolean("mla_attention", "return_lse", return_lse)
+    boolean("mla_attention", "return_max_logits", return_max_logits)
     x = operands(
         "mla_attention", layout,
         q_nope=q_nope, q_rope=q_rope, c_kv=c_kv, k_rope=k_rope, w_uk=w_uk, w_uv=w_uv,

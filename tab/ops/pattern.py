@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from . import pattern_rules
+from ._options import boolean
+from ._typed import typed
 from .pattern_bigbird import bigbird
 from .pattern_compress import check_least, check_odd, check_size, check_tail, compress, lines
 
@@ -57,6 +59,7 @@ class BlockPattern:
         self._copies[str(self.row_ptr.device)] = self
 
     @staticmethod
+    @typed
     def bigbird(
         n: int,
         *,
@@ -82,6 +85,7 @@ class BlockPattern:
             return _compress(n, block_size, heads, *seen)
 
     @staticmethod
+    @typed
     def from_blocks(
         mask: Tensor, block_size: int, n: int, *, n_keys: int | None = None
     ) -> BlockPattern:
@@ -101,6 +105,7 @@ class BlockPattern:
             return _compress(n, block_size, heads, heads or 1, head, row, column, n_keys)
 
     @staticmethod
+    @typed
     def sliding_window(
         n: int, *, window: int, sinks: int = 0, block_size: int = 64
     ) -> BlockPattern:
@@ -117,6 +122,7 @@ class BlockPattern:
         return _shared(n, block_size, pattern_rules.sliding_window(nb, window, sinks))
 
     @staticmethod
+    @typed
     def dilated(n: int, *, window: int, dilation: int, block_size: int = 64) -> BlockPattern:
         """`window` (odd) blocks around each, `dilation` blocks apart:
 
@@ -130,6 +136,7 @@ class BlockPattern:
         return _shared(n, block_size, pattern_rules.dilated(nb, window, dilation))
 
     @staticmethod
+    @typed
     def strided(n: int, *, stride: int, block_size: int = 64) -> BlockPattern:
         """The last `stride` blocks, its own among them, and every stride-th one before:
 
@@ -144,6 +151,7 @@ class BlockPattern:
         return _shared(n, block_size, pattern_rules.strided(nb, stride))
 
     @staticmethod
+    @typed
     def fixed(n: int, *, stride: int, summary: int = 1, block_size: int = 64) -> BlockPattern:
         """The blocks of its own stretch of `stride`, and the last `summary` ones of each before:
 
@@ -185,6 +193,7 @@ class BlockPattern:
         """
         from .pattern_flex import blocks_of  # FlexAttention takes two seconds to import
 
+        causal = boolean("BlockPattern.from_block_mask", "causal", causal)
         seen, size, (n, n_keys) = blocks_of(mask, causal)
         return BlockPattern.from_blocks(seen, size, n, n_keys=n_keys)
 
@@ -198,7 +207,7 @@ class BlockPattern:
         """
         from .pattern_flex import block_mask_of
 
-        return block_mask_of(self, causal)
+        return block_mask_of(self, boolean("BlockPattern.to_block_mask", "causal", causal))
 
     def tail(self, n: int) -> BlockPattern:
         """For the last n queries alone, over the same keys: `sparse_attention(q[:, :, -n:], k, v,

@@ -36,7 +36,7 @@ from ._check import (
 )
 from ._heads import by_group, groups_backward, groups_forward
 from ._op import Backend, Op, choose
-from ._options import check_causal, check_eps
+from ._options import boolean, check_causal, check_eps
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
 from .performer_reference import backward_reference, forward_reference
@@ -110,7 +110,9 @@ def _gradients(backend, grads, q, k, v, projection, key_mask, s0, z0, c0, *saved
 
 performer_fwd.takes["cuda"] = one_length
 performer_fwd.differentiable(_gradients, by=performer_bwd, constant=2)  # c and lse
-performer_packed = packed(performer_fwd, performer_bwd, _gradients, constant=2)
+performer_packed = packed(
+    "performer_attention", performer_fwd, performer_bwd, _gradients, constant=2
+)
 
 # --- public ---------------------------------------------------------------------------------------
 
@@ -222,9 +224,10 @@ def performer_attention(
     (q, k, v), packing = unpack("performer_attention", layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv("performer_attention", q, k, v, grouped=True, cross=True, layout=layout)
     causal = check_causal("performer_attention", causal, is_causal)
+    boolean("performer_attention", "return_state", return_state)
     check_lengths("performer_attention", q, k, causal)
     check_key_mask("performer_attention", key_mask, k)
-    if kernel not in KERNELS:
+    if not isinstance(kernel, str) or kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
     eps = check_eps("performer_attention", eps)
     _check_projection(q, projection, layout)

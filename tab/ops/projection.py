@@ -7,7 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ._typed import typed
 
+
+@typed
 def orthogonal_projection(
     num_features: int,
     head_dim: int,

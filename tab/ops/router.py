@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._check import accumulate, check_tensors, shapes
+from ._options import finite, whole
 
 
 def noaux_tc_gate(
@@ -52,6 +53,11 @@ def noaux_tc_gate(
         >>> torch.allclose(weights.sum(-1), torch.ones(2))
         True
     """
+    name = "noaux_tc_gate"
+    top_k, n_group = whole(name, "top_k", top_k), whole(name, "n_group", n_group)
+    topk_group = whole(name, "topk_group", topk_group)
+    if not isinstance(route_scale, Tensor):  # a learned one keeps its gradient
+        route_scale = finite(name, "route_scale", route_scale)
     experts = _check_gate(logits, bias, top_k, n_group, topk_group)
     scores = logits.to(accumulate(logits)).sigmoid()  # (…, E)
     with torch.no_grad():

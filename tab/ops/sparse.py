@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._check import Layout, check_key_mask, check_qkv
 from ._op import Backend, Op, choose
-from ._options import check_causal
+from ._options import boolean, check_causal
 from ._packed import pack, pack_rows, unpack
 from ._scores import check_scores
 from ._sinks_op import attend, with_sinks
@@ -228,6 +228,7 @@ def sparse_attention(
     (q, k, v), packing = unpack("sparse_attention", layout, cu_seqlens, q=q, k=k, v=v)
     q, k, v = check_qkv("sparse_attention", q, k, v, grouped=True, cross=True, layout=layout)
     causal = check_causal("sparse_attention", causal, is_causal)
+    boolean("sparse_attention", "return_lse", return_lse)
     scale = score_scale("sparse_attention", scale, q.shape[-1])
     check_key_mask("sparse_attention", key_mask, k)
     cap, slopes = check_scores("sparse_attention", q, sinks, softcap, alibi)

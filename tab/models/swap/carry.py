@@ -23,9 +23,11 @@ import torch
 from torch import nn
 
 from ...layers import Attention, HeadsAttention, attention_options, build_attention
+from ...ops._typed import typed
 from .modules import TimmAttention, TorchAttention
 
 
+@typed
 def swap_attention(
     model: nn.Module,
     attention: str,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._check import shapes
-from .._options import finite
+from .._options import boolean, finite
 from .._softmax import score_scale
 from ..decode_cache import ordinary
 from ..gated_linear import gated_linear_attention
@@ -46,7 +46,7 @@ class GatedLinearCache(Held):
     def __init__(self, *, scale: float | None = None, normalize: bool = False):
         super().__init__()
         self.NAMES = ("S", "z") if normalize else ("S",)
-        self.normalize = normalize
+        self.normalize = boolean("GatedLinearCache", "normalize", normalize)
         self.scale = None if scale is None else finite("GatedLinearCache", "scale", scale)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # type: ignore[override]

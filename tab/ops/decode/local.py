@@ -40,7 +40,7 @@ class LocalCache(Held):
 
     def __init__(self, *, window: int, scale: float | None = None):
         super().__init__()
-        if type(window) is not int or window < 0:
+        if window < 0:
             raise ValueError(f"LocalCache wants window ≥ 0, tokens before the own; got {window!r}")
         self.window = window
         self.scale = None if scale is None else finite("LocalCache", "scale", scale)

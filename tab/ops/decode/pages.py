@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._check import DTYPES
+from .._typed import typed
 from ..decode_cache import ordinary
 
 
@@ -39,6 +40,7 @@ class PagePool:
         (1, 7)
     """
 
+    @typed
     def __init__(
         self,
         *,

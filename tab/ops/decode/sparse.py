@@ -50,8 +50,6 @@ class SparseCache(Held):
 
     def __init__(self, pattern: BlockPattern, *, scale: float | None = None):
         super().__init__()
-        if not isinstance(pattern, BlockPattern):
-            raise ValueError(f"SparseCache wants a BlockPattern, got {type(pattern).__name__}")
         if pattern.n != pattern.n_keys:
             raise ValueError(
                 f"SparseCache wants a pattern with as many keys as queries, that of the whole "
