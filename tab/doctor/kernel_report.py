@@ -10,6 +10,7 @@ of time for each architecture instead. CUDA C++: read from the built library. Ne
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -144,8 +145,7 @@ def report_rows(
     work = [
         (op, launch, arch)
         for arch in archs
-        for op, found in chosen(arch, every).items()
-        if ops is None or op in ops
+        for op, found in chosen(arch, every, ops).items()
         for launch in found
     ]
     kept, rows = Kept(), []
@@ -185,6 +185,7 @@ def _workers(count: int) -> Iterator[Callable]:
 def _begin(environment: dict[str, str]) -> None:
     """In a new process, which leaves Control-C to the caller and does not outlive it."""
     os.environ.update(environment)
+    gc.freeze()  # what is loaded stays: to look through it again and again was a twentieth of all
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_caller, daemon=True).start()
 

@@ -38,9 +38,10 @@ def test_other_assemblers(which, arch):
 
 
 def test_no_hazard_in_what_triton_assembles():
-    """Most of them have asynchronous products."""
+    """Most of them have asynchronous products. Each op by itself: that none of them touches a
+    register too early is not said by another that asks for more."""
     products = 0
-    for launch in (launch for found in chosen(HOPPER, EVERY).values() for launch in found):
+    for launch in (x for op in launches(HOPPER) for x in chosen(HOPPER, EVERY, {op})[op]):
         text = disassembled(code_of(launch, HOPPER).asm["cubin"])
         found = hazards(text)
         assert not found, f"{launch.kernel.__name__} {launch.options}: {found[:3]}"
