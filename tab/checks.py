@@ -8,7 +8,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 _UNIONS = (typing.Union, types.UnionType)  # int | Literal["grid"] is the first, int | str the other
@@ -17,6 +17,13 @@ _WORDS = {
     **{int: "an integer", float: "a number", str: "a string", bool: "true or false"},
     dict: "a table of keys",
 }
+
+
+@functools.cache
+def hints(kind: Any) -> Mapping[str, Any]:
+    """The annotations of a class or a function, NameError if one cannot be read. Where they are
+    strings, Python compiles each anew whenever it is asked."""
+    return types.MappingProxyType(typing.get_type_hints(kind))
 
 
 def unknown(name: str, known: Iterable[str], choose: str, *, what: str = "") -> str:

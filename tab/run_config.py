@@ -7,11 +7,10 @@ than others: recipes and results from before it mean the default.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import between, check_keys, check_type, positive
+from .checks import between, check_keys, check_type, hints, positive
 
 IMAGE = 32  # data.size where nothing says it
 
@@ -280,9 +279,9 @@ def model_class(name: str) -> type[Mlp]:
 
 def options(kind: type, where: str, given: dict):
     """`kind(**given)` after checking names, types and completeness."""
-    hints, given = typing.get_type_hints(kind), {**later_options(kind), **given}
-    check_keys(where, given, hints, complete=True)
-    return kind(**{key: check_type(f"{where}.{key}", given[key], hints[key]) for key in hints})
+    known, given = hints(kind), {**later_options(kind), **given}
+    check_keys(where, given, known, complete=True)
+    return kind(**{key: check_type(f"{where}.{key}", given[key], known[key]) for key in known})
 
 
 def later_options(kind: type) -> dict[str, object]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import safetensors
 import tomli_w
 
-from ..checks import check_keys, check_type
+from ..checks import check_keys, check_type, hints
 from . import Corrupt, shown, write
 
 FORMAT = 1  # a file without it is of a time before there was another
@@ -118,14 +118,14 @@ def check(where: str, value: object, kind: object):
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
         check_type(where, value, dict)
-        hints = typing.get_type_hints(kind)
+        known = hints(kind)
         if dataclasses.is_dataclass(kind):
-            check_keys(where, value, hints)
+            check_keys(where, value, known)
         for key in _required(kind):
             if key not in value:
                 raise ValueError(f"{where} has no {key}")
-        for key in hints.keys() & value.keys():
-            check(f"{where}: {key}", value[key], hints[key])
+        for key in known.keys() & value.keys():
+            check(f"{where}: {key}", value[key], known[key])
     elif origin in (dict, list):
         check_type(where, value, origin)
         for item in value.values() if origin is dict else value:
@@ -135,11 +135,12 @@ def check(where: str, value: object, kind: object):
     return value
 
 
+@functools.cache
 def _required(kind: type) -> list[str]:
     if typing.is_typeddict(kind):
         # Where annotations are strings, __required_keys__ holds what is NotRequired too.
-        hints = typing.get_type_hints(kind, include_extras=True)
-        optional = {k for k, hint in hints.items() if typing.get_origin(hint) is typing.NotRequired}
+        known = typing.get_type_hints(kind, include_extras=True)
+        optional = {k for k, hint in known.items() if typing.get_origin(hint) is typing.NotRequired}
         return sorted(kind.__required_keys__ - optional)
     none = dataclasses.MISSING
     fields = dataclasses.fields(kind)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import typing
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from ..checks import unknown
+from ..checks import hints, unknown
 from ..ops._options import boolean
 from ..ops._typed import typed
 from ._base import Attention
@@ -202,7 +201,7 @@ def option_types(name: str) -> dict[str, object]:
     <class 'int'>
     """
     try:
-        return typing.get_type_hints(get_attention(name).__init__)
+        return dict(hints(get_attention(name).__init__))
     except NameError:  # names that only a type checker imports
         return {}
 
