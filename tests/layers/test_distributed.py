@@ -4,7 +4,7 @@ import pytest
 import torch
 from forks import python
 from paths import SUPPORT
-from ranks import KINDS, build
+from ranks import KINDS, MODELS, build
 
 # Both are forks of a process that has loaded all that they need, and used nothing of it.
 BOTH = """
@@ -26,7 +26,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MODELS])
 def test_ranks_agree(found, kind, way):
     (first, alone), (second, _) = (rank[kind, way] for rank in found)
     assert first.keys() == second.keys() == alone.keys()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.testing import assert_close
 
+import tab
 from tab.layers import build_attention, layer_names
 
 N, C = 12, 16
@@ -95,6 +96,21 @@ def test_one_exported_program_serves_every_batch_and_length(name, masked):
         x, mask = tokens(b, n), torch.arange(n).expand(b, n) != 1
         given = (x, mask)[: 1 + masked]
         assert_close(program(*given), layer(*given), atol=1e-5, rtol=1e-4)
+
+
+# Their choices of blocks, tokens and experts are operators of TAB's own (docs/mechanisms.md).
+CHOOSE = {"sparse", "kv_compression", "deepseek_mla", "kimi_k2"}
+
+
+@names
+def test_on_the_reference_a_program_has_operators_of_pytorch_alone(name):
+    """As ONNX wants them."""
+    with tab.use_backend("reference"):
+        program = torch.export.export(build(name), (tokens(2, N),))
+    graphs = [part for part in program.graph_module.modules() if hasattr(part, "graph")]
+    called = {str(node.target) for part in graphs for node in part.graph.nodes}
+    assert any(each.startswith("aten.") for each in called) or name in WITHOUT
+    assert any(each.startswith("tab.") for each in called) == (name in CHOOSE)
 
 
 @names
