@@ -61,6 +61,17 @@ def nothing_else_runs():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_seeds_of_what_is_not_there():
+    """torch.manual_seed keeps for a GPU what it cannot give to it yet, and the stack of the call as
+    text, once for each kind of GPU: seconds of a whole run."""
+    with pytest.MonkeyPatch.context() as patched:
+        for kind in ("cuda", "mtia", "xpu"):
+            if not getattr(torch, kind).is_available():
+                patched.setattr(f"torch.{kind}.manual_seed_all", lambda seed: None)
+        yield
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

@@ -47,7 +47,8 @@ def library(mechanism: str) -> ctypes.CDLL:
             made, whole = path.with_suffix(".o"), path.with_suffix(".part")
             # ThreadSanitizer's calls without its runtime: cuda_races.h
             sanitized = ["-c", "-fsanitize=thread", SUPPORT / "cuda_few.cpp", "-o", made]
-            subprocess.run([compiler, *flags, *sanitized], check=True)
+            cached = ["ccache"] if shutil.which("ccache") else []  # for other clones, too
+            subprocess.run([*cached, compiler, *flags, *sanitized], check=True)
             subprocess.run([compiler, *flags, made, "-o", whole], check=True)
             made.unlink()
             whole.replace(path)
