@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -132,9 +133,11 @@ def _no_interrupt() -> Iterator[None]:
 def _work(pipe: connection.Connection) -> None:
     """What the process does until it is ended, or the driver has died."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
+    gc.disable()  # the first task loads PyTorch, nothing of which is garbage
     with contextlib.suppress(EOFError, BrokenPipeError):  # the driver is ending
         while True:
             index, task = pipe.recv()
+            gc.enable()
             done = attempt(index, task, lambda event: pipe.send(("event", event)))
             pipe.send(("end", portable(done)))
 
