@@ -122,6 +122,23 @@ def test_a_plugin_is_mended_and_given_from_another_folder(mine, tmp_path):
     assert result.exit_code == 0 and kept(out)["name"] == str(fixed), result.output
 
 
+def test_one_run_goes_on_with_a_mended_plugin_of_another_size(mine, tmp_path):
+    """Sizes are matched for the layer as it is: the run that failed had another config."""
+    run = tmp_path / "run"
+    words = ("train", "mlp", "mine", *SMALL, "--plugin", mine, "--out", run)
+    words = (*words, "--set", "model.mlp.match=multi_head")
+    result = tab(*words)
+    assert result.exit_code != 0 and "not yet" in result.output + str(result.exception)
+    before = json.loads((run / "run.json").read_text())
+    assert before["summary"]["num_epochs"] == 0
+    mine.write_text(MENDED.replace("Linear(dim, dim)", "Linear(dim, dim, bias=False)"))
+    result = tab(*words, "--resume")
+    assert result.exit_code == 0, result.output
+    after = json.loads((run / "run.json").read_text())
+    assert (after["status"], after["plugin"]) == ("done", plugins.find(str(mine)).record())
+    assert after["summary"]["parameters"] != before["summary"]["parameters"]
+
+
 def test_from_python_it_is_mended_within_one_process(mine, tmp_path):
     import tab as library
 
