@@ -206,6 +206,23 @@ def test_threads_change_little(causal, generator):
         assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@needs_cpp("linear_fwd")
+@pytest.mark.parametrize("dv", [64, 61])  # rows that begin on a whole vector, and that do not
+def test_large_states_go_past_the_caches(dv, generator):
+    """What 2²¹ numbers and more are written by is another loop: the same bits."""
+    x = draw(generator, 552, 1, 2, 64, dv, state=True)
+
+    def run(rows):
+        leaves = [t[rows].requires_grad_() for t in x]
+        found = call("cpp")(*leaves)
+        return *found, *torch.autograd.grad(found[0].square().sum(), leaves)
+
+    with poisoned():
+        whole, one, other = (run(rows) for rows in (slice(None), slice(276), slice(276, None)))
+    for a, b, c in zip(whole, one, other, strict=True):
+        assert torch.equal(a, torch.cat([b, c]))
+
+
 # --- PyTorch --------------------------------------------------------------------------------------
 
 

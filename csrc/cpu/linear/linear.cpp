@@ -17,6 +17,7 @@
 
 #define TAB_KERNEL "../linear/linear_kernel.h"
 #include "../core/each_isa.h"
+#include "linear_states.h"
 
 namespace tab {
 namespace {
