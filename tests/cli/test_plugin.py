@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
+from small_plugin import compared
 
 from tab import plugins
 from tab.layers import _registry
@@ -46,11 +47,6 @@ def mine(tmp_path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text(SOURCE)
     return path
-
-
-def compared(mine: Path, out: Path, *more: object):
-    words = ("--models", "mlp", "--attentions", "none,mine", "--plugin", mine, "--out", out)
-    return tab("compare", *words, *SMALL, *more)
 
 
 def test_a_comparison_keeps_its_plugin_and_goes_on_with_it(mine, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
+from small_plugin import compared
 
 from tab import plugins
 from tab.layers import Attention, _registry, register_attention
@@ -46,11 +47,6 @@ def mine(tmp_path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text(BROKEN)
     return path
-
-
-def compared(mine: Path, out: Path, *more: object):
-    words = ("--models", "mlp", "--attentions", "none,mine", "--plugin", mine, "--out", out)
-    return tab("compare", *words, *SMALL, *more)
 
 
 def kept(out: Path) -> dict[str, str]:
