@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
-from small_plugin import compared
+from small_plugin import compared, packaged
 
 from tab import plugins
 from tab.layers import _registry
@@ -122,16 +122,13 @@ def test_a_sweep_keeps_its_plugin(mine, tmp_path, monkeypatch):
 
 
 def test_a_module_is_known_by_all_of_its_files(tmp_path, monkeypatch):
-    package = tmp_path / "my_own_attention"
-    package.mkdir()
-    (package / "__init__.py").write_text("from .layer import Mine\n")
-    (package / "layer.py").write_text(SOURCE)
-    monkeypatch.syspath_prepend(tmp_path)
+    layer = packaged(tmp_path, monkeypatch, "my_own_attention", SOURCE)
     result = tab("list", "attentions", "--plugin", "my_own_attention", "--json")
     names = [row["name"] for row in json.loads(result.stdout)["attentions"]]
-    assert "mine" in names and plugins.origin(_registry._layers["mine"])["name"] == package.name
+    assert "mine" in names
+    assert plugins.origin(_registry._layers["mine"])["name"] == "my_own_attention"
     kept = plugins.find("my_own_attention").record()
-    (package / "layer.py").write_text(SOURCE + "\n")
+    layer.write_text(SOURCE + "\n")
     with pytest.raises(ValueError, match="the plugin my_own_attention has changed since"):
         plugins.again([kept])
     for name in [name for name in sys.modules if name.startswith("my_own_attention")]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
-from small_plugin import compared
+from small_plugin import compared, packaged
 
 from tab import plugins
 from tab.layers import Attention, _registry, register_attention
@@ -152,15 +152,12 @@ def test_from_python_it_is_mended_within_one_process(mine, tmp_path):
 
 def test_a_module_that_changed_is_not_taken_for_what_it_was(tmp_path, monkeypatch):
     """Python would not read it again."""
-    package = tmp_path / "attention_of_mine"
-    package.mkdir()
-    (package / "__init__.py").write_text("from .layer import Mine\n")
-    (package / "layer.py").write_text(MENDED)
-    monkeypatch.syspath_prepend(tmp_path)
+    layer = packaged(tmp_path, monkeypatch, "attention_of_mine", MENDED)
+    package = layer.parent
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     plugins.load([plugins.find(package.name)])
     first = _registry.get_attention("mine")
-    (package / "layer.py").write_text(MENDED.replace("My own", "Mended"))
+    layer.write_text(MENDED.replace("My own", "Mended"))
     plugins.load([plugins.find(package.name)])
     assert (first.title, _registry.get_attention("mine").title) == ("My own", "Mended")
     assert plugins.origin(_registry.get_attention("mine")) == plugins.find(package.name).record()

@@ -8,3 +8,13 @@ from small_cli import SMALL, tab
 def compared(mine: Path, out: Path, *more: object):
     words = ("--models", "mlp", "--attentions", "none,mine", "--plugin", mine, "--out", out)
     return tab("compare", *words, *SMALL, *more)
+
+
+def packaged(tmp_path: Path, monkeypatch, name: str, source: str) -> Path:
+    """The layer of a plugin that is a package, `name`, to be imported in this test alone."""
+    package = tmp_path / name
+    package.mkdir()
+    (package / "__init__.py").write_text("from .layer import Mine\n")
+    (package / "layer.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    return package / "layer.py"
