@@ -63,7 +63,7 @@ bench: setup
 PTX := tests/ops/test_ptx.py tests/ops/test_ptx_machine.py tests/ops/test_assembled.py
 
 kernels: setup
-	$(BIN)/tab doctor --kernels $(if $(TAB_EVERY_LAUNCH),--all)
+	$(BIN)/tab doctor --kernels --arch all $(if $(TAB_EVERY_LAUNCH),--every-launch)
 	$(BIN)/python -m pytest -m compiles tests/ops/test_triton.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
 	    $(BIN)/python -m pytest -m compiles --numprocesses 2 --dist worksteal $(PTX)

@@ -16,9 +16,16 @@ def command(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Print the table of compiled kernels as well.")
     ] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="Compile for this GPU architecture (sm_80, sm_90, …) or for all; "
+            "by default for this machine's GPU, without one for sm_90."
+        ),
+    ] = None,
     every: Annotated[
         bool,
-        typer.Option("--all", help="Each launch of --kernels, not the largest: half as many more."),
+        typer.Option("--every-launch", help="Compile each launch, not only the most demanding."),
     ] = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -26,8 +33,10 @@ def command(
     """Say what is installed and built, and which backend of which operator can run here."""
     from ..doctor.doctor import backends, versions
 
-    if every and not kernels:
-        raise typer.BadParameter("--all says which kernels: give --kernels, too")
+    if (every or arch) and not kernels:
+        given = "--every-launch" if every else "--arch"
+        raise typer.BadParameter(f"{given} says which kernels to compile: give --kernels, too")
+    archs = _archs(arch) if kernels else ()
     answer = Answer(quiet=quiet, as_json=as_json)
     facts, found = versions(), backends()
     answer.show(pairs("TAB", facts))
@@ -46,7 +55,7 @@ def command(
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f": {', '.join(ops)}"
         console.print(Text(f"{reason}{which}", "dim"))  # nobody copies it: it may break
-    more = _gpu(answer, every) if kernels else {}
+    more = _gpu(answer, archs, every) if kernels else {}
     wrong = more.get("faults", [])
     answer.end(versions=dict(facts), backends=found, **more)
     for fault in wrong:
@@ -55,25 +64,38 @@ def command(
         raise typer.Exit(1)
 
 
-def _gpu(answer: Answer, every: bool) -> dict[str, list]:
+def _archs(name: str | None) -> tuple[int, ...]:
+    """The architectures that --arch names."""
+    from ..doctor.kernel_report import SHARED_LIMIT, own_arch
+
+    known = {f"sm_{arch}": (arch,) for arch in SHARED_LIMIT} | {"all": tuple(SHARED_LIMIT)}
+    if name is None:
+        return (own_arch(),)
+    if name not in known:
+        raise typer.BadParameter(f"--arch={name} is none of {', '.join(known)}")
+    return known[name]
+
+
+def _gpu(answer: Answer, archs: tuple[int, ...], every: bool) -> dict[str, list]:
     """What the GPU kernels take, what of that is too much, and the least that their calls need."""
     from ..doctor.kernel_limits import faults
 
-    rows = _kernels(answer, every)
+    rows = _kernels(answer, archs, every)
     return {"kernels": rows, "faults": faults(rows), "floors": _floors(answer)}
 
 
-def _kernels(answer: Answer, every: bool) -> list[dict]:
+def _kernels(answer: Answer, archs: tuple[int, ...], every: bool) -> list[dict]:
     """What each compiled GPU kernel takes; one that takes more than it may is marked."""
     from ..doctor.kernel_limits import faults
     from ..doctor.kernel_report import report_rows
 
     with bar("kernels") as show:
-        rows = report_rows(progress=show, every=every)
+        rows = report_rows(archs, progress=show, every=every)
     heads = ("Kernel", "Configuration", "sm", "Registers", "Spilled", "Shared KiB", "Warps")
     note = "Of a thread: registers, bytes spilled. Of a block: shared memory, of its limit. "
     note += "Of a multiprocessor: warps, in blocks, that it holds at once."
-    made = table("Kernels", *heads, right=heads[2:], note=note)
+    named = ", ".join(f"sm_{arch}" for arch in archs)
+    made = table(f"Kernels on {named}", *heads, right=heads[2:], note=note)
     for row in rows:
         numbers = map(str, (row["arch"], row["registers"], row["spilled"]))
         shared = f"{row['shared'] / 1024:.0f} of {row['limit'] // 1024}"

@@ -3,8 +3,9 @@
 Triton: the launchers are called on meta tensors, and each launch they would make is compiled ahead
 of time for each architecture instead. CUDA C++: read from the built library. Neither needs a GPU.
 
-    tab doctor --kernels          # of the launches of the same sums those that ask for most
-    tab doctor --kernels --all    # every launch that its file in kernels/ names
+    tab doctor --kernels               # of the launches of the same sums those that ask for most
+    tab doctor --kernels --arch all    # for each architecture, not only this machine's or sm_90
+    tab doctor --kernels --every-launch    # every launch that its file in kernels/ names
     python -m tab.doctor.kernel_report linear local    # of these ops only
 """
 
@@ -34,6 +35,14 @@ from .kernel_launches import Launch, chosen, precision, without
 # Compute capability -> bytes of shared memory that one block may ask for (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability").
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def own_arch() -> int:
+    """The architecture of this machine's GPU where its limits are known, otherwise 90 (H100)."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    arch = 10 * major + minor
+    return arch if arch in SHARED_LIMIT else 90
+
 
 # --- Triton ---------------------------------------------------------------------------------------
 

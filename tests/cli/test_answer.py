@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from small_cli import SMALL, flat, tab
 from typer.testing import CliRunner
 
 from tab.cli.answer import portable
 from tab.cli.main import app
 from tab.cli.terminal import console
+from tab.doctor.kernel_report import own_arch
 from tab.layers import layer_names
 from tab.recipe.recipe import load_recipe
 
@@ -112,12 +114,13 @@ def test_the_kernels_of_the_doctor_are_tables_and_rows(monkeypatch):
     row |= {"precision": "bf16", "blocks": 3, "warps": 12}
     wanted, found = [], [row, {**row, "spilled": 8}]
 
-    def report_rows(progress, every):
-        wanted.append(every)
+    def report_rows(archs, progress, every):
+        wanted.append((archs, every))
         progress(1, 1, "forward, sm_90")
         return found
 
     monkeypatch.setattr("tab.doctor.kernel_report.report_rows", report_rows)
+    monkeypatch.setattr("tab.doctor.kernel_report.own_arch", lambda: 90)
     result = tab("doctor", "--kernels", "--json")
     answer = json.loads(result.stdout)
     assert result.exit_code == 0 and answer["faults"] == []
@@ -127,7 +130,25 @@ def test_the_kernels_of_the_doctor_are_tables_and_rows(monkeypatch):
     linear = next(each for each in answer["floors"] if each["op"] == "linear_fwd")
     assert linear["floor_us"] > 1 and "512×8×64×64" in result.stderr
     found.append({**row, "spilled": 4096})
-    result = tab("doctor", "--kernels", "--all")
-    assert result.exit_code == 1 and wanted == [False, True]
+    result = tab("doctor", "--kernels", "--arch", "all", "--every-launch")
+    assert result.exit_code == 1 and wanted == [((90,), False), ((80, 90, 100), True)]
     assert "4096 bytes spilled a thread" in flat(result.output)
-    assert tab("doctor", "--all").exit_code == 2
+    assert (
+        tab("doctor", "--every-launch").exit_code == tab("doctor", "--arch", "all").exit_code == 2
+    )
+    result = tab("doctor", "--kernels", "--arch", "hopper")
+    assert result.exit_code == 2 and "hopper is none of sm_80, sm_90, sm_100, all" in flat(
+        result.output
+    )
+
+
+def test_the_doctor_compiles_for_the_gpu_that_is_here(monkeypatch):
+    for visible, capability, arch in (
+        (False, None, 90),
+        (True, (8, 0), 80),
+        (True, (10, 0), 100),
+        (True, (8, 9), 90),  # its limits are not known
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda visible=visible: visible)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which=capability: which)
+        assert own_arch() == arch
