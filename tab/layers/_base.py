@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._check import accumulate, shapes
-from ..ops._typed import typed
 from ._repr import Shown
+from ._sizes import built, check_heads
 from .rope import Rope
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Attention(Shown):
         """Which of the size options a layer built with these options grows in; "" if none."""
         return next(iter(cls.size_options), cls.fine_size)
 
-    @typed
+    @built
     def __init__(
         self,
         dim: int | None = None,
@@ -94,7 +94,7 @@ class Attention(Shown):
             if name not in vars(cls):
                 setattr(cls, name, vars(Attention)[name])
         if "__init__" in vars(cls):
-            cls.__init__ = typed(cls.__init__)
+            cls.__init__ = built(cls.__init__)
         # torch.compile allows eight compilations to a code object: each layer gets one of its own.
         if "forward" not in vars(cls):
             f = cls.forward
@@ -240,16 +240,3 @@ class HeadsAttention(Attention):
     def attention_matrix(self, x: Tensor) -> Tensor:
         q, k, _ = self.project(x)
         return self.weights(q.to(accumulate(q)), k.to(accumulate(k)))
-
-
-def check_heads(layer: str, dim: int, num_heads: int, what: str = "dim") -> None:
-    """The width must split evenly into heads; the error names the nearest numbers that do it."""
-    if dim < 1:
-        raise ValueError(f"{layer}: {what}={dim} must be 1 or more")
-    if num_heads < 1 or dim % num_heads:
-        divisors = [h for h in range(1, dim + 1) if dim % h == 0]
-        near = sorted(divisors, key=lambda h: abs(h - num_heads))[:3]
-        raise ValueError(
-            f"{layer}: num_heads={num_heads} does not divide {what}={dim}; "
-            f"nearest choices: {', '.join(map(str, sorted(near)))}"
-        )

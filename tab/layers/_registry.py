@@ -229,10 +229,6 @@ def build_attention(
         raise ValueError(
             f"{name} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}"
         )
-    if dim < 1 or seq_len < 1:
-        raise ValueError(f"{name} wants dim ≥ 1 and seq_len ≥ 1, got dim {dim}, seq_len {seq_len}")
-    if grid is not None and grid[0] * grid[1] != seq_len:
-        raise ValueError(f"grid {grid} has {grid[0] * grid[1]} cells, but seq_len is {seq_len}")
     layer = get_attention(name, published=published)
     return layer(dim, seq_len=seq_len, grid=grid, **options)
 

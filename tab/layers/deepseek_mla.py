@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..ops._check import accumulate
 from ..ops.mla import mla_attention
-from ._base import Attention, check_heads
+from ._base import Attention
 from ._registry import register_attention
 from ._repr import Shown
+from ._sizes import check_heads
 from ._stacking import stacks
 from .moe import MoE
 from .rope import Rope

@@ -6,7 +6,6 @@ Kimi Team 2025, "Kimi K2", section 2.1 (QK-Clip) and 2.3 (architecture). K2 itse
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 THETA = 5e4  # K2's rotary base
 EPSILON = torch.finfo(torch.float32).eps
+HIGHEST = 1e30  # tau: tau/EPSILON is a float32, too
 
 
 @register_attention("kimi_k2")
@@ -83,10 +83,10 @@ class KimiK2(Stateful, LatentMoE):
         super().__init__(dim)
         if attention not in ("mha", "mla"):
             raise ValueError(f"kimi_k2: attention={attention!r}: choose mha or mla")
-        if not 0 < tau < math.inf:
+        if not 0 < tau <= HIGHEST:
             raise ValueError(
-                f"kimi_k2: tau={tau}: the largest score allowed must be above 0 and finite, such "
-                "as 1e9 for no limit"
+                f"kimi_k2: tau={tau}: the largest score allowed must be above 0 and finite, at "
+                f"most {HIGHEST:g}; 1e9 is no limit"
             )
         self.tau, self.latent = tau, attention == "mla"
         if self.latent:

@@ -29,7 +29,8 @@ class Rope(Shown):
         if dim % (4 if grid else 2):
             raise ValueError(
                 f"rotary positions turn pairs{' per axis of the grid' if grid else ''}: the head "
-                f"dimension must be a multiple of {4 if grid else 2}, got {dim}"
+                f"dimension must be a multiple of {4 if grid else 2}, got {dim}; change the width, "
+                "num_heads or rope_dim, whichever it comes from"
             )
         self.pairs, self.seq_len, self.grid, self.theta = dim // 2, seq_len, grid, theta
         for name in ("cos", "sin"):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._base import Attention, check_heads
+from ._base import Attention
 from ._registry import register_attention
+from ._sizes import check_heads
 from ._stacking import beside, stacks
 from ._state import Stateful
 

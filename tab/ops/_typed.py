@@ -19,10 +19,14 @@ SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 Called = TypeVar("Called", bound=Callable)
 
 
-def typed(function: Called) -> Called:
+def typed(function: Called, rule: Callable[..., None] | None = None) -> Called:
     """`function`, with a TypeError for the first argument that is not what its annotation says: a
     number, a text, True or False, None, a list of these, or an object of a class. What an
-    annotation says beside these is left alone. Numbers of NumPy become Python's."""
+    annotation says beside these is left alone. Numbers of NumPy become Python's, and a whole one
+    of more than 64 bits is a ValueError.
+
+    rule: called with the function's name and the arguments by their names, once they are checked.
+    """
     signature = inspect.signature(function)
 
     @functools.cache
@@ -44,6 +48,8 @@ def typed(function: Called) -> Called:
         for name, value in bound.arguments.items():
             if name in hints() and signature.parameters[name].kind not in SEVERAL:
                 bound.arguments[name] = _as(hints()[name], value, what.__qualname__, name)
+        if rule is not None:
+            rule(what.__qualname__, **bound.arguments)
         return function(*bound.args, **bound.kwargs)
 
     return typing.cast(Called, checked)
@@ -53,7 +59,10 @@ def _as(hint: object, value: object, what: str, name: str) -> object:
     choices = _choices(hint)
     for choice in choices:
         if _fits(choice, value):
-            return _plain(value)
+            value = _plain(value)
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{what}(): argument {name!r} = {value}: give a number of 64 bits")
+            return value
     wanted = " or ".join(dict.fromkeys(map(_word, choices)))
     kind, given = type(value).__name__, f"{value!r:.60}"
     raise TypeError(f"{what}(): argument {name!r} must be {wanted}, not {kind}; got {given}")
