@@ -19,7 +19,7 @@ from ..report import write_report
 from ..report.forest import forest_picture
 from ..report.pictures import bars
 from ..report.tables import Standing, ranking
-from ..study.given import place_of, use_plugins
+from ..study.given import place_of, say_mended, use_plugins
 from ..study.plans import STUDY, comparison_plan
 from ..study.tuned import FOLDER, sweep_of, tuned
 from ..study.watched import WatchedComparison, WatchedSweep
@@ -163,7 +163,8 @@ class Comparison(Result):
         if data:
             plan = dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, data=where))
             plan.moved(out, dataset)
-        plan = plan.with_plugins(out, self._plugins, say)
+        say_mended(plan.grid.plugins, self._plugins, say)
+        plan = plan.with_plugins(out, self._plugins)
         executor, kinds = executor or executor_of(jobs), watched(watch)
         say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
         try:

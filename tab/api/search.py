@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from ..cli.given import load_data
+from ..compare.plan import results_of
 from ..drawing.figures import Picture
 from ..report.sweep import halving_picture
 from ..report.text import title
-from ..study.given import place_of, use_plugins
+from ..study.given import place_of, say_mended, use_plugins
 from ..study.plans import STUDY, sweep_plan
 from ..study.watched import WatchedSweep
 from ..study.watching import watched, watchers
@@ -114,7 +115,8 @@ class Sweep(Result):
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        use_plugins(None, SweepPlan.plugins_of(self.directory))
+        kept, results = SweepPlan.plugins_of(self.directory), results_of(self.directory)
+        self._plugins = use_plugins(None, kept, results)
         self.plan = SweepPlan.load(self.directory)
 
     @cached_property
@@ -144,6 +146,8 @@ class Sweep(Result):
         if data:
             plan = dataclasses.replace(plan, data=where)
             plan.moved(out, dataset)
+        say_mended(plan.plugins, self._plugins, say)
+        plan = dataclasses.replace(plan, plugins=self._plugins)
         say(f"{out}: {len(plan.pairs())} × {plan.budget.configurations} configurations")
         try:
             with watchers(watched(watch), out, failed=say) as others:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..study.given import executor_for, use_plugins
+from ..study.given import executor_for, say_mended, use_plugins
 from ..study.watching import watched
 from . import check, options, report
 from .answer import Answer
@@ -75,8 +75,7 @@ def command(
     from .progress import watcher
 
     kinds = watched(watch, tensorboard=tensorboard)
-    kept = (plugins_of(resume), results_of(resume)) if resume else ()
-    records = use_plugins(plugin, *kept)
+    records = use_plugins(plugin, *((plugins_of(resume), results_of(resume)) if resume else ()))
     given = {
         **{"models": models, "attentions": attentions, "seeds": seeds, "data": data},
         **{"device": device, "batch_seeds": batch_seeds},
@@ -88,7 +87,8 @@ def command(
     changes = {"epochs": epochs, "overrides": overrides, "compiled": compiled}
     if resume:
         plan, out = _resumed(resume, given, recipe, changes, ray or slurm), resume
-        plan = plan.with_plugins(out, records, partial(say, style="yellow", to=errors))
+        say_mended(plan.grid.plugins, records, partial(say, style="yellow", to=errors))
+        plan = plan.with_plugins(out, records)
         plan.configs()
         executor = executor_for(plan.grid.device, jobs, threads, ray, slurm, cpus, gpus)
         dataset = load_data(plan.grid.data, plan.recipe.data(), kept=True)

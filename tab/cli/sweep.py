@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..study.given import executor_for, use_plugins
+from ..study.given import executor_for, say_mended, use_plugins
 from ..study.watching import watched
 from . import options
 from .answer import Answer
 from .expected import say_time
 from .given import before_work, load_data, watchers
-from .sweep_plan import plan_of, resumed, with_storage
+from .sweep_plan import kept_plugins, plan_of, resumed, with_storage
 from .terminal import (
     bar,
     command_group,
@@ -130,7 +131,6 @@ def command(
     answer = Answer(quiet=quiet, as_json=as_json)
     before_work()
     from ..sweep.driver import sweep
-    from ..sweep.plan import SweepPlan
 
     kinds = watched(watch)
 
@@ -142,9 +142,11 @@ def command(
         **{"sampler": sampler, "seed": seed, "out": out, "device": device},
     }
     wishes = {name: value for name, value in wishes.items() if value not in (None, [])}
-    records = use_plugins(plugin, SweepPlan.plugins_of(resume) if resume else None)
+    records = use_plugins(plugin, *(kept_plugins(resume) if resume else ()))
     if resume:
         plan, out = resumed(resume, wishes, data, storage), resume
+        say_mended(plan.plugins, records, partial(say, style="yellow", to=errors))
+        plan = dataclasses.replace(plan, plugins=records)
     else:
         plan = plan_of(wishes, data or "cifar10", storage or "", ray or slurm, records)
         plan.check()
@@ -184,7 +186,7 @@ def show(
     from ..sweep.plan import SweepPlan
 
     answer = Answer(quiet=quiet, as_json=as_json)
-    use_plugins(plugin, SweepPlan.plugins_of(run))
+    use_plugins(plugin, *kept_plugins(run))
     _show(answer, with_storage(SweepPlan.load(run), storage), run)
 
 

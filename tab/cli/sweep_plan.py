@@ -45,6 +45,14 @@ def resumed(resume: Path, wishes: dict, data: str | None, storage: str | None):
     return dataclasses.replace(plan, data=place_of(data)) if data else plan
 
 
+def kept_plugins(out: Path):
+    """What `use_plugins` wants to know of a sweep that is there."""
+    from ..compare.plan import results_of
+    from ..sweep.plan import SweepPlan
+
+    return SweepPlan.plugins_of(out), results_of(out)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))

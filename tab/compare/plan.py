@@ -136,17 +136,10 @@ class Plan:
         made_with(out, dataset)
         self.rewrite(out)
 
-    def with_plugins(
-        self, out: Path, records: list[dict[str, str]], tell: Callable[[str], object]
-    ) -> Plan:
-        """The comparison in `out` with its plugins as they are now, which it keeps. tell: gets a
-        line about each that is no longer what it was begun with."""
+    def with_plugins(self, out: Path, records: list[dict[str, str]]) -> Plan:
+        """The comparison in `out` with its plugins as they are now, which it keeps."""
         if records == self.grid.plugins:
             return self
-        before = {record["sha256"] for record in self.grid.plugins}
-        for record in records:
-            if record["sha256"] not in before:
-                tell(f"{record['name']} has changed; nothing was trained with what it was")
         plan = dataclasses.replace(self, grid=dataclasses.replace(self.grid, plugins=records))
         plan.rewrite(out)
         return plan
@@ -170,11 +163,9 @@ def plugins_of(folder: Path) -> list[dict[str, str]]:
     return Grid.load(folder).plugins
 
 
-def results_of(folder: Path) -> Callable[[str], list[str]] | None:
-    """Of a comparison, or one run: a plugin's checksum -> the folders with epochs of its code. None
-    where a search went before it: what failed there counts, and is not tried again."""
-    if any(folder.glob("*/sweep.toml")):
-        return None
+def results_of(folder: Path) -> Callable[[str], list[str]]:
+    """Of a comparison, a sweep or one run: a plugin's checksum -> the folders with epochs of its
+    code."""
 
     def made_by(sha256: str) -> list[str]:
         runs = [path.parent for path in sorted(folder.rglob("run.json"))]

@@ -25,6 +25,16 @@ def use_plugins(
     return [plugin.record() for plugin in found]
 
 
+def say_mended(
+    kept: list[dict[str, str]], records: list[dict[str, str]], tell: Callable[[str], object]
+) -> None:
+    """A line about each plugin that is no longer what a study, which goes on, trained with."""
+    before = {record["sha256"] for record in kept}
+    for record in records:
+        if record["sha256"] not in before:
+            tell(f"{record['name']} has changed; nothing was trained with what it was")
+
+
 def place_of(data: str) -> str:
     """A folder or archive by its full path, so that work can resume from anywhere."""
     from ..data.huggingface import PREFIX, Source

@@ -74,7 +74,8 @@ def tuned(
     """
     folder = out / FOLDER
     if (folder / "sweep.toml").exists():
-        search = dataclasses.replace(SweepPlan.load(folder), data=plan.grid.data)
+        now = {"data": plan.grid.data, "plugins": plan.grid.plugins}
+        search = dataclasses.replace(SweepPlan.load(folder), **now)
     else:
         search = sweep_of(plan, dataset)
         search.save(folder, dataset)

@@ -32,7 +32,7 @@ from ..recipe.recipe import Recipe
 from ..run_config import RunConfig
 from ..tasks.tasks import Executor, Shared, Task, run_tasks
 from ..train.facts import DISK, made_with
-from ..train.loop import train
+from ..train.loop import plugin_of, train
 from ..train.training_run import Outcome
 from .halving import Bracket, brackets, promote, winner
 from .plan import SweepPlan, name_of
@@ -66,13 +66,22 @@ def sweep(
     """Runs what of `plan` has not ended in `out` (which `SweepPlan.save` started); -> the winners.
 
     An exception, or a loss that is not finite, ends its own configuration. A disk that fails ends
-    the sweep, which can be resumed.
+    the sweep, which can be resumed. A mechanism whose plugin is another one than `out` says starts
+    anew.
     """
     made_with(out, dataset)
-    plan = replace(plan, classes=SweepPlan.load(out).classes)
+    kept = SweepPlan.load(out)
+    plan = replace(plan, classes=kept.classes)
     with locked(out), records(plan, out, mine=True) as found:
         for record in found.values():
             record.recover()
+        if plan.plugins != kept.plugins:
+            before = {each["sha256"] for each in kept.plugins}
+            for pair, record in found.items():
+                now = plugin_of(plan.config(pair, {}))
+                if now and now["sha256"] not in before:
+                    record.anew()
+            plan.keep_plugins(out)
         shared = Shared(dataset.fingerprint, loader(dataset, plan.data))
         shared.put(dataset)
         driver = _Driver(plan, out, found, shared, watcher, executor)
@@ -265,6 +274,7 @@ def train_rung(
     config: RunConfig, dataset: Shared[Dataset], epochs: int, device: str, *, folder: Path, emit
 ) -> Outcome:
     """Continues the run in `folder` until it has that many epochs in all."""
+    (folder / "error.txt").unlink(missing_ok=True)
     emit(None)
     return train(
         config, dataset.get(), folder, device=device, resume=True, on_epoch=emit, stop_after=epochs

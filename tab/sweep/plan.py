@@ -149,9 +149,13 @@ class SweepPlan:
         with locked(out):
             write_toml(out / "sweep.toml", {**_read(out), "data": self.data})
 
+    def keep_plugins(self, out: Path) -> None:
+        """Those of this plan, in the sweep in `out`. The caller holds the lock."""
+        write_toml(out / "sweep.toml", {**_read(out), "plugins": self.plugins})
+
     @staticmethod
     def plugins_of(out: Path) -> list[dict[str, str]]:
-        """The records of those that the sweep in `out` was begun with, to be loaded before it."""
+        """The records of those that the sweep in `out` trains with, to be loaded before it."""
         return _read(out).get("plugins", [])
 
     @classmethod

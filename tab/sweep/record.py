@@ -91,6 +91,12 @@ class PairRecord:
         for trial in self._trials(optuna.trial.TrialState.RUNNING):
             self._fail(trial, "lost")
 
+    def anew(self) -> None:
+        """What ended until now counts no more: other code trained it. The caller holds the lock."""
+        while self._trials(optuna.trial.TrialState.WAITING):
+            self._fail(self.study.ask(fixed_distributions=self.distributions), "lost")
+        self.study.set_user_attr("since", len(self.study.get_trials(deepcopy=False)))
+
     def enqueue(self, entry: Entry) -> None:
         """Unless it waits already. (Optuna's skip_if_exists looks at params alone: it would drop
         every promotion.)"""
@@ -200,7 +206,10 @@ class PairRecord:
         return {name: float(share) for name, share in shares.items()}
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states or None)
+        """Those that count."""
+        since = self.study.user_attrs.get("since", 0)
+        every = self.study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in every if trial.number >= since]
 
     def _fail(self, trial: Trial | FrozenTrial, status: str, error: str = "") -> None:
         trial = optuna.Trial(self.study, trial._trial_id)

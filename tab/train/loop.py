@@ -128,6 +128,11 @@ def _weights(out: Path) -> Path | None:
     return next((out / name for name in (FILE, OLD) if (out / name).exists()), None)
 
 
+def plugin_of(config: RunConfig) -> dict[str, str] | None:
+    """The record of the plugin that the mechanism comes from; None if it comes from none."""
+    return origin(layer_class(config))
+
+
 def found_run(
     config: RunConfig, dataset: Dataset, out: Path, resume: bool, together: list[str] | None = None
 ) -> RunFile | None:
@@ -137,7 +142,7 @@ def found_run(
         return None
     if not resume:
         raise ValueError(f"{out} already holds a run: resume it, or give another directory")
-    kept, now = found.get("plugin"), origin(layer_class(config))
+    kept, now = found.get("plugin"), plugin_of(config)
     changed = bool(kept and now and kept["sha256"] != now["sha256"])
     if changed and not has_epochs(out):  # it only failed, and this may be why it does no more
         return None

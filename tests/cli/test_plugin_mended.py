@@ -8,31 +8,12 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
-from small_plugin import compared, packaged
+from small_plugin import BROKEN, MENDED, compared, packaged
 
 from tab import plugins
 from tab.layers import Attention, _registry, register_attention
 from tab.recipe.recipe import load_recipe
 from tab.recipe.size_matching import parameters_of
-
-BROKEN = """
-import torch
-from tab.layers import Attention, register_attention
-
-@register_attention("mine")
-class Mine(Attention):
-    title = "My own"
-
-    def __init__(self, dim, *, seq_len, grid=None):
-        super().__init__()
-        self.proj = torch.nn.Linear(dim, dim)
-
-    def compute(self, x, key_mask):
-        if self.training:
-            raise RuntimeError("not yet")
-        return self.proj(x)
-"""
-MENDED = BROKEN.replace('raise RuntimeError("not yet")', "return self.proj(x)")
 
 
 @pytest.fixture(autouse=True)

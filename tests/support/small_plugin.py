@@ -4,6 +4,25 @@ from pathlib import Path
 
 from small_cli import SMALL, tab
 
+BROKEN = """
+import torch
+from tab.layers import Attention, register_attention
+
+@register_attention("mine")
+class Mine(Attention):
+    title = "My own"
+
+    def __init__(self, dim, *, seq_len, grid=None):
+        super().__init__()
+        self.proj = torch.nn.Linear(dim, dim)
+
+    def compute(self, x, key_mask):
+        if self.training:
+            raise RuntimeError("not yet")
+        return self.proj(x)
+"""
+MENDED = BROKEN.replace('raise RuntimeError("not yet")', "return self.proj(x)")
+
 
 def compared(mine: Path, out: Path, *more: object):
     words = ("--models", "mlp", "--attentions", "none,mine", "--plugin", mine, "--out", out)
