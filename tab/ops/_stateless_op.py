@@ -1,15 +1,13 @@
 """An op without its last outputs, the state that it leaves or the gradient of the one it is given.
 
-On a GPU a kernel that has a head to itself keeps the state on chip: to write it, though nobody asks
-for it, is a third of what linear attention of 64 tokens moves. There what needs no state calls
-these ops. Their other kernels are those of the op itself, whose last outputs are dropped.
+A kernel that has a head to itself keeps the state on chip or in a cache: to write it, though nobody
+asks for it, is a third of what linear attention of 64 tokens moves. What needs no state calls these
+ops. In CUDA C++ their kernels are those of the op itself, whose last outputs are dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-from torch import Tensor
 
 from ._autograd import once_only, register
 from ._op import Op
@@ -36,9 +34,16 @@ class Stateless(Op):
             cut(base.reference), flops=base.flops, shapes=base.shapes,
         )  # fmt: skip
         self.own = False
-        self.implement("cpp", cut(lambda *args: base.below("auto", *args)))
         self.implement("cuda", cut(lambda *args: base.below("cuda", *args)))
         self.base_run = cut(base.run)
+
+
+def stateless_forward(fwd: Op) -> Op:
+    """x_stateless_fwd beside x_fwd, which runs where there are gradients: they need the state."""
+    forward = Stateless(fwd, (0,))
+    forward.run = forward.base_run
+    register(forward, forward.run)
+    return forward
 
 
 def stateless(
@@ -58,8 +63,3 @@ def stateless(
         register(forward, forward.run)
     register(backward, once_only(backward, fwd.name).apply)
     return forward, backward
-
-
-def spares(x: Tensor) -> bool:
-    """Whether x is where a kernel spares what nobody asked for."""
-    return x.is_cuda

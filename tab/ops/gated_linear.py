@@ -35,7 +35,7 @@ from ._options import boolean
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
 from ._softmax import score_scale
-from ._stateless_op import spares, stateless
+from ._stateless_op import stateless
 from .gated_linear_normalized import forward as by_formula
 from .gated_linear_normalized import normalized
 from .gated_linear_reference import backward_reference, forward_reference
@@ -97,7 +97,7 @@ def _gradients(bwd, backend, grads, q, k, v, log_decay, key_mask, s0, o, s, scal
     do, ds = grads
     do = torch.zeros_like(o) if do is None else do
     given = backend, do, ds, q, k, v, log_decay, key_mask, s0, scale
-    if s0 is None and bwd is gated_linear_bwd and spares(q):
+    if s0 is None and bwd is gated_linear_bwd:
         return gated_linear_stateless_bwd.below(*given)
     *others, ds0 = bwd.below(*given)
     return others if s0 is None else (*others, None, ds0)
@@ -264,15 +264,19 @@ def _attend(packing, return_state, backend, q, k, v, g, key_mask, s0, scale):
     else:
         op = gated_linear_packed if one else channel_gated_linear_packed
     given = choose(backend, op, q, k, v, g), q, k, v, g, key_mask, s0, *cuts, scale
-    if one and spares(q) and not (return_state or cuts):
+    if one and not (return_state or cuts):
         return gated_linear_stateless_fwd.apply(*given), g  # no state
     return by_group(op, *given)
+
+
+def _on_a_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _in_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether kernels take z beside S, and v as it is."""
     takes = gated_linear_normalized_fwd.takes.get("triton")
-    return spares(q) and takes is not None and takes(q, k, v) is None
+    return _on_a_gpu(q) and takes is not None and takes(q, k, v) is None
 
 
 def _normalized(packing, return_state, backend, q, k, v, g, key_mask, s0, z0):

@@ -20,7 +20,7 @@ from ._op import Backend, Op, choose
 from ._options import boolean, check_causal, check_eps
 from ._packed import pack, sequences, softmax_tokens, unpack
 from ._packed_op import packed
-from ._stateless_op import spares, stateless
+from ._stateless_op import stateless
 from .linear_reference import backward_reference, forward_reference
 
 FeatureMap = Literal["elu1", "relu", "identity", "softmax"]
@@ -79,10 +79,10 @@ def _gradients(backend, grads, q, k, v, key_mask, s0, z0, o, s, z, *options):
         ds = torch.zeros_like(s) if ds is None else ds
         dz = torch.zeros_like(z) if dz is None else dz
     given = backend, do, ds, dz, q, k, v, o, s, z, key_mask, s0, z0, *options
-    if s0 is None and spares(q):
+    if s0 is None:
         return linear_stateless_bwd.below(*given)
     dq, dk, dv, ds0, dz0 = linear_bwd.below(*given)
-    return (dq, dk, dv) if s0 is None else (dq, dk, dv, None, ds0, dz0)
+    return dq, dk, dv, None, ds0, dz0
 
 
 linear_fwd.takes["cuda"] = one_length
@@ -221,7 +221,7 @@ def linear_attention(
     backend = choose(backend, op, q, k, v)
     options = FEATURE_MAPS[feature_map], causal, eps
     given = backend, q, k, v, key_mask, s0, z0, *cuts, *options
-    if spares(q) and not (return_state or cuts) and backend != "cuda":
+    if not (return_state or cuts or backend == "cuda"):
         return pack(layout, linear_stateless_fwd.apply(*given), packing)
     o, s, z = by_group(op, *given)
     o = pack(layout, o, packing)

@@ -39,6 +39,7 @@ from ._op import Backend, Op, choose
 from ._options import boolean, check_causal, check_eps
 from ._packed import pack, sequences, unpack
 from ._packed_op import packed
+from ._stateless_op import stateless_forward
 from .performer_reference import backward_reference, forward_reference
 
 Kernel = Literal["softmax", "relu"]
@@ -110,6 +111,7 @@ def _gradients(backend, grads, q, k, v, projection, key_mask, s0, z0, c0, *saved
 
 performer_fwd.takes["cuda"] = one_length
 performer_fwd.differentiable(_gradients, by=performer_bwd, constant=2)  # c and lse
+performer_stateless_fwd = stateless_forward(performer_fwd)
 performer_packed = packed(
     "performer_attention", performer_fwd, performer_bwd, _gradients, constant=2
 )
@@ -238,7 +240,10 @@ def performer_attention(
     op, cuts = (performer_fwd, ()) if packing is None else (performer_packed, packing[:1])
     backend = choose(backend, op, q, k, v, projection, cuda=simple)
     options = KERNELS[kernel], causal, eps
-    o, s, z, c, _ = by_group(op, backend, q, k, v, projection, key_mask, *state, *cuts, *options)
+    given = backend, q, k, v, projection, key_mask, *state, *cuts, *options
+    if q.is_cpu and not (return_state or cuts):  # on a GPU states go through memory
+        return pack(layout, performer_stateless_fwd.apply(*given), packing)
+    o, s, z, c, _ = by_group(op, *given)
     o = pack(layout, o, packing)
     return (o, (s, z, c)) if return_state else o
 

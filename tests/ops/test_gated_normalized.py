@@ -70,7 +70,7 @@ def test_the_same_numbers_and_gradients(packed, masked, state, backend, monkeypa
 @pytest.mark.parametrize("dtype, size", [(torch.float64, 4), (torch.float32, 65)])
 def test_what_the_kernels_do_not_take_goes_as_on_a_cpu(dtype, size, monkeypatch):
     names = called(monkeypatch)
-    monkeypatch.setattr(gated_linear, "spares", lambda x: True)
+    monkeypatch.setattr(gated_linear, "_on_a_gpu", lambda x: True)
     x = draw(n=5, d=size, dtype=dtype)
     assert all(y.isfinite().all() for y in function()(*x)) and {*names} == {"gated_linear_fwd"}
 
@@ -129,7 +129,7 @@ def test_compiled(monkeypatch):
     from tab.kernels._launch import load
 
     load()
-    monkeypatch.setattr(gated_linear, "spares", lambda x: True)
+    monkeypatch.setattr(gated_linear, "_on_a_gpu", lambda x: True)
     x = [t.requires_grad_() for t in draw(heads=2, dtype=torch.float32)[:4]]
     graphs = []
 

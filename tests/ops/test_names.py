@@ -69,14 +69,14 @@ def test_bad_layout(name, heads):
         CALLS[name](*heads[:, 0], layout="bnhd")
 
 
-@pytest.mark.parametrize("name", ["local", "linear"])
-def test_kernels_are_given_views(name, heads, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "op"), [("local", "local_fwd"), ("linear", "linear_stateless_fwd")]
+)
+def test_kernels_are_given_views(name, op, heads, monkeypatch):
     """What they read is the caller's memory."""
     given, seen = [turned(x) for x in heads], []
-    apply = OPS[f"{name}_fwd"].apply
-    monkeypatch.setattr(
-        OPS[f"{name}_fwd"], "apply", lambda *x: seen.extend(x[1:4]) or apply(*x), raising=True
-    )
+    apply = OPS[op].apply
+    monkeypatch.setattr(OPS[op], "apply", lambda *x: seen.extend(x[1:4]) or apply(*x), raising=True)
     CALLS[name](*given, layout="bnhd")
     assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in given]
 

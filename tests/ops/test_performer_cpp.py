@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import needs_cpp
-from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients
+from proof import LAYOUTS, assert_accurate, layout, outputs_and_gradients, poisoned
 from tasks import threads
 from textbook.performer import KERNELS, call, draw, exact, naive
 from torch.testing import assert_close
@@ -129,6 +129,27 @@ def test_agrees_with_the_reference(generator, causal):
             for x, y in zip(saved["cpp"], saved["reference"], strict=True):
                 assert_close(x, y, rtol=1e-9, atol=1e-9)
                 assert x.stride() == y.stride()
+
+
+@pytest.mark.parametrize("dv", [64, 61])  # rows that begin on a whole vector, and that do not
+def test_large_states_go_past_the_caches(dv, generator):
+    """What 2²¹ numbers and more are written by is another loop: the same bits."""
+    b = 2 * (1 + (1 << 20) // (256 * dv))
+    *x, w = draw(generator, b=b, h=1, n=2, dv=dv, m=256)
+    x += torch.rand(b, 1, 256, dv, generator=generator), torch.rand(b, 1, 256, generator=generator)
+
+    def run(rows):
+        leaves = [t[rows].requires_grad_() for t in x]
+        shift = torch.zeros_like(leaves[-1])
+        found = performer_attention(
+            *leaves[:3], w, initial_state=(*leaves[3:], shift), return_state=True, backend="cpp"
+        )
+        return found[0], *found[1], *torch.autograd.grad(found[0].square().sum(), leaves)
+
+    with poisoned():
+        whole, one, other = (run(rows) for rows in (slice(b), slice(b // 2), slice(b // 2, b)))
+    for i, j, k in zip(whole, one, other, strict=True):
+        assert torch.equal(i, torch.cat([j, k]))
 
 
 def test_op_guards_its_memory(generator):

@@ -163,7 +163,6 @@ def test_every_launch(op, prove, generator, monkeypatch):
 
     monkeypatch.setattr(sparse, "CUT", 2)  # lists of three blocks are long
     monkeypatch.setattr(moe, "STEPS", 1)  # few rows are summed in two parts
-    monkeypatch.setattr("tab.ops.linear.spares", lambda x: True)
     with segments_of(128):
         prove(op, CASES[op](generator))
 

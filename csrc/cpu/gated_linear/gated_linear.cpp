@@ -46,6 +46,11 @@ std::optional<Tensor> given(const char* op, const char* name, const Gated& a, co
   check_dtype(op, name, *s, accumulator(q));
   return contiguous(s);
 }
+/// One to be written, if anybody asks for it.
+std::optional<Tensor> fresh(const Gated& a, const Tensor& q, bool wanted) {
+  if (!wanted) return {};
+  return empty(q, {a.states, a.h, a.d, a.e}, accumulator(q));
+}
 template <class A>
 A* data(const std::optional<Tensor>& s) {
   return s ? static_cast<A*>(s->data_ptr()) : nullptr;
@@ -54,11 +59,11 @@ A* data(const std::optional<Tensor>& s) {
 using Forward = std::tuple<Tensor, Tensor>;
 
 Forward forward(const char* op, const Ends& ends, Gated& a, const Inputs& in, const Tensor& g,
-                std::optional<Tensor> s0, double scale) {
+                std::optional<Tensor> s0, double scale, bool state) {
   prepare(op, a, ends, in, g, scale);
   s0 = given(op, "S", a, in.q, s0);
   const Tensor o = token_major(in.v, a.b, in.q.size(1), a.n, a.e);
-  const Tensor s = empty(in.q, {a.states, a.h, a.d, a.e}, accumulator(in.q));
+  const std::optional<Tensor> s = fresh(a, in.q, state);
   a.o = Rows(o), a.stream = large(o);
 
   return dispatch(op, in.q, [&]<class T>() -> Forward {
@@ -66,25 +71,25 @@ Forward forward(const char* op, const Ends& ends, Gated& a, const Inputs& in, co
     const GatedKernels& kernels = TAB_SELECT(gated_kernels<T>);
     const std::vector<Problem<Gated>> each = cut<T>(a, ends);
     const GatedStates<A> states(a, kernels.lanes);
-    A *const first = data<A>(s0), *const last = static_cast<A*>(s.data_ptr());
+    A *const first = data<A>(s0), *const last = data<A>(s);
     attend<A>(each, states, scratch_size(a, kernels.lanes), in.q, kernels.keys, kernels.outputs,
               first, last);
-    return {o, s};
+    return {o, s.value_or(Tensor())};
   });
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward backward(const char* op, const Ends& ends, Gated& a, const Inputs& in, Tensor grad,
-                  std::optional<Tensor> ds, const Tensor& g, std::optional<Tensor> s0,
-                  double scale) {
+                  std::optional<Tensor> ds, const Tensor& g, std::optional<Tensor> s0, double scale,
+                  bool state) {
   prepare(op, a, ends, in, g, scale);
   check_output(op, "do", grad, in.q, a.e);
   s0 = given(op, "S", a, in.q, s0), ds = given(op, "dS", a, in.q, ds);
   grad = unit_last(grad);
   const Gradients out(a, in);
   const Tensor dg = token_major(g, a.b, a.h, a.n, 1);
-  const Tensor ds0 = empty(in.q, {a.states, a.h, a.d, a.e}, accumulator(in.q));
+  const std::optional<Tensor> ds0 = fresh(a, in.q, state);
   a.grad = Rows(grad), a.dg = Rows(dg), a.stream = large(out.dq);
 
   return dispatch(op, in.q, [&]<class T>() -> Backward {
@@ -103,10 +108,8 @@ Backward backward(const char* op, const Ends& ends, Gated& a, const Inputs& in, 
     for (auto& x : each) x.a.kept = at, at += kept_by(x.a);  // x.kv keeps no states
     const auto first = [&](A* x, int64_t slot) { states.read(x, data<A>(s0), slot); };
     const auto last = [&](A* x, int64_t slot) { states.read(x, data<A>(ds), slot); };
-    const auto initial = [&](A* x, int64_t slot) {
-      states.write(x, static_cast<A*>(ds0.data_ptr()), slot);
-    };
-    const Backward result{out.dq, out.dk, out.dv, dg, ds0};
+    const auto initial = [&](A* x, int64_t slot) { states.write(x, data<A>(ds0), slot); };
+    const Backward result{out.dq, out.dk, out.dv, dg, ds0.value_or(Tensor())};
 
     if (whole(each)) {
       each_head(each, [&](const Problem<Gated>& x, int64_t head, int64_t slot) {
@@ -141,11 +144,19 @@ Backward backward(const char* op, const Ends& ends, Gated& a, const Inputs& in, 
 
 // --- dense and packed -----------------------------------------------------------------------------
 
-Forward dense_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
-                      std::optional<Tensor> s0, double scale) {
+// Without `state` only what depends on the tokens is returned.
+template <bool state>
+std::conditional_t<state, Forward, Tensor> dense_forward(Tensor q, Tensor k, Tensor v, Tensor g,
+                                                         std::optional<Tensor> mask,
+                                                         std::optional<Tensor> s0, double scale) {
+  constexpr const char* op = state ? "gated_linear_fwd" : "gated_linear_stateless_fwd";
   Gated a{};
-  const Inputs in("gated_linear_fwd", a, q, k, v, mask, true);
-  return forward("gated_linear_fwd", {}, a, in, g, s0, scale);
+  const Inputs in(op, a, q, k, v, mask, true);
+  const Forward got = forward(op, {}, a, in, g, s0, scale, state);
+  if constexpr (state)
+    return got;
+  else
+    return std::get<0>(got);
 }
 
 Forward packed_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
@@ -153,15 +164,21 @@ Forward packed_forward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Ten
   constexpr const char* op = "gated_linear_packed_fwd";
   Gated a{};
   const Inputs in(op, a, q, k, v, mask, true);
-  return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, g, s0, scale);
+  return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, g, s0, scale, true);
 }
 
-Backward dense_backward(Tensor grad, std::optional<Tensor> ds, Tensor q, Tensor k, Tensor v,
-                        Tensor g, std::optional<Tensor> mask, std::optional<Tensor> s0,
-                        double scale) {
+template <bool state>
+std::conditional_t<state, Backward, std::tuple<Tensor, Tensor, Tensor, Tensor>> dense_backward(
+    Tensor grad, std::optional<Tensor> ds, Tensor q, Tensor k, Tensor v, Tensor g,
+    std::optional<Tensor> mask, std::optional<Tensor> s0, double scale) {
+  constexpr const char* op = state ? "gated_linear_bwd" : "gated_linear_stateless_bwd";
   Gated a{};
-  const Inputs in("gated_linear_bwd", a, q, k, v, mask, true);
-  return backward("gated_linear_bwd", {}, a, in, grad, ds, g, s0, scale);
+  const Inputs in(op, a, q, k, v, mask, true);
+  const Backward got = backward(op, {}, a, in, grad, ds, g, s0, scale, state);
+  if constexpr (state)
+    return got;
+  else
+    return {std::get<0>(got), std::get<1>(got), std::get<2>(got), std::get<3>(got)};
 }
 
 Backward packed_backward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<Tensor> mask,
@@ -172,7 +189,7 @@ Backward packed_backward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<T
   Gated a{};
   const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
-  Backward got = backward(op, ends, a, in, or_zeros(grad, o), ds, g, s0, scale);
+  Backward got = backward(op, ends, a, in, or_zeros(grad, o), ds, g, s0, scale, s0.has_value());
   if (!s0) std::get<4>(got) = nothing(in.q);
   return got;
 }
@@ -181,8 +198,10 @@ Backward packed_backward(Tensor q, Tensor k, Tensor v, Tensor g, std::optional<T
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
-  m.impl("gated_linear_fwd", TORCH_BOX(&tab::dense_forward));
-  m.impl("gated_linear_bwd", TORCH_BOX(&tab::dense_backward));
+  m.impl("gated_linear_fwd", TORCH_BOX(&tab::dense_forward<true>));
+  m.impl("gated_linear_bwd", TORCH_BOX(&tab::dense_backward<true>));
+  m.impl("gated_linear_stateless_fwd", TORCH_BOX(&tab::dense_forward<false>));
+  m.impl("gated_linear_stateless_bwd", TORCH_BOX(&tab::dense_backward<false>));
 }
 STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
   m.impl("gated_linear_packed_fwd", TORCH_BOX(&tab::packed_forward));

@@ -36,6 +36,7 @@ struct GatedStates {
     for (int64_t i = 0; i < a.d; ++i) std::copy_n(t + (head * a.d + i) * a.e, a.e, x + i * ep);
   }
   void write(const A* x, A* t, int64_t head) const {
+    if (t == nullptr) return;
     for (int64_t i = 0; i < a.d; ++i) std::copy_n(x + i * ep, a.e, t + (head * a.d + i) * a.e);
   }
   void advance(A* carry, A* x) const {

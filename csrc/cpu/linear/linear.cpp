@@ -10,8 +10,8 @@
 // Katharopoulos et al. 2020, eq. 4-5 and 9-12; the causal sums run over tiles, with the quadratic
 // form inside a tile. φ is recomputed in the backward pass and never reaches memory.
 //
-// How the work is cut: core/segments.h. The order φ(q)(φ(k)ᵀv) is taken at every N: S must be
-// returned, so the quadratic order could win only below N = D/2.
+// How the work is cut: core/segments.h. The order φ(q)(φ(k)ᵀv) is taken at every N: the quadratic one
+// could win only below N = D, and where S is asked for, or kept for the backward, below N = D/2.
 
 #include "linear.h"
 
@@ -54,7 +54,7 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>;
 
 Forward forward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
                 const std::optional<Tensor>& s0, const std::optional<Tensor>& z0, int64_t map,
-                bool causal, double eps) {
+                bool causal, double eps, bool state) {
   prepare(op, a, in, ends, map, causal, eps);
   const Tensor o = token_major(in.v, a.b, in.q.size(1), a.n, a.e);
   a.o = Rows(o), a.stream = large(o);
@@ -63,11 +63,11 @@ Forward forward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
     using A = acc_t<T>;
     const LinearKernels& kernels = kernels_for<T>(a);
     const std::vector<Problem<Linear>> each = cut<T>(a, in, ends);
-    const Pair<A> first(op, a, in.q, s0, z0), last(a, in.q);
+    const Pair<A> first(op, a, in.q, s0, z0), last(a, in.q, state);
     const LinearStates<A> states(a, kernels.lanes);
     attend<A>(each, states, scratch_size(a, kernels.lanes), in.q, kernels.keys, kernels.outputs,
               first, last);
-    return {o, *last.s, *last.z};
+    return {o, last.s.value_or(Tensor()), last.z.value_or(Tensor())};
   });
 }
 
@@ -76,7 +76,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Backward backward(const char* op, const Ends& ends, Linear& a, const Inputs& in, Tensor grad,
                   const std::optional<Tensor>& ds, const std::optional<Tensor>& dz, const Tensor& s,
                   const Tensor& z, const std::optional<Tensor>& s0, const std::optional<Tensor>& z0,
-                  int64_t map, bool causal, double eps) {
+                  int64_t map, bool causal, double eps, bool state) {
   prepare(op, a, in, ends, map, causal, eps);
   check_output(op, "do", grad, in.q, a.e);
   grad = unit_last(grad);
@@ -93,11 +93,12 @@ Backward backward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
     const LinearKernels& kernels = kernels_for<T>(a);
     const std::vector<Problem<Linear>> each = cut<T>(a, in, ends);
     const Pair<A> first(op, a, in.q, s0, z0), total(op, a, in.q, s, z);
-    const Pair<A> last(op, a, in.q, ds, dz), initial(a, in.q);
+    const Pair<A> last(op, a, in.q, ds, dz), initial(a, in.q, state);
     const Pair<A>& start = causal ? first : total;  // what the first query sees
     const LinearStates<A> states(a, kernels.lanes);
     const int64_t work = scratch_size(a, kernels.lanes), size = states.size;
-    const Backward result{out.dq, out.dk, out.dv, *initial.s, *initial.z};
+    const Backward result{out.dq, out.dk, out.dv, initial.s.value_or(Tensor()),
+                          initial.z.value_or(Tensor())};
 
     if (whole(each)) {
       each_head(each, [&](const Problem<Linear>& x, int64_t head, int64_t slot) {
@@ -138,12 +139,21 @@ Backward backward(const char* op, const Ends& ends, Linear& a, const Inputs& in,
 
 // --- dense and packed -----------------------------------------------------------------------------
 
-Forward dense_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
-                      std::optional<Tensor> s0, std::optional<Tensor> z0, int64_t map, bool causal,
-                      double eps) {
+// Without `state` only what depends on the tokens is returned.
+template <bool state>
+std::conditional_t<state, Forward, Tensor> dense_forward(Tensor q, Tensor k, Tensor v,
+                                                         std::optional<Tensor> mask,
+                                                         std::optional<Tensor> s0,
+                                                         std::optional<Tensor> z0, int64_t map,
+                                                         bool causal, double eps) {
+  constexpr const char* op = state ? "linear_fwd" : "linear_stateless_fwd";
   Linear a{};
-  const Inputs in("linear_fwd", a, q, k, v, mask, true, !causal);
-  return forward("linear_fwd", {}, a, in, s0, z0, map, causal, eps);
+  const Inputs in(op, a, q, k, v, mask, true, !causal);
+  const Forward got = forward(op, {}, a, in, s0, z0, map, causal, eps, state);
+  if constexpr (state)
+    return got;
+  else
+    return std::get<0>(got);
 }
 
 Forward packed_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
@@ -152,16 +162,22 @@ Forward packed_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
   constexpr const char* op = "linear_packed_fwd";
   Linear a{};
   const Inputs in(op, a, q, k, v, mask, true);
-  return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, s0, z0, map, causal, eps);
+  return forward(op, Ends(op, cu_seqlens, a.b, a.n), a, in, s0, z0, map, causal, eps, true);
 }
 
-Backward dense_backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, Tensor q,
-                        Tensor k, Tensor v, Tensor /* o */, Tensor s, Tensor z,
-                        std::optional<Tensor> mask, std::optional<Tensor> s0,
-                        std::optional<Tensor> z0, int64_t map, bool causal, double eps) {
+template <bool state>
+std::conditional_t<state, Backward, std::tuple<Tensor, Tensor, Tensor>> dense_backward(
+    Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, Tensor q, Tensor k, Tensor v,
+    Tensor /* o */, Tensor s, Tensor z, std::optional<Tensor> mask, std::optional<Tensor> s0,
+    std::optional<Tensor> z0, int64_t map, bool causal, double eps) {
+  constexpr const char* op = state ? "linear_bwd" : "linear_stateless_bwd";
   Linear a{};
-  const Inputs in("linear_bwd", a, q, k, v, mask, true, !causal);
-  return backward("linear_bwd", {}, a, in, grad, ds, dz, s, z, s0, z0, map, causal, eps);
+  const Inputs in(op, a, q, k, v, mask, true, !causal);
+  const Backward got = backward(op, {}, a, in, grad, ds, dz, s, z, s0, z0, map, causal, eps, state);
+  if constexpr (state)
+    return got;
+  else
+    return {std::get<0>(got), std::get<1>(got), std::get<2>(got)};
 }
 
 Backward packed_backward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
@@ -174,8 +190,8 @@ Backward packed_backward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mas
   const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
   if (ds.has_value() != dz.has_value()) ds = or_zeros(ds, s), dz = or_zeros(dz, z);
-  Backward got =
-      backward(op, ends, a, in, or_zeros(grad, o), ds, dz, s, z, s0, z0, map, causal, eps);
+  Backward got = backward(op, ends, a, in, or_zeros(grad, o), ds, dz, s, z, s0, z0, map, causal,
+                          eps, s0.has_value());
   if (!s0) std::get<3>(got) = std::get<4>(got) = nothing(in.q);
   return got;
 }
@@ -184,8 +200,10 @@ Backward packed_backward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mas
 }  // namespace tab
 
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
-  m.impl("linear_fwd", TORCH_BOX(&tab::dense_forward));
-  m.impl("linear_bwd", TORCH_BOX(&tab::dense_backward));
+  m.impl("linear_fwd", TORCH_BOX(&tab::dense_forward<true>));
+  m.impl("linear_bwd", TORCH_BOX(&tab::dense_backward<true>));
+  m.impl("linear_stateless_fwd", TORCH_BOX(&tab::dense_forward<false>));
+  m.impl("linear_stateless_bwd", TORCH_BOX(&tab::dense_backward<false>));
 }
 STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
   m.impl("linear_packed_fwd", TORCH_BOX(&tab::packed_forward));

@@ -23,9 +23,11 @@ struct Pair {
     s = contiguous(s0), z = contiguous(z0);
     point();
   }
-  Pair(const Linear& a, const Tensor& like)
-      : s(empty(like, {a.states, a.h, a.d, a.e}, accumulator(like))),
-        z(torch::stable::new_empty(like, {a.states, a.h, a.d}, accumulator(like))) {
+  /// Fresh ones, if anybody asks for them.
+  Pair(const Linear& a, const Tensor& like, bool wanted) {
+    if (!wanted) return;
+    s = empty(like, {a.states, a.h, a.d, a.e}, accumulator(like));
+    z = torch::stable::new_empty(like, {a.states, a.h, a.d}, accumulator(like));
     point();
   }
   void point() { sp = static_cast<A*>(s->data_ptr()), zp = static_cast<A*>(z->data_ptr()); }
@@ -49,6 +51,7 @@ struct LinearStates {
     std::copy_n(t.zp + head * a.d, a.d, x + a.d * ep);
   }
   void write(const A* x, const Pair<A>& t, int64_t head) const {
+    if (t.sp == nullptr) return;
     const bool past = large(*t.s);  // the caches: where N is D, the states are as large as o
     for (int64_t i = 0; i < a.d; ++i, x += ep) {
       A* row = t.sp + (head * a.d + i) * a.e;

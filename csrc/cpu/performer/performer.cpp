@@ -20,6 +20,7 @@
 
 #define TAB_KERNEL "../performer/performer_kernel.h"
 #include "../core/each_isa.h"
+#include "performer_states.h"
 
 namespace tab {
 namespace {
@@ -67,7 +68,8 @@ struct Given {
   double eps;
 };
 
-Five forward(const char* op, const Ends& ends, Performer& a, const Inputs& in, const Given& given) {
+Five forward(const char* op, const Ends& ends, Performer& a, const Inputs& in, const Given& given,
+             bool state) {
   prepare(op, a, in, ends, given.projection, given.kernel, given.causal, given.eps);
   STD_TORCH_CHECK(given.s0.has_value() == given.c0.has_value(), op, ": S, z and c come together");
   const int64_t heads = in.q.size(1);
@@ -80,10 +82,11 @@ Five forward(const char* op, const Ends& ends, Performer& a, const Inputs& in, c
     const PerformerKernels& kernels = TAB_SELECT(performer_kernels<T>);
     const Tensor packed = pack<A>(a, kernels, given.projection);
     const std::vector<Problem<Performer>> each = cut<T>(a, in, ends);
-    const Triple<A> first(op, a, in.q, given.s0, given.z0, given.c0), last(a, in.q);
+    const Triple<A> first(op, a, in.q, given.s0, given.z0, given.c0), last(a, in.q, state);
     const PerformerStates<A> states(a, kernels.lanes);
     attend<A>(each, states, scratch_size(a, kernels.lanes), in.q, kernels.keys,
               a.causal ? kernels.causal_outputs : kernels.outputs, first, last);
+    if (!state) return {o, Tensor(), Tensor(), Tensor(), lse};
     return {o, *last.s, *last.z, *last.c, lse};
   });
 }
@@ -108,14 +111,13 @@ Five backward(const char* op, const Ends& ends, Performer& a, const Inputs& in, 
     const std::vector<Problem<Performer>> each = cut<T>(a, in, ends);
     const Triple<A> first(op, a, in.q, given.s0, given.z0, given.c0);
     const Triple<A> last(op, a, in.q, s, z, c), after(op, a, in.q, ds, dz, c);
-    std::optional<Triple<A>> initial;
-    if (given.s0) initial.emplace(a, in.q);
+    const Triple<A> initial(a, in.q, given.s0.has_value());
     const PerformerStates<A> states(a, kernels.lanes);
     const int64_t work = scratch_size(a, kernels.lanes), size = states.size;
     const A sign = causal ? -1 : 1;  // of the shift that a gradient state carries
     // The gradient of the state before the first token, out of x.
     const auto leave = [&](A* x, int64_t slot) {
-      if (!initial) return;
+      if (!initial.s) return;
       for (int64_t m = 0; m < a.m; ++m) {
         const A shift = first.cp[slot * a.m + m], at = states.c(x)[m];
         const A to = at == -PerformerStates<A>::INF ? A(0) : sign * at;
@@ -124,11 +126,11 @@ Five backward(const char* op, const Ends& ends, Performer& a, const Inputs& in, 
         for (int64_t i = 0; i < a.e; ++i) row[i] *= factor;
         states.z(x)[m] *= factor;
       }
-      states.write(x, *initial, slot);
+      states.write(x, initial, slot);
     };
     const auto behind = [&](A* x, int64_t slot) { states.read(x, after, slot, sign); };
     const auto result = [&]() -> Five {
-      if (initial) return {out.dq, out.dk, out.dv, *initial->s, *initial->z};
+      if (initial.s) return {out.dq, out.dk, out.dv, *initial.s, *initial.z};
       const auto none = [&] { return torch::stable::new_empty(in.q, {0}, accumulator(in.q)); };
       return {out.dq, out.dk, out.dv, none(), none()};
     };
@@ -192,7 +194,17 @@ Five dense_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optiona
                    int64_t kernel, bool causal, double eps) {
   Performer a{};
   const Inputs in("performer_fwd", a, q, k, v, mask, true, !causal);
-  return forward("performer_fwd", {}, a, in, {projection, s0, z0, c0, kernel, causal, eps});
+  return forward("performer_fwd", {}, a, in, {projection, s0, z0, c0, kernel, causal, eps}, true);
+}
+
+Tensor stateless_forward(Tensor q, Tensor k, Tensor v, Tensor projection,
+                         std::optional<Tensor> mask, std::optional<Tensor> s0,
+                         std::optional<Tensor> z0, std::optional<Tensor> c0, int64_t kernel,
+                         bool causal, double eps) {
+  constexpr const char* op = "performer_stateless_fwd";
+  Performer a{};
+  const Inputs in(op, a, q, k, v, mask, true, !causal);
+  return std::get<0>(forward(op, {}, a, in, {projection, s0, z0, c0, kernel, causal, eps}, false));
 }
 
 Five packed_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optional<Tensor> mask,
@@ -202,7 +214,7 @@ Five packed_forward(Tensor q, Tensor k, Tensor v, Tensor projection, std::option
   Performer a{};
   const Inputs in(op, a, q, k, v, mask, true);
   const Ends ends(op, cu_seqlens, a.b, a.n);
-  return forward(op, ends, a, in, {projection, s0, z0, c0, kernel, causal, eps});
+  return forward(op, ends, a, in, {projection, s0, z0, c0, kernel, causal, eps}, true);
 }
 
 Five dense_backward(Tensor grad, std::optional<Tensor> ds, std::optional<Tensor> dz, Tensor q,
@@ -238,6 +250,7 @@ Five packed_backward(Tensor q, Tensor k, Tensor v, Tensor projection, std::optio
 STABLE_TORCH_LIBRARY_IMPL(tab, CPU, m) {
   m.impl("performer_fwd", TORCH_BOX(&tab::dense_forward));
   m.impl("performer_bwd", TORCH_BOX(&tab::dense_backward));
+  m.impl("performer_stateless_fwd", TORCH_BOX(&tab::stateless_forward));
 }
 STABLE_TORCH_LIBRARY_IMPL(tab_packed, CPU, m) {
   m.impl("performer_packed_fwd", TORCH_BOX(&tab::packed_forward));
