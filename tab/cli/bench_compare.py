@@ -28,7 +28,7 @@ def command(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Say what changed between two results, by the exit code too.
+    """Say what changed between two results, also by the exit code.
 
     It is 1 where something of TAB's is slower, wrong or gone, and 2 where something of TAB's could
     not be judged."""

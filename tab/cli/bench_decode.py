@@ -52,7 +52,7 @@ def command(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time one token more from each mechanism's cache, beside SDPA and others in plain PyTorch.
+    """Time decoding, a token at a time, from each mechanism's cache, beside SDPA and plain PyTorch.
 
     Contestants are named by the beginnings of their names: tab for all of TAB's, tab linear,
     sdpa, recurrent, eager."""

@@ -19,8 +19,9 @@ def command(
     arch: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="Compile for this GPU architecture (sm_80, sm_90, …) or for all; "
-            "by default for this machine's GPU, without one for sm_90."
+            "by default for this machine's GPU, without one for sm_90.",
         ),
     ] = None,
     every: Annotated[
