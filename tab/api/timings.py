@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..bench.measure import measure
 from ..bench.page import write_page
 from ..bench.registry import cases, chosen
 from ..bench.registry import names as op_names
-from ..bench.results import environment, save
+from ..bench.results import check_place, environment, save
 from ..bench.roofline import measure_roofline
 from ..bench.rows import DIRECTIONS, Row, percentiles, row_speedup
 from ..bench.turns import Load, busy, in_turns
@@ -55,7 +56,7 @@ def bench(
         reads; by default nothing is kept.
     tell: gets a line for each case and process; None: silence.
 
-    Raises ValueError: an unknown name.
+    Raises ValueError: an unknown name, a number out of range, or a place for no JSON file.
 
     >>> found = tab.bench(
     ...     "linear", "tiny", directions="forward", contestants="eager", budget=0.1, processes=1,
@@ -69,6 +70,13 @@ def bench(
     every = chosen(listed(ops), op_names(), "ops"), chosen(listed(sizes), SIZES, "sizes")
     beginnings = None if contestants == "all" else tuple(listed(contestants))
     raced = cases(*every, (causal,), dtype, device)
+    if processes < 1:
+        raise ValueError(f"processes = {processes}: give 1 or more")
+    if not 0 <= budget < math.inf:
+        raise ValueError(f"budget = {budget}: give a number of seconds, 0 or more")
+    path, found = Path(out) if out else None, {}
+    if path:
+        check_place(path)
     facts, roofline, load = environment(device), measure_roofline(dtype, device), Load()
     one = partial(
         measure,
@@ -79,7 +87,6 @@ def bench(
         cold=cold,
         only=partial(_entered, beginnings),
     )
-    path, found = Path(out) if out else None, {}
     for count, (i, group) in enumerate(in_turns(raced, one, processes), 1):
         found[i] = group
         say(f"[{count}/{len(raced) * processes}] {raced[i].name}")

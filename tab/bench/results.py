@@ -55,6 +55,20 @@ class Record(TypedDict):
     rows: list[dict]
 
 
+def check_place(path: Path) -> None:
+    """A ValueError unless a result can be written there, and a page and a picture beside it."""
+    if path.suffix in (".html", ".png"):
+        raise ValueError(
+            f"{path}: this is for the JSON of the results, beside which a page and a picture of "
+            f"the same name are put; give {path.with_suffix('.json')}"
+        )
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: give a file in it, such as {path / 'new.json'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"nothing can be written in {path.parent}: give another place")
+
+
 def save(
     path: Path,
     rows: Iterable[Row],

@@ -17,10 +17,18 @@ def command(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="JSON file of the earlier results.")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="JSON file of the later results.")],
     alpha: Annotated[
-        float, typer.Option(metavar="X", help="Level of significance, after Holm's correction.")
+        float,
+        typer.Option(
+            metavar="X",
+            callback=options.within(0, 1),
+            help="Level of significance, after Holm's correction.",
+        ),
     ] = 0.01,
     effect: Annotated[
-        float, typer.Option(metavar="X", help="Smallest relative change that counts.")
+        float,
+        typer.Option(
+            metavar="X", callback=options.within(0), help="Smallest relative change that counts."
+        ),
     ] = 0.05,
     force: Annotated[
         bool, typer.Option("--force", help="Compare results of two machines nevertheless.")

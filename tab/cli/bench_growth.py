@@ -19,7 +19,10 @@ def command(
     ops: Ops = "all",
     longest: Annotated[int, typer.Option(metavar="N", help="Largest number of tokens.")] = 65536,
     limit: Annotated[
-        float, typer.Option(metavar="X", help="Seconds that a call of a rival may take.")
+        float,
+        typer.Option(
+            metavar="X", callback=options.within(0), help="Seconds that a call of a rival may take."
+        ),
     ] = 5.0,
     contestants: Contestants = "all",
     budget: Budget = 3.0,

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
+from .options import within
 from .terminal import errors
+
+
+def _writable(out: Path | None) -> Path | None:
+    """Before anything is measured, which may take hours."""
+    from ..bench.results import check_place
+
+    if out is not None:
+        check_place(out)
+    return out
+
 
 Ops = Annotated[
     str,
@@ -18,7 +29,11 @@ On = Annotated[
 ]
 Budget = Annotated[
     float,
-    typer.Option(metavar="X", help="Seconds of measuring for each contestant and direction."),
+    typer.Option(
+        metavar="X",
+        callback=within(0),
+        help="Seconds of measuring for each contestant and direction.",
+    ),
 ]
 Processes = Annotated[
     int,
@@ -31,7 +46,9 @@ Processes = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="JSON file for the results, with a page and a picture beside it."
+        metavar="FILE",
+        callback=_writable,
+        help="JSON file for the results, with a page and a picture beside it.",
     ),
 ]
 Contestants = Annotated[

@@ -5,12 +5,28 @@ A command takes one as `models: options.Models = None`. What is made of them is 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..run_config import MODELS as KINDS
+
+
+def within(low: float, high: float = math.inf) -> Callable[[float | None], float | None]:
+    """The callback of an option that is a finite number of this range: NaN passes for one with a
+    `min`, and whatever is compared with it is false."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and (not low <= value <= high or math.isinf(value)):
+            to = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
+            raise typer.BadParameter(f"{value:g}: give a number, {to}")
+        return value
+
+    return check
+
 
 # --- what a shell completes, without torch ---
 
@@ -232,7 +248,7 @@ Gpus = Annotated[
     float | None,
     typer.Option(
         "--gpus-per-task",
-        min=0,
+        callback=within(0),
         metavar="X",
         help="Number of GPUs of each run on Ray, which may be a fraction, or on SLURM; by default "
         "1 with --device cuda, else 0.",
