@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 import tab
+from tab.bench.rows import percentiles
 
 LATENT, ROTARY = 64, 16  # of mla
 
@@ -145,8 +146,8 @@ def main() -> None:
 
 
 def told(x: list[float]) -> str:
-    tenths = statistics.quantiles(x, n=10)
-    return f"{statistics.median(x):.1f} ({tenths[0]:.1f} – {tenths[-1]:.1f})"
+    low, middle, high = percentiles(x)
+    return f"{middle:.1f} ({low:.1f} – {high:.1f})"
 
 
 if __name__ == "__main__":

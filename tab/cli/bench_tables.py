@@ -174,7 +174,7 @@ def changes_tables(changes: list[Change]) -> Iterator[Table]:
         made = _changes([c for c in changes if c.case == case])
         made.heading = case
         if case == cases[-1]:
-            made.note = "Change: of the time over the yardstick's, with the interval of --alpha."
+            made.note = "Change: of the time over the fixed op's, with the interval of --alpha."
         yield made
 
 
@@ -194,7 +194,7 @@ def _changes(changes: list[Change]) -> Titled:
 
 def history_tables(lines: list[Line]) -> Iterator[Table]:
     """TAB's own times over commits: one for each case, contestant and direction."""
-    note = "Times as fast as at first: over the yardstick's, with the least and most of processes."
+    note = "Times as fast as the first, each time over the fixed op's (lowest–highest process)."
     for line in lines:
         what = f"{line.case}: {line.contestant}, {line.direction}"
         last = note if line is lines[-1] else ""
