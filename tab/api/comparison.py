@@ -113,11 +113,12 @@ def compare(
     )
     plan.configs()  # every name and option is checked before anything is fetched or written
     watched(watch)
+    executor = executor or executor_of(jobs)
     dataset = load_data(plan.grid.data, plan.recipe.data())
     if tune:
         sweep_of(plan, dataset).check()
     place = plan.save(Path(out) if out else None, dataset)
-    return Comparison(place).resume(jobs=jobs, executor=executor, tell=tell, watch=watch)
+    return Comparison(place).resume(executor=executor, tell=tell, watch=watch)
 
 
 class Comparison(Result):

@@ -97,11 +97,12 @@ def sweep(
     )
     plan.check()
     watched(watch)
+    executor = executor or executor_of(jobs)
     dataset = load_data(plan.data, plan.recipe.data())
     place = plan.save(Path(out) if out else None, dataset)
     found = Sweep(place)
     found.plan = dataclasses.replace(found.plan, storage=storage)  # its password is on no disk
-    return found.resume(jobs=jobs, executor=executor, tell=tell, watch=watch)
+    return found.resume(executor=executor, tell=tell, watch=watch)
 
 
 class Sweep(Result):

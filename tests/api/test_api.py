@@ -162,6 +162,7 @@ def test_a_run_that_fails_is_told_of(tmp_path, monkeypatch):
         ({"epochs": 3}, "epochs=3 and overrides disagree"),
         ({"watch": ["w&b"]}, "w&b"),
         ({"seeds": 0}, "seeds = 0"),
+        ({"jobs": 0}, "jobs = 0"),
         ({"attentions": []}, r"names are \[\]: give at least one"),
         ({"models": ()}, r"names are \[\]: give at least one"),
     ],
@@ -171,6 +172,16 @@ def test_errors_come_before_anything_is_written(tmp_path, changes, words):
         tab.compare(
             **{"attentions": "self", "models": "mlp", **GIVEN, **changes}, out=tmp_path / "x"
         )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_sweep_is_not_begun_either(tmp_path):
+    pytest.importorskip("optuna")
+    with pytest.raises(ValueError, match="jobs = 0"):
+        tab.sweep(
+            "self", "mlp", recipe="quick", data="shapes:100/20", space="tuning", images=60,
+            validation=20, configurations=1, epochs=(1,), jobs=0, out=tmp_path / "x", tell=None,
+        )  # fmt: skip
     assert not (tmp_path / "x").exists()
 
 
