@@ -36,6 +36,10 @@ SMALLEST = {  # what it is run with, and what it then prints
         "--sequences 2 --shortest 2 --longest 4 --heads 1 --width 8 --rounds 2 --only linear",
         r"\| linear.* \| packed \| \d",
     ),
+    "record": (
+        "--data shapes:100/500 --out {out} --epochs 2 --batch 25 --threads 1",
+        r'"epoch": 2, "step": 8, .*"shifted": \d',
+    ),
     "seeds": ("2 1 quick-mlp", r"quick +mlp +multi_head +\d"),
     "sweeps": ("shapes:100/20 1", r"2 Ray nodes +\d.* the same winners"),
     "verdicts": ("4 100", r"CNN +\d"),
