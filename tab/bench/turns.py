@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +39,7 @@ def in_turns(
 def fresh(measure: Callable, unit: object) -> list[Row]:
     """The rows of one unit, measured in a new process; measure: picklable."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
+    with ProcessPoolExecutor(1, context, _end_with_caller) as pool:
         try:
             threads = torch.get_num_threads()
             return pool.submit(_measure, measure, unit, threads, loaded()).result()
@@ -47,6 +48,20 @@ def fresh(measure: Callable, unit: object) -> list[Row]:
                 f"the process that measured {getattr(unit, 'name', unit)} was killed; was there "
                 "memory enough? --ops, --sizes and --contestants choose less"
             ) from None
+        except KeyboardInterrupt:  # else this would wait for what nobody wants any more
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+
+def _end_with_caller() -> None:
+    """A caller that is killed leaves nothing behind that waits for its next word."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measure(

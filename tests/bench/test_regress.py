@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from patience import PATIENCE, until
 from scipy import stats
-from tasks import own_process
+from tasks import alive, own_process
 from typer.testing import CliRunner
 
 from tab.bench.regress import OPEN, compare, welch
@@ -154,6 +159,23 @@ def test_processes_take_turns():
     assert [i for i, _ in in_turns(["a", "b"], one, 1)] == [0, 1]
     *_, (_, rows) = in_turns([3], own_process, 2)
     assert len(set(rows[0].seconds["forward"])) == 2 and rows[0].rounds["forward"] == [1, 1]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_measurement_ends_with_its_caller(sent, tmp_path):
+    """A caller that waits for it, or an orphan that waits for more, holds its memory for ever."""
+    file = tmp_path / "process"
+    code = f"import tasks, tab.bench.turns as t; t.fresh(tasks.held_up, {str(file)!r})"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **path})
+    try:
+        assert until(lambda: file.exists() or caller.poll() is not None)
+        measuring = int(file.read_text())
+        caller.send_signal(sent)
+        caller.wait(PATIENCE)
+        assert until(lambda: not alive(measuring))
+    finally:
+        caller.kill()
 
 
 def test_rounds_pair_within_processes():
