@@ -13,9 +13,9 @@ from .terminal import errors
 
 def _writable(out: Path | None) -> Path | None:
     """Before anything is measured, which may take hours."""
-    from ..bench.results import check_place
+    if out is not None:  # --help does not wait for torch
+        from ..bench.results import check_place
 
-    if out is not None:
         check_place(out)
     return out
 
