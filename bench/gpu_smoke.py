@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tab
+from tab.ops import OPS
 
 BOUND = 2e-2  # of the largest number; bfloat16 rounds at 4e-3
 
@@ -26,6 +27,12 @@ def calls(device: str) -> dict[str, tuple[Callable, list[Tensor]]]:
     many = [draw(1, 2, 600, 64) for _ in range(3)]  # by segments
     latent, rotary = draw(2, 128, 32), draw(2, 128, 16)
     mla = [q, draw(2, 4, 128, 16), latent, rotary, draw(4, 64, 32), draw(4, 64, 32)]
+    one, rotated = draw(2, 4, 64), draw(2, 4, 16)
+    lengths = torch.tensor([128, 37], dtype=torch.int32, device=device)
+    counts = torch.tensor([100, 0, 37, 119], device=device)
+    experts = [draw(256, 64).half(), draw(4, 64, 64).half()]  # bfloat16 is PyTorch's on Hopper
+    grouped = OPS["moe_grouped"].apply
+    decay = -torch.rand(2, 4, 128, device=device)
     return {
         "linear": (lambda b, *x: tab.linear_attention(*x, backend=b), [q, k, v]),
         "linear causal": (
@@ -41,6 +48,18 @@ def calls(device: str) -> dict[str, tuple[Callable, list[Tensor]]]:
             [x[:, :, :64] for x in (q, k, v)],
         ),
         "mla": (lambda b, *x: tab.mla_attention(*x, form="fused", backend=b), mla),
+        "gated linear": (
+            lambda b, *x: tab.gated_linear_attention(*x, decay, backend=b),
+            [q, k, v],
+        ),
+        "mla decode": (
+            lambda b, q, r, cache, *w: tab.mla_decode(q, r, cache, lengths, *w, backend=b),
+            [one, rotated, torch.cat([latent, rotary], -1), *mla[-2:]],
+        ),
+        "experts": (
+            lambda b, *x: grouped("reference" if b == "cpp" else b, *x, counts),
+            experts,
+        ),
     }
 
 

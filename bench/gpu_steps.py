@@ -5,7 +5,7 @@
 OUTDIR then holds summary.txt, bench.json and all.tgz: the logs, all JSON and the study's results,
 packed anew after each step, so that a cut at any moment loses one step at most. The summary is
 printed last. A step that fails or hangs costs only itself; what it leaves of its time goes on to
-the next. The order is by what a first minute must tell: does anything run, and is it right.
+the next. The order is by what a first minute must tell: does anything run, is it right, how fast.
 
     TAB_DATA   what is trained on (tab compare --data); by default drawn pictures
     WHEELS     a folder of wheels of packages that are missing, installed aside
@@ -14,6 +14,7 @@ the next. The order is by what a first minute must tell: does anything run, and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -32,6 +33,7 @@ from images_per_second import rates, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 520  # seconds; ten more for each that has to be killed
+OPS, SIZES = "sparse,mla,linear,gated_linear,performer,local", "cifar,vision,long"  # weakest first
 KEPT = (".log", ".json", ".jsonl", ".csv", ".toml", ".md", ".html", ".png", ".txt")
 FACTS = "import torch, triton; print(torch.__version__, triton.__version__)"
 
@@ -44,6 +46,8 @@ class Step:
     reserve: float = 0  # seconds that must be left to the steps after it
     needs: tuple[str, ...] = ()  # modules; without one of them the step is left out, and says so
     variables: tuple[dict[str, str], ...] = field(default=())  # of each command
+    # For a later step, as long as this one may last; how they end says nothing.
+    beside: list[list[str]] = field(default_factory=list)
 
 
 def steps(out: Path, *, dry: bool, data: str, assemblers: dict[str, str]) -> list[Step]:
@@ -57,20 +61,28 @@ def steps(out: Path, *, dry: bool, data: str, assemblers: dict[str, str]) -> lis
         | ({"DISABLE_MMA_V3": "1"} if name == "no wgmma" else {})
         for name, path in assemblers.items()
     ]
-    bench = [python, "-m", "tab", "bench", "--device", device, "--out", str(out / "bench.json")]
+    bench, warm = [python, "-m", "tab", "bench", "--device", device], []
+    times = [python, "bench/gpu_times.py", device, str(out / "times.json")]
     study = [python, "-m", "tab", "compare", "--device", device, "--data", data]
     study += ["--out", str(out / "work" / "study")]
     if dry:
         tests = [*pytest[:-1], "tests/train", "--collect-only"]
         bench += options("--ops linear --sizes tiny --contestants none")
         bench += options("--budget 0.01 --processes 1")
+        times += options("--ops linear --sizes tiny")
         study += options("--recipe quick --models mlp --attentions none,linear --epochs 1")
         study += options("--set data.validation=20")
     else:
         tests = [*pytest, "-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
-        bench += options("--dtype bfloat16 --causal both --sizes cifar,vision --budget 0.2")
-        bench += options("--ops sparse,mla,linear,performer,local --processes 1")  # weakest first
+        bench += options("--dtype bfloat16 --causal both --processes 1")
+        warm = [  # what is compiled for each contestant is found again by the bench: minutes
+            ["nice", *bench, *options(f"--ops {op} --sizes {size} --budget 0")]
+            for size in SIZES.split(",")
+            for op in OPS.split(",")
+        ]
+        bench += options(f"--ops {OPS} --sizes {SIZES} --budget 0.2")
         study += options("--recipe fair --epochs 2")
+    bench += ["--out", str(out / "bench.json")]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     checked = [sanitizer, "--error-exitcode", "9", *pytest[:-1], "-x", "tests/cuda/test_ops.py"]
     build = [python, "setup.py", "build_ext", "--inplace"]
@@ -78,8 +90,10 @@ def steps(out: Path, *, dry: bool, data: str, assemblers: dict[str, str]) -> lis
         Step("machine", 15, [["nvidia-smi"], [python, "-c", FACTS]][dry:]),
         Step("build", 150, [] if dry or carried() else [build], 300),
         Step("smoke", 60, [smoke] * len(named), 240, ("triton",), tuple(named)),
-        Step("bench", 170, [bench], 200, ("triton",)),
-        Step("tests", 150, [tests], 100, ("pytest", "hypothesis", "expecttest", "xdist")),
+        Step("tests", 150, [tests], 200, ("pytest", "hypothesis", "expecttest", "xdist"),
+             beside=warm),
+        Step("times", 40, [times], 160, ("triton",)),
+        Step("bench", 170, [bench], 90, ("triton",)),
         Step("study", 100, [study], 45, ("typer", "rich", "matplotlib", "torchvision", "scipy")),
         # Without the caching allocator each tensor has bounds of its own.
         Step("sanitizer", 45, [] if dry else [[*checked, "-k", "33-64-dtype0"]],
@@ -97,8 +111,13 @@ def carried() -> bool:
 
 
 def found_assemblers() -> dict[str, str]:
-    """Triton's own ptxas, that of the toolkit, the one of a wheel, and no wgmma as a yardstick."""
+    """Triton's own ptxas, the one that it brings for Blackwell (since 3.8 newer), that of the
+    toolkit, the one of a wheel, and no wgmma as a yardstick."""
     found = {"bundled": "", "no wgmma": ""}
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        newer = Path(triton.origin).parent / "backends/nvidia/bin/ptxas-blackwell"
+        found |= {"blackwell": str(newer)} if newer.exists() else {}
     if Path("/usr/local/cuda/bin/ptxas").exists():
         found["toolkit"] = "/usr/local/cuda/bin/ptxas"
     for place in map(Path, sys.path):
@@ -114,7 +133,12 @@ def missing(modules: Iterable[str]) -> list[str]:
 def executed(step: Step, seconds: float, log: Path) -> str:
     """Runs a step's commands side by side into `log` -> "ok", or what went wrong."""
     end, running = time.monotonic() + seconds, []
-    with log.open("wb") as file:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with log.open("wb") as file, contextlib.ExitStack() as stack:
+        for command in step.beside:
+            with contextlib.suppress(OSError):
+                process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+                stack.callback(_stopped, process, end)
         for i, command in enumerate(step.commands):
             more = step.variables[i] if step.variables else {}
             try:
@@ -127,6 +151,15 @@ def executed(step: Step, seconds: float, log: Path) -> str:
                 return f"FAILED ({error.strerror}: {command[0]})"
         said = [_ended(process, end) for process in running]
     return next((text for text in said if text != "ok"), "ok")
+
+
+def _stopped(process: subprocess.Popen, end: float) -> None:
+    """Waits until `end`, and kills what still runs then."""
+    try:
+        process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _ended(process: subprocess.Popen, end: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -40,6 +41,8 @@ def command(
     archs = _archs(arch) if kernels else ()
     answer = Answer(quiet=quiet, as_json=as_json)
     facts, found = versions(), backends()
+    tools, doubts = _assemblers(archs)
+    facts += tools
     answer.show(pairs("TAB", facts))
     names = list(next(iter(found.values())))
     made = table("Backends", "Operator", *names)
@@ -56,6 +59,8 @@ def command(
     for reason, ops in why.items():
         which = "" if len(ops) == len(found) else f": {', '.join(ops)}"
         console.print(Text(f"{reason}{which}", "dim"))  # nobody copies it: it may break
+    for text in doubts:
+        say(text, style="yellow")
     more = _gpu(answer, archs, every) if kernels else {}
     wrong = more.get("faults", [])
     answer.end(versions=dict(facts), backends=found, **more)
@@ -75,6 +80,20 @@ def _archs(name: str | None) -> tuple[int, ...]:
     if name not in known:
         raise typer.BadParameter(f"--arch={name} is none of {', '.join(known)}")
     return known[name]
+
+
+def _assemblers(archs: tuple[int, ...]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The ptxas that Triton takes for these, or for the GPU that is here, and doubts about it."""
+    import torch
+
+    if find_spec("triton") is None or not (archs or torch.cuda.is_available()):
+        return [], []
+    from ..doctor.kernel_compile import assembler, doubt
+    from ..doctor.kernel_report import own_arch
+
+    archs = archs or (own_arch(),)
+    found = [(f"ptxas, sm_{arch}", assembler(arch).version) for arch in archs]
+    return found, [text for text in map(doubt, archs) if text]
 
 
 def _gpu(answer: Answer, archs: tuple[int, ...], every: bool) -> dict[str, list]:

@@ -11,6 +11,9 @@ from .kernel_launches import Launch
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
+# An older ptxas may write registers that a product of matrices on sm_90 still reads (release notes
+# of CUDA 13.3; triton-lang/triton, issue 9433).
+SOUND = 13, 3
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, that are none of its kernel
 
 
@@ -42,6 +45,24 @@ def assembler(arch: int):
     from triton.backends.nvidia.compiler import get_ptxas
 
     return get_ptxas(arch)
+
+
+def doubt(arch: int) -> str | None:
+    """Why what Triton's ptxas makes for sm_`arch` may be wrong, and the way out; None if it is not
+    known to be."""
+    tool, newest = assembler(arch), assembler(100)
+    if arch != 90 or _number(tool) >= SOUND:
+        return None
+    path = newest.path if _number(newest) >= SOUND else "PATH, that of a newer one"
+    return (
+        f"Triton takes ptxas {tool.version} for sm_90. Before 13.3 it may overwrite what a product "
+        "of matrices still reads. TAB's tests find no such place in its kernels, but look at no "
+        f"others: set TRITON_PTXAS_PATH={path}"
+    )
+
+
+def _number(tool) -> tuple[int, ...]:
+    return tuple(map(int, tool.version.split(".")[:2]))
 
 
 def by_16(x) -> bool:

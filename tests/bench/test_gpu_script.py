@@ -42,14 +42,15 @@ def test_dry_the_script_runs_whole_on_a_cpu(out):
     done = script(out, DRY="1")
     said = done.stdout
     assert done.returncode == 0, said + done.stderr
-    for name in ("machine", "smoke", "bench", "tests", "study"):
+    for name in ("machine", "smoke", "tests", "times", "bench", "study"):
         assert re.search(rf"^{name}: ok, ", said, re.M), said
     assert re.search(r"^sanitizer: nothing to do", said, re.M)
     assert re.search(r"^smoke dry performer cpp: ", said, re.M)
     assert re.search(r"^MLP +linear +[\d,]+ images/s", said, re.M)
     with tarfile.open(out / "all.tgz") as tar:
         names = set(tar.getnames())
-    assert {"bench.json", "summary.txt", "work/smoke.log", "work/study/report.md"} <= names
+    assert {"bench.json", "times.json", "summary.txt", "work/smoke.log"} <= names
+    assert "work/study/report.md" in names
     assert sum(path.is_file() for path in out.iterdir()) <= 8
 
 
@@ -66,8 +67,17 @@ def test_no_step_takes_what_is_reserved_for_the_later_ones(out, monkeypatch):
 
     told = perform(plan(out), out, run=greedy, clock=lambda: now[0])
     assert now[0] <= TOTAL and min(given.values()) >= 15
-    assert list(given) == ["machine", "build", "smoke", "bench", "tests", "study", "sanitizer"]
-    assert [what for _, what, _ in told] == ["CUT, out of time"] * 7
+    assert list(given) == [
+        "machine",
+        "build",
+        "smoke",
+        "tests",
+        "times",
+        "bench",
+        "study",
+        "sanitizer",
+    ]
+    assert [what for _, what, _ in told] == ["CUT, out of time"] * 8
     with tarfile.open(out / "all.tgz") as tar:
         assert tar.getnames() == ["summary.txt"]
 
@@ -119,6 +129,29 @@ def test_what_fails_and_what_hangs_costs_only_itself(out, monkeypatch):
     assert "E  wrong" in (out / "summary.txt").read_text()
 
 
+def test_what_is_prepared_beside_a_step_ends_with_it(out):
+    """And has all of the step's time, however it ends; the bench then compiles nothing anew."""
+    made, sleeps = out / "made", [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+    step = Step("tests", 2, [["true"]], beside=[["false"], sleeps, ["touch", str(made)]])
+    ((_, what, seconds),) = perform([step], out, total=PATIENCE)
+    assert what == "ok" and made.exists() and 2 <= seconds < 600
+
+
+def test_each_case_of_the_bench_is_compiled_beside_the_tests(out, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "carried", lambda: True)
+    todo = {step.name: step for step in plan(out)}
+    (bench,), warm = todo["bench"].commands, todo["tests"].beside
+
+    def value(command, option):
+        return command[command.index(option) + 1].split(",")
+
+    raced = {(op, size) for op in value(bench, "--ops") for size in value(bench, "--sizes")}
+    assert {(*value(x, "--ops"), *value(x, "--sizes")) for x in warm} == raced
+    assert all("--out" not in x and value(x, "--budget") == ["0"] for x in warm)
+    for option in ("--dtype", "--causal", "--device"):
+        assert {*value(bench, option)} == {y for x in warm for y in value(x, option)}
+
+
 def test_assemblers_run_side_by_side_with_caches_of_their_own(out, monkeypatch):
     monkeypatch.setattr(gpu_steps, "carried", lambda: False)
     smoke = next(step for step in plan(out) if step.name == "smoke")
@@ -126,6 +159,14 @@ def test_assemblers_run_side_by_side_with_caches_of_their_own(out, monkeypatch):
     bundled, wheel = smoke.variables
     assert "TRITON_PTXAS_PATH" not in bundled and wheel["TRITON_PTXAS_PATH"] == "/p"
     assert bundled["TRITON_CACHE_DIR"] != wheel["TRITON_CACHE_DIR"]
+
+
+def test_each_assembler_that_is_here_is_found():
+    """Each is a program; Triton has one for Blackwell beside its own."""
+    pytest.importorskip("triton")
+    found = gpu_steps.found_assemblers()
+    assert {"bundled", "no wgmma", "blackwell"} <= found.keys()
+    assert all(os.access(path, os.X_OK) for path in found.values() if path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

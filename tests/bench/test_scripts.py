@@ -24,6 +24,10 @@ SMALLEST = {  # what it is run with, and what it then prints
         r"\| 1 \| \d",
     ),
     "features": ("--tokens 64 --rounds 2 --only linear --others without", r"\| linear \|"),
+    "gpu_times": (
+        "cpu {out}/times.json --ops linear,mla --sizes tiny",
+        r"time linear/tiny/full/float32 tab both \d",
+    ),
     "gpu_smoke": ("cpu", r"smoke .*performer cpp: "),
     "isas": (
         "{out} --isas avx2 --ops mla --budget 0 --threads 1 --processes 1",

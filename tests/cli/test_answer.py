@@ -1,6 +1,8 @@
 """What commands answer: JSON, the table alone, names, recipes, completion."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from tab.cli.answer import portable
 from tab.cli.main import app
 from tab.cli.terminal import console
+from tab.doctor import kernel_compile
 from tab.doctor.kernel_report import own_arch
 from tab.layers import layer_names
 from tab.recipe.recipe import load_recipe
@@ -127,6 +130,7 @@ def test_the_kernels_of_the_doctor_are_tables_and_rows(monkeypatch):
     assert [each["spilled"] for each in answer["kernels"]] == [0, 8]
     assert answer["backends"]["linear_fwd"]["reference"] is None
     assert "4 of 227" in result.stderr and "12 in 3" in result.stderr
+    assert re.fullmatch(r"\d+\.\d+", answer["versions"]["ptxas, sm_90"])
     linear = next(each for each in answer["floors"] if each["op"] == "linear_fwd")
     assert linear["floor_us"] > 1 and "512×8×64×64" in result.stderr
     found.append({**row, "spilled": 4096})
@@ -140,6 +144,26 @@ def test_the_kernels_of_the_doctor_are_tables_and_rows(monkeypatch):
     assert result.exit_code == 2 and "hopper is none of sm_80, sm_90, sm_100, all" in flat(
         result.output
     )
+
+
+def test_the_doctor_doubts_an_old_assembler_on_hopper(monkeypatch):
+    pytest.importorskip("triton")
+    made = {80: "12.9", 90: "12.9", 100: "13.3"}
+    monkeypatch.setattr(
+        kernel_compile,
+        "assembler",
+        lambda arch: SimpleNamespace(path=f"/for/{arch}", version=made[arch]),
+    )
+    assert [*map(kernel_compile.doubt, (80, 100))] == [None, None]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    said = flat(tab("doctor").output)
+    assert "ptxas 12.9 for sm_90" in said and "set TRITON_PTXAS_PATH=/for/100" in said
+    made[100] = "12.9"
+    assert kernel_compile.doubt(90).endswith("TRITON_PTXAS_PATH=PATH, that of a newer one")
+    made[90] = "13.3"
+    assert kernel_compile.doubt(90) is None
 
 
 def test_the_doctor_compiles_for_the_gpu_that_is_here(monkeypatch):
