@@ -1,8 +1,10 @@
-"""What a run ran on, how it was begun, how busy the machine was, and the memory it takes."""
+"""What a run ran on, how it was begun, how busy the machine was, the memory it takes, and what can
+be done about an error of the system."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import shlex
@@ -19,6 +21,20 @@ except ImportError:  # Windows
 
 if TYPE_CHECKING:
     import torch  # `tab --help` does not wait for it
+
+_DO = {  # what a user can do about what the system says
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space on that disk"),
+    errno.EROFS: "make that disk writable, or give another place",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or give another place"),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR),
+        "a file is where a directory should be: give another name, or move the file away",
+    ),
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "that is a directory: give a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "that disk fails: give another place",
+}
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -132,3 +148,13 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, min(int(text) << 20, 2**31 - 1))
     mallopt(_TOP_PAD, 64 << 20)  # the heap grows in few steps
+
+
+def told(error: OSError) -> str:
+    """The error as a user reads it: the file, what the system says, and, unless the error says so
+    itself, what to do."""
+    if error.errno is None or not error.strerror:
+        return str(error)
+    place = "" if error.filename is None else f"{error.filename}: "
+    known = error.strerror.endswith(os.strerror(error.errno)) and error.errno in _DO
+    return f"{place}{error.strerror}" + (f"; {_DO[error.errno]}" if known else "")

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from ..drawing.page import CHARTS, document
-from ..files import write_text
+from ..files import folder, write_text
 from . import history
 from .charts import charts
 from .history import Line
@@ -28,7 +28,7 @@ HISTORY_NOTE = """
 
 def write_page(path: Path, record: dict, rows: list[Row]) -> None:
     """record: what results.save wrote. Replaces `path` whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder(path.parent)
     drawn = charts(rows)
     parts = [
         f"<h1>{escape(_subject(rows))}</h1><p>{told(record, rows)}</p>",
@@ -42,7 +42,7 @@ def write_page(path: Path, record: dict, rows: list[Row]) -> None:
 
 def write_history(path: Path, lines: list[Line]) -> None:
     """What `history` found, as a page with a chart for each direction."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder(path.parent)
     drawn = history.charts(lines)
     figures_ = _figures(drawn, 0)
     heading = "Benchmark over commits"

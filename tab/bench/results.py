@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TypedDict
 import torch
 
 from .. import __version__
+from ..files import folder
 from ..files.formats import check, read_json, reading, write_json
 from .roofline import Roofline
 from .rows import Row, worst_of
@@ -64,9 +66,14 @@ def check_place(path: Path) -> None:
         )
     if path.is_dir():
         raise ValueError(f"{path} is a directory: give a file in it, such as {path / 'new.json'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"nothing can be written in {path.parent}: give another place")
+    if path.exists() and not path.is_file():  # which would be replaced, a device, too
+        raise ValueError(f"{path} is no file: give another place, such as new.json")
+    try:
+        tempfile.TemporaryFile(dir=folder(path.parent)).close()
+    except FileExistsError:
+        raise
+    except OSError:
+        raise ValueError(f"nothing can be written in {path.parent}: give another place") from None
 
 
 def save(
@@ -87,7 +94,7 @@ def save(
         "roofline": roofline.to_dict() if roofline else None,
         "rows": [asdict(row) for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder(path.parent)
     write_json(path, record)
     return record
 

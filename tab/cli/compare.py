@@ -104,10 +104,9 @@ def command(
         if plan.grid.tune:
             sweep_of(plan, dataset).check()
         out = plan.save(out, dataset)
-        check.say_same(plan.recipe, plan.grid.models, plan.grid.attentions, len(dataset.classes))
-    say(f"{out}: {len(plan.grid.cells())} runs on {dataset.note}")
     again = command_line("compare", "--resume", str(out), tensorboard=tensorboard, watch=watch)
-    with or_resume(again):
+    with or_resume(lambda: again):
+        _say_what(plan, dataset, out, new=not resume)
         if plan.grid.tune:
             plan = _tuned(plan, dataset, out, executor, kinds, cluster=bool(ray or slurm))
         _say_time(plan, dataset, out, executor, cluster=bool(ray or slurm))
@@ -127,6 +126,13 @@ def _grid(given: dict, recipe, cluster: str | None):
 
     usual = {"models": None, "attentions": None, "data": "cifar10", "device": None, "seeds": 1}
     return grid_of(recipe, cluster=cluster, **{**usual, **given})
+
+
+def _say_what(plan, dataset, out: Path, *, new: bool) -> None:
+    grid = plan.grid
+    if new:
+        check.say_same(plan.recipe, grid.models, grid.attentions, len(dataset.classes))
+    say(f"{out}: {len(grid.cells())} runs on {dataset.note}")
 
 
 def _tuned(plan, dataset, out: Path, executor, kinds: dict[str, type], *, cluster: bool):

@@ -6,6 +6,7 @@ What needs torch is imported inside the commands, so that --help is quick.
 from __future__ import annotations
 
 import gc
+import signal
 from typing import Annotated
 
 import typer
@@ -64,4 +65,5 @@ def main() -> None:
     try:
         app()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written and said
         gc.freeze()  # else Python's end searches all of PyTorch for circles: half a second

@@ -64,7 +64,7 @@ def command(
     chosen, found = Options(images, cifar10c, cifar101, autoattack), {}
     again = f"tab robustness {shlex.quote(str(run))} (with the same options)"
     say(f"{len(runs)} trained models on {dataset.note}")
-    with bar("robustness") as show, or_resume(again):
+    with bar("robustness") as show, or_resume(lambda: again):
         for i, path in enumerate(runs):
 
             def part(done: int, total: int, what: str, i=i) -> None:

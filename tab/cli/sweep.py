@@ -156,11 +156,11 @@ def command(
         plan.moved(out, dataset)
     if not resume:
         out = plan.save(out, dataset)
-    say(f"{out}: {what(plan)} on {dataset.note}")
-    say_sweep_time(plan, dataset, out, where, cluster=bool(ray or slurm))
-    again = command_line("sweep", "--resume", str(out), watch=watch)
-    with or_resume(again), watchers(kinds, out) as told, watching(plan, told) as watcher:
-        best = sweep(plan, dataset, out, watcher=watcher, executor=where)
+    with or_resume(lambda: command_line("sweep", "--resume", str(out), watch=watch)):
+        say(f"{out}: {what(plan)} on {dataset.note}")
+        say_sweep_time(plan, dataset, out, where, cluster=bool(ray or slurm))
+        with watchers(kinds, out) as told, watching(plan, told) as watcher:
+            best = sweep(plan, dataset, out, watcher=watcher, executor=where)
     _show(answer, plan, out)
     if lost := ["-".join(pair) for pair in plan.pairs() if pair not in best]:
         text = f"nothing could be scored for {', '.join(lost)}; see {out / 'runs'}"

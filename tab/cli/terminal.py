@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column
 from typer.core import TyperGroup
 
+from ..machine import told
+
 
 def plain(**options) -> Console:
     """A console that prints text as it is: in the names of classes, paths and mechanisms neither
@@ -66,7 +68,7 @@ class Commands(Group):
             return super().make_context(*args, **options)
 
     def invoke(self, ctx):
-        with _usage_in_one_line():
+        with _usage_in_one_line(), _signals():
             return self._invoke(ctx)
 
     def _invoke(self, ctx):
@@ -74,16 +76,15 @@ class Commands(Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with _sigterm_stops():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            say("\nstopped", style="yellow", to=errors)
-            raise typer.Exit(_code(stop)) from None
+            raise _stopped(stop, "the same command begins again") from None
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             # typer's own signals (Exit, Abort) are RuntimeErrors.
             if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
                 raise
-            _tell(str(error) or type(error).__name__)
+            text = told(error) if isinstance(error, OSError) else str(error)
+            _tell(text or type(error).__name__)
             raise typer.Exit(2) from error
         finally:  # what this command was told, --quiet and --json, is not for who prints next
             for each in (console, results):
@@ -118,36 +119,50 @@ def _usage_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def or_resume(command: str) -> Iterator[None]:
-    """Control-C and SIGTERM say how to go on; a disk that fails says so too."""
+def or_resume(command: Callable[[], str]) -> Iterator[None]:
+    """Control-C and SIGTERM say how to go on, by what is the command then; so does a disk that
+    fails."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{error}; when that is mended, go on with: {command}") from error
+        text = f"{told(error)}; when that is mended, go on with: {command()}"
+        raise OSError(text) from error
     except KeyboardInterrupt as stop:
-        say(f"\nstopped; go on with: {command}", style="yellow", to=errors)
-        raise typer.Exit(_code(stop)) from None
+        raise _stopped(stop, f"go on with: {command()}") from None
 
 
-def _code(stop: KeyboardInterrupt) -> int:
-    """As shells count: 128 and the number of the signal."""
-    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+def _stopped(stop: KeyboardInterrupt, how_on: str) -> typer.Exit:
+    """Says so, and from here on hears no more of it, as another one would take the words away. The
+    exit code is as shells count: 128 and the number of the signal."""
+    if _in_main_thread():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+    say(f"\nstopped; {how_on}", style="yellow", to=errors)
+    return typer.Exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+
+
+def _in_main_thread() -> bool:
+    """Which alone gets signals."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+def _signals() -> Iterator[None]:
+    """SIGTERM stops as Control-C does; afterwards both are what they were."""
+    if not _in_main_thread():
         yield
         return
 
     def stop(*_) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def command_line(*words: str, **options: object) -> str:

@@ -66,7 +66,7 @@ def command(
     # Version 0.1 matched sizes for ten classes whatever the data: such a run goes on as it was.
     if resume and (was := read_run_file(out)) and as_known_now(was["config"]) == for_ten.to_dict():
         config = for_ten
-    out = out or new_folder(config)
+    out = new_folder(config, out)
     say(f"{out}: {config.id} on {dataset.note}")
 
     def show(row: dict) -> None:
@@ -74,30 +74,22 @@ def command(
         text = f"epoch {row['epoch']}/{config.train.epochs}  loss {row['train_loss']:.4f}  "
         say(f"{text}{accuracies(row)}  {row['seconds']:.1f} s")
 
-    again = command_line(
-        *("train", model, attention),
-        seed=seed,
-        recipe=recipe,
-        plugin=plugin,
-        data=data,
-        epochs=epochs,
-        set=overrides,
-        compile=compiled,
-        out=out,
-        device=device,
-        threads=threads,
-        tensorboard=tensorboard,
-        watch=watch,
-        resume=True,
-    )
+    def again() -> str:
+        given = {"seed": seed, "recipe": recipe, "plugin": plugin, "data": data, "epochs": epochs}
+        given |= {"set": overrides, "compile": compiled, "out": out, "device": device}
+        given |= {"threads": threads, "tensorboard": tensorboard, "watch": watch}
+        begun = (out / "run.json").exists()  # else there is nothing to resume
+        return command_line("train", model, attention, **given, resume=begun)
+
     study = out.resolve().parent.name
-    if not resume:
-        say_time([(config, 1.0)], dataset, device_of(device))
-    with or_resume(again), watchers(kinds, out, study) as told:
-        outcome = train(
-            config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
-        )
-        told.end(config.id, outcome.status, outcome.summary)
+    with or_resume(again):
+        if not resume:
+            say_time([(config, 1.0)], dataset, device_of(device))
+        with watchers(kinds, out, study) as told:
+            outcome = train(
+                config, dataset, out, device=device_of(device), resume=resume, on_epoch=show
+            )
+            told.end(config.id, outcome.status, outcome.summary)
     answer.show(pairs(f"{config.id}: {outcome.status}", _facts(outcome.summary, device_of(device))))
     after = None
     if outcome.status == "done" and not dataset.sequences:

@@ -38,8 +38,14 @@ class Picture(Figure):
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".tmp{path.suffix}")
-            self.savefig(temporary, **options)
-            temporary.replace(path)
+            try:
+                self.savefig(temporary, **options)
+                temporary.replace(path)
+            except OSError as error:  # matplotlib names no file
+                text = f"cannot write: {error.strerror}"
+                raise OSError(error.errno, text, str(path)) from error
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager

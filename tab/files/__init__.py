@@ -19,9 +19,19 @@ class Corrupt(ValueError):
     """A file that is not what was written."""
 
 
+def folder(path: Path) -> Path:
+    """Makes the directory `path`, with those above it, unless it is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"cannot make this directory: {error.strerror}"
+        raise OSError(error.errno, text, str(path)) from error
+    return path
+
+
 def write(path: Path, data: bytes) -> None:
     """Replaces `path` in one step: a crash leaves the old file or the new one, never a half.
-    So does a full disk, which gets back what was written aside."""
+    So does a full disk, which gets back what was written aside; and so does Control-C."""
     aside = path.with_name(path.name + PART)
     try:
         with open(aside, "wb") as file:
@@ -29,10 +39,12 @@ def write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,15 +67,15 @@ def shown(name: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time in `folder`; the system drops the lock if the process dies."""
-    lock, owner = filelock.FileLock(folder / LOCK), folder / f"{LOCK}{PART}"
+def locked(place: Path) -> Iterator[None]:
+    """One process at a time in `place`; the system drops the lock if the process dies."""
+    lock, owner = filelock.FileLock(place / LOCK), place / f"{LOCK}{PART}"
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         who = owner.read_text(errors="replace") if owner.is_file() else "unknown"
         raise ValueError(
-            f"{folder} is in use by process {who}; wait for it, or give another directory"
+            f"{place} is in use by process {who}; wait for it, or give another directory"
         ) from None
     try:
         owner.write_text(str(os.getpid()))
@@ -75,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def fresh(path: Path) -> Path:
     """Makes the new directory `path`, or path-2, path-3, … should another have taken that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder(path.parent)
     for number in itertools.count(1):
         place = path if number == 1 else path.with_name(f"{path.name}-{number}")
         with contextlib.suppress(FileExistsError):
@@ -84,16 +96,15 @@ def fresh(path: Path) -> Path:
     raise AssertionError("itertools.count has no end")
 
 
-def dated(folder: str, prefix: str = "", suffix: str = "") -> Path:
-    """Makes a new directory in `folder`, named after the time."""
-    return fresh(Path(folder) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}")
+def dated(place: str, prefix: str = "", suffix: str = "") -> Path:
+    """Makes a new directory in `place`, named after the time."""
+    return fresh(Path(place) / f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}")
 
 
 @contextlib.contextmanager
 def begun(out: Path, file: str, what: str) -> Iterator[Path]:
     """The directory `out`, made and locked, for what is kept by `file`; an error if it has that."""
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with locked(folder(out)):
         if (out / file).exists():
             raise ValueError(f"{out} already holds {what}: resume it, or give another place")
         yield out

@@ -73,8 +73,7 @@ def write_report(
     trials = read_trials(sweep) if sweep else {}
     runs = read_runs(out, grid)
     done = [run for run in runs if run.status == "done"]
-    folder = out / "pictures"
-    folder.mkdir(exist_ok=True)
+    folder = files.folder(out / "pictures")
     curves = pictures.drawn(runs)
     # Robustness is of images, and so are pictures of a model; both need its weights.
     images = [run for run in done if has_weights(run.path) and not dataset.sequences]

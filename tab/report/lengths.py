@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import files
 from ..bench.results import load
 from ..bench.rows import Row, percentiles, row_speedup
 from ..compare.csv_files import write_csv
 from ..compare.plan import Grid
 from ..compare.runs import Run, read_runs
 from ..data.sequences import named
-from ..files import write_text
 from ..train.run_files import read_config
 from .averages import Mean
 from .chart_data import looks
@@ -146,18 +146,17 @@ def joined(found: Iterable[Trained], cost: dict[Key, Cost]) -> list[dict]:
 
 def write_lengths(out: Path, lines: list[dict]) -> list[Path]:
     """lengths.csv, .md, .png, .svg and .html of these lines (`joined`)."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"lengths.{kind}" for kind in ("csv", "md", "png", "html")]
+    paths = [files.folder(out) / f"lengths.{kind}" for kind in ("csv", "md", "png", "html")]
     write_csv(paths[0], COLUMNS, lines)
     table = _table(lines)
-    write_text(paths[1], table + "\n")
+    files.write_text(paths[1], table + "\n")
     _picture(paths[2], lines)
     text = (
         f"# {HEADING}\n\n> Each line of the table says how many seeds and epochs stand behind it."
         "\n\n## Table\n\n"
     )
     names = looks(line["attention"] for line in lines)
-    write_text(paths[3], html_page(text + table, names, length_groups(lines), {}, None))
+    files.write_text(paths[3], html_page(text + table, names, length_groups(lines), {}, None))
     return paths
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..analysis.ceiling import ceiling
 from ..compare.csv_files import write_csv
 from ..data.sequences import draw, parse
-from ..files import write_text
+from ..files import folder, write_text
 from ..train.run_files import read_config
 from .averages import Mean
 from .lengths import Trained
@@ -65,8 +65,7 @@ def _answer(each: Trained) -> Answer:
 
 def write_tasks(out: Path, found: list[Answer]) -> list[Path]:
     """tasks.csv, and tasks.md with a table for each task."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"tasks.{kind}" for kind in ("csv", "md")]
+    paths = [folder(out) / f"tasks.{kind}" for kind in ("csv", "md")]
     lines = [asdict(answer) for answer in found]
     write_csv(paths[0], list(lines[0]), lines)
     tasks = dict.fromkeys(answer.task for answer in found)

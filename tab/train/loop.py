@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data.load import Dataset
-from ..files import Corrupt, locked
+from ..files import Corrupt, folder, locked
 from ..files.formats import reading
 from ..models.image_model import ImageModel, build_model, layer_class
 from ..plugins import origin
@@ -40,8 +40,7 @@ def train(
     with a run in it is an error. stop_after: return after that many epochs in all, to be resumed.
     on_epoch: called with each new row once it is on disk.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder(Path(out))
     with locked(out):
         found = found_run(config, dataset, out, resume)
         if found and found["status"] != "running":

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, NotRequired, TypedDict
 
-from ..files import Corrupt, dated
+from ..files import Corrupt, dated, folder
 from ..files.formats import read_json, read_lines, reading
 from ..run_config import RunConfig
 from .facts import DataFacts, Machine
@@ -40,9 +40,9 @@ class RunFile(TypedDict):
     plugin: NotRequired[dict[str, str] | None]
 
 
-def new_folder(config: RunConfig) -> Path:
-    """Makes a directory for a run, in runs/."""
-    return dated("runs", suffix=f"_{config.id}")
+def new_folder(config: RunConfig, out: Path | None = None) -> Path:
+    """Makes the directory of a run: `out`, or one in runs/."""
+    return folder(out) if out else dated("runs", suffix=f"_{config.id}")
 
 
 def read_run_file(path: Path) -> RunFile | None:

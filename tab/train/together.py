@@ -57,8 +57,7 @@ def train_seeds(
     together = _check(configs, outs)
     with contextlib.ExitStack() as stay:
         for out in outs:
-            out.mkdir(parents=True, exist_ok=True)
-            stay.enter_context(files.locked(out))
+            stay.enter_context(files.locked(files.folder(out)))
         pairs = list(zip(configs, outs, strict=True))
         found = [found_run(c, dataset, out, resume, together) for c, out in pairs]
         ended = {
