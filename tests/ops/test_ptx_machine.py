@@ -112,6 +112,21 @@ def test_an_unknown_instruction_is_named(name):
         two_warps(text)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_numbers_of_16_bits_are_compared_as_such(kind):
+    """Bits of negative ones, taken as integers, are greater than those of positive ones."""
+    lines = LOAD, f"add.f32 %r4, %r4, 0f{0xC2200000:X};", f"cvt.rn.{kind}.f32 %rs1, %r4;"
+    x = torch.arange(64.0) - 40
+    for compared, kept in (
+        (f"setp.gt.{kind} %p1, %rs1, 0;", x > 0),
+        (f"setp.ge.{kind} %p1, 0, %rs1;", x <= 0),
+    ):
+        y = two_warps(*lines, compared, "selp.b32 %r5, %r4, 0, %p1;", STORE)
+        assert torch.equal(y, torch.where(kept, x, 0.0))
+    sizes = f"abs.{kind} %rs2, %rs1;", f"cvt.f32.{kind} %r5, %rs2;"
+    assert torch.equal(two_warps(*lines, *sizes, STORE), x.abs())
+
+
 @pytest.mark.parametrize("join", ["add", "min", "max"])
 def test_what_is_joined_of_a_warp(join):
     joined = f"redux.sync.{join}.s32 %r5, %r4, -1;"

@@ -143,6 +143,12 @@ inline void floats(Table& t) {
   t["selp.f32"] = t["selp.b32"];
   unary<float>(t, "neg", [](float a) { return -a; });
   unary<float>(t, "abs", [](float a) { return std::fabs(a); });
+  for (const char* type : {"f16", "bf16"}) {
+    t[std::string("neg.") + type] =
+        each<uint16_t, uint16_t>([](uint16_t a) { return uint16_t(a ^ 0x8000); });
+    t[std::string("abs.") + type] =
+        each<uint16_t, uint16_t>([](uint16_t a) { return uint16_t(a & 0x7FFF); });
+  }
   unary<float>(t, "ex2", [](float a) { return std::exp2(a); });
   unary<float>(t, "lg2", [](float a) { return std::log2(a); });
   unary<float>(t, "rcp", [](float a) { return 1 / a; });
@@ -156,29 +162,40 @@ bool nan(T a, T b) {
   return a != a || b != b;
 }
 
+// What is compared of a register.
+template <class T>
+T number(T x) {
+  return x;
+}
+inline float number(F16 x) { return wide(x); }
+inline float number(BF16 x) { return wide(x); }
+
 template <class T>
 void comparisons(Table& t, const std::string& type) {
-  auto add = [&](const char* name, auto f) { t[name + ("." + type)] = each<bool, T, T>(f); };
-  add("setp.eq", [](T a, T b) { return a == b; });
-  add("setp.ne", [](T a, T b) { return !nan(a, b) && a != b; });
-  add("setp.lt", [](T a, T b) { return a < b; });
-  add("setp.le", [](T a, T b) { return a <= b; });
-  add("setp.gt", [](T a, T b) { return a > b; });
-  add("setp.ge", [](T a, T b) { return a >= b; });
-  if constexpr (std::is_same_v<T, float>) {
-    add("setp.equ", [](T a, T b) { return nan(a, b) || a == b; });
-    add("setp.neu", [](T a, T b) { return a != b; });
-    add("setp.ltu", [](T a, T b) { return !(a >= b); });
-    add("setp.leu", [](T a, T b) { return !(a > b); });
-    add("setp.gtu", [](T a, T b) { return !(a <= b); });
-    add("setp.geu", [](T a, T b) { return !(a < b); });
-    add("setp.num", [](T a, T b) { return !nan(a, b); });
-    add("setp.nan", [](T a, T b) { return nan(a, b); });
+  auto add = [&]<class F>(const char* name, F) {
+    t[name + ("." + type)] = each<bool, T, T>([](T a, T b) { return F()(number(a), number(b)); });
+  };
+  add("setp.eq", [](auto a, auto b) { return a == b; });
+  add("setp.ne", [](auto a, auto b) { return !nan(a, b) && a != b; });
+  add("setp.lt", [](auto a, auto b) { return a < b; });
+  add("setp.le", [](auto a, auto b) { return a <= b; });
+  add("setp.gt", [](auto a, auto b) { return a > b; });
+  add("setp.ge", [](auto a, auto b) { return a >= b; });
+  if constexpr (std::is_same_v<decltype(number(T())), float>) {
+    add("setp.equ", [](auto a, auto b) { return nan(a, b) || a == b; });
+    add("setp.neu", [](auto a, auto b) { return a != b; });
+    add("setp.ltu", [](auto a, auto b) { return !(a >= b); });
+    add("setp.leu", [](auto a, auto b) { return !(a > b); });
+    add("setp.gtu", [](auto a, auto b) { return !(a <= b); });
+    add("setp.geu", [](auto a, auto b) { return !(a < b); });
+    add("setp.num", [](auto a, auto b) { return !nan(a, b); });
+    add("setp.nan", [](auto a, auto b) { return nan(a, b); });
   }
 }
 
 inline void comparisons(Table& t) {
   comparisons<float>(t, "f32");
+  comparisons<F16>(t, "f16"), comparisons<BF16>(t, "bf16");
   comparisons<uint16_t>(t, "b16"), comparisons<uint32_t>(t, "b32");
   comparisons<uint64_t>(t, "b64");
   comparisons<uint16_t>(t, "u16"), comparisons<uint32_t>(t, "u32");

@@ -11,6 +11,7 @@ NONE = 0xFFFFFFFF
 PLAIN, BRANCH, RETURN, BARRIER = range(4)  # as in machine.cpp
 # How results are rounded is the machine's business: to the nearest where PTX does not name another.
 UNSAID = {"rn", "approx", "full", "uni", "sync", "aligned", "ftz", "relaxed", "weak"}
+ANY_NUMBER = {"and", "or", "xor", "not", "mov", "selp"}  # whose bits alone matter
 WIDTHS = {"p": 1, "rs": 2, "r": 4, "rd": 8}  # bytes of a register by its name
 SPECIAL = [f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"]
 
@@ -120,7 +121,7 @@ class Program:
             return found
         name = said(parts)
         sizes = self.sizes(name)
-        if sizes is None:  # and, or, selp, mov: the kind of number does not matter
+        if sizes is None and kind in ANY_NUMBER:
             name = re.sub(r"\.[usf](\d+)$", r".b\1", name)
             sizes = self.sizes(name)
         if sizes is None:
