@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from proof import outputs_and_gradients, poisoned
+from proof import assert_accurate, outputs_and_gradients, poisoned
 from textbook import linear, softmax
 
 from tab import BlockPattern
@@ -40,12 +40,12 @@ def in_place():
 # --- cases: N a multiple of 16 as in the launchers' own, and of no tile ---------------------------
 
 
-def linear_cases(generator):
+def linear_cases(generator, half=HALF):
     for n, d, causal, dtypes in (
-        (48, 64, False, (FULL, HALF)),
+        (48, 64, False, (FULL, half)),
         (48, 128, False, (FULL,)),
-        (144, 64, False, (HALF,)),
-        (144, 64, True, (FULL, HALF)),  # two segments
+        (144, 64, False, (half,)),
+        (144, 64, True, (FULL, half)),  # two segments
         (144, 256, True, (FULL,)),
     ):
         for dtype in dtypes:
@@ -63,7 +63,7 @@ def linear_cases(generator):
                 x,
             )
 
-    for d, dtype in ((64, FULL), (64, HALF), (128, FULL)):
+    for d, dtype in ((64, FULL), (64, half), (128, FULL)):
         real = mask(generator, 48)
         options = real, None, None, 0, False, 0.0
 
@@ -86,36 +86,36 @@ def rules(generator, n, told, h=2):
     return {"key_mask": mask(generator, n), "slopes": 0.3 / (1 + torch.arange(h)) ** 2}, 30.0
 
 
-def local_cases(generator):
+def local_cases(generator, half=HALF):
     line = 80, 96, 0, 0, False  # both edges, and a tile between them
     for d, dtype, window, told in (
-        (64, HALF, line, False),
-        (64, HALF, (16, 16, 16, 32, True), False),  # a causal grid
-        (64, HALF, line, True),
+        (64, half, line, False),
+        (64, half, (16, 16, 16, 32, True), False),  # a causal grid
+        (64, half, line, True),
         (64, FULL, (32, 48, 0, 0, False), False),
-        (128, HALF, line, False),
-        (256, HALF, line, False),
-        (64, HALF, (2, 2, 8, 8, False), False),  # one tile
+        (128, half, line, False),
+        (256, half, line, False),
+        (64, half, (2, 2, 8, 8, False), False),  # one tile
     ):
         left, right, rows, cols, causal = window
         n = rows * cols or 144
         given, cap = rules(generator, n, told)
         seen = softmax.in_window(n, left, right, causal, cols)
         yield softmax_case("local_fwd", seen, given, cap, (), window, n, d, dtype, generator)
-        if (d, dtype, cols, told) == (64, HALF, 0, False):  # each head of k for four of q
+        if (d, dtype, cols, told) == (64, half, 0, False):  # each head of k for four of q
             x = n, d, dtype, generator, 8
             yield softmax_case("local_fwd", seen, given, cap, (), window, *x)
 
 
-def sparse_cases(generator):
+def sparse_cases(generator, half=HALF):
     for n, size, d, dtype, h, told in (
-        (144, 64, 64, HALF, 2, False),
-        (144, 64, 64, HALF, 4, True),  # each head of k for two of q
+        (144, 64, 64, half, 2, False),
+        (144, 64, 64, half, 4, True),  # each head of k for two of q
         (144, 64, 64, FULL, 2, False),
-        (144, 64, 128, HALF, 2, False),
-        (144, 64, 256, HALF, 2, False),
-        (64, 8, 64, HALF, 2, False),  # one tile
-        (64, 8, 64, HALF, 2, True),
+        (144, 64, 128, half, 2, False),
+        (144, 64, 256, half, 2, False),
+        (64, 8, 64, half, 2, False),  # one tile
+        (64, 8, 64, half, 2, True),
         (64, 8, 64, FULL, 2, False),
     ):
         causal = size == 64
@@ -199,6 +199,17 @@ def test_every_launch_of_batches(prove, generator):
     x = images, index, moves, mean, scale
     case = partial(call, "assemble", *x), partial(OPS["assemble"].reference, *x), ()
     prove("batches", [case])
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("op", ["linear", "local", "sparse"])
+def test_float16(op, generator):
+    """It is not among the kernels' own cases, and some of its numbers are compared unwidened."""
+    found = (x for x in CASES[op](generator, torch.float16) if x[2][0].dtype == torch.float16)
+    f, exact, x = next(found)
+    with executed(ARCH) as seen:
+        assert_accurate(f, exact, x)
+    assert seen and all("*fp16" in launch.types for launch in seen)
 
 
 @pytest.mark.compiles
