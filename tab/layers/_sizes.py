@@ -1,4 +1,4 @@
-"""The sizes that a layer is built with, checked before it is: errors name the argument, what was
+"""The sizes and numbers that a layer is built with, checked before it is: errors name the argument, what was
 given and what to give."""
 
 from __future__ import annotations
@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 
 from ..ops._typed import typed
+
+LEAST, MOST = 1e-30, 1e30  # of a number; its products and quotients are float32, too
 
 
 def check_tokens(
@@ -46,3 +48,13 @@ def check_heads(layer: str, dim: int, num_heads: int, what: str = "dim") -> None
             f"{layer}: num_heads={num_heads} does not divide {what}={dim}; "
             f"nearest choices: {', '.join(map(str, sorted(near)))}"
         )
+
+
+def check_number(
+    layer: str, name: str, value: float, *, zero: bool = False, more: str = ""
+) -> None:
+    """A number that tensors are multiplied with or moved by: beyond these, what comes is infinite
+    or NaN. zero: 0 is one of them. more: what else the error says."""
+    if not (LEAST <= value <= MOST or (zero and value == 0)):
+        low = f"0, or at least {LEAST:g}" if zero else f"at least {LEAST:g}"
+        raise ValueError(f"{layer}: {name}={value}: must be {low}, and at most {MOST:g}{more}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops.mla_forms import max_logits
 from ._registry import register_attention
+from ._sizes import check_number
 from ._stacking import stacks
 from ._state import Stateful, over_ranks, own_weight, scale_rows
 from .basic import MultiHeadAttention
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 THETA = 5e4  # K2's rotary base
 EPSILON = torch.finfo(torch.float32).eps
-HIGHEST = 1e30  # tau: tau/EPSILON is a float32, too
 
 
 @register_attention("kimi_k2")
@@ -83,11 +83,7 @@ class KimiK2(Stateful, LatentMoE):
         super().__init__(dim)
         if attention not in ("mha", "mla"):
             raise ValueError(f"kimi_k2: attention={attention!r}: choose mha or mla")
-        if not 0 < tau <= HIGHEST:
-            raise ValueError(
-                f"kimi_k2: tau={tau}: the largest score allowed must be above 0 and finite, at "
-                f"most {HIGHEST:g}; 1e9 is no limit"
-            )
+        check_number("kimi_k2", "tau", tau, more="; 1e9 is no limit")
         self.tau, self.latent = tau, attention == "mla"
         if self.latent:
             self.attention = LatentAttention(

@@ -8,7 +8,6 @@ after each optimizer step b += γ·sign(mean(count) − count), with the counts 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..ops._check import accumulate, full_precision
 from ..ops.moe import moe_experts
 from ..ops.router import expert_counts, noaux_tc_gate
 from ._repr import Shown
+from ._sizes import check_number
 from ._stacking import Products, stacks
 from ._state import Stateful, is_plain, over_ranks, recomputing
 
@@ -72,11 +72,10 @@ class MoE(Shown, Stateful):
                 f"the mixture of experts wants num_experts ≥ 1 and expert_dim ≥ 1, "
                 f"got {num_experts} and {width}"
             )
-        if not 0 < route_scale < math.inf:
-            raise ValueError(f"route_scale={route_scale}: must be above 0 and finite")
-        for name, value in (("balance_alpha", balance_alpha), ("bias_speed", bias_speed)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be 0 or more, and finite")
+        moe = "the mixture of experts"
+        check_number(moe, "route_scale", route_scale)
+        check_number(moe, "balance_alpha", balance_alpha, zero=True)
+        check_number(moe, "bias_speed", bias_speed, zero=True)
         self.route: dict[str, Any] = {
             "top_k": top_k,
             "n_group": n_group,
