@@ -1,5 +1,5 @@
-"""The sizes and numbers that a layer is built with, checked before it is: errors name the argument, what was
-given and what to give."""
+"""The sizes and numbers that a layer is built with, checked before it is: errors name the argument,
+what was given and what to give."""
 
 from __future__ import annotations
 
