@@ -37,13 +37,13 @@ def performer(w, key_mask, c0, causal):
     return ours, paper
 
 
-def cases(generator):
+def cases(generator, half=HALF):
     """One launch, and two segments of which the second is cut; of one tile across D, and of two."""
     for n, d, features, causal, dtype in (
-        (48, 64, 256, False, HALF),
+        (48, 64, 256, False, half),
         (48, 64, 256, False, FULL),
-        (80, 64, 256, True, HALF),
-        (80, 128, 256, True, HALF),
+        (80, 64, 256, True, half),
+        (80, 128, 256, True, half),
         (48, 256, 512, True, FULL),
     ):
         q, k, v, w = draw(generator, 1, 2, n, d, d, features, dtype, 0.5)
