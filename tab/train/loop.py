@@ -109,13 +109,27 @@ def model_of(out: Path) -> Path:
     """The file with the weights of the run in the directory `out`."""
     run = read_run_file(out)
     if not run:
-        raise ValueError(f"{out} holds no run: there is no run.json in it")
+        raise ValueError(f"{out} holds no run: there is no run.json in it{_models_below(out)}")
     if run["status"] != "done":
         raise ValueError(f"the run in {out} is {run['status']}, it has no trained model")
     path = _weights(out)
     if path is None:
         raise ValueError(f"{out} has lost its {FILE}: {again(out)}")
     return path
+
+
+def _models_below(out: Path) -> str:
+    """What else an error says of the directory of a comparison or a sweep."""
+    if not (out / "runs").is_dir():
+        return "" if out.is_dir() else ", nor is there such a directory"
+    found = [run for run in sorted((out / "runs").iterdir()) if has_weights(run)]
+    if not found:
+        return f"; those in {out / 'runs'} have no trained model yet"
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return f"; give one of these, which have a model: {', '.join(map(str, found[:LISTED]))}{more}"
+
+
+LISTED = 24  # in one error
 
 
 def has_weights(out: Path) -> bool:

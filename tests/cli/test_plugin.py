@@ -29,11 +29,7 @@ class Mine(HeadsAttention):
 """
 
 
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    """What a test loads is not there in the next one."""
-    monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))
-    monkeypatch.setattr(plugins, "_loaded", {})
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def forget(monkeypatch) -> None:

@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
-from small_plugin import BROKEN, MENDED, compared, packaged
+from small_plugin import MENDED, compared, packaged
 
 from tab import plugins
 from tab.layers import Attention, _registry, register_attention
 from tab.recipe.recipe import load_recipe
 from tab.recipe.size_matching import parameters_of
 
-
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    """What a test loads is not there in the next one."""
-    monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))
-    monkeypatch.setattr(plugins, "_loaded", {})
-
-
-@pytest.fixture
-def mine(tmp_path) -> Path:
-    path = tmp_path / "mine.py"
-    path.write_text(BROKEN)
-    return path
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def kept(out: Path) -> dict[str, str]:

@@ -8,30 +8,18 @@ from pathlib import Path
 
 import pytest
 from small_cli import SMALL, flat, tab
-from small_plugin import BROKEN, MENDED
+from small_plugin import MENDED
 
 pytest.importorskip("optuna")
 
 from tab import plugins
-from tab.layers import _registry
 from tab.sweep.trials import read_trials
 
 SEARCH = ("--space", "small", "--configurations", "2", "--epochs", "1,2", "--images", "60")
 OPTIONS = [word for word in SMALL if word not in ("--epochs", "1")]
 
 
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    """What a test loads is not there in the next one."""
-    monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))
-    monkeypatch.setattr(plugins, "_loaded", {})
-
-
-@pytest.fixture
-def mine(tmp_path) -> Path:
-    path = tmp_path / "mine.py"
-    path.write_text(BROKEN)
-    return path
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def swept(mine: Path, out: Path, *more: object):

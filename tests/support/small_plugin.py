@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from small_cli import SMALL, tab
+
+from tab import plugins
+from tab.layers import _registry
 
 BROKEN = """
 import torch
@@ -22,6 +26,20 @@ class Mine(Attention):
         return self.proj(x)
 """
 MENDED = BROKEN.replace('raise RuntimeError("not yet")', "return self.proj(x)")
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """What a test loads is not there in the next one."""
+    monkeypatch.setattr(_registry, "_layers", dict(_registry._layers))
+    monkeypatch.setattr(plugins, "_loaded", {})
+
+
+@pytest.fixture
+def mine(tmp_path, forgotten) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(BROKEN)
+    return path
 
 
 def compared(mine: Path, out: Path, *more: object):

@@ -122,6 +122,20 @@ def test_damage_is_one_line(how, run, tmp_path):
         tab.load_model(tmp_path)
 
 
+def test_of_a_comparison_the_runs_with_a_model_are_listed(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"out holds no run: .*, nor is there such a directory"):
+        tab.load_model(out)
+    (out / "runs" / "begun").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"; those in {out / 'runs'} have no trained model yet"):
+        tab.load_model(out)
+    for i in range(26):
+        (out / "runs" / f"run{i:02}").mkdir()
+        (out / "runs" / f"run{i:02}" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=rf"a model: {out}/runs/run00, .*/run23 and 2 more$"):
+        tab.load_model(out)
+
+
 def test_a_checkpoint_is_a_plain_file_of_torch(run):
     state = torch.load(run / "stopped.pt", weights_only=True)
     assert state.keys() == {"rows", "model", "optimizer", "schedule", "average"}
