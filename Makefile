@@ -60,7 +60,7 @@ bench: setup
 # limits; runs the PTX of sm_80 on the CPU and reads the machine code of sm_90; no GPU needed. The
 # tests find in Triton's cache what was compiled for the report: of each kernel the launch that asks
 # for most. TAB_EVERY_LAUNCH=1 takes all that its file names, before a release.
-PTX := tests/ops/test_ptx.py tests/ops/test_ptx_machine.py tests/ops/test_assembled.py
+PTX := tests/ops/test_ptx*.py tests/ops/test_assembled.py
 
 kernels: setup
 	$(BIN)/tab doctor --kernels --arch all $(if $(TAB_EVERY_LAUNCH),--every-launch)

@@ -1,6 +1,7 @@
 """Where tests lie: in a folder by what they test; what two of them share lies in support/."""
 
 import ast
+import re
 from pathlib import Path
 
 from paths import ROOT, SUPPORT
@@ -30,3 +31,13 @@ def test_every_test_lies_in_a_folder():
     files = {path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     assert files and all(len(path.parts) == 2 for path in files)
     assert not [path for path in files if path.parts[0] in ("support", "fixtures")]
+
+
+def test_what_compiles_gpu_kernels_is_run_by_make_kernels():
+    """`make test` leaves such tests out: a file that the Makefile does not name runs nowhere."""
+    words = re.search(r"^PTX := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
+    named = {path for word in words.split() for path in ROOT.glob(word)}
+    marked = re.compile(r"mark\.compiles|@both_ways")
+    found = {path for path in TESTS.rglob("test_*.py") if marked.search(path.read_text("utf-8"))}
+    found -= {TESTS / "ops/test_triton.py", Path(__file__)}  # which has a line of its own
+    assert named == found
