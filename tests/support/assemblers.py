@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from tab.doctor.doctor import cuda_toolkit
+from tab.doctor.kernel_compile import assembler
 
 WHEEL = "nvidia-cuda-nvcc"
 
@@ -28,8 +29,14 @@ def wheel() -> Path | None:
     return next((Path(part.locate()) for part in parts if part.name == "ptxas"), None)
 
 
+def newer() -> Path:
+    """That of Triton for Blackwell: what the doctor names to users of a Hopper."""
+    return Path(assembler(100).path)
+
+
 # By who brought it; of the wheel pip has the newest.
-ASSEMBLERS = {"the CUDA toolkit": toolkit, WHEEL: wheel}
+NEWER = "Triton, for Blackwell"
+ASSEMBLERS = {"the CUDA toolkit": toolkit, NEWER: newer, WHEEL: wheel}
 
 
 def version(ptxas: Path) -> str:
