@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -132,36 +134,34 @@ def or_resume(command: Callable[[], str]) -> Iterator[None]:
 
 
 def _stopped(stop: KeyboardInterrupt, how_on: str) -> typer.Exit:
-    """Says so, and from here on hears no more of it, as another one would take the words away. The
-    exit code is as shells count: 128 and the number of the signal."""
-    if _in_main_thread():
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+    """Says so. The exit code is as shells count: 128 and the number of the signal."""
     say(f"\nstopped; {how_on}", style="yellow", to=errors)
     return typer.Exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
 
 
-def _in_main_thread() -> bool:
-    """Which alone gets signals."""
-    return threading.current_thread() is threading.main_thread()
-
-
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM stops as Control-C does; afterwards both are what they were."""
-    if not _in_main_thread():
+    """SIGTERM stops as Control-C does. Another one within a second of the first is the same wish:
+    it would only take the last words away. A later one stops what the first began to end."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
+    heard = -math.inf
 
-    def stop(*_) -> None:
-        raise Terminated
+    def stop(number: int, _) -> None:
+        nonlocal heard
+        before, heard = heard, time.monotonic()
+        if heard - before > 1:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
+    kinds = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is not to be heard
+        kinds.append(signal.SIGINT)
+    before = [(each, signal.signal(each, stop)) for each in kinds]
     try:
         yield
     finally:
-        for each, handler in before.items():
+        for each, handler in before:
             signal.signal(each, handler)
 
 

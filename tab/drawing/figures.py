@@ -4,6 +4,7 @@ stays as it is; and the way to have a picture as a figure in place of a file."""
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,7 +38,7 @@ class Picture(Figure):
             return
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".tmp{path.suffix}")
+            temporary = path.with_suffix(f".{os.getpid()}.tmp{path.suffix}")
             try:
                 self.savefig(temporary, **options)
                 temporary.replace(path)

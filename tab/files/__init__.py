@@ -29,10 +29,12 @@ def folder(path: Path) -> Path:
     return path
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, own: bool = False) -> None:
     """Replaces `path` in one step: a crash leaves the old file or the new one, never a half.
-    So does a full disk, which gets back what was written aside; and so does Control-C."""
-    aside = path.with_name(path.name + PART)
+    So does a full disk, which gets back what was written aside; and so does Control-C. Several
+    processes may write one file at once. own: it lies where `locked` lets one alone write, and what
+    a kill left aside, which may be large, is then written over."""
+    aside = path.with_name(f"{path.name}{'' if own else f'.{os.getpid()}'}{PART}")
     try:
         with open(aside, "wb") as file:
             file.write(data)

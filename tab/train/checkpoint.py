@@ -24,7 +24,7 @@ def save(path: Path, state: object) -> None:
     torch.save(state, buffer)
     # An archive ends with the length of its comment, in two bytes, and the comment.
     data = buffer.getvalue()[:-2] + _SUM.to_bytes(2, "little")
-    write(path, data + _sum(data))
+    write(path, data + _sum(data), own=True)
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict:

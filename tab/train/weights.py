@@ -46,7 +46,7 @@ def save_weights(path: Path, weights: Weights, about: dict) -> None:
     about = {"tab": __version__, **about}
     about["sha256"] = _digest(about, weights)
     # In one entry, as the order of several is not the same from one time to the next.
-    write(path, safetensors.torch.save(weights, {"tab": json.dumps(about)}))
+    write(path, safetensors.torch.save(weights, {"tab": json.dumps(about)}), own=True)
 
 
 def load_weights(path: Path, way_out: str) -> tuple[Weights, About]:

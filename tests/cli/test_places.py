@@ -90,11 +90,37 @@ def test_what_the_system_says_comes_with_what_to_do(error, text):
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
-    (tmp_path / "a.tmp.png").symlink_to("/dev/full")
+    (tmp_path / f"a.{os.getpid()}.tmp.png").symlink_to("/dev/full")
     (tmp_path / "a.png").write_text("before")
     with pytest.raises(OSError, match=r"cannot write: No space left on device: '.*a\.png'"):
         Picture(figsize=(1, 1)).keep(tmp_path / "a.png")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    """Two reports: the second begins and ends while the first is not done."""
+    place, number, sync = tmp_path / "a", os.getpid(), os.fsync
+
+    def other(descriptor: int) -> None:
+        sync(descriptor)
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "getpid", lambda: number + 1)
+        files.write(place, b"theirs")
+
+    monkeypatch.setattr(os, "fsync", other)
+    files.write(place, b"ours")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["ours"]
+    draw = Picture.savefig
+
+    def drawn(self, path, **options) -> None:
+        draw(self, path, **options)
+        monkeypatch.setattr(os, "getpid", lambda: number)
+        monkeypatch.setattr(Picture, "savefig", draw)
+        self.keep(place.with_suffix(".png"))
+
+    monkeypatch.setattr(Picture, "savefig", drawn)
+    Picture(figsize=(1, 1)).keep(place.with_suffix(".png"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.png"}
 
 
 def test_control_c_while_a_file_is_written_leaves_nothing_aside(tmp_path, monkeypatch):
@@ -144,12 +170,22 @@ def test_a_second_control_c_takes_no_words_away(tmp_path, monkeypatch):
     """It comes while the last line is printed; afterwards Control-C is what it was."""
     before, say = signal.getsignal(signal.SIGINT), terminal.say
 
-    def interrupted(*args, **options):
+    def press(*args, **options):
         signal.raise_signal(signal.SIGINT)
+
+    def interrupted(*args, **options):
+        press()
         say(*args, **options)
 
-    monkeypatch.setattr(report, "use_plugins", stop)
+    monkeypatch.setattr(report, "use_plugins", press)
     monkeypatch.setattr("tab.compare.plan.plugins_of", lambda folder: [])
     monkeypatch.setattr(terminal, "say", interrupted)
     assert last(tab("report", tmp_path)) == "stopped; the same command begins again"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_control_c_while_the_commands_load_prints_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("tab.cli.main.main", stop)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("tab.__main__").main()
+    assert ended.value.code == 130 and capsys.readouterr().err == ""

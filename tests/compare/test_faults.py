@@ -130,7 +130,7 @@ def test_a_full_disk_in_the_middle(file, jobs, unbroken, dataset, tmp_path):
     out = tmp_path / "full"
     shutil.copytree(unbroken, out)
     shutil.rmtree(out / "runs" / "mlp-linear-s0")
-    aside = out / f"{file}.part"
+    aside = out / (f"{file}.part" if file.endswith(".pt") else f"{file}.{os.getpid()}.part")
     aside.parent.mkdir(exist_ok=True)
     aside.symlink_to("/dev/full")
     before = finished(out)
