@@ -122,7 +122,7 @@ class Plan:
         facts["dataset"] |= {"validation": validation.samples if validation else 0}
         facts["overrides"] = self.recipe.overrides
         toml(plan.table())  # an error now if it cannot be kept
-        with begun(out or dated("results"), "config.toml", "a comparison") as out:
+        with begun(out or dated("results")) as out:
             write_json(out / "environment.json", facts)
             write_toml(out / "config.toml", plan.table())
         return out

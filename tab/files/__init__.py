@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -104,9 +104,20 @@ def dated(place: str, prefix: str = "", suffix: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def begun(out: Path, file: str, what: str) -> Iterator[Path]:
-    """The directory `out`, made and locked, for what is kept by `file`; an error if it has that."""
+def begun(out: Path) -> Iterator[Path]:
+    """The directory `out`, made and locked, for a comparison or a sweep; an error if it holds
+    anything of ours."""
     with locked(folder(out)):
-        if (out / file).exists():
-            raise ValueError(f"{out} already holds {what}: resume it, or give another place")
+        refuse(out, HOLDS)
         yield out
+
+
+HOLDS = {"config.toml": "a comparison", "sweep.toml": "a sweep", "run.json": "a run"}
+
+
+def refuse(out: Path, kinds: Iterable[str]) -> None:
+    """A ValueError if `out` has one of these files of HOLDS: a directory that held two would be
+    taken for either."""
+    for file in kinds:
+        if (out / file).exists():
+            raise ValueError(f"{out} already holds {HOLDS[file]}: resume it, or give another place")

@@ -124,7 +124,7 @@ class SweepPlan:
             plan.config(plan.pairs()[0], {}), dataset, torch.device("cpu")
         )  # images enough?
         toml({"data": self.data})  # an error now if it cannot be kept
-        with begun(out or dated("results", prefix="sweep_"), "sweep.toml", "a sweep") as out:
+        with begun(out or dated("results", prefix="sweep_")) as out:
             write_json(out / "environment.json", facts_of(self.device, dataset))
             write_toml(out / "recipe.toml", self.recipe.tables)
             write_toml(out / "space.toml", tables_of(self.space))

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, NotRequired, TypedDict
 
-from ..files import Corrupt, dated, folder
+from ..files import Corrupt, dated, folder, refuse
 from ..files.formats import read_json, read_lines, reading
 from ..run_config import RunConfig
 from .facts import DataFacts, Machine
@@ -42,6 +42,8 @@ class RunFile(TypedDict):
 
 def new_folder(config: RunConfig, out: Path | None = None) -> Path:
     """Makes the directory of a run: `out`, or one in runs/."""
+    if out:
+        refuse(out, ("config.toml", "sweep.toml"))
     return folder(out) if out else dated("runs", suffix=f"_{config.id}")
 
 

@@ -131,6 +131,17 @@ def test_control_c_while_a_file_is_written_leaves_nothing_aside(tmp_path, monkey
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+@pytest.mark.parametrize("file, what", files.HOLDS.items())
+def test_a_directory_holds_one_study_alone(file, what, tmp_path):
+    """`tab robustness`, for one, would take a comparison with a run.json for that run."""
+    (tmp_path / file).write_text("kept")
+    commands = [("train", "mlp", "none", *SMALL)] if file != "run.json" else []
+    for words in (*commands, ("compare", *NONE)):
+        said = tab(*words, "--out", tmp_path)
+        assert said.exit_code == 2 and f"{tmp_path} already holds {what}: resume" in said.stderr
+    assert (tmp_path / file).read_text() == "kept"
+
+
 # --- stopped early --------------------------------------------------------------------------------
 
 
