@@ -41,7 +41,7 @@ SMALLEST = {  # what it is run with, and what it then prints
         r"\| linear.* \| packed \| \d",
     ),
     "record": (
-        "--data shapes:100/500 --out {out} --epochs 2 --batch 25 --threads 1",
+        "--data shapes:100/60 --out {out} --epochs 2 --batch 25 --threads 1",
         r'"epoch": 2, "step": 8, .*"shifted": \d',
     ),
     "seeds": ("2 1 quick-mlp", r"quick +mlp +multi_head +\d"),
