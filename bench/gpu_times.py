@@ -10,7 +10,6 @@ in all cases, then come its rivals. A CPU has `wall` alone.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from tab.bench.benchmark import Contestant, Problem
 from tab.bench.cases import Case
 from tab.bench.measure import call
 from tab.bench.registry import cases, problem
+from tab.files.formats import write_json
 
 L2 = 2**27  # bytes: twice an H200's
 ROUNDS = 7
@@ -122,7 +122,7 @@ def main() -> None:
     for ours in (True, False):
         for row in (row for case in raced for row in rows(drawn(case), ours)):
             found.append(row)
-            given.out.write_text(json.dumps(found, indent=1))
+            write_json(given.out, {"rows": found})
             told = (f"{x:.1f}" if isinstance(x, float) else x for x in row.values())
             print("time", *told, flush=True)
 
