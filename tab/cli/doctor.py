@@ -92,8 +92,11 @@ def _assemblers(archs: tuple[int, ...]) -> tuple[list[tuple[str, str]], list[str
     from ..doctor.kernel_report import own_arch
 
     archs = archs or (own_arch(),)
-    found = [(f"ptxas, sm_{arch}", assembler(arch).version) for arch in archs]
-    return found, [text for text in map(doubt, archs) if text]
+    try:
+        found = [(f"ptxas, sm_{arch}", assembler(arch).version) for arch in archs]
+        return found, [text for text in map(doubt, archs) if text]
+    except (ImportError, RuntimeError, OSError) as error:  # a Triton for AMD; no ptxas
+        return [("ptxas", f"not found: {error}")], []
 
 
 def _gpu(answer: Answer, archs: tuple[int, ...], every: bool) -> dict[str, list]:

@@ -146,6 +146,21 @@ def test_the_kernels_of_the_doctor_are_tables_and_rows(monkeypatch):
     )
 
 
+def test_the_doctor_goes_on_where_triton_has_no_assembler(monkeypatch):
+    """As Triton for AMD's GPUs, which PyTorch calls CUDA, too."""
+    pytest.importorskip("triton")
+
+    def none(arch):
+        raise ImportError("No module named 'triton.backends.nvidia'")
+
+    monkeypatch.setattr(kernel_compile, "assembler", none)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "MI300X")
+    said = tab("doctor")
+    assert said.exit_code == 0 and "not found: No module named" in flat(said.output)
+
+
 def test_the_doctor_doubts_an_old_assembler_on_hopper(monkeypatch):
     pytest.importorskip("triton")
     made = {80: "12.9", 90: "12.9", 100: "13.3"}
